@@ -1,0 +1,2 @@
+from . import functional
+from .backends import use_backend, get_backend

@@ -1,0 +1,108 @@
+"""The seam: every primitive is an operator of PyTorch's dispatcher.
+
+A primitive has one schema and up to three implementations: ``formula`` (the mathematics, always there), ``aten`` (the quickest way through
+PyTorch's own operators; the formula where none is given) and ``triton`` (a launcher of the kernels). The dispatcher then does
+what an if/else of ours could not: fake tensors, ``torch.compile``, ``vmap``, autocast and profilers meet an operator like any other.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch._C import DispatchKey, DispatchKeySet, _ExcludeDispatchKeyGuard
+
+from . import selection
+from .kernels import kernels
+
+LIBRARY = torch.library.Library("custom_backprop", "DEF")
+
+#: name -> the operator, in the order of definition
+PRIMITIVES: dict[str, torch._ops.OpOverload] = {}
+
+_AUTOCAST = {
+    "AutocastCPU": DispatchKeySet(DispatchKey.AutocastCPU),
+    "AutocastCUDA": DispatchKeySet(DispatchKey.AutocastCUDA),
+}
+
+
+def primitive(
+    schema: str,
+    *,
+    formula: Callable[..., Any],
+    triton: Callable[..., Any],
+    aten: Callable[..., Any] | None = None,
+    fake: Callable[..., Any] | None = None,
+    vmap: Callable[..., Any] | None = None,
+) -> torch._ops.OpOverload:
+    """Defines one primitive and registers its implementations.
+
+    Args:
+        schema: the operator's schema, without the library's name.
+        formula: plain torch with the schema's signature and results. It also serves where nothing better is given.
+        triton: the launcher of the kernels, usually ``launcher(family, name)``, so that triton is imported at the first use.
+        aten: the same by PyTorch's operators, for the CPU.
+        fake: the results' shapes, dtypes and strides on fake tensors. Default: the formula, which runs on them as well.
+        vmap: ``vmap(info, in_dims, *args) -> (result, out_dims)``. Default: the formula under ``torch.vmap``.
+
+    Returns:
+        the operator, to be called as a function.
+    """
+    name = schema[: schema.index("(")]
+    LIBRARY.define(schema)
+    operator = getattr(torch.ops.custom_backprop, name).default
+    implementations = {"formula": formula, "aten": aten or formula, "triton": triton}
+
+    def on_cpu(*args: Any) -> Any:
+        backend = "aten" if selection._forced is None else selection.backend_for("cpu")
+        return implementations[backend](*args)
+
+    def on_cuda(*args: Any) -> Any:
+        return implementations[selection.backend_for("cuda")](*args)
+
+    LIBRARY.impl(name, on_cpu, "CPU")
+    LIBRARY.impl(name, on_cuda, "CUDA")
+    for key, keyset in _AUTOCAST.items():
+        LIBRARY.impl(name, _without_autocast(operator, keyset), key)
+    torch.library.register_fake(f"custom_backprop::{name}", fake or formula, lib=LIBRARY)
+    torch.library.register_vmap(f"custom_backprop::{name}", vmap or _vmap_of_formula(formula), lib=LIBRARY)
+    PRIMITIVES[name] = operator
+    return operator
+
+
+def launcher(family: str, name: str) -> Callable[..., Any]:
+    """The launcher ``name`` of ``triton_kernels/<family>.py``, imported when it is called."""
+
+    def call(*args: Any) -> Any:
+        return getattr(kernels(family), name)(*args)
+
+    return call
+
+
+def _without_autocast(operator: torch._ops.OpOverload, keyset: DispatchKeySet) -> Callable[..., Any]:
+    """Casts are made once, above autograd (see ``ops/function.py``): what a primitive calls must not cast again."""
+
+    def run(*args: Any) -> Any:
+        with _ExcludeDispatchKeyGuard(keyset):
+            return operator(*args)
+
+    return run
+
+
+def _vmap_of_formula(formula: Callable[..., Any]) -> Callable[..., Any]:
+    def rule(info: Any, in_dims: tuple[Any, ...], *args: Any) -> tuple[Any, Any]:
+        result = torch.vmap(formula, in_dims, randomness=info.randomness)(*args)
+        return result, 0 if isinstance(result, torch.Tensor) else (0,) * len(result)
+
+    return rule
+
+
+def fold_batch(
+    tensors: tuple[torch.Tensor | None, ...], in_dims: tuple[Any, ...], size: int
+) -> list[torch.Tensor | None]:
+    """Moves each tensor's batch dimension to the front, and gives one (of stride 0) to those that have none."""
+    return [
+        None if t is None else t.expand(size, *t.shape) if d is None else t.movedim(d, 0)
+        for t, d in zip(tensors, in_dims, strict=True)
+    ]

@@ -1,0 +1,92 @@
+"""Which implementation of a primitive runs: chosen by the device of its tensors, or forced with :func:`use_backend`."""
+
+from __future__ import annotations
+
+import os
+from importlib.util import find_spec
+from types import TracebackType
+
+import torch
+
+BACKENDS = ("aten", "formula", "triton")
+
+_forced: str | None = None
+
+
+def interpreting() -> bool:
+    """Whether Triton kernels run in Triton's interpreter, and so on CPU tensors."""
+    return os.environ.get("TRITON_INTERPRET", "0").lower() in ("1", "true", "on", "yes")
+
+
+def why_not(backend: str, device_type: str) -> str | None:
+    """The reason why ``backend`` cannot run on tensors of ``device_type``, or None if it can."""
+    if backend != "triton":
+        return None
+    if find_spec("triton") is None:
+        return "the package triton is not installed"
+    if interpreting():
+        return (
+            None
+            if device_type == "cpu"
+            else "TRITON_INTERPRET=1 makes kernels run in the interpreter, on CPU tensors only"
+        )
+    if device_type == "cpu":
+        return (
+            "Triton kernels need a GPU; set TRITON_INTERPRET=1 before the first import to run them in the interpreter"
+        )
+    return None
+
+
+def backend_for(device_type: str) -> str:
+    """The backend that a primitive takes on tensors of ``device_type``."""
+    if _forced is None:
+        return "triton" if device_type == "cuda" and why_not("triton", "cuda") is None else "aten"
+    if _forced == "triton" and (reason := why_not("triton", device_type)) is not None:
+        raise RuntimeError(f"backend 'triton' cannot run on {device_type} tensors: {reason}")
+    return _forced
+
+
+class use_backend:
+    """Forces the backend of every primitive: as a setting, ``use_backend("aten")``, or as a context manager.
+
+    Args:
+        backend: ``"aten"`` (PyTorch's own operators), ``"triton"`` (the kernels; on CPU tensors only in Triton's interpreter),
+            ``"formula"`` (the mathematics of :mod:`custom_backprop.formulas`), or None (chosen by device, the default).
+
+    The setting belongs to the process, as torch's own backend flags do: autograd runs backward on threads of its own.
+
+    Raises:
+        ValueError: the name is unknown.
+        RuntimeError: the backend cannot run on this machine at all. Tensors that it cannot run on raise when they are met.
+    """
+
+    def __init__(self, backend: str | None) -> None:
+        global _forced
+        if backend is not None and backend not in BACKENDS:
+            raise ValueError(f"unknown backend {backend!r}: choose one of {', '.join(map(repr, BACKENDS))} or None")
+        if backend == "triton" and (reason := why_not("triton", "cuda" if _has_gpu() else "cpu")) is not None:
+            raise RuntimeError(f"backend 'triton' cannot run here: {reason}")
+        self._backend = backend
+        self._previous = _forced
+        _forced = backend
+
+    def __enter__(self) -> use_backend:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, value: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        global _forced
+        _forced = self._previous
+
+    def __repr__(self) -> str:
+        return f"use_backend({self._backend!r})"
+
+
+def get_backend() -> str | None:
+    """The forced backend, or None while each tensor's device decides."""
+    return _forced
+
+
+def _has_gpu() -> bool:
+    return not interpreting() and torch.cuda.is_available()

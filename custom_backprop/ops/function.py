@@ -1,0 +1,89 @@
+"""Turns one written-out derivative into the two faces that PyTorch's transformations need.
+
+``torch.compile`` refuses a Function that defines ``jvp``; forward-mode AD and ``torch.func`` need one with ``setup_context``, which
+costs three times the overhead. So each op is written once, and :func:`differentiable` makes both.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch.autograd import forward_ad
+
+_functorch_active = torch._C._are_functorch_transforms_active
+_autocast_active = torch._C._is_any_autocast_enabled
+
+
+def differentiable(
+    *, autocast_cpu: str | None = None, autocast_cuda: str | None = None
+) -> Callable[[type], Callable[..., Any]]:
+    """Class decorator: a definition (static methods ``forward``, ``setup_context``, ``backward``, ``jvp``) -> the callable op.
+
+    Args:
+        autocast_cpu, autocast_cuda: what autocast does to the op's floating-point inputs on that device, as torch does to its own:
+            ``"lower"`` casts float32 to the autocast dtype, ``"float32"`` casts float16 and bfloat16 up, None leaves them.
+    """
+    policies = {"cpu": autocast_cpu, "cuda": autocast_cuda}
+
+    def decorate(definition: type) -> Callable[..., Any]:
+        forward, setup_context, backward = definition.forward, definition.setup_context, definition.backward  # type: ignore[attr-defined]
+
+        def eager_forward(ctx: Any, *args: Any) -> Any:
+            output = forward(*args)
+            setup_context(ctx, args, output)
+            return output
+
+        members = {"__doc__": definition.__doc__, "__module__": definition.__module__}
+        eager = type(
+            definition.__name__,
+            (torch.autograd.Function,),
+            {**members, "forward": staticmethod(eager_forward), "backward": staticmethod(backward)},
+        )
+        transformable = type(
+            definition.__name__,
+            (torch.autograd.Function,),
+            {
+                **members,
+                "generate_vmap_rule": True,
+                "forward": staticmethod(forward),
+                "setup_context": staticmethod(setup_context),
+                "backward": staticmethod(backward),
+                "jvp": staticmethod(definition.jvp),  # type: ignore[attr-defined]
+            },
+        )
+
+        def apply(*args: Any) -> Any:
+            if torch.compiler.is_compiling():
+                return eager.apply(*args)
+            if _functorch_active() or forward_ad._current_level >= 0:
+                return transformable.apply(*args)
+            return eager.apply(*args)
+
+        def call(*args: Any) -> Any:
+            if _autocast_active():
+                args, device = _cast(args, policies)
+                with torch.autocast(device, enabled=False):
+                    return apply(*args)
+            return apply(*args)
+
+        call.__name__ = call.__qualname__ = definition.__name__
+        call.__doc__ = definition.__doc__
+        return call
+
+    return decorate
+
+
+def _cast(args: tuple[Any, ...], policies: dict[str, str | None]) -> tuple[tuple[Any, ...], str]:
+    device = next((a.device.type for a in args if isinstance(a, torch.Tensor)), "cpu")
+    policy = policies.get(device)
+    if policy is None or not torch.is_autocast_enabled(device):
+        return args, device
+    target = torch.get_autocast_dtype(device) if policy == "lower" else torch.float32
+
+    def cast(a: Any) -> Any:
+        eligible = isinstance(a, torch.Tensor) and a.is_floating_point() and a.dtype not in (target, torch.float64)
+        return a.to(target) if eligible else a
+
+    return tuple(map(cast, args)), device

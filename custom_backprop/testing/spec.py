@@ -1,0 +1,86 @@
+"""What one op must state about itself. Tests, ``check``, ``kernels``, the benchmarks and the table in the docs are all driven by it."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor
+
+
+@dataclass(frozen=True)
+class Sample:
+    """One call of an op: positional arguments (tensors and plain values) and keyword arguments."""
+
+    args: tuple[Any, ...]
+    kwargs: dict[str, Any] = field(default_factory=dict)
+    name: str = ""
+
+
+class Make:
+    """Makes the tensors of a sample: reproducible, on one device, of one dtype.
+
+    Args:
+        device: where.
+        dtype: the floating-point dtype of :meth:`tensor`.
+        seed: same seed, same values, whatever the device (they are drawn on the CPU in float64).
+    """
+
+    def __init__(self, device: str | torch.device = "cpu", dtype: torch.dtype = torch.float64, seed: int = 0) -> None:
+        self.device, self.dtype = torch.device(device), dtype
+        self._generator = torch.Generator().manual_seed(seed)
+
+    def tensor(
+        self, *shape: int, low: float = -3.0, high: float = 3.0, avoid: Iterable[float] = (), requires_grad: bool = True
+    ) -> Tensor:
+        """Uniform in [low, high), no value nearer than 0.05 to one of ``avoid`` (the kinks, where no derivative exists)."""
+        t = torch.empty(shape, dtype=torch.float64).uniform_(low, high, generator=self._generator)
+        for kink in avoid:
+            t = torch.where((t - kink).abs() < 0.05, t + 0.1, t)
+        return t.to(self.device, self.dtype).requires_grad_(requires_grad)
+
+    def index(self, *shape: int, high: int, low: int = 0) -> Tensor:
+        """Integers in [low, high), int64."""
+        return torch.randint(low, high, shape, generator=self._generator).to(self.device)
+
+    def probabilities(self, *shape: int, dim: int = -1, requires_grad: bool = True) -> Tensor:
+        """Positive numbers that sum to one along ``dim``."""
+        t = torch.empty(shape, dtype=torch.float64).uniform_(0.1, 1.0, generator=self._generator)
+        return (t / t.sum(dim, keepdim=True)).to(self.device, self.dtype).requires_grad_(requires_grad)
+
+
+@dataclass(frozen=True)
+class OpSpec:
+    """One op.
+
+    Attributes:
+        name: its name in :mod:`custom_backprop.functional`.
+        family: its file's name in every room.
+        formula: forward and backward in one line, as ``check`` prints it.
+        function: ours.
+        reference: stock torch with the same signature: the oracle (in float64) and the yardstick (in each dtype).
+        samples: small inputs that meet every argument and awkward sizes, smooth at the values drawn: valid for gradcheck.
+        large: ``large(make, size)`` with size "small" (about 4k elements), "medium" (about 64k) or "large" (1M and more): what the benchmarks
+            run, and what ``kernels`` compiles for on meta tensors.
+        module: (our class, torch's class, constructor's arguments, the modules' inputs from a ``Make``), for the tests of drop-in modules.
+        double_backward: False if the op has no second derivative; then create_graph raises.
+        low_precision: the reduced dtypes that torch itself supports for this op on this device.
+        batched: False if torch's own op cannot be batched by vmap either (data-dependent shapes).
+    """
+
+    name: str
+    family: str
+    formula: str
+    function: Callable[..., Any]
+    reference: Callable[..., Any]
+    samples: Callable[[Make], Iterable[Sample]]
+    large: Callable[[Make, str], Sample]
+    module: tuple[type, type, dict[str, Any], Callable[[Make], tuple[Any, ...]]] | None = None
+    double_backward: bool = True
+    low_precision: tuple[torch.dtype, ...] = (torch.float32, torch.bfloat16, torch.float16)
+    batched: bool = True
+
+    def __str__(self) -> str:
+        return self.name

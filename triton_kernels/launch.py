@@ -1,0 +1,123 @@
+"""The one way a kernel is launched: device guard, empty work returns early, and a cache of compiled kernels with a cheap key.
+
+A kernel takes its runtime arguments first and its ``tl.constexpr`` parameters last. ``kernel[grid](...)`` binds and specialises at every
+call; here the compiled kernel is kept under a key of our own, and a launch that hits it goes straight to the driver.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+import triton
+from triton import knobs
+from triton.runtime.jit import JITFunction
+
+_compiled: dict[Any, Any] = {}
+_observer: Callable[..., None] | None = None
+
+
+def launch(kernel: Any, programs: int, *args: Any, num_warps: int = 4, num_stages: int = 3, **constexprs: Any) -> None:
+    """Runs ``kernel`` on a grid of ``programs`` programs (all on axis x, whose limit is 2**31 - 1).
+
+    Args:
+        args: the runtime arguments in the order of the kernel's signature: tensors, numbers, or None for an absent tensor.
+        constexprs: the kernel's constexpr parameters, in the order of its signature.
+
+    Raises:
+        RuntimeError: the tensors are not all on one device.
+    """
+    if programs == 0:
+        return
+    device = _device(kernel, args)
+    if _observer is not None:
+        _observer(kernel, programs, args, constexprs, {"num_warps": num_warps, "num_stages": num_stages})
+    if device.type == "meta":
+        return
+    if device.type == "cpu" or not isinstance(kernel, JITFunction):
+        kernel[(programs,)](*args, **constexprs, num_warps=num_warps, num_stages=num_stages)
+        return
+    if device.index != torch.cuda.current_device():
+        with torch.cuda.device(device):
+            _launch_on_current_device(kernel, programs, args, constexprs, num_warps, num_stages, device.index)
+    else:
+        _launch_on_current_device(kernel, programs, args, constexprs, num_warps, num_stages, device.index)
+
+
+def _launch_on_current_device(
+    kernel: Any,
+    programs: int,
+    args: tuple[Any, ...],
+    constexprs: dict[str, Any],
+    num_warps: int,
+    num_stages: int,
+    index: int,
+) -> None:
+    constants = tuple(constexprs.values())
+    key = (id(kernel), index, num_warps, num_stages, constants, *[_specialization(a) for a in args])
+    compiled = _compiled.get(key)
+    if compiled is None or knobs.runtime.launch_enter_hook.calls or knobs.runtime.launch_exit_hook.calls:
+        _compiled[key] = kernel[(programs,)](*args, **constexprs, num_warps=num_warps, num_stages=num_stages)
+        return
+    stream = torch._C._cuda_getCurrentRawStream(index)
+    compiled.run(
+        programs, 1, 1, stream, compiled.function, compiled.packed_metadata, None, None, None, *args, *constants
+    )  # fmt: skip
+
+
+def _specialization(argument: Any) -> Any:
+    """What the compiler specialises an argument on: dtype and 16-byte alignment of a pointer, width, divisibility and 1 of an integer."""
+    kind = type(argument)
+    if kind is int:
+        if argument == 1:
+            return 1
+        return argument % 16 == 0, -(2**31) <= argument < 2**31
+    if kind is float or argument is None:
+        return kind
+    if kind is bool:
+        return argument
+    return argument.dtype, argument.data_ptr() % 16 == 0
+
+
+def _device(kernel: Any, args: tuple[Any, ...]) -> torch.device:
+    device = None
+    for a in args:
+        if isinstance(a, torch.Tensor):
+            if device is None:
+                device = a.device
+            elif a.device != device:
+                raise RuntimeError(
+                    f"Expected all tensors of {kernel.__name__} to be on the same device, but found {device} and {a.device}"
+                )
+    if device is None:
+        raise RuntimeError(f"{kernel.__name__} was launched without a tensor")
+    return device
+
+
+@contextmanager
+def observed(observer: Callable[..., None]) -> Iterator[None]:
+    """Calls ``observer(kernel, programs, args, constexprs, options)`` before each launch. On meta tensors nothing else happens."""
+    global _observer
+    previous, _observer = _observer, observer
+    try:
+        yield
+    finally:
+        _observer = previous
+
+
+def multiprocessors(device: torch.device) -> int:
+    """Streaming multiprocessors of a GPU; on other devices a number that lets every path of a kernel be met at small sizes."""
+    if device.type == "cuda":
+        return torch.cuda.get_device_properties(device).multi_processor_count
+    return 132 if device.type == "meta" else 4
+
+
+def accumulator(dtype: torch.dtype) -> torch.dtype:
+    """The dtype that sums of ``dtype`` are held in."""
+    return torch.float64 if dtype == torch.float64 else torch.float32
+
+
+cdiv = triton.cdiv
+next_power_of_2 = triton.next_power_of_2
