@@ -88,9 +88,7 @@ def _device(kernel: Any, args: tuple[Any, ...]) -> torch.device:
             if device is None:
                 device = a.device
             elif a.device != device:
-                raise RuntimeError(
-                    f"Expected all tensors of {kernel.__name__} to be on the same device, but found {device} and {a.device}"
-                )
+                raise RuntimeError(f"Expected all tensors of {kernel.__name__} to be on the same device, but found {device} and {a.device}")
     if device is None:
         raise RuntimeError(f"{kernel.__name__} was launched without a tensor")
     return device

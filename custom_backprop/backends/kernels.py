@@ -25,9 +25,7 @@ def kernels(family: str) -> ModuleType:
 
 def _load_from_checkout() -> None:
     folder = Path(__file__).resolve().parents[2] / "triton_kernels"
-    spec = importlib.util.spec_from_file_location(
-        NAME, folder / "__init__.py", submodule_search_locations=[str(folder)]
-    )
+    spec = importlib.util.spec_from_file_location(NAME, folder / "__init__.py", submodule_search_locations=[str(folder)])
     if spec is None or spec.loader is None or not folder.is_dir():
         raise ModuleNotFoundError(f"no Triton kernels: neither {NAME} nor {folder} exists", name=NAME)
     module = importlib.util.module_from_spec(spec)

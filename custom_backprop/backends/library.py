@@ -98,11 +98,8 @@ def _vmap_of_formula(formula: Callable[..., Any]) -> Callable[..., Any]:
     return rule
 
 
-def fold_batch(
-    tensors: tuple[torch.Tensor | None, ...], in_dims: tuple[Any, ...], size: int
-) -> list[torch.Tensor | None]:
+def fold_batch(tensors: tuple[torch.Tensor | None, ...], in_dims: tuple[Any, ...], size: int) -> list[torch.Tensor | None]:
     """Moves each tensor's batch dimension to the front, and gives one (of stride 0) to those that have none."""
     return [
-        None if t is None else t.expand(size, *t.shape) if d is None else t.movedim(d, 0)
-        for t, d in zip(tensors, in_dims, strict=True)
+        None if t is None else t.expand(size, *t.shape) if d is None else t.movedim(d, 0) for t, d in zip(tensors, in_dims, strict=True)
     ]

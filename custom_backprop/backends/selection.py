@@ -25,15 +25,9 @@ def why_not(backend: str, device_type: str) -> str | None:
     if find_spec("triton") is None:
         return "the package triton is not installed"
     if interpreting():
-        return (
-            None
-            if device_type == "cpu"
-            else "TRITON_INTERPRET=1 makes kernels run in the interpreter, on CPU tensors only"
-        )
+        return None if device_type == "cpu" else "TRITON_INTERPRET=1 makes kernels run in the interpreter, on CPU tensors only"
     if device_type == "cpu":
-        return (
-            "Triton kernels need a GPU; set TRITON_INTERPRET=1 before the first import to run them in the interpreter"
-        )
+        return "Triton kernels need a GPU; set TRITON_INTERPRET=1 before the first import to run them in the interpreter"
     return None
 
 
@@ -73,9 +67,7 @@ class use_backend:
     def __enter__(self) -> use_backend:
         return self
 
-    def __exit__(
-        self, kind: type[BaseException] | None, value: BaseException | None, trace: TracebackType | None
-    ) -> None:
+    def __exit__(self, kind: type[BaseException] | None, value: BaseException | None, trace: TracebackType | None) -> None:
         global _forced
         _forced = self._previous
 

@@ -16,9 +16,7 @@ _functorch_active = torch._C._are_functorch_transforms_active
 _autocast_active = torch._C._is_any_autocast_enabled
 
 
-def differentiable(
-    *, autocast_cpu: str | None = None, autocast_cuda: str | None = None
-) -> Callable[[type], Callable[..., Any]]:
+def differentiable(*, autocast_cpu: str | None = None, autocast_cuda: str | None = None) -> Callable[[type], Callable[..., Any]]:
     """Class decorator: a definition (static methods ``forward``, ``setup_context``, ``backward``, ``jvp``) -> the callable op.
 
     Args:

@@ -32,9 +32,7 @@ class Make:
         self.device, self.dtype = torch.device(device), dtype
         self._generator = torch.Generator().manual_seed(seed)
 
-    def tensor(
-        self, *shape: int, low: float = -3.0, high: float = 3.0, avoid: Iterable[float] = (), requires_grad: bool = True
-    ) -> Tensor:
+    def tensor(self, *shape: int, low: float = -3.0, high: float = 3.0, avoid: Iterable[float] = (), requires_grad: bool = True) -> Tensor:
         """Uniform in [low, high), no value nearer than 0.05 to one of ``avoid`` (the kinks, where no derivative exists)."""
         t = torch.empty(shape, dtype=torch.float64).uniform_(low, high, generator=self._generator)
         for kink in avoid:

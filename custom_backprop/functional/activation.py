@@ -1,10 +1,13 @@
-"""Functions with the names and signatures of ``torch.nn.functional``, each with a backward written by hand."""
+"""Activations: the names and signatures of ``torch.nn.functional``."""
 
 from __future__ import annotations
 
 from torch import Tensor
 
-from .ops.activation import activations
+from ..ops.activation import activations
+
+
+__all__ = ["relu", "silu"]
 
 
 def relu(input: Tensor, inplace: bool = False) -> Tensor:
