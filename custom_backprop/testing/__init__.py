@@ -1,6 +1,8 @@
 """Proof: :func:`validate` for anybody's Function, kernel or module; the op database for our own."""
 
-from .database import database
+from .checks import CHECKS
+from .database import cases, check_op, database
 from .spec import Make, OpSpec, Sample
+from .validate import Report, Result, validate
 
-__all__ = ["Make", "OpSpec", "Sample", "database"]
+__all__ = ["CHECKS", "Make", "OpSpec", "Report", "Result", "Sample", "cases", "check_op", "database", "validate"]

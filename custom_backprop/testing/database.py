@@ -4,10 +4,17 @@ from __future__ import annotations
 
 import importlib
 import pkgutil
+from collections.abc import Iterable
 from functools import cache
 
+import torch
+
+from ..backends import use_backend
 from . import specs
-from .spec import OpSpec
+from .case import Case
+from .checks import applicable
+from .spec import Make, OpSpec
+from .validate import Report, run
 
 
 @cache
@@ -20,3 +27,33 @@ def database() -> dict[str, OpSpec]:
                 raise RuntimeError(f"two specs are named {spec.name!r}")
             found[spec.name] = spec
     return found
+
+
+#: what depends on the tracing of an op, not on the backend that then runs it: too slow to repeat on every sample of every backend
+TRACED = ("opcheck", "compile")
+
+
+def check_op(spec: OpSpec, backend: str, device: str | torch.device = "cpu", checks: Iterable[str] | None = None) -> Report:
+    """Every sample of an op on one backend; the checks of :data:`TRACED` on every sample of ATen's, on the first elsewhere."""
+    report = Report(spec.name)
+    with use_backend(backend):
+        for i, case in enumerate(cases(spec, device)):
+            traced = i == 0 or backend == "aten"
+            report.merge(run(case, [c for c in applicable(checks) if traced or c not in TRACED]))
+    return report
+
+
+def cases(spec: OpSpec, device: str | torch.device = "cpu") -> list[Case]:
+    """The spec's samples, in float64, as cases for the checks."""
+    return [
+        Case(
+            spec.function,
+            spec.reference,
+            s.args,
+            s.kwargs,
+            f"{spec.name} ({s.name or i})",
+            double_backward=spec.double_backward,
+            low_precision=spec.low_precision,
+        )
+        for i, s in enumerate(spec.samples(Make(device, torch.float64)))
+    ]

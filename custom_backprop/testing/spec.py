@@ -60,8 +60,8 @@ class OpSpec:
         function: ours.
         reference: stock torch with the same signature: the oracle (in float64) and the yardstick (in each dtype).
         samples: small inputs that meet every argument and awkward sizes, smooth at the values drawn: valid for gradcheck.
-        large: ``large(make, size)`` with size "small" (about 4k elements), "medium" (about 64k) or "large" (1M and more): what the benchmarks
-            run, and what ``kernels`` compiles for on meta tensors.
+        large: ``large(make, size)`` with size "small" (about 4k elements), "medium" (about 64k) or "large" (1M and more): what the
+            benchmarks run, and what ``kernels`` compiles for on meta tensors.
         module: (our class, torch's class, constructor's arguments, the modules' inputs from a ``Make``), for the tests of drop-in modules.
         double_backward: False if the op has no second derivative; then create_graph raises.
         low_precision: the reduced dtypes that torch itself supports for this op on this device.

@@ -1,0 +1,100 @@
+"""One call under test: which tensors are differentiated, and the same call in another dtype, layout or set of leaves."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+
+def is_float(a: Any) -> bool:
+    """Whether ``a`` is a tensor of real floating-point numbers."""
+    return isinstance(a, Tensor) and a.is_floating_point()
+
+
+@dataclass(frozen=True)
+class Case:
+    """``function(*args, **kwargs)``, differentiated with respect to the positional tensors that require grad."""
+
+    function: Callable[..., Any]
+    reference: Callable[..., Any] | None
+    args: tuple[Any, ...]
+    kwargs: dict[str, Any] = field(default_factory=dict)
+    name: str = ""
+    double_backward: bool = True
+    low_precision: tuple[torch.dtype, ...] = (torch.float32, torch.bfloat16, torch.float16)
+
+    @property
+    def wanted(self) -> tuple[int, ...]:
+        """Positions of the arguments that are differentiated."""
+        return tuple(i for i, a in enumerate(self.args) if is_float(a) and a.requires_grad)
+
+    @property
+    def leaves(self) -> tuple[Tensor, ...]:
+        """Those arguments, as fresh leaves that require grad."""
+        return tuple(self.args[i].detach().clone().requires_grad_() for i in self.wanted)
+
+    @property
+    def device(self) -> torch.device:
+        return next((a.device for a in self.args if isinstance(a, Tensor)), torch.device("cpu"))
+
+    def call(self, *leaves: Tensor) -> Any:
+        """Ours, as a function of the leaves alone."""
+        return self.function(*self._fill(leaves), **self.kwargs)
+
+    def call_reference(self, *leaves: Tensor) -> Any:
+        """The reference, as a function of the leaves alone."""
+        assert self.reference is not None
+        return self.reference(*self._fill(leaves), **self.kwargs)
+
+    def _fill(self, leaves: Sequence[Tensor]) -> list[Any]:
+        args = [a.detach() if isinstance(a, Tensor) else a for a in self.args]
+        for i, leaf in zip(self.wanted, leaves, strict=True):
+            args[i] = leaf
+        return args
+
+    def to(self, dtype: torch.dtype) -> Case:
+        """The same case with every floating-point tensor rounded to ``dtype``."""
+
+        def cast(a: Any) -> Any:
+            return a.detach().to(dtype).requires_grad_(a.requires_grad) if is_float(a) else a
+
+        return replace(self, args=tuple(map(cast, self.args)), kwargs={k: cast(v) for k, v in self.kwargs.items()})
+
+
+def outputs(result: Any) -> tuple[Tensor, ...]:
+    """The differentiable outputs of a call."""
+    results = result if isinstance(result, (tuple, list)) else (result,)
+    return tuple(r for r in results if isinstance(r, Tensor) and r.is_floating_point())
+
+
+def weights_for(results: Sequence[Tensor], seed: int = 1) -> tuple[Tensor, ...]:
+    """Random gradients for the outputs: a plain sum would hide a wrong gradient (of a softmax it is zero)."""
+    generator = torch.Generator().manual_seed(seed)
+    return tuple(torch.randn(r.shape, generator=generator, dtype=torch.float64).to(r.device, r.dtype) for r in results)
+
+
+def gradients(
+    function: Callable[..., Any], leaves: Sequence[Tensor], dys: Sequence[Tensor] | None = None, **options: Any
+) -> tuple[Any, ...]:
+    """(outputs, gradients of the leaves) for given or random gradients of the outputs."""
+    results = outputs(function(*leaves))
+    dys = weights_for(results) if dys is None else dys
+    return results, torch.autograd.grad(results, leaves, dys, allow_unused=True, **options)
+
+
+def of_module(module: nn.Module, reference: Any, inputs: Sequence[Any]) -> tuple[Callable[..., Any], Any, tuple[Any, ...]]:
+    """(function, reference, args) of a module: its parameters and floating-point buffers become arguments after the inputs."""
+    state = dict(module.named_parameters()) | {k: b for k, b in module.named_buffers() if b.is_floating_point()}
+    count, names = len(inputs), list(state)
+
+    def functional(of: nn.Module) -> Callable[..., Any]:
+        of = copy.deepcopy(of)
+        return lambda *args, **kwargs: torch.func.functional_call(of, dict(zip(names, args[count:], strict=True)), args[:count], kwargs)
+
+    args = tuple(inputs) + tuple(t.detach().requires_grad_(t.requires_grad) for t in state.values())
+    return functional(module), functional(reference) if isinstance(reference, nn.Module) else reference, args

@@ -1,0 +1,376 @@
+"""The checks of :func:`validate`, each a function of one :class:`Case` that raises AssertionError with what it saw.
+
+A check that has nothing to say about a case raises :class:`NotApplicable` with the reason.
+"""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Callable, Iterable
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.autograd import gradcheck as torch_gradcheck
+from torch.autograd import gradgradcheck as torch_gradgradcheck
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from .case import Case, gradients, outputs, weights_for
+
+
+class NotApplicable(Exception):
+    """The check says nothing about this case."""
+
+
+def forward(case: Case) -> None:
+    """Same values, shapes and dtypes as the reference, in float64."""
+    leaves = _with_reference(case).leaves
+    _same(outputs(case.call(*leaves)), outputs(case.call_reference(*leaves)), "outputs", exact_type=True)
+
+
+def gradient(case: Case) -> None:
+    """Same gradients as autograd gives for the reference, in float64, under random weights."""
+    leaves = _with_reference(case).leaves
+    ours, theirs = gradients(case.call, leaves)[1], gradients(case.call_reference, leaves)[1]
+    _same(ours, theirs, "gradients", exact_type=True)
+
+
+def gradcheck(case: Case) -> None:
+    """torch.autograd.gradcheck, undefined gradients included."""
+    torch_gradcheck(case.call, case.leaves, check_undefined_grad=True)
+
+
+def gradgradcheck(case: Case) -> None:
+    """torch.autograd.gradgradcheck; an op without a second derivative must raise, not be silently wrong."""
+    if case.double_backward:
+        torch_gradgradcheck(case.call, case.leaves)
+        return
+    grads = gradients(case.call, case.leaves, create_graph=True)[1]
+    try:
+        gradients(lambda *_: grads, case.leaves)
+    except RuntimeError:
+        return
+    raise AssertionError("an op without a second derivative gave one")
+
+
+def forward_mode(case: Case) -> None:
+    """gradcheck of the jvp."""
+    torch_gradcheck(case.call, case.leaves, check_forward_ad=True, check_backward_ad=False, check_undefined_grad=False)
+
+
+def batched(case: Case) -> None:
+    """is_grads_batched=True, once and twice, equals a loop."""
+    leaves = case.leaves
+    results = outputs(case.call(*leaves))
+    dys = [weights_for(results, seed) for seed in (1, 2, 3)]
+    stacked = tuple(torch.stack(d) for d in zip(*dys, strict=True))
+    loop = [torch.autograd.grad(results, leaves, d, retain_graph=True, allow_unused=True) for d in dys]
+    together = torch.autograd.grad(results, leaves, stacked, is_grads_batched=True, retain_graph=True, allow_unused=True)
+    _same(together, _stack(loop), "batched gradients")
+    if not case.double_backward:
+        return
+    grads = torch.autograd.grad(results, leaves, dys[0], create_graph=True, allow_unused=True)
+    second = tuple(g for g in grads if g is not None and g.requires_grad)
+    if not second:
+        return
+    weights = [weights_for(second, seed) for seed in (4, 5)]
+    loop = [torch.autograd.grad(second, leaves, w, retain_graph=True, allow_unused=True) for w in weights]
+    stacked = tuple(torch.stack(w) for w in zip(*weights, strict=True))
+    together = torch.autograd.grad(second, leaves, stacked, is_grads_batched=True, allow_unused=True)
+    _same(together, _stack(loop), "batched second gradients")
+
+
+def transforms(case: Case) -> None:
+    """vmap over each leaf and over all, per-sample gradients, jacrev against jacfwd, and the hessian, against loops and the reference."""
+    leaves = tuple(leaf.detach() for leaf in case.leaves)
+    if not leaves:
+        raise NotApplicable("nothing is differentiated")
+    which = tuple(range(len(leaves)))
+
+    def loss(function: Callable[..., Any]) -> Callable[..., Tensor]:
+        weights = weights_for(outputs(function(*leaves)))
+
+        def weighted(*args: Tensor) -> Tensor:
+            return sum((r * w).sum() for r, w in zip(outputs(function(*args)), weights, strict=True))  # type: ignore[return-value]
+
+        return weighted
+
+    ours = loss(case.call)
+    batch = tuple(torch.stack([leaf, leaf * 0.9, leaf * 0.8]) for leaf in leaves)
+    singles = [(i,) for i in which] if len(which) > 1 else []
+    for mapped in [*singles, which]:
+        in_dims = tuple(0 if i in mapped else None for i in which)
+        args = tuple(b if i in mapped else leaf for i, (b, leaf) in enumerate(zip(batch, leaves, strict=True)))
+        rows = [tuple(a[k] if i in mapped else a for i, a in enumerate(args)) for k in range(3)]
+        results = outputs(torch.vmap(case.call, in_dims)(*args))
+        _same(results, _stack([outputs(case.call(*row)) for row in rows]), f"vmap over {mapped}")
+        per_sample = torch.vmap(torch.func.grad(ours, which), in_dims)(*args)
+        _same(per_sample, _stack([torch.func.grad(ours, which)(*row) for row in rows]), f"per-sample gradients over {mapped}")
+    reverse = torch.func.jacrev(lambda *a: outputs(case.call(*a)), which)(*leaves)
+    forward_ = torch.func.jacfwd(lambda *a: outputs(case.call(*a)), which)(*leaves)
+    for r, f in zip(reverse, forward_, strict=True):
+        _same(r, f, "jacrev and jacfwd")
+    if case.double_backward:
+        hessian = torch.func.hessian(ours, which)(*leaves)
+        expected = torch.func.hessian(loss(case.call_reference), which)(*leaves) if case.reference else None
+        for i, j in itertools.product(which, which):
+            _same((hessian[i][j],), (hessian[j][i].permute(_swap(leaves[i], leaves[j])),), "hessian and its transpose")
+            if expected is not None:
+                _same((hessian[i][j],), (expected[i][j],), "hessian")
+
+
+def opcheck(case: Case) -> None:
+    """torch.library.opcheck on every custom operator that forward and backward call."""
+    with _Recorder() as recorder:
+        gradients(case.call, case.leaves)
+    if not recorder.calls:
+        raise NotApplicable("no custom operator is called")
+    for operator, args, kwargs in recorder.calls.values():
+        torch.library.opcheck(operator, args, kwargs)
+
+
+def compile(case: Case) -> None:
+    """torch.compile(fullgraph=True) gives eager's outputs and gradients."""
+    torch._dynamo.reset()
+    leaves = case.leaves
+    compiled = torch.compile(case.call, fullgraph=True, backend="aot_eager")
+    results, grads = gradients(compiled, leaves)
+    expected, expected_grads = gradients(case.call, leaves)
+    _same(results, expected, "compiled outputs")
+    _same(grads, expected_grads, "compiled gradients")
+
+
+def layouts(case: Case) -> None:
+    """Every layout of grad_output: contiguous, transposed, sliced, stride 0, None."""
+    leaves = case.leaves
+    results = outputs(case.call(*leaves))
+    dys = weights_for(results)
+    expected = torch.autograd.grad(results, leaves, dys, retain_graph=True, allow_unused=True)
+    for name, layout in (("transposed", transposed), ("sliced", sliced)):
+        grads = torch.autograd.grad(results, leaves, [layout(d) for d in dys], retain_graph=True, allow_unused=True)
+        _same(grads, expected, f"gradients for a {name} grad_output")
+    constant = [d.new_tensor(0.7).expand_as(d) for d in dys]
+    grads = torch.autograd.grad(results, leaves, constant, retain_graph=True, allow_unused=True)
+    expected = torch.autograd.grad(results, leaves, [c.contiguous() for c in constant], retain_graph=True, allow_unused=True)
+    _same(grads, expected, "gradients for a stride-0 grad_output")
+    undefined = [torch._C._functions.UndefinedGrad()(r) for r in results]
+    for grad in torch.autograd.grad(undefined, leaves, dys, allow_unused=True):
+        _require(grad is None or not grad.count_nonzero(), "a gradient came from an undefined grad_output")
+
+
+def input_layouts(case: Case) -> None:
+    """Transposed, sliced and expanded inputs give what contiguous ones give."""
+    leaves = case.leaves
+    results, grads = gradients(case.call, leaves)
+    for name, layout in (("transposed", transposed), ("sliced", sliced)):
+        strided = tuple(layout(leaf.detach()).requires_grad_() for leaf in leaves)
+        got, got_grads = gradients(case.call, strided)
+        _same(got, results, f"outputs for {name} inputs")
+        _same(got_grads, grads, f"gradients for {name} inputs")
+
+
+def inputs_unchanged(case: Case) -> None:
+    """No input, and no grad_output, is written: same bits, same version."""
+    leaves = case.leaves
+    results = outputs(case.call(*leaves))
+    dys = weights_for(results)
+    tensors = [a for a in (*case._fill(leaves), *case.kwargs.values(), *dys) if isinstance(a, Tensor)]
+    before = [(t.detach().clone(), t._version) for t in tensors]
+    torch.autograd.grad(outputs(case.call(*leaves)), leaves, dys, allow_unused=True)
+    torch.autograd.grad(results, leaves, dys, allow_unused=True)
+    for t, (copy, version) in zip(tensors, before, strict=True):
+        _require(_bits(t, copy) and t._version == version, f"a tensor of shape {tuple(t.shape)} was written")
+
+
+def two_backwards(case: Case) -> None:
+    """A second backward through a retained graph gives the same bits, whatever was done to the first gradients."""
+    leaves = case.leaves
+    results = outputs(case.call(*leaves))
+    dys = weights_for(results)
+    for weights in (dys, tuple(map(torch.ones_like, dys))):
+        first = torch.autograd.grad(results, leaves, weights, retain_graph=True, allow_unused=True)
+        kept = [None if g is None else g.clone() for g in first]
+        for g in first:
+            if g is not None and g.numel():
+                g.mul_(3)
+        second = torch.autograd.grad(results, leaves, weights, retain_graph=True, allow_unused=True)
+        for a, b in zip(kept, second, strict=True):
+            _require((a is None) == (b is None) and (a is None or _bits(a, b)), "the second backward gave other bits")
+
+
+def subsets(case: Case) -> None:
+    """Every subset of the inputs that require grad: the wanted gradients, and no other."""
+    leaves = case.leaves
+    dys = weights_for(outputs(case.call(*leaves)))
+    full = gradients(case.call, leaves, dys)[1]
+    for size in range(len(leaves)):
+        for chosen in itertools.combinations(range(len(leaves)), size):
+            some = tuple(leaf.detach().requires_grad_(i in chosen) for i, leaf in enumerate(leaves))
+            results = outputs(case.call(*some))
+            _require(all(r.requires_grad == bool(chosen) for r in results), f"requires_grad of the output is wrong for inputs {chosen}")
+            if chosen:
+                torch.autograd.backward(results, dys)
+            for i, (leaf, expected) in enumerate(zip(some, full, strict=True)):
+                _require((leaf.grad is not None) == (i in chosen and expected is not None), f"inputs {chosen}: gradient of input {i}")
+                if i in chosen and expected is not None:
+                    _same((leaf.grad,), (expected,), f"gradient of input {i} with only {chosen} wanted")
+
+
+def autocast(case: Case) -> None:
+    """Under autocast the output has the dtype that the reference's has, and gradients that of their inputs."""
+    _with_reference(case)
+    for dtype in (torch.float32, torch.bfloat16):
+        cast = case.to(dtype)
+        with torch.autocast(case.device.type, torch.bfloat16):
+            try:
+                expected = outputs(cast.call_reference(*cast.leaves))
+            except (RuntimeError, NotImplementedError) as error:
+                _raises(type(error), cast)
+                continue
+            leaves = cast.leaves
+            results = outputs(cast.call(*leaves))
+        _equal([r.dtype for r in results], [e.dtype for e in expected], f"output dtypes of {dtype} inputs under autocast")
+        grads = torch.autograd.grad(results, leaves, weights_for(results), allow_unused=True)
+        _equal([g.dtype for g in grads if g is not None], [dtype for g in grads if g is not None], "gradient dtypes under autocast")
+
+
+def precision(case: Case) -> dict[str, tuple[float, float]]:
+    """Error against float64 no worse than the reference's own in each reduced dtype, plus one unit of rounding.
+
+    Returns:
+        dtype name -> (our error, the reference's), the largest over outputs and gradients, relative to the largest true value.
+    """
+    _with_reference(case)
+    figures = {}
+    for dtype in case.low_precision:
+        cast = case.to(dtype)
+        exact = cast.to(torch.float64)
+        dys = weights_for(outputs(cast.call_reference(*cast.leaves)))
+        truth = _flat(gradients(exact.call_reference, exact.leaves, [d.double() for d in dys]))
+        ours = _flat(gradients(cast.call, cast.leaves, dys))
+        theirs = _flat(gradients(cast.call_reference, cast.leaves, dys))
+        _equal([o.dtype for o in ours], [t.dtype for t in theirs], f"dtypes of results in {dtype}")
+        errors = [(_error(o, e), _error(t, e)) for o, t, e in zip(ours, theirs, truth, strict=True)]
+        for our, their in errors:
+            _require(our <= their + torch.finfo(dtype).eps, f"error in {dtype}: ours {our:.2e}, the reference's {their:.2e}")
+        figures[str(dtype).removeprefix("torch.")] = (max((o for o, _ in errors), default=0.0), max((t for _, t in errors), default=0.0))
+    return figures
+
+
+#: every check, in the order in which they run
+CHECKS: dict[str, Callable[[Case], Any]] = {
+    c.__name__: c
+    for c in (
+        forward, gradient, gradcheck, gradgradcheck, forward_mode, batched, transforms, opcheck, compile, layouts, input_layouts,
+        inputs_unchanged, two_backwards, subsets, autocast, precision,
+    )
+}  # fmt: skip
+
+
+def transposed(t: Tensor) -> Tensor:
+    """The same values, stored in the opposite order of dimensions."""
+    order = tuple(reversed(range(t.dim())))
+    return t.permute(order).contiguous().permute(order)
+
+
+def sliced(t: Tensor) -> Tensor:
+    """The same values, every second element of a buffer whose gaps hold NaN."""
+    if t.dim() == 0:
+        return t.clone()
+    buffer = t.new_full((*t.shape[:-1], 2 * t.shape[-1] + 1), float("nan"))
+    view = buffer[..., 1::2]
+    view.copy_(t)
+    return view
+
+
+class _Recorder(TorchDispatchMode):
+    """Keeps one call of each operator that is not PyTorch's own."""
+
+    STOCK = frozenset({"aten", "prim", "prims", "higher_order", "inductor", "profiler", "_c10d_functional"})
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.calls: dict[Any, tuple[Any, tuple[Any, ...], dict[str, Any]]] = {}
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = kwargs or {}
+        if func.namespace not in self.STOCK:
+            detached = tuple(a.detach().clone() if isinstance(a, Tensor) else a for a in args)
+            self.calls.setdefault(func, (func, detached, kwargs))
+        return func(*args, **kwargs)
+
+
+def _require(condition: bool, message: str) -> None:
+    """An assert that ``python -O`` does not remove."""
+    if not condition:
+        raise AssertionError(message)
+
+
+def _with_reference(case: Case) -> Case:
+    if case.reference is None:
+        raise NotApplicable("no reference was given")
+    return case
+
+
+def _raises(error: type[Exception], case: Case) -> None:
+    try:
+        case.call(*case.leaves)
+    except error:
+        return
+    raise AssertionError(f"the reference raises {error.__name__}, ours does not")
+
+
+def _same(ours: Any, theirs: Any, what: str, exact_type: bool = False) -> None:
+    _require(len(ours) == len(theirs), f"{what}: {len(ours)} of them for {len(theirs)}")
+    for a, b in zip(ours, theirs, strict=True):
+        if a is None or b is None:
+            present = b if a is None else a
+            _require(present is None or not present.count_nonzero(), f"{what}: one is None, the other is not zero")
+            continue
+        if exact_type:
+            _equal((a.shape, a.dtype), (b.shape, b.dtype), f"{what}: shape and dtype")
+        torch.testing.assert_close(a, b, rtol=1e-9, atol=1e-11, equal_nan=True, msg=lambda m: f"{what} differ: {m}")
+
+
+def _equal(ours: Any, theirs: Any, what: str) -> None:
+    _require(ours == theirs, f"{what}: {ours}, expected {theirs}")
+
+
+def _stack(rows: Any) -> tuple[Tensor | None, ...]:
+    return tuple(None if column[0] is None else torch.stack(column) for column in zip(*rows, strict=True))
+
+
+def _bits(a: Tensor, b: Tensor) -> bool:
+    a, b = (t.detach().contiguous().reshape(-1).view(torch.uint8) for t in (a, b))
+    return torch.equal(a, b)
+
+
+def _swap(a: Tensor, b: Tensor) -> tuple[int, ...]:
+    """The permutation that turns a block of the hessian, of shape (b.shape, a.shape), into (a.shape, b.shape)."""
+    return (*range(b.dim(), b.dim() + a.dim()), *range(b.dim()))
+
+
+def _flat(pair: tuple[Any, ...]) -> list[Tensor]:
+    return [t.detach() for part in pair for t in part if t is not None]
+
+
+def _error(value: Tensor, truth: Tensor) -> float:
+    if not truth.numel():
+        return 0.0
+    finite = truth.isfinite()
+    scale = truth[finite].abs().max().item() if finite.any() else 0.0
+    difference = torch.where(finite, (value.double() - truth).abs(), 0).max().item()
+    return difference / scale if scale else difference
+
+
+def applicable(names: Iterable[str] | None) -> dict[str, Callable[[Case], Any]]:
+    """The checks of these names, or all.
+
+    Raises:
+        ValueError: an unknown name.
+    """
+    chosen = list(CHECKS) if names is None else list(names)
+    unknown = [n for n in chosen if n not in CHECKS]
+    if unknown:
+        raise ValueError(f"unknown checks {unknown}: choose among {list(CHECKS)}")
+    return {n: CHECKS[n] for n in chosen}

@@ -1,0 +1,145 @@
+"""``validate``: everything that a backward written by hand must prove, in one call, on anybody's Function, kernel or module."""
+
+from __future__ import annotations
+
+import json
+import time
+import warnings
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass, field
+from typing import Any
+
+import torch
+from torch import nn
+
+from .case import Case, is_float, of_module
+from .checks import NotApplicable, applicable
+
+SYMBOL = {"pass": "ok", "fail": "FAIL", "n/a": "-"}
+
+
+@dataclass(frozen=True)
+class Result:
+    """One check's outcome: ``status`` is "pass", "fail" or "n/a"; ``detail`` says what was seen, or why it does not apply."""
+
+    check: str
+    status: str
+    detail: str = ""
+    seconds: float = 0.0
+
+
+@dataclass
+class Report:
+    """What :func:`validate` found. Prints as a table."""
+
+    name: str
+    results: list[Result] = field(default_factory=list)
+    errors: dict[str, tuple[float, float]] = field(default_factory=dict)
+    """dtype -> (our error against float64, the reference's own)"""
+
+    @property
+    def passed(self) -> bool:
+        return all(r.status != "fail" for r in self.results)
+
+    def status(self, check: str) -> str:
+        return next(r.status for r in self.results if r.check == check)
+
+    def raise_if_failed(self) -> Report:
+        """Raises AssertionError that holds the whole report if any check failed; else returns the report."""
+        if not self.passed:
+            raise AssertionError(str(self))
+        return self
+
+    def to_dict(self) -> dict[str, Any]:
+        return {**asdict(self), "passed": self.passed}
+
+    def to_json(self, **options: Any) -> str:
+        return json.dumps(self.to_dict(), **options)
+
+    def merge(self, other: Report) -> None:
+        """Takes in another case's report: a check passes if it passes on every case to which it applies."""
+        merged = {r.check: r for r in self.results}
+        for r in other.results:
+            mine = merged.get(r.check)
+            if mine is None:
+                merged[r.check] = r
+                continue
+            rank = {"fail": 0, "pass": 1, "n/a": 2}
+            worse = min(mine, r, key=lambda x: rank[x.status])
+            merged[r.check] = Result(r.check, worse.status, worse.detail, mine.seconds + r.seconds)
+        self.results = list(merged.values())
+        for dtype, (ours, theirs) in other.errors.items():
+            before = self.errors.get(dtype, (0.0, 0.0))
+            self.errors[dtype] = (max(before[0], ours), max(before[1], theirs))
+
+    def __str__(self) -> str:
+        lines = [f"{self.name}: {'passed' if self.passed else 'FAILED'}"]
+        lines += [f"  {SYMBOL[r.status]:<5}{r.check:<18}{r.detail}" for r in self.results]
+        lines += [f"  error in {d}: {ours:.1e} (the reference's own: {theirs:.1e})" for d, (ours, theirs) in self.errors.items()]
+        return "\n".join(lines)
+
+
+def validate(
+    fn_or_module: Callable[..., Any] | nn.Module,
+    inputs: Sequence[Any],
+    reference: Callable[..., Any] | nn.Module | None = None,
+    *,
+    kwargs: dict[str, Any] | None = None,
+    checks: list[str] | None = None,
+    double_backward: bool = True,
+    low_precision: tuple[torch.dtype, ...] = (torch.float32, torch.bfloat16, torch.float16),
+    name: str | None = None,
+) -> Report:
+    """Proves a backward against torch.
+
+    Args:
+        fn_or_module: a function of tensors (``MyFunction.apply``, a kernel's wrapper), or a module, whose parameters are then
+            differentiated as well.
+        inputs: the positional arguments. Floating-point tensors are taken in float64; those that require grad are differentiated (all of
+            them if none does). Keep them small, a few dozen elements: gradcheck evaluates the function twice an element.
+        reference: the same computed by stock torch (with the same parameters, if both are modules). Without it the checks that need an
+            oracle do not apply.
+        kwargs: keyword arguments of every call.
+        checks: names of :data:`custom_backprop.testing.CHECKS`. Default: all.
+        double_backward: False states that there is no second derivative; then asking for one must raise.
+        low_precision: the dtypes in which the error against float64 must not exceed the reference's own.
+        name: the report's title.
+
+    Returns:
+        a :class:`Report`, to print, to serialise, or to assert with ``.raise_if_failed()``.
+
+    Raises:
+        TypeError: no input is a floating-point tensor.
+        ValueError: an unknown check.
+    """
+    title = name or getattr(fn_or_module, "__name__", None) or type(fn_or_module).__name__
+    args = tuple(inputs)
+    if not any(is_float(a) and a.requires_grad for a in args):
+        args = tuple(a.detach().requires_grad_() if is_float(a) else a for a in args)
+    function: Callable[..., Any] = fn_or_module
+    if isinstance(fn_or_module, nn.Module):
+        function, reference, args = of_module(fn_or_module, reference, args)
+    if not any(map(is_float, args)):
+        raise TypeError(f"validate needs a floating-point tensor among the inputs, got {[type(a).__name__ for a in inputs]}")
+    case = Case(function, reference, args, kwargs or {}, title, double_backward, low_precision).to(torch.float64)
+    return run(case, checks)
+
+
+def run(case: Case, checks: list[str] | None = None) -> Report:
+    """The checks of these names (default: all) on one case."""
+    report = Report(case.name)
+    for check, function in applicable(checks).items():
+        start = time.perf_counter()
+        status, detail = "pass", ""
+        try:
+            with warnings.catch_warnings():
+                warnings.simplefilter("ignore")
+                found = function(case)
+            if check == "precision":
+                report.errors = found
+        except NotApplicable as reason:
+            status, detail = "n/a", str(reason)
+        except Exception as error:
+            status, detail = "fail", f"{case.name}: {type(error).__name__}: {error}"
+        report.results.append(Result(check, status, detail, time.perf_counter() - start))
+    return report
