@@ -1,0 +1,195 @@
+"""The engine of proof must itself be proved: each planted mistake turns the check that is meant for it red."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+import torch
+
+from custom_backprop.testing import CHECKS, validate
+
+
+class Scale(torch.autograd.Function):
+    """y = 2 x w: correct."""
+
+    generate_vmap_rule = True
+
+    @staticmethod
+    def forward(x, w):
+        return 2 * x * w
+
+    @staticmethod
+    def setup_context(ctx, inputs, output):
+        ctx.save_for_backward(*inputs)
+        ctx.save_for_forward(*inputs)
+
+    @staticmethod
+    def backward(ctx, dy):
+        x, w = ctx.saved_tensors
+        return 2 * dy * w, 2 * dy * x
+
+    @staticmethod
+    def jvp(ctx, tx, tw):
+        x, w = ctx.saved_tensors
+        return 2 * (tx * w if tx is not None else 0) + 2 * (tw * x if tw is not None else 0)
+
+
+def reference(x, w):
+    return 2 * x * w
+
+
+def inputs():
+    return torch.randn(3, 2), torch.randn(3, 2)
+
+
+def planted(**members):
+    """A copy of Scale with some of its methods broken."""
+    wrapped = {k: v if isinstance(v, bool) else staticmethod(v) for k, v in members.items()}
+    return type("Planted", (Scale,), wrapped).apply
+
+
+def failures(fn, **options):
+    report = validate(fn, inputs(), reference, **options)
+    return {r.check for r in report.results if r.status == "fail"}
+
+
+def saved(ctx):
+    return ctx.saved_tensors
+
+
+def test_a_correct_function_passes_all_that_applies():
+    report = validate(Scale.apply, inputs(), reference)
+    # torch.compile refuses a Function with a jvp, and it calls no custom operator
+    assert {r.check for r in report.results if r.status == "fail"} == {"compile"}
+    assert report.status("opcheck") == "n/a"
+
+
+def test_stock_function_passes():
+    validate(lambda x: torch.nn.functional.silu(x), [torch.randn(5)], torch.nn.functional.silu).raise_if_failed()
+
+
+def wrong_sign(ctx, dy):
+    x, w = ctx.saved_tensors
+    return -2 * dy * w, 2 * dy * x
+
+
+def dropped_gradient(ctx, dy):
+    return 2 * dy * ctx.saved_tensors[1], None
+
+
+def one_gradient_for_all(ctx, dy):
+    x, w = ctx.saved_tensors
+    return 2 * dy.flatten()[0] * w, 2 * dy * x
+
+
+def cut_second_derivative(ctx, dy):
+    x, w = ctx.saved_tensors
+    return (2 * dy * w).detach(), 2 * dy * x
+
+
+def assumes_contiguous_dy(ctx, dy):
+    x, w = ctx.saved_tensors
+    flat = dy.as_strided((3, 2), (2, 1)) if type(dy) is torch.Tensor and dy.untyped_storage().nbytes() >= 48 else dy
+    return 2 * flat * w, 2 * dy * x
+
+
+def overwrites_its_input(ctx, dy):
+    x, w = ctx.saved_tensors
+    x.data.mul_(1.01)
+    return 2 * dy * w, 2 * dy * x
+
+
+@pytest.mark.parametrize(
+    ("mistake", "seen_by"),
+    [
+        (wrong_sign, {"gradient", "gradcheck"}),
+        (dropped_gradient, {"gradient", "gradcheck"}),
+        (one_gradient_for_all, {"gradient", "gradcheck"}),
+        (cut_second_derivative, {"gradgradcheck", "transforms"}),
+        (assumes_contiguous_dy, {"layouts"}),
+        (overwrites_its_input, {"inputs_unchanged", "two_backwards"}),
+    ],
+)
+def test_mistakes_in_backward_are_seen(mistake, seen_by):
+    assert seen_by <= failures(planted(backward=mistake))
+
+
+def test_a_wrong_jvp_is_seen():
+    assert {"forward_mode", "transforms"} <= failures(planted(jvp=lambda ctx, tx, tw: 3 * tx * saved(ctx)[1]))
+
+
+def test_a_wrong_forward_is_seen():
+    assert {"forward", "gradcheck"} <= failures(planted(forward=lambda x, w: 2 * x * w * w))
+
+
+def test_lost_precision_is_seen():
+    lossy = planted(forward=lambda x, w: (2 * x.bfloat16() * w.bfloat16()).to(x.dtype))
+    assert "precision" in failures(lossy, checks=["precision"])
+
+
+def test_wrong_autocast_dtype_is_seen():
+    linear = torch.nn.functional.linear
+
+    def in_float32(x, w):
+        with torch.autocast("cpu", enabled=False):
+            return linear(x.float(), w.float())
+
+    report = validate(in_float32, inputs(), linear, checks=["autocast"])
+    assert report.status("autocast") == "fail"
+
+
+def test_batched_gradients_that_need_values_are_seen():
+    assert "batched" in failures(planted(backward=lambda ctx, dy: (2 * dy.sum().item() * saved(ctx)[1], 2 * dy * saved(ctx)[0])))
+
+
+def test_missing_second_derivative_must_be_declared_and_raise():
+    once = planted(backward=torch.autograd.function.once_differentiable(lambda ctx, dy: (2 * dy * saved(ctx)[1], 2 * dy * saved(ctx)[0])))
+    assert "gradgradcheck" in failures(once, checks=["gradgradcheck"])
+    assert "gradgradcheck" not in failures(once, checks=["gradgradcheck"], double_backward=False)
+    assert "gradgradcheck" in failures(Scale.apply, checks=["gradgradcheck"], double_backward=False)
+
+
+def test_operators_are_checked():
+    with torch.library._scoped_library("planted", "FRAGMENT") as library:
+        library.define("double(Tensor x) -> Tensor")
+        library.impl("double", lambda x: x.mul_(2), "CPU")  # writes its input, against its schema
+        report = validate(lambda x: x * torch.ops.planted.double(x.detach().clone()), [torch.randn(3)], checks=["opcheck"])
+    assert report.status("opcheck") == "fail"
+
+
+def test_a_module_is_validated_with_its_parameters():
+    class Wrong(torch.nn.Linear):
+        def forward(self, x):
+            return x @ self.weight.detach().T + self.bias
+
+    stock = torch.nn.Linear(3, 2)
+    wrong = Wrong(3, 2)
+    wrong.load_state_dict(stock.state_dict())
+    validate(stock, [torch.randn(4, 3)], stock, checks=["forward", "gradient", "gradcheck", "precision"]).raise_if_failed()
+    assert validate(wrong, [torch.randn(4, 3)], stock, checks=["forward", "gradient"]).status("gradient") == "fail"
+    assert stock.weight.dtype == torch.float32, "validate works on a copy"
+
+
+def test_without_a_reference_the_oracle_checks_do_not_apply():
+    report = validate(lambda x: x.sin(), [torch.randn(3)]).raise_if_failed()
+    assert {r.check for r in report.results if r.status == "n/a"} == {"forward", "gradient", "opcheck", "autocast", "precision"}
+
+
+def test_report_prints_and_serialises():
+    report = validate(planted(backward=lambda ctx, dy: (-dy, dy)), inputs(), reference, checks=["gradient", "layouts"], name="planted")
+    assert "planted: FAILED" in str(report)
+    assert json.loads(report.to_json())["results"][0]["status"] == "fail"
+    with pytest.raises(AssertionError, match="planted: FAILED"):
+        report.raise_if_failed()
+
+
+def test_bad_arguments():
+    with pytest.raises(TypeError, match="floating-point"):
+        validate(lambda x: x, [torch.arange(3)])
+    with pytest.raises(ValueError, match="unknown checks"):
+        validate(lambda x: x, [torch.randn(3)], checks=["gradchek"])
+
+
+def test_every_check_says_what_it_does():
+    assert all(check.__doc__ for check in CHECKS.values())
