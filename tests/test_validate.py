@@ -115,6 +115,14 @@ def test_mistakes_in_backward_are_seen(mistake, seen_by):
     assert seen_by <= failures(planted(backward=mistake))
 
 
+def test_a_cycle_that_keeps_memory_is_seen():
+    def keeps_its_output(ctx, inputs, output):
+        ctx.save_for_backward(*inputs)
+        ctx.output = output
+
+    assert failures(planted(setup_context=keeps_its_output), checks=["freed"]) == {"freed"}
+
+
 def test_a_wrong_jvp_is_seen():
     assert {"forward_mode", "transforms"} <= failures(planted(jvp=lambda ctx, tx, tw: 3 * tx * saved(ctx)[1]))
 

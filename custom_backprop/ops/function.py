@@ -62,7 +62,11 @@ def differentiable(*, autocast_cpu: str | None = None, autocast_cuda: str | None
                 args = _cast(args, policies)
             if _functorch_active() or forward_ad._current_level >= 0:
                 return transformable.apply(*args)
-            return eager_apply(*args) if torch.is_grad_enabled() else forward(*args)
+            if torch.is_grad_enabled():
+                for a in args:
+                    if isinstance(a, torch.Tensor) and a.requires_grad:
+                        return eager_apply(*args)
+            return forward(*args)
 
         call.__name__ = call.__qualname__ = definition.__name__
         call.__doc__ = definition.__doc__

@@ -5,7 +5,9 @@ A check that has nothing to say about a case raises :class:`NotApplicable` with 
 
 from __future__ import annotations
 
+import gc
 import itertools
+import weakref
 from collections.abc import Callable, Iterable
 from typing import Any
 
@@ -209,6 +211,22 @@ def two_backwards(case: Case) -> None:
             _require((a is None) == (b is None) and (a is None or _bits(a, b)), "the second backward gave other bits")
 
 
+def freed(case: Case) -> None:
+    """Outputs are freed when their last name goes: a cycle through the context would hold them until the collector runs."""
+    leaves = case.leaves
+    collecting = gc.isenabled()
+    gc.disable()
+    try:
+        results = outputs(case.call(*leaves))
+        watched = [weakref.ref(r) for r in results]
+        torch.autograd.grad(results, leaves, weights_for(results), allow_unused=True)
+        del results
+        _require(not any(w() is not None for w in watched), "an output outlives its last name: a reference cycle")
+    finally:
+        if collecting:
+            gc.enable()
+
+
 def subsets(case: Case) -> None:
     """Every subset of the inputs that require grad: the wanted gradients, and no other."""
     leaves = case.leaves
@@ -273,7 +291,7 @@ CHECKS: dict[str, Callable[[Case], Any]] = {
     c.__name__: c
     for c in (
         forward, gradient, gradcheck, gradgradcheck, forward_mode, batched, transforms, opcheck, compile, layouts, input_layouts,
-        inputs_unchanged, two_backwards, subsets, autocast, precision,
+        inputs_unchanged, two_backwards, freed, subsets, autocast, precision,
     )
 }  # fmt: skip
 

@@ -1,0 +1,81 @@
+"""Ratios, not times: both calls in turns in one process, so that the machine's drift meets both alike."""
+
+from __future__ import annotations
+
+import statistics
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """Seconds a call (medians), and the ratio stock / ours: the median, and the quartiles, over the pairs. Above 1 we win."""
+
+    ours: float
+    stock: float
+    ratio: float
+    low: float
+    high: float
+
+
+def compare(ours: Callable[[], Any], stock: Callable[[], Any], seconds: float = 1.0, device: str = "cpu") -> Comparison:
+    """Times both for about ``seconds`` in all, at least seven pairs, each turn of a pair long enough for the clock."""
+    timer = _cuda_seconds if device == "cuda" else _cpu_seconds
+    once = max(timer(stock, 3), timer(ours, 3))
+    calls = max(1, int(2e-3 / once))
+    pairs = max(7, min(200, int(seconds / (2 * calls * once))))
+    mine, theirs = [], []
+    for i in range(pairs):
+        turns = ((mine, ours), (theirs, stock)) if i % 2 else ((theirs, stock), (mine, ours))
+        for times, call in turns:
+            times.append(timer(call, calls))
+    ratios = sorted(t / m for m, t in zip(mine, theirs, strict=True))
+    low, _, high = statistics.quantiles(ratios, n=4)
+    return Comparison(statistics.median(mine), statistics.median(theirs), statistics.median(ratios), low, high)
+
+
+def peak_memory(call: Callable[[], Any], device: str = "cpu") -> int:
+    """Bytes that the call allocates at its peak, on top of what stood before it."""
+    call()
+    if device == "cuda":
+        torch.cuda.synchronize()
+        torch.cuda.reset_peak_memory_stats()
+        before = torch.cuda.memory_allocated()
+        call()
+        torch.cuda.synchronize()
+        return torch.cuda.max_memory_allocated() - before
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True) as profile:
+        kept = call()
+    del kept
+    now = peak = 0
+    events = (e for e in profile.profiler.kineto_results.events() if e.name() == "[memory]")
+    for event in sorted(events, key=lambda e: e.start_ns()):
+        now += event.nbytes()
+        peak = max(peak, now)
+    return peak
+
+
+def _cpu_seconds(call: Callable[[], Any], calls: int) -> float:
+    start = time.perf_counter()
+    for _ in range(calls):
+        call()
+    return (time.perf_counter() - start) / calls
+
+
+def _cuda_seconds(call: Callable[[], Any], calls: int) -> float:
+    """By events, the L2 cache overwritten before each call."""
+    flush = torch.empty(256 * 2**20, dtype=torch.int8, device="cuda")
+    total = 0.0
+    for _ in range(calls):
+        flush.zero_()
+        start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+        start.record()
+        call()
+        end.record()
+        end.synchronize()
+        total += start.elapsed_time(end) * 1e-3
+    return total / calls

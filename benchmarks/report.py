@@ -1,0 +1,137 @@
+"""``python -m benchmarks.report``: the table of ratios stock / ours, as Markdown, JSON and a plot, in ``benchmarks/results/``."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import platform
+import sys
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import torch
+
+import custom_backprop
+from custom_backprop.cli.progress import progress
+from custom_backprop.testing import OpSpec, database
+
+from .cases import DIRECTIONS, SIZES, pair
+from .measure import compare, peak_memory
+from .training import training_step
+
+RESULTS = Path(__file__).parent / "results"
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(prog="python -m benchmarks.report", description=__doc__)
+    parser.add_argument("ops", nargs="*", metavar="OP", help="names of ops or families; default: all")
+    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    parser.add_argument("--sizes", nargs="+", choices=SIZES, default=SIZES)
+    parser.add_argument("--seconds", type=float, default=1.0, help="for each ratio")
+    parser.add_argument("--out", type=Path, default=RESULTS, metavar="DIR")
+    args = parser.parse_args()
+    specs = [s for s in database().values() if not args.ops or s.name in args.ops or s.family in args.ops]
+    if not specs:
+        parser.error(f"no op or family {' '.join(args.ops)}; there are: {', '.join(database())}")
+    rows: list[dict[str, Any]] = []
+    with progress(len(specs) * len(args.sizes) * len(DIRECTIONS) + 1, "ratio") as bar:
+        for spec in specs:
+            for size in args.sizes:
+                for direction in DIRECTIONS:
+                    bar.set_postfix_str(f"{spec.name} {size}")
+                    rows.append(_row(spec, size, direction, args.device, args.seconds))
+                    bar.update()
+        bar.set_postfix_str("digits training step")
+        rows.append(_training(args.device, args.seconds * 5))
+        bar.update()
+    name = "cpu" if args.device == "cpu" else torch.cuda.get_device_name().lower().replace(" ", "-")
+    args.out.mkdir(parents=True, exist_ok=True)
+    machine = _machine(args.device)
+    (args.out / f"{name}.json").write_text(json.dumps({"machine": machine, "rows": rows}, indent=1) + "\n")
+    (args.out / f"{name}.md").write_text(_markdown(machine, rows, name))
+    _plot(rows, args.out / f"{name}.png")
+    print(_markdown(machine, rows, name))
+    print(f"wrote {', '.join(str(args.out / f'{name}.{kind}') for kind in ('json', 'md', 'png'))}", file=sys.stderr)
+    return 0
+
+
+def _row(spec: OpSpec, size: str, direction: str, device: str, seconds: float) -> dict[str, Any]:
+    calls = pair(spec, size, direction, device)
+    row = {"op": spec.name, "family": spec.family, "size": size, "direction": direction}
+    row |= asdict(compare(calls.ours, calls.stock, seconds, device))
+    if size == "large" and direction == "forward+backward":
+        row |= {"ours_bytes": peak_memory(calls.ours, device), "stock_bytes": peak_memory(calls.stock, device)}
+    return row
+
+
+def _training(device: str, seconds: float) -> dict[str, Any]:
+    result = compare(training_step(True, device), training_step(False, device), seconds, device)
+    return {"op": "digits training step", "family": "training", "size": "batch 128", "direction": "step"} | asdict(result)
+
+
+def _machine(device: str) -> dict[str, Any]:
+    return {
+        "processor": torch.cuda.get_device_name() if device == "cuda" else torch.backends.cpu.get_cpu_capability(),
+        "threads": torch.get_num_threads(),
+        "torch": torch.__version__,
+        "python": platform.python_version(),
+        "custom_backprop": custom_backprop.__version__,
+        "dtype": "float32",
+        "allocator": "PyTorch's caching allocator" if device == "cuda" else "the C library's default (page faults included)",
+    }
+
+
+def _markdown(machine: dict[str, Any], rows: list[dict[str, Any]], name: str) -> str:
+    by = {(r["op"], r["size"], r["direction"]): r for r in rows}
+    lines = [
+        f"# Stock / ours on {name}: above 1 we win",
+        "",
+        "; ".join(f"{k}: {v}" for k, v in machine.items()) + ".",
+        "",
+        "Each ratio is the median over pairs of turns, ours and stock alternating in one process. Memory: peak of forward + backward at",
+        "the large size, beyond the inputs. Written by `python -m benchmarks.report`.",
+        "",
+        "| op | " + " | ".join(f"{s} {d}" for s in SIZES for d in DIRECTIONS) + " | memory ours / stock, MiB |",
+        "|---" * (len(SIZES) * len(DIRECTIONS) + 2) + "|",
+    ]
+    for op in dict.fromkeys(r["op"] for r in rows if r["family"] != "training"):
+        cells = [f"{by[op, s, d]['ratio']:.2f}" if (op, s, d) in by else "" for s in SIZES for d in DIRECTIONS]
+        large = by.get((op, "large", "forward+backward"))
+        memory = f"{large['ours_bytes'] / 2**20:.1f} / {large['stock_bytes'] / 2**20:.1f}" if large else ""
+        lines.append(f"| {op} | " + " | ".join(cells) + f" | {memory} |")
+    lines += [
+        "",
+        *(
+            f"{r['op']} ({r['size']}): {r['ratio']:.2f} (quartiles {r['low']:.2f} to {r['high']:.2f})"
+            for r in rows
+            if r["family"] == "training"
+        ),
+        "",
+    ]
+    return "\n".join(lines)
+
+
+def _plot(rows: list[dict[str, Any]], file: Path) -> None:
+    import matplotlib
+
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+
+    shown = [r for r in rows if r["size"] == "large"]
+    ops = list(dict.fromkeys(r["op"] for r in shown))
+    figure, axes = plt.subplots(figsize=(max(6, 0.32 * len(ops)), 5), layout="constrained")
+    for offset, direction in enumerate(DIRECTIONS):
+        values = {r["op"]: r["ratio"] for r in shown if r["direction"] == direction}
+        axes.bar([i + 0.4 * offset for i in range(len(ops))], [values.get(op, 0) for op in ops], width=0.4, label=direction)
+    axes.axhline(1, color="black", linewidth=0.8)
+    axes.set_xticks([i + 0.2 for i in range(len(ops))], ops, rotation=90)
+    axes.set_ylabel("stock / ours (above 1 we win)")
+    axes.set_title("large size, float32")
+    axes.legend()
+    figure.savefig(file, dpi=110)
+    plt.close(figure)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

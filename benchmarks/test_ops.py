@@ -1,0 +1,29 @@
+"""``python -m pytest benchmarks``: every op, ours and stock side by side in one group."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from custom_backprop.testing import database
+
+from .cases import DIRECTIONS, SIZES, pair
+
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+
+
+@pytest.mark.parametrize("which", ["ours", "stock"])
+@pytest.mark.parametrize("direction", DIRECTIONS)
+@pytest.mark.parametrize("size", SIZES)
+@pytest.mark.parametrize("spec", database().values(), ids=str)
+def test_op(benchmark, spec, size, direction, which):
+    benchmark.group = f"{spec.name} {size} {direction}"
+    call = getattr(pair(spec, size, direction, DEVICE), which)
+
+    def synchronised():
+        call()
+        if DEVICE == "cuda":
+            torch.cuda.synchronize()
+
+    synchronised()
+    benchmark.pedantic(synchronised, rounds=3 if size == "large" else 10, iterations=1 if size == "large" else 5, warmup_rounds=1)
