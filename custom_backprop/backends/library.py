@@ -35,6 +35,7 @@ def primitive(
     aten: Callable[..., Any] | None = None,
     fake: Callable[..., Any] | None = None,
     vmap: Callable[..., Any] | None = None,
+    library: torch.library.Library = LIBRARY,
 ) -> torch._ops.OpOverload:
     """Defines one primitive and registers its implementations.
 
@@ -44,14 +45,15 @@ def primitive(
         triton: the launcher of the kernels, usually ``launcher(family, name)``, so that triton is imported at the first use.
         aten: the same by PyTorch's operators, for the CPU.
         fake: the results' shapes, dtypes and strides on fake tensors. Default: the formula, which runs on them as well.
-        vmap: ``vmap(info, in_dims, *args) -> (result, out_dims)``. Default: the formula under ``torch.vmap``.
+        vmap: ``vmap(info, in_dims, *args) -> (result, out_dims)``. Default: the formula, on batched tensors.
+        library: where it is defined; a project that builds on this one passes a library of its own name.
 
     Returns:
         the operator, to be called as a function.
     """
     name = schema[: schema.index("(")]
-    LIBRARY.define(schema)
-    operator = getattr(torch.ops.custom_backprop, name).default
+    library.define(schema)
+    operator = getattr(getattr(torch.ops, library.ns), name).default
     implementations = {"formula": formula, "aten": aten or formula, "triton": triton}
 
     def on_cpu(*args: Any) -> Any:
@@ -61,13 +63,17 @@ def primitive(
     def on_cuda(*args: Any) -> Any:
         return implementations[selection.backend_for("cuda")](*args)
 
-    LIBRARY.impl(name, on_cpu, "CPU")
-    LIBRARY.impl(name, on_cuda, "CUDA")
+    library.impl(name, on_cpu, "CPU")
+    library.impl(name, on_cuda, "CUDA")
     for key, keyset in _AUTOCAST.items():
-        LIBRARY.impl(name, _without_autocast(operator, keyset), key)
-    torch.library.register_fake(f"custom_backprop::{name}", fake or formula, lib=LIBRARY)
-    torch.library.register_vmap(f"custom_backprop::{name}", vmap or _vmap_of_formula(formula), lib=LIBRARY)
-    PRIMITIVES[name] = operator
+        library.impl(name, _without_autocast(operator, keyset), key)
+    torch.library.register_fake(f"{library.ns}::{name}", fake or formula, lib=library)
+    if vmap is None:  # decomposed: the formula runs on the batched tensors (a vmap inside register_vmap's rule fails in functorch)
+        library.impl(name, formula, "FuncTorchBatched")
+    else:
+        torch.library.register_vmap(f"{library.ns}::{name}", vmap, lib=library)
+    if library is LIBRARY:
+        PRIMITIVES[name] = operator
     return operator
 
 
@@ -88,14 +94,6 @@ def _without_autocast(operator: torch._ops.OpOverload, keyset: DispatchKeySet) -
             return operator(*args)
 
     return run
-
-
-def _vmap_of_formula(formula: Callable[..., Any]) -> Callable[..., Any]:
-    def rule(info: Any, in_dims: tuple[Any, ...], *args: Any) -> tuple[Any, Any]:
-        result = torch.vmap(formula, in_dims, randomness=info.randomness)(*args)
-        return result, 0 if isinstance(result, torch.Tensor) else (0,) * len(result)
-
-    return rule
 
 
 def fold_batch(tensors: tuple[torch.Tensor | None, ...], in_dims: tuple[Any, ...], size: int) -> list[torch.Tensor | None]:
