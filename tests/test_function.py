@@ -1,0 +1,117 @@
+"""The two faces of a Function, and what stands above autograd: autocast and the cheap way where nothing wants a gradient."""
+
+from __future__ import annotations
+
+import torch
+from torch.autograd import forward_ad
+
+from custom_backprop import functional
+from custom_backprop.extend import differentiable
+
+
+def counting(**policies):
+    """An op 3 x that counts its backward passes and remembers the dtype that it met."""
+    seen = {"backward": 0, "dtype": None}
+
+    @differentiable(**policies)
+    class Triple:
+        """y = 3 x."""
+
+        @staticmethod
+        def forward(x, extra=None):
+            seen["dtype"] = x.dtype
+            return 3 * x
+
+        @staticmethod
+        def setup_context(ctx, inputs, output):
+            ctx.count = len(inputs)
+
+        @staticmethod
+        def backward(ctx, dy):
+            seen["backward"] += 1
+            return 3 * dy, *(None,) * (ctx.count - 1)
+
+        @staticmethod
+        def jvp(ctx, tangent, *_):
+            return 3 * tangent
+
+    return Triple, seen
+
+
+def test_the_op_keeps_its_name_and_docstring():
+    op, _ = counting()
+    assert op.__name__ == "Triple"
+    assert op.__doc__ == "y = 3 x."
+    x = torch.randn(2, requires_grad=True)
+    assert op(x).grad_fn.name().startswith("Triple")
+
+
+def test_no_function_is_recorded_where_nothing_wants_a_gradient():
+    op, _ = counting()
+    assert op(torch.randn(2)).grad_fn is None
+    x = torch.randn(2, requires_grad=True)
+    with torch.no_grad():
+        assert op(x).grad_fn is None
+    with torch.inference_mode():
+        assert op(torch.randn(2)).grad_fn is None
+    assert op(x).grad_fn is not None
+
+
+def test_forward_mode_and_transforms_take_the_other_face():
+    op, _ = counting()
+    x, t = torch.randn(3), torch.randn(3)
+    with forward_ad.dual_level():
+        tangent = forward_ad.unpack_dual(op(forward_ad.make_dual(x, t))).tangent
+    torch.testing.assert_close(tangent, 3 * t)
+    torch.testing.assert_close(torch.func.jvp(op, (x,), (t,))[1], 3 * t)
+    torch.testing.assert_close(torch.vmap(op)(x), 3 * x)
+    torch.testing.assert_close(torch.vmap(torch.func.grad(op))(x), torch.full((3,), 3.0))
+
+
+def test_forward_over_reverse():
+    x = torch.randn(3, dtype=torch.float64, requires_grad=True)
+    t = torch.randn(3, dtype=torch.float64)
+    w = torch.randn(3, dtype=torch.float64)
+    ours, stock = (
+        torch.autograd.functional.vhp(lambda v, f=f: (f(v) * w).sum(), x, t)[1] for f in (functional.silu, torch.nn.functional.silu)
+    )
+    torch.testing.assert_close(ours, stock)
+
+
+def test_autocast_casts_once_above_autograd():
+    for policy, given, met in (
+        ("lower", torch.float32, torch.bfloat16),
+        ("lower", torch.float64, torch.float64),
+        ("float32", torch.bfloat16, torch.float32),
+        ("float32", torch.float64, torch.float64),
+        (None, torch.float32, torch.float32),
+    ):
+        op, seen = counting(autocast_cpu=policy)
+        x = torch.randn(3, dtype=given, requires_grad=True)
+        with torch.autocast("cpu", torch.bfloat16):
+            y = op(x)
+        assert (seen["dtype"], y.dtype) == (met, met)
+        y.backward(torch.randn(3).to(met))
+        assert x.grad.dtype == given
+        op(x)
+        assert seen["dtype"] == given, "outside autocast nothing is cast"
+
+
+def test_autocast_of_another_device_casts_nothing():
+    op, seen = counting(autocast_cuda="lower")
+    with torch.autocast("cpu", torch.bfloat16):
+        op(torch.randn(3))
+    assert seen["dtype"] == torch.float32
+
+
+def test_backward_under_autocast_is_not_cast_again(backend):
+    x = torch.randn(4, 5, requires_grad=True)
+    w = torch.randn(3, 5, requires_grad=True)
+    dy = torch.randn(4, 3)
+    expected = torch.autograd.grad(functional.linear(x, w), (x, w), dy)
+    y = functional.linear(x, w)
+    with torch.autocast("cpu", torch.bfloat16):
+        grads = torch.autograd.grad(y, (x, w), dy)
+    for g, e in zip(grads, expected, strict=True):
+        assert g.dtype == torch.float32
+        torch.testing.assert_close(g, e, rtol=0, atol=0)

@@ -1,0 +1,70 @@
+"""torch.compile with Inductor, whole graphs, on a few ops and a network: the generated code calls our operators between its own."""
+
+from __future__ import annotations
+
+import shutil
+
+import pytest
+import torch
+from conftest import DEVICE
+
+import custom_backprop
+from custom_backprop import functional, nn
+
+pytestmark = pytest.mark.skipif(DEVICE == "cpu" and shutil.which("g++") is None, reason="Inductor needs a C++ compiler on a CPU")
+
+
+def both(function, *inputs):
+    """Outputs and gradients, eager and compiled, under one random weight."""
+    torch._dynamo.reset()
+    found = []
+    for f in (function, torch.compile(function, fullgraph=True)):
+        leaves = [t.detach().clone().requires_grad_() for t in inputs]
+        y = f(*leaves)
+        torch.manual_seed(3)
+        found.append((y.detach(), torch.autograd.grad(y, leaves, torch.randn_like(y))))
+    return found
+
+
+@pytest.mark.parametrize(
+    "function",
+    [
+        lambda x: functional.gelu(2 * x) + 1,
+        lambda x: functional.softmax(functional.relu(x), dim=0),
+        lambda x: functional.cross_entropy(x * 2, torch.tensor([1, 0, 2])),
+    ],
+    ids=["gelu", "relu and softmax", "cross_entropy"],
+)
+def test_ops(function):
+    eager, compiled = both(function, torch.randn(3, 5, device=DEVICE, dtype=torch.float64))
+    torch.testing.assert_close(compiled, eager)
+
+
+def test_a_network_trains_compiled_as_it_does_eager():
+    torch.manual_seed(0)
+    x, target = torch.randn(16, 6), torch.randint(0, 3, (16,))
+    losses = {}
+    for compiled in (False, True):
+        torch._dynamo.reset()
+        torch.manual_seed(1)
+        model = torch.nn.Sequential(nn.LinearActivation(6, 8, activation="silu"), nn.Linear(8, 3))
+        step = torch.compile(model, fullgraph=True) if compiled else model
+        optimizer = torch.optim.SGD(model.parameters(), 0.1)
+        losses[compiled] = []
+        for _ in range(4):
+            optimizer.zero_grad()
+            loss = nn.CrossEntropyLoss()(step(x), target)
+            loss.backward()
+            optimizer.step()
+            losses[compiled].append(loss.item())
+    assert losses[True] == pytest.approx(losses[False], rel=1e-5)
+    assert losses[True][-1] < losses[True][0]
+
+
+def test_the_backend_is_chosen_when_the_graph_runs():
+    compiled = torch.compile(functional.silu, fullgraph=True, backend="aot_eager")
+    x = torch.randn(5, dtype=torch.float64)
+    expected = torch.nn.functional.silu(x)
+    for backend in ("aten", "formula"):
+        with custom_backprop.use_backend(backend):
+            torch.testing.assert_close(compiled(x), expected)
