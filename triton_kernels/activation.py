@@ -1,7 +1,7 @@
 """Activations: device functions (value, derivative), one kernel each way, and their launchers.
 
-A device function takes (x, A, B), x in the accumulator's dtype and the parameters as compile-time constants (a float argument of a kernel is
-float32, which would round them in float64). The pairs are reused by the fused linear.
+A device function takes (x, A, B): x in the accumulator's dtype, the parameters as compile-time constants (a float argument of a kernel is
+float32, which would round them in float64). The fused linear uses the same pairs. Formulas: ``custom_backprop/formulas/activation.py``.
 """
 
 from __future__ import annotations
@@ -15,16 +15,144 @@ from torch import Tensor
 
 from .launch import cdiv, launch
 
+SQRT_HALF = tl.constexpr(0.70710678118654752440)
+INV_SQRT_2PI = tl.constexpr(0.39894228040143267794)
+SQRT_2_OVER_PI = tl.constexpr(0.79788456080286535588)
+SELU_ALPHA = tl.constexpr(1.6732632423543772848170429916717)
+SELU_SCALE = tl.constexpr(1.0507009873554804934193349852946)
+
+
+@triton.jit
+def upcast(x):
+    """float64 as it is, everything else in float32."""
+    return x if x.dtype == tl.float64 else x.to(tl.float32)
+
+
+@triton.jit
+def log1p(u):
+    """log(1 + u) for u >= 0, without the loss of 1 + u: the rounding of w = 1 + u cancels in log(w) / (w - 1)."""
+    w = 1 + u
+    return tl.where(w == 1, u, tl.log(w) * (u / tl.where(w == 1, 1.0, w - 1)))
+
+
+@triton.jit
+def expm1(x):
+    """e^x - 1 for x <= 0, by the same cancellation (Kahan)."""
+    e = tl.exp(x)
+    plain = (e == 1) | (e < 0.5)
+    return tl.where(e == 1, x, tl.where(e < 0.5, e - 1, (e - 1) * (x / tl.log(tl.where(plain, 0.75, e)))))
+
 
 @triton.jit
 def relu(x, A, B):
-    """max(x, 0), and NaN stays NaN."""
-    return tl.where(x < 0, 0.0, x)
+    return tl.where(x <= 0, 0.0, x)
 
 
 @triton.jit
 def relu_derivative(y, A, B):
-    return tl.where(y > 0, 1.0, 0.0)
+    return tl.where(y <= 0, 0.0, 1.0).to(y.dtype)
+
+
+@triton.jit
+def hardtanh(x, A, B):
+    return tl.where(x < A, A, tl.where(x > B, B, x))
+
+
+@triton.jit
+def hardtanh_derivative(y, A, B):
+    return tl.where((y <= A) | (y >= B), 0.0, 1.0).to(y.dtype)
+
+
+@triton.jit
+def relu6(x, A, B):
+    return hardtanh(x, 0.0, 6.0)
+
+
+@triton.jit
+def relu6_derivative(y, A, B):
+    return hardtanh_derivative(y, 0.0, 6.0)
+
+
+@triton.jit
+def leaky_relu(x, A, B):
+    return tl.where(x > 0, x, x * A)
+
+
+@triton.jit
+def leaky_relu_derivative(x, A, B):
+    return tl.where(x > 0, x * 0 + 1, A)
+
+
+@triton.jit
+def threshold(x, A, B):
+    return tl.where(x <= A, B, x)
+
+
+@triton.jit
+def threshold_derivative(x, A, B):
+    return tl.where(x <= A, 0.0, 1.0).to(x.dtype)
+
+
+@triton.jit
+def relu_squared(x, A, B):
+    r = relu(x, A, B)
+    return r * r
+
+
+@triton.jit
+def relu_squared_derivative(x, A, B):
+    return 2 * relu(x, A, B)
+
+
+@triton.jit
+def elu(x, A, B):
+    return tl.where(x <= 0, A * expm1(tl.where(x <= 0, x, 0.0)), x)
+
+
+@triton.jit
+def elu_derivative(x, A, B):
+    return tl.where(x <= 0, A * tl.exp(tl.where(x <= 0, x, 0.0)), 1.0)
+
+
+@triton.jit
+def selu(x, A, B):
+    return SELU_SCALE * elu(x, SELU_ALPHA, B)
+
+
+@triton.jit
+def selu_derivative(x, A, B):
+    return SELU_SCALE * elu_derivative(x, SELU_ALPHA, B)
+
+
+@triton.jit
+def celu(x, A, B):
+    return tl.where(x <= 0, A * expm1(tl.where(x <= 0, x / A, 0.0)), x)
+
+
+@triton.jit
+def celu_derivative(x, A, B):
+    return tl.where(x <= 0, tl.exp(tl.where(x <= 0, x / A, 0.0)), 1.0)
+
+
+@triton.jit
+def gelu(x, A, B):
+    return x * 0.5 * (1 + tl.erf(x * SQRT_HALF))
+
+
+@triton.jit
+def gelu_derivative(x, A, B):
+    return 0.5 * (1 + tl.erf(x * SQRT_HALF)) + x * tl.exp(-0.5 * x * x) * INV_SQRT_2PI
+
+
+@triton.jit
+def gelu_tanh(x, A, B):
+    return 0.5 * x * (1 + tanh(SQRT_2_OVER_PI * (x + 0.044715 * x * x * x), A, B))
+
+
+@triton.jit
+def gelu_tanh_derivative(x, A, B):
+    t = tanh(SQRT_2_OVER_PI * (x + 0.044715 * x * x * x), A, B)
+    return 0.5 * (1 + t) + 0.5 * x * (1 - t * t) * (SQRT_2_OVER_PI * (1 + 3 * 0.044715 * x * x))
 
 
 @triton.jit
@@ -38,10 +166,153 @@ def silu_derivative(x, A, B):
     return s * (1 + x * (1 - s))
 
 
+@triton.jit
+def _tanh_softplus(x):
+    """tanh(log(1 + e^x)) = ((1 + e^x)² - 1) / ((1 + e^x)² + 1), divided by e^2x where x > 0 so that nothing overflows."""
+    e = tl.exp(-tl.abs(x))
+    low = e * (e + 2)
+    high = 1 + 2 * e
+    return tl.where(x > 0, high / (high + 2 * e * e), low / (low + 2))
+
+
+@triton.jit
+def mish(x, A, B):
+    return x * _tanh_softplus(x)
+
+
+@triton.jit
+def mish_derivative(x, A, B):
+    t = _tanh_softplus(x)
+    return t + x * (1 - t * t) * tl.sigmoid(x)
+
+
+@triton.jit
+def sigmoid(x, A, B):
+    return tl.sigmoid(x)
+
+
+@triton.jit
+def sigmoid_derivative(y, A, B):
+    return y * (1 - y)
+
+
+@triton.jit
+def logsigmoid(x, A, B):
+    return tl.where(x < 0, x, 0.0) - log1p(tl.exp(-tl.abs(x)))
+
+
+@triton.jit
+def logsigmoid_derivative(x, A, B):
+    return tl.sigmoid(-x)
+
+
+@triton.jit
+def hardsigmoid(x, A, B):
+    return hardtanh((x + 3) / 6, 0.0, 1.0)
+
+
+@triton.jit
+def hardsigmoid_derivative(x, A, B):
+    return tl.where((x > -3) & (x < 3), x * 0 + 1, 0.0) / 6
+
+
+@triton.jit
+def hardswish(x, A, B):
+    return x * hardtanh(x + 3, 0.0, 6.0) / 6
+
+
+@triton.jit
+def hardswish_derivative(x, A, B):
+    return tl.where(x <= -3, 0.0, tl.where(x < 3, x / 3 + 0.5, 1.0))
+
+
+@triton.jit
+def tanh(x, A, B):
+    """(1 - e^-2|x|) / (1 + e^-2|x|) with the sign of x."""
+    m = expm1(-2 * tl.abs(x))
+    t = -m / (m + 2)
+    return tl.where(x < 0, -t, t)
+
+
+@triton.jit
+def tanh_derivative(y, A, B):
+    return 1 - y * y
+
+
+@triton.jit
+def tanhshrink(x, A, B):
+    return x - tanh(x, A, B)
+
+
+@triton.jit
+def tanhshrink_derivative(x, A, B):
+    t = tanh(x, A, B)
+    return t * t
+
+
+@triton.jit
+def softplus(x, A, B):
+    z = x * A
+    return tl.where(z > B, x, (tl.where(z > 0, z, 0.0) + log1p(tl.exp(-tl.abs(z)))) / A)
+
+
+@triton.jit
+def softplus_derivative(x, A, B):
+    z = x * A
+    return tl.where(z > B, 1.0, tl.sigmoid(z))
+
+
+@triton.jit
+def softsign(x, A, B):
+    return x / (1 + tl.abs(x))
+
+
+@triton.jit
+def softsign_derivative(x, A, B):
+    d = 1 + tl.abs(x)
+    return 1 / (d * d)
+
+
+@triton.jit
+def softshrink(x, A, B):
+    return tl.where(x > A, x - A, tl.where(x < -A, x + A, x * 0))
+
+
+@triton.jit
+def hardshrink(x, A, B):
+    return tl.where((x >= -A) & (x <= A), 0.0, x)
+
+
+@triton.jit
+def shrink_derivative(x, A, B):
+    return tl.where((x >= -A) & (x <= A), 0.0, 1.0).to(x.dtype)
+
+
 #: name -> (value, derivative of the saved tensor)
 DEVICE_FUNCTIONS = {
     "relu": (relu, relu_derivative),
+    "relu6": (relu6, relu6_derivative),
+    "leaky_relu": (leaky_relu, leaky_relu_derivative),
+    "elu": (elu, elu_derivative),
+    "selu": (selu, selu_derivative),
+    "celu": (celu, celu_derivative),
+    "gelu": (gelu, gelu_derivative),
+    "gelu_tanh": (gelu_tanh, gelu_tanh_derivative),
     "silu": (silu, silu_derivative),
+    "mish": (mish, mish_derivative),
+    "sigmoid": (sigmoid, sigmoid_derivative),
+    "logsigmoid": (logsigmoid, logsigmoid_derivative),
+    "hardsigmoid": (hardsigmoid, hardsigmoid_derivative),
+    "hardswish": (hardswish, hardswish_derivative),
+    "hardtanh": (hardtanh, hardtanh_derivative),
+    "tanh": (tanh, tanh_derivative),
+    "tanhshrink": (tanhshrink, tanhshrink_derivative),
+    "softplus": (softplus, softplus_derivative),
+    "softsign": (softsign, softsign_derivative),
+    "softshrink": (softshrink, shrink_derivative),
+    "hardshrink": (hardshrink, shrink_derivative),
+    "threshold": (threshold, threshold_derivative),
+    "relu_squared": (relu_squared, relu_squared_derivative),
 }
 
 
@@ -51,8 +322,7 @@ def _forward(X, Y, n, F: tl.constexpr, A: tl.constexpr, B: tl.constexpr, BLOCK: 
     start = tl.program_id(0).to(tl.int64) * BLOCK
     offsets = tl.arange(0, BLOCK)
     inside = offsets < tl.minimum(n - start, BLOCK).to(tl.int32)
-    x = tl.load(X + start + offsets, inside, other=0.0)
-    x = x.to(tl.float64) if x.dtype == tl.float64 else x.to(tl.float32)
+    x = upcast(tl.load(X + start + offsets, inside, other=0.0))
     tl.store(Y + start + offsets, F(x, A, B).to(Y.dtype.element_ty), inside)
 
 
@@ -62,11 +332,13 @@ def _backward(DY, SAVED, DX, n, F: tl.constexpr, A: tl.constexpr, B: tl.constexp
     start = tl.program_id(0).to(tl.int64) * BLOCK
     offsets = tl.arange(0, BLOCK)
     inside = offsets < tl.minimum(n - start, BLOCK).to(tl.int32)
-    dy = tl.load(DY + start + offsets, inside, other=0.0)
-    saved = tl.load(SAVED + start + offsets, inside, other=0.0)
-    dy = dy.to(tl.float64) if dy.dtype == tl.float64 else dy.to(tl.float32)
-    saved = saved.to(tl.float64) if saved.dtype == tl.float64 else saved.to(tl.float32)
+    dy = upcast(tl.load(DY + start + offsets, inside, other=0.0))
+    saved = upcast(tl.load(SAVED + start + offsets, inside, other=0.0))
     tl.store(DX + start + offsets, (dy * F(saved, A, B)).to(DX.dtype.element_ty), inside)
+
+
+# 8 elements a thread at 4 warps: two 128-bit accesses of float32, one of bfloat16
+BLOCK = 1024
 
 
 def like(t: Tensor, layout: Tensor) -> Tensor:
@@ -74,16 +346,10 @@ def like(t: Tensor, layout: Tensor) -> Tensor:
     return t if t.stride() == layout.stride() else torch.empty_like(layout, dtype=t.dtype).copy_(t)
 
 
-def _block(n: int) -> int:
-    return 1024
-
-
 def forward(name: str, x: Tensor, *parameters: float) -> Tensor:
-    """y = f(x) with the strides of x."""
+    """y = f(x), in the dtype of x, and in its strides if they have neither gaps nor overlaps."""
     y = torch.empty_like(x)
-    x = like(x, y)
-    n, block = x.numel(), _block(x.numel())
-    launch(_forward, cdiv(n, block), x, y, n, **_constants(name, 0, parameters), BLOCK=block)
+    launch(_forward, cdiv(x.numel(), BLOCK), like(x, y), y, x.numel(), **constants(name, 0, parameters), BLOCK=BLOCK)
     return y
 
 
@@ -91,11 +357,11 @@ def backward(name: str, dy: Tensor, saved: Tensor, *parameters: float) -> Tensor
     """dx = dy f'(saved), in the dtype and strides of ``saved``."""
     dx = torch.empty_like(saved)
     dy, saved = like(dy, dx), like(saved, dx)
-    n, block = dx.numel(), _block(dx.numel())
-    launch(_backward, cdiv(n, block), dy, saved, dx, n, **_constants(name, 1, parameters), BLOCK=block)
+    launch(_backward, cdiv(dx.numel(), BLOCK), dy, saved, dx, dx.numel(), **constants(name, 1, parameters), BLOCK=BLOCK)
     return dx
 
 
-def _constants(name: str, which: int, parameters: tuple[float, ...]) -> dict[str, Any]:
+def constants(name: str, which: int, parameters: tuple[float, ...]) -> dict[str, Any]:
+    """A kernel's F, A and B for the value (``which`` 0) or the derivative (1) of an activation."""
     a, b = (*parameters, 0.0, 0.0)[:2]
     return {"F": DEVICE_FUNCTIONS[name][which], "A": a, "B": b}

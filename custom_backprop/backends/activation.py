@@ -8,26 +8,84 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..formulas.activation import ACTIVATIONS, Activation
+from ..formulas.activation import ACTIVATIONS, SELU_ALPHA, SELU_SCALE, Activation
 from .kernels import kernels
 from .library import fold_batch, primitive
 
 aten = torch.ops.aten
 
-#: name -> (forward, backward) by PyTorch's operators; an activation that is not here runs its formula
+
+def _softsign(x: Tensor) -> Tensor:
+    d = torch.abs(x).add_(1)
+    return torch.div(x, d, out=d)
+
+
+def _softsign_backward(dy: Tensor, x: Tensor) -> Tensor:
+    d = torch.abs(x).add_(1)
+    return torch.div(dy, d.mul_(d), out=d)
+
+
+def _tanhshrink(x: Tensor) -> Tensor:
+    t = torch.tanh(x)
+    return torch.sub(x, t, out=t)
+
+
+def _tanhshrink_backward(dy: Tensor, x: Tensor) -> Tensor:
+    t = torch.tanh(x)
+    return t.mul_(t).mul_(dy)
+
+
+def _relu_squared(x: Tensor) -> Tensor:
+    r = torch.relu(x)
+    return r.mul_(r)
+
+
+def _relu_squared_backward(dy: Tensor, x: Tensor) -> Tensor:
+    return torch.relu(x).mul_(dy).mul_(2)
+
+
+# log σ(x) = -softplus(-x), which is softplus with beta = -1: one pass each way, and no buffer kept. Beyond 40, 1 + e^-40 is 1 in float64 too.
+_LOGSIGMOID = (-1.0, 40.0)
+
+#: name -> (forward, backward) by PyTorch's operators
 ATEN: dict[str, tuple[Callable[..., Tensor], Callable[..., Tensor]]] = {
-    "relu": (aten.relu.default, lambda dy, y: aten.threshold_backward.default(dy, y, 0)),
+    "relu": (torch.relu, lambda dy, y: aten.threshold_backward.default(dy, y, 0)),
+    "relu6": (lambda x: aten.hardtanh.default(x, 0, 6), lambda dy, y: aten.hardtanh_backward.default(dy, y, 0, 6)),
+    "leaky_relu": (aten.leaky_relu.default, lambda dy, x, slope: aten.leaky_relu_backward.default(dy, x, slope, False)),
+    "elu": (aten.elu.default, lambda dy, x, alpha: aten.elu_backward.default(dy, alpha, 1, 1, False, x)),
+    "selu": (torch.selu, lambda dy, x: aten.elu_backward.default(dy, SELU_ALPHA, SELU_SCALE, 1, False, x)),
+    "celu": (torch.celu, lambda dy, x, alpha: aten.elu_backward.default(dy, alpha, 1, 1 / alpha, False, x)),
+    "gelu": (aten.gelu.default, aten.gelu_backward.default),
+    "gelu_tanh": (
+        lambda x: aten.gelu.default(x, approximate="tanh"),
+        lambda dy, x: aten.gelu_backward.default(dy, x, approximate="tanh"),
+    ),
     "silu": (aten.silu.default, aten.silu_backward.default),
+    "mish": (aten.mish.default, aten.mish_backward.default),
+    "sigmoid": (torch.sigmoid, aten.sigmoid_backward.default),
+    "logsigmoid": (lambda x: aten.softplus.default(x, *_LOGSIGMOID), lambda dy, x: aten.softplus_backward.default(dy, x, *_LOGSIGMOID)),
+    "hardsigmoid": (aten.hardsigmoid.default, aten.hardsigmoid_backward.default),
+    "hardswish": (aten.hardswish.default, aten.hardswish_backward.default),
+    "hardtanh": (aten.hardtanh.default, aten.hardtanh_backward.default),
+    "tanh": (torch.tanh, aten.tanh_backward.default),
+    "tanhshrink": (_tanhshrink, _tanhshrink_backward),
+    "softplus": (aten.softplus.default, aten.softplus_backward.default),
+    "softsign": (_softsign, _softsign_backward),
+    "softshrink": (aten.softshrink.default, aten.softshrink_backward.default),
+    "hardshrink": (aten.hardshrink.default, aten.hardshrink_backward.default),
+    "threshold": (aten.threshold.default, lambda dy, x, threshold, value: aten.threshold_backward.default(dy, x, threshold)),
+    "relu_squared": (_relu_squared, _relu_squared_backward),
 }
-
-
-def _elementwise(first: Tensor, *rest: Any) -> Tensor:
-    return torch.empty_like(first)
 
 
 def _define(a: Activation) -> tuple[Callable[..., Tensor], Callable[..., Tensor]]:
     parameters = "".join(f", float {name}" for name in a.parameters)
-    forward_aten, backward_aten = ATEN.get(a.name, (a.value, a.backward))
+    forward_aten, backward_aten = ATEN[a.name]
+
+    def forward_triton(x: Tensor, *parameters: float) -> Tensor:
+        if not x.is_floating_point():  # has no gradient: stock's result, or stock's error
+            return forward_aten(x, *parameters)
+        return kernels("activation").forward(a.name, x, *parameters)
 
     def vmap_forward(info: Any, in_dims: Any, x: Tensor, *parameters: float) -> tuple[Tensor, int]:
         return forward(x.movedim(in_dims[0], 0), *parameters), 0
@@ -40,8 +98,8 @@ def _define(a: Activation) -> tuple[Callable[..., Tensor], Callable[..., Tensor]
         f"{a.name}_forward(Tensor x{parameters}) -> Tensor",
         formula=a.value,
         aten=forward_aten,
-        triton=lambda *args: kernels("activation").forward(a.name, *args),
-        fake=_elementwise,
+        triton=forward_triton,
+        fake=lambda x, *parameters: torch.empty_like(x),
         vmap=vmap_forward,
     )
     backward = primitive(

@@ -1,16 +1,24 @@
 """Activations y = f(x), elementwise, and their derivatives.
 
-The chain rule for an elementwise f is one product: dL/dx_i = dL/dy_i * f'(x_i). So an activation is a pair (f, f'). Where f' can be
-written with y = f(x) alone, y is what backward keeps: the next layer keeps it as its input anyway, so it costs no memory.
+The chain rule for an elementwise f is one product: dL/dx_i = dL/dy_i · f'(x_i). So an activation is a pair (f, f'). Where f' can be written
+with y = f(x) alone and loses nothing, y is what backward keeps: the next layer keeps it as its input anyway, so it costs no memory.
+
+At a kink, where no derivative exists, f' is what torch takes. NaN in gives NaN out. Throughout, σ(x) = 1 / (1 + e^-x), σ' = σ (1 - σ),
+t = tanh(x), t' = 1 - t², and [c] is 1 where c holds, else 0.
 """
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
+
+from .precision import rounded_once
+
+SELU_ALPHA, SELU_SCALE = 1.6732632423543772848170429916717, 1.0507009873554804934193349852946
 
 
 @dataclass(frozen=True)
@@ -18,10 +26,10 @@ class Activation:
     """One activation.
 
     Attributes:
+        formula: y and dx in one line, as ``check`` prints it.
         value: f, as ``value(x, *parameters)``.
         derivative: f', as ``derivative(saved, *parameters)``, where ``saved`` is x, or y if ``saves_output``.
-        parameters: the names of the parameters and their defaults, in order.
-        formula: what ``check`` prints.
+        parameters: the names of the parameters and their defaults, in order (None: no default).
     """
 
     name: str
@@ -29,22 +37,14 @@ class Activation:
     value: Callable[..., Tensor]
     derivative: Callable[..., Tensor]
     saves_output: bool = False
-    parameters: dict[str, float] = field(default_factory=dict)
+    parameters: dict[str, float | None] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "value", rounded_once(self.value))
 
     def backward(self, dy: Tensor, saved: Tensor, *parameters: float) -> Tensor:
-        """dx = dy * f'."""
-        return dy * self.derivative(saved, *parameters)
-
-
-def silu(x: Tensor) -> Tensor:
-    """y = x s with s = 1 / (1 + e^-x)."""
-    return x * torch.sigmoid(x)
-
-
-def silu_derivative(x: Tensor) -> Tensor:
-    """f' = s + x s (1 - s), since s' = s (1 - s)."""
-    s = torch.sigmoid(x)
-    return s * (1 + x * (1 - s))
+        """dx = dy f'."""
+        return rounded_once(lambda saved, dy: dy * self.derivative(saved, *parameters))(saved, dy)
 
 
 def relu(x: Tensor) -> Tensor:
@@ -53,14 +53,289 @@ def relu(x: Tensor) -> Tensor:
 
 
 def relu_derivative(y: Tensor) -> Tensor:
-    """f' = 1 where y > 0 (which is where x > 0), else 0: torch's choice of the subgradient at 0."""
-    return (y > 0).to(y.dtype)
+    """f' = [x > 0], and y > 0 just where x > 0."""
+    return torch.where(y <= 0, 0.0, 1.0).to(y.dtype)
+
+
+def leaky_relu(x: Tensor, negative_slope: float) -> Tensor:
+    """y = x where x > 0, else a x."""
+    return torch.where(x > 0, x, negative_slope * x)
+
+
+def leaky_relu_derivative(x: Tensor, negative_slope: float) -> Tensor:
+    """f' = 1 where x > 0, else a. Kept is x: y does not tell the sign of x when a < 0."""
+    return torch.where(x > 0, x.new_ones(()), negative_slope)
+
+
+def hardtanh(x: Tensor, min_val: float, max_val: float) -> Tensor:
+    """y = x clipped to [l, h]."""
+    return x.clamp(min_val, max_val)
+
+
+def hardtanh_derivative(y: Tensor, min_val: float, max_val: float) -> Tensor:
+    """f' = [l < x < h], and y is strictly between just where x is."""
+    return torch.where((y <= min_val) | (y >= max_val), 0.0, 1.0).to(y.dtype)
+
+
+def relu6(x: Tensor) -> Tensor:
+    """y = x clipped to [0, 6]."""
+    return hardtanh(x, 0.0, 6.0)
+
+
+def relu6_derivative(y: Tensor) -> Tensor:
+    """f' = [0 < x < 6]."""
+    return hardtanh_derivative(y, 0.0, 6.0)
+
+
+def threshold(x: Tensor, threshold: float, value: float) -> Tensor:
+    """y = x where x > θ, else v."""
+    return torch.where(x <= threshold, value, x)
+
+
+def threshold_derivative(x: Tensor, threshold: float, value: float) -> Tensor:
+    """f' = [x > θ]."""
+    return torch.where(x <= threshold, 0.0, 1.0).to(x.dtype)
+
+
+def relu_squared(x: Tensor) -> Tensor:
+    """y = max(x, 0)²."""
+    return relu(x).square()
+
+
+def relu_squared_derivative(x: Tensor) -> Tensor:
+    """f' = 2 max(x, 0)."""
+    return 2 * relu(x)
+
+
+def elu(x: Tensor, alpha: float) -> Tensor:
+    """y = x where x > 0, else α (e^x - 1)."""
+    return torch.where(x <= 0, alpha * torch.expm1(x.clamp_max(0)), x)
+
+
+def elu_derivative(x: Tensor, alpha: float) -> Tensor:
+    """f' = 1 where x > 0, else α e^x."""
+    return torch.where(x <= 0, alpha * torch.exp(x.clamp_max(0)), 1.0)
+
+
+def selu(x: Tensor) -> Tensor:
+    """y = λ elu(x; α), with the constants that keep mean 0 and variance 1 (Klambauer et al., 2017)."""
+    return SELU_SCALE * elu(x, SELU_ALPHA)
+
+
+def selu_derivative(x: Tensor) -> Tensor:
+    """f' = λ elu'(x; α)."""
+    return SELU_SCALE * elu_derivative(x, SELU_ALPHA)
+
+
+def celu(x: Tensor, alpha: float) -> Tensor:
+    """y = x where x > 0, else α (e^(x/α) - 1)."""
+    return torch.where(x <= 0, alpha * torch.expm1((x / alpha).where(x <= 0, 0)), x)
+
+
+def celu_derivative(x: Tensor, alpha: float) -> Tensor:
+    """f' = 1 where x > 0, else e^(x/α): the α of y and the 1/α inside cancel, so f' is continuous at 0."""
+    return torch.where(x <= 0, torch.exp((x / alpha).where(x <= 0, 0)), 1.0)
+
+
+def gelu(x: Tensor) -> Tensor:
+    """y = x Φ(x), with Φ(x) = (1 + erf(x / √2)) / 2, the normal distribution function (Hendrycks and Gimpel, 2016)."""
+    return x * 0.5 * (1 + torch.erf(x * math.sqrt(0.5)))
+
+
+def gelu_derivative(x: Tensor) -> Tensor:
+    """f' = Φ + x φ, since Φ' = φ(x) = e^(-x²/2) / √(2π)."""
+    return 0.5 * (1 + torch.erf(x * math.sqrt(0.5))) + x * torch.exp(-0.5 * x * x) / math.sqrt(2 * math.pi)
+
+
+def _gelu_inner(x: Tensor) -> tuple[Tensor, Tensor]:
+    """u = √(2/π) (x + 0.044715 x³), and u'."""
+    k = math.sqrt(2 / math.pi)
+    return k * (x + 0.044715 * x * x * x), k * (1 + 3 * 0.044715 * x * x)
+
+
+def gelu_tanh(x: Tensor) -> Tensor:
+    """y = x (1 + tanh u) / 2."""
+    return 0.5 * x * (1 + torch.tanh(_gelu_inner(x)[0]))
+
+
+def gelu_tanh_derivative(x: Tensor) -> Tensor:
+    """f' = (1 + t) / 2 + x (1 - t²) u' / 2, with t = tanh u."""
+    u, du = _gelu_inner(x)
+    t = torch.tanh(u)
+    return 0.5 * (1 + t) + 0.5 * x * (1 - t * t) * du
+
+
+def silu(x: Tensor) -> Tensor:
+    """y = x σ(x)."""
+    return x * torch.sigmoid(x)
+
+
+def silu_derivative(x: Tensor) -> Tensor:
+    """f' = σ + x σ (1 - σ)."""
+    s = torch.sigmoid(x)
+    return s * (1 + x * (1 - s))
+
+
+def mish(x: Tensor) -> Tensor:
+    """y = x tanh(softplus(x)) (Misra, 2019)."""
+    return x * torch.tanh(torch.nn.functional.softplus(x))
+
+
+def mish_derivative(x: Tensor) -> Tensor:
+    """f' = t + x (1 - t²) σ(x), with t = tanh(softplus(x)), since softplus' = σ."""
+    t = torch.tanh(torch.nn.functional.softplus(x))
+    return t + x * (1 - t * t) * torch.sigmoid(x)
+
+
+def sigmoid(x: Tensor) -> Tensor:
+    """y = σ(x)."""
+    return torch.sigmoid(x)
+
+
+def sigmoid_derivative(y: Tensor) -> Tensor:
+    """f' = y (1 - y). At most 1/4: a chain of sigmoids shrinks a gradient at least fourfold a layer."""
+    return y * (1 - y)
+
+
+def logsigmoid(x: Tensor) -> Tensor:
+    """y = log σ(x) = min(x, 0) - log(1 + e^-|x|)."""
+    return x.clamp_max(0) - torch.log1p(torch.exp(-x.abs()))
+
+
+def logsigmoid_derivative(x: Tensor) -> Tensor:
+    """f' = σ'/σ = 1 - σ(x) = σ(-x)."""
+    return torch.sigmoid(-x)
+
+
+def hardsigmoid(x: Tensor) -> Tensor:
+    """y = (x + 3) / 6 clipped to [0, 1]."""
+    return ((x + 3) / 6).clamp(0, 1)
+
+
+def hardsigmoid_derivative(x: Tensor) -> Tensor:
+    """f' = [-3 < x < 3] / 6."""
+    return torch.where((x > -3) & (x < 3), x.new_ones(()) / 6, 0.0)
+
+
+def hardswish(x: Tensor) -> Tensor:
+    """y = x hardsigmoid(x)."""
+    return x * (x + 3).clamp(0, 6) / 6
+
+
+def hardswish_derivative(x: Tensor) -> Tensor:
+    """f' = 0 where x <= -3, x/3 + 1/2 between, 1 where x >= 3."""
+    return torch.where(x <= -3, 0.0, torch.where(x < 3, x / 3 + 0.5, 1.0))
+
+
+def tanh(x: Tensor) -> Tensor:
+    """y = tanh(x)."""
+    return torch.tanh(x)
+
+
+def tanh_derivative(y: Tensor) -> Tensor:
+    """f' = 1 - y²."""
+    return 1 - y * y
+
+
+def tanhshrink(x: Tensor) -> Tensor:
+    """y = x - tanh(x)."""
+    return x - torch.tanh(x)
+
+
+def tanhshrink_derivative(x: Tensor) -> Tensor:
+    """f' = 1 - (1 - t²) = t²."""
+    return torch.tanh(x).square()
+
+
+def softplus(x: Tensor, beta: float, threshold: float) -> Tensor:
+    """y = log(1 + e^(βx)) / β, and x itself where βx > θ (there they differ by less than e^-θ / β)."""
+    z = x * beta
+    return torch.where(z > threshold, x, (z.clamp_min(0) + torch.log1p(torch.exp(-z.abs()))) / beta)
+
+
+def softplus_derivative(x: Tensor, beta: float, threshold: float) -> Tensor:
+    """f' = σ(βx), and 1 where βx > θ."""
+    z = x * beta
+    return torch.where(z > threshold, 1.0, torch.sigmoid(z))
+
+
+def softsign(x: Tensor) -> Tensor:
+    """y = x / (1 + |x|)."""
+    return x / (1 + x.abs())
+
+
+def softsign_derivative(x: Tensor) -> Tensor:
+    """f' = (1 + |x| - x sign x) / (1 + |x|)² = 1 / (1 + |x|)². Kept is x: 1 - |y| would cancel where |x| is large."""
+    return (1 + x.abs()).square().reciprocal()
+
+
+def softshrink(x: Tensor, lambd: float) -> Tensor:
+    """y = x - λ where x > λ, x + λ where x < -λ, else 0."""
+    return torch.where(x > lambd, x - lambd, torch.where(x < -lambd, x + lambd, x * 0))
+
+
+def hardshrink(x: Tensor, lambd: float) -> Tensor:
+    """y = x where |x| > λ, else 0."""
+    return torch.where((x >= -lambd) & (x <= lambd), 0.0, x)
+
+
+def shrink_derivative(x: Tensor, lambd: float) -> Tensor:
+    """f' = [|x| > λ], for the soft and the hard shrink."""
+    return torch.where((x >= -lambd) & (x <= lambd), 0.0, 1.0).to(x.dtype)
 
 
 ACTIVATIONS = {
     a.name: a
     for a in (
-        Activation("relu", "y = max(x, 0);  dx = dy [y > 0]", relu, relu_derivative, saves_output=True),
-        Activation("silu", "y = x s(x);  dx = dy s (1 + x (1 - s))", silu, silu_derivative),
+        Activation("relu", "y = max(x, 0);  dx = dy [y > 0]", relu, relu_derivative, True),
+        Activation("relu6", "y = min(max(x, 0), 6);  dx = dy [0 < y < 6]", relu6, relu6_derivative, True),
+        Activation(
+            "leaky_relu",
+            "y = x [x > 0] + a x [x <= 0];  dx = dy ([x > 0] + a [x <= 0])",
+            leaky_relu,
+            leaky_relu_derivative,
+            parameters={"negative_slope": 0.01},
+        ),
+        Activation("elu", "y = x or α(e^x - 1);  dx = dy or dy α e^x", elu, elu_derivative, parameters={"alpha": 1.0}),
+        Activation("selu", "y = λ elu(x; α);  dx = dy λ elu'(x; α)", selu, selu_derivative),
+        Activation("celu", "y = x or α(e^(x/α) - 1);  dx = dy or dy e^(x/α)", celu, celu_derivative, parameters={"alpha": 1.0}),
+        Activation("gelu", "y = x Φ(x);  dx = dy (Φ + x φ)", gelu, gelu_derivative),
+        Activation(
+            "gelu_tanh", "y = x (1 + t) / 2, t = tanh u(x);  dx = dy ((1 + t) + x (1 - t²) u') / 2", gelu_tanh, gelu_tanh_derivative
+        ),
+        Activation("silu", "y = x σ(x);  dx = dy σ (1 + x (1 - σ))", silu, silu_derivative),
+        Activation("mish", "y = x t, t = tanh(softplus x);  dx = dy (t + x (1 - t²) σ(x))", mish, mish_derivative),
+        Activation("sigmoid", "y = σ(x);  dx = dy y (1 - y)", sigmoid, sigmoid_derivative, True),
+        Activation("logsigmoid", "y = log σ(x);  dx = dy σ(-x)", logsigmoid, logsigmoid_derivative),
+        Activation("hardsigmoid", "y = min(max(x/6 + 1/2, 0), 1);  dx = dy [|x| < 3] / 6", hardsigmoid, hardsigmoid_derivative),
+        Activation("hardswish", "y = x hardsigmoid(x);  dx = dy (x/3 + 1/2) inside, 0 or dy outside", hardswish, hardswish_derivative),
+        Activation(
+            "hardtanh",
+            "y = min(max(x, l), h);  dx = dy [l < y < h]",
+            hardtanh,
+            hardtanh_derivative,
+            True,
+            {"min_val": -1.0, "max_val": 1.0},
+        ),
+        Activation("tanh", "y = tanh x;  dx = dy (1 - y²)", tanh, tanh_derivative, True),
+        Activation("tanhshrink", "y = x - tanh x;  dx = dy tanh² x", tanhshrink, tanhshrink_derivative),
+        Activation(
+            "softplus",
+            "y = log(1 + e^(βx)) / β;  dx = dy σ(βx)",
+            softplus,
+            softplus_derivative,
+            parameters={"beta": 1.0, "threshold": 20.0},
+        ),
+        Activation("softsign", "y = x / (1 + |x|);  dx = dy / (1 + |x|)²", softsign, softsign_derivative),
+        Activation("softshrink", "y = x -+ λ or 0;  dx = dy [|x| > λ]", softshrink, shrink_derivative, parameters={"lambd": 0.5}),
+        Activation("hardshrink", "y = x [|x| > λ];  dx = dy [|x| > λ]", hardshrink, shrink_derivative, parameters={"lambd": 0.5}),
+        Activation(
+            "threshold",
+            "y = x [x > θ] + v [x <= θ];  dx = dy [x > θ]",
+            threshold,
+            threshold_derivative,
+            parameters={"threshold": None, "value": None},
+        ),
+        Activation("relu_squared", "y = max(x, 0)²;  dx = 2 dy max(x, 0)", relu_squared, relu_squared_derivative),
     )
 }

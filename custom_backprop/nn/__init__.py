@@ -1,1 +1,3 @@
 """Drop-in modules: subclasses of the ``torch.nn`` class that override ``forward`` only. One file an op family."""
+
+from .activation import *

@@ -2,32 +2,81 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import inspect
+from collections.abc import Callable, Iterator
+from typing import Any
 
+import torch
 import torch.nn.functional as F
 
-from ... import functional
+from ... import functional, nn
 from ...formulas.activation import ACTIVATIONS
 from ..spec import Make, OpSpec, Sample
 
-SHAPES = ((7,), (3, 5), (2, 1, 4), ())
+SHAPES = ((7,), (3, 5), (2, 1, 4), (), (0, 3))
 SIZES = {"small": (64, 64), "medium": (256, 256), "large": (1024, 1024)}
 
 
-def _spec(name: str, kinks: tuple[float, ...] = (), **parameters: float) -> OpSpec:
+def _spec(
+    name: str,
+    module: str,
+    first: tuple[Any, ...] = (),
+    *others: tuple[Any, ...],
+    kinks: tuple[float, ...] = (),
+    reference: Callable[..., Any] | None = None,
+) -> OpSpec:
+    """``first``, ``others``: the arguments after the input; the first run through every shape, the others through one."""
+
     def samples(make: Make) -> Iterator[Sample]:
         for shape in SHAPES:
-            yield Sample((make.tensor(*shape, avoid=kinks),), name=f"shape {shape}")
+            yield Sample((make.tensor(*shape, avoid=kinks), *first), name=f"shape {shape}")
+        for call in others:
+            yield Sample((make.tensor(3, 4, avoid=kinks), *call), name=f"arguments {call}")
 
+    ours = getattr(nn, module)
+    arguments = dict(zip(list(inspect.signature(ours).parameters), first, strict=False))
     return OpSpec(
         name=name,
         family="activation",
         formula=ACTIVATIONS[name].formula,
         function=getattr(functional, name),
-        reference=getattr(F, name),
+        reference=reference or getattr(F, name),
         samples=samples,
-        large=lambda make, size: Sample((make.tensor(*SIZES[size]),)),
+        large=lambda make, size: Sample((make.tensor(*SIZES[size]), *first)),
+        module=(ours, getattr(torch.nn, module, _ReLUSquared), arguments, lambda make: (make.tensor(3, 5),)),
     )
 
 
-SPECS = [_spec("relu", kinks=(0.0,)), _spec("silu")]
+def _relu_squared(x: torch.Tensor) -> torch.Tensor:
+    return torch.relu(x).square()
+
+
+class _ReLUSquared(torch.nn.Module):
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return _relu_squared(x)
+
+
+SPECS = [
+    _spec("relu", "ReLU", kinks=(0.0,)),
+    _spec("relu6", "ReLU6", kinks=(0.0, 6.0)),
+    _spec("leaky_relu", "LeakyReLU", (), (0.2,), (-0.3,), kinks=(0.0,)),
+    _spec("elu", "ELU", (), (0.7,), kinks=(0.0,)),
+    _spec("selu", "SELU", kinks=(0.0,)),
+    _spec("celu", "CELU", (), (0.6,), kinks=(0.0,)),
+    _spec("gelu", "GELU", ("none",), ("tanh",)),
+    _spec("silu", "SiLU"),
+    _spec("mish", "Mish"),
+    _spec("sigmoid", "Sigmoid"),
+    _spec("logsigmoid", "LogSigmoid"),
+    _spec("hardsigmoid", "Hardsigmoid", kinks=(-3.0, 3.0)),
+    _spec("hardswish", "Hardswish", kinks=(-3.0, 3.0)),
+    _spec("hardtanh", "Hardtanh", (), (-0.5, 1.5), kinks=(-1.0, -0.5, 1.0, 1.5)),
+    _spec("tanh", "Tanh"),
+    _spec("tanhshrink", "Tanhshrink"),
+    _spec("softplus", "Softplus", (), (2.0, 3.0), kinks=(1.5,)),
+    _spec("softsign", "Softsign", kinks=(0.0,)),
+    _spec("softshrink", "Softshrink", (), (1.2,), kinks=(-1.2, -0.5, 0.5, 1.2)),
+    _spec("hardshrink", "Hardshrink", (), (1.2,), kinks=(-1.2, -0.5, 0.5, 1.2)),
+    _spec("threshold", "Threshold", (0.1, 2.0), (-1.0, -7.0), kinks=(-1.0, 0.1)),
+    _spec("relu_squared", "ReLUSquared", kinks=(0.0,), reference=_relu_squared),
+]

@@ -1,0 +1,27 @@
+"""Formulas are written for exact numbers; half precision is computed in float32 and rounded once, as the kernels do."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+
+HALF = (torch.float16, torch.bfloat16)
+
+
+def widen(a: Any) -> Any:
+    """A half-precision tensor in float32; anything else as it is."""
+    return a.float() if isinstance(a, Tensor) and a.dtype in HALF else a
+
+
+def rounded_once(formula: Callable[..., Tensor]) -> Callable[..., Tensor]:
+    """Runs an elementwise formula on widened tensors and rounds its result to the dtype of its first argument."""
+
+    @functools.wraps(formula)
+    def run(*args: Any) -> Tensor:
+        return formula(*map(widen, args)).to(args[0].dtype)
+
+    return run
