@@ -15,12 +15,6 @@ from torch import Tensor
 
 from .launch import cdiv, launch
 
-SQRT_HALF = tl.constexpr(0.70710678118654752440)
-INV_SQRT_2PI = tl.constexpr(0.39894228040143267794)
-SQRT_2_OVER_PI = tl.constexpr(0.79788456080286535588)
-SELU_ALPHA = tl.constexpr(1.6732632423543772848170429916717)
-SELU_SCALE = tl.constexpr(1.0507009873554804934193349852946)
-
 
 @triton.jit
 def upcast(x):
@@ -116,12 +110,12 @@ def elu_derivative(x, A, B):
 
 @triton.jit
 def selu(x, A, B):
-    return SELU_SCALE * elu(x, SELU_ALPHA, B)
+    return 1.0507009873554805 * elu(x, 1.6732632423543772, B)
 
 
 @triton.jit
 def selu_derivative(x, A, B):
-    return SELU_SCALE * elu_derivative(x, SELU_ALPHA, B)
+    return 1.0507009873554805 * elu_derivative(x, 1.6732632423543772, B)
 
 
 @triton.jit
@@ -136,23 +130,23 @@ def celu_derivative(x, A, B):
 
 @triton.jit
 def gelu(x, A, B):
-    return x * 0.5 * (1 + tl.erf(x * SQRT_HALF))
+    return x * 0.5 * (1 + tl.erf(x * 0.7071067811865476))
 
 
 @triton.jit
 def gelu_derivative(x, A, B):
-    return 0.5 * (1 + tl.erf(x * SQRT_HALF)) + x * tl.exp(-0.5 * x * x) * INV_SQRT_2PI
+    return 0.5 * (1 + tl.erf(x * 0.7071067811865476)) + x * tl.exp(-0.5 * x * x) * 0.3989422804014327
 
 
 @triton.jit
 def gelu_tanh(x, A, B):
-    return 0.5 * x * (1 + tanh(SQRT_2_OVER_PI * (x + 0.044715 * x * x * x), A, B))
+    return 0.5 * x * (1 + tanh(0.7978845608028654 * (x + 0.044715 * x * x * x), A, B))
 
 
 @triton.jit
 def gelu_tanh_derivative(x, A, B):
-    t = tanh(SQRT_2_OVER_PI * (x + 0.044715 * x * x * x), A, B)
-    return 0.5 * (1 + t) + 0.5 * x * (1 - t * t) * (SQRT_2_OVER_PI * (1 + 3 * 0.044715 * x * x))
+    t = tanh(0.7978845608028654 * (x + 0.044715 * x * x * x), A, B)
+    return 0.5 * (1 + t) + 0.5 * x * (1 - t * t) * (0.7978845608028654 * (1 + 3 * 0.044715 * x * x))
 
 
 @triton.jit
@@ -228,9 +222,10 @@ def hardswish_derivative(x, A, B):
 
 @triton.jit
 def tanh(x, A, B):
-    """(1 - e^-2|x|) / (1 + e^-2|x|) with the sign of x."""
-    m = expm1(-2 * tl.abs(x))
-    t = -m / (m + 2)
+    """1 - 2 / (e^2|x| + 1), and where that would cancel (e^2|x| - 1) / (e^2|x| + 1), with the sign of x."""
+    u = tl.abs(x)
+    m = expm1(-2 * u)
+    t = tl.where(u > 0.5, 1 - 2 / (tl.exp(2 * u) + 1), -m / (m + 2))
     return tl.where(x < 0, -t, t)
 
 

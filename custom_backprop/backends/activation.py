@@ -44,7 +44,13 @@ def _relu_squared_backward(dy: Tensor, x: Tensor) -> Tensor:
     return torch.relu(x).mul_(dy).mul_(2)
 
 
-# log σ(x) = -softplus(-x), which is softplus with beta = -1: one pass each way, and no buffer kept. Beyond 40, 1 + e^-40 is 1 in float64 too.
+def _hardsigmoid_backward(dy: Tensor, x: Tensor) -> Tensor:
+    if dy.dtype == torch.float64:  # ATen multiplies by 1/6 rounded to float32 in every dtype
+        return aten.hardtanh_backward.default(dy, x, -3, 3).div_(6)
+    return aten.hardsigmoid_backward.default(dy, x)
+
+
+# log σ(x) = -softplus(-x), which is softplus with beta = -1: one pass each way, no buffer kept. Beyond 40, 1 + e^-40 is 1 in float64 too.
 _LOGSIGMOID = (-1.0, 40.0)
 
 #: name -> (forward, backward) by PyTorch's operators
@@ -64,7 +70,7 @@ ATEN: dict[str, tuple[Callable[..., Tensor], Callable[..., Tensor]]] = {
     "mish": (aten.mish.default, aten.mish_backward.default),
     "sigmoid": (torch.sigmoid, aten.sigmoid_backward.default),
     "logsigmoid": (lambda x: aten.softplus.default(x, *_LOGSIGMOID), lambda dy, x: aten.softplus_backward.default(dy, x, *_LOGSIGMOID)),
-    "hardsigmoid": (aten.hardsigmoid.default, aten.hardsigmoid_backward.default),
+    "hardsigmoid": (aten.hardsigmoid.default, _hardsigmoid_backward),
     "hardswish": (aten.hardswish.default, aten.hardswish_backward.default),
     "hardtanh": (aten.hardtanh.default, aten.hardtanh_backward.default),
     "tanh": (torch.tanh, aten.tanh_backward.default),

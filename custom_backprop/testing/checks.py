@@ -98,6 +98,8 @@ def transforms(case: Case) -> None:
     leaves = tuple(leaf.detach() for leaf in case.leaves)
     if not leaves:
         raise NotApplicable("nothing is differentiated")
+    if not all(leaf.numel() for leaf in leaves):
+        raise NotApplicable("torch.func's jacobians do not take empty tensors")
     which = tuple(range(len(leaves)))
 
     def loss(function: Callable[..., Any]) -> Callable[..., Tensor]:
