@@ -32,12 +32,17 @@ def launch(kernel: Any, programs: int, *args: Any, num_warps: int = 4, num_stage
     if programs == 0:
         return
     device = _device(kernel, args)
+    interpreted = not isinstance(kernel, JITFunction)
+    given = args
+    if interpreted and device.type != "meta":
+        args = _in_float32(args)
     if _observer is not None:
         _observer(kernel, programs, args, constexprs, {"num_warps": num_warps, "num_stages": num_stages})
     if device.type == "meta":
         return
-    if device.type == "cpu" or not isinstance(kernel, JITFunction):
+    if interpreted:
         kernel[(programs,)](*args, **constexprs, num_warps=num_warps, num_stages=num_stages)
+        _round_back(given, args)
         return
     if device.index != torch.cuda.current_device():
         with torch.cuda.device(device):
@@ -65,6 +70,32 @@ def _launch_on_current_device(
     compiled.run(
         programs, 1, 1, stream, compiled.function, compiled.packed_metadata, None, None, None, *args, *constants
     )  # fmt: skip
+
+
+def _in_float32(args: tuple[Any, ...]) -> tuple[Any, ...]:
+    """bfloat16 tensors in float32, storage and strides alike.
+
+    Triton's interpreter holds bfloat16 as bit patterns: it truncates where a GPU rounds to nearest, and maximum and dot see integers (triton issues 4972, 11584). A
+    kernel that computes in float32 and rounds at its stores, as ours do, gives the GPU's numbers this way.
+    """
+    return tuple(_storage(a).float().as_strided(a.size(), a.stride(), a.storage_offset()) if _is_bfloat16(a) else a for a in args)
+
+
+def _round_back(given: tuple[Any, ...], computed: tuple[Any, ...]) -> None:
+    for a, b in zip(given, computed, strict=True):
+        if _is_bfloat16(a):
+            before, after = _storage(a), _storage(b)
+            if not torch.equal(before.float().view(torch.int32), after.view(torch.int32)):
+                before.copy_(after)
+
+
+def _storage(t: torch.Tensor) -> torch.Tensor:
+    """All of a tensor's storage, as a flat tensor."""
+    return torch.empty(0, dtype=t.dtype, device=t.device).set_(t.untyped_storage())
+
+
+def _is_bfloat16(a: Any) -> bool:
+    return isinstance(a, torch.Tensor) and a.dtype == torch.bfloat16
 
 
 def _specialization(argument: Any) -> Any:
