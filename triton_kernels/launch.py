@@ -75,8 +75,8 @@ def _launch_on_current_device(
 def _in_float32(args: tuple[Any, ...]) -> tuple[Any, ...]:
     """bfloat16 tensors in float32, storage and strides alike.
 
-    Triton's interpreter holds bfloat16 as bit patterns: it truncates where a GPU rounds to nearest, and maximum and dot see integers (triton issues 4972, 11584). A
-    kernel that computes in float32 and rounds at its stores, as ours do, gives the GPU's numbers this way.
+    Triton's interpreter holds bfloat16 as bit patterns (triton issues 4972 and 11584): it truncates where a GPU rounds to nearest, and
+    maximum and dot see integers. A kernel that computes in float32 and rounds at its stores, as ours do, gives the GPU's numbers this way.
     """
     return tuple(_storage(a).float().as_strided(a.size(), a.stride(), a.storage_offset()) if _is_bfloat16(a) else a for a in args)
 
