@@ -1,0 +1,111 @@
+"""Primitives of the linear layer, plain and with an activation."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ..formulas import linear as formula
+from ..formulas.linear import rows
+from . import selection
+from .activation import ATEN
+from .kernels import kernels
+from .library import primitive
+
+aten = torch.ops.aten
+
+#: activations whose derivative needs the output alone: written over z, which then never stands beside y
+_IN_PLACE: dict[str, Callable[..., Tensor]] = {
+    "relu": torch.relu_,
+    "relu6": lambda z: aten.hardtanh_.default(z, 0, 6),
+    "hardtanh": aten.hardtanh_.default,
+    "sigmoid": torch.sigmoid_,
+    "tanh": torch.tanh_,
+}
+
+
+def _backward(dy: Tensor, x: Tensor, weight: Tensor, need_x: bool, need_weight: bool, need_bias: bool) -> tuple[Tensor, Tensor, Tensor]:
+    nothing = dy.new_empty(0)
+    flat = dy if dy.dim() == 2 else rows(dy)
+    dx = torch.mm(flat, weight).view(*dy.shape[:-1], weight.shape[1]) if need_x else nothing
+    dw = torch.mm(flat.t(), x if x.dim() == 2 else rows(x)) if need_weight else nothing
+    db = flat.sum(0) if need_bias else nothing
+    return dx, dw, db
+
+
+def _activation_forward(x: Tensor, weight: Tensor, bias: Tensor | None, activation: str, parameters: list[float]) -> tuple[Tensor, Tensor]:
+    z = torch.nn.functional.linear(x, weight, bias)
+    in_place = _IN_PLACE.get(activation)
+    if in_place is not None:
+        return in_place(z, *parameters), z.new_empty(0)
+    return ATEN[activation][0](z, *parameters), z
+
+
+def _activation_backward(
+    dy: Tensor, x: Tensor, weight: Tensor, saved: Tensor, activation: str, parameters: list[float], *needs: bool
+) -> tuple[Tensor, Tensor, Tensor]:
+    return _backward(ATEN[activation][1](dy, saved, *parameters), x, weight, *needs)
+
+
+def _triton(name: str) -> Callable[..., Any]:
+    def call(*args: Any) -> Any:
+        """Forced, the products run in our kernels; by default a table of measurements decides between them and the vendor's library."""
+        return getattr(kernels("linear"), name)(*args, always=selection.get_backend() == "triton")
+
+    return call
+
+
+def _fake_forward(x: Tensor, weight: Tensor, bias: Tensor | None, *rest: Any) -> Tensor:
+    return x.new_empty(*x.shape[:-1], weight.shape[0])
+
+
+def _fake_backward(
+    dy: Tensor, x: Tensor, weight: Tensor, need_x: bool, need_weight: bool, need_bias: bool
+) -> tuple[Tensor, Tensor, Tensor]:
+    nothing = dy.new_empty(0)
+    dx = dy.new_empty(*dy.shape[:-1], weight.shape[1]) if need_x else nothing
+    dw = dy.new_empty(dy.shape[-1], x.shape[-1]) if need_weight else nothing
+    return dx, dw, dy.new_empty(dy.shape[-1]) if need_bias else nothing
+
+
+def _fake_activation_forward(
+    x: Tensor, weight: Tensor, bias: Tensor | None, activation: str, parameters: list[float]
+) -> tuple[Tensor, Tensor]:
+    y = _fake_forward(x, weight, bias)
+    return y, x.new_empty(0) if formula.ACTIVATIONS[activation].saves_output else torch.empty_like(y)
+
+
+_NEEDS = "bool need_x, bool need_weight, bool need_bias"
+
+forward = primitive(
+    "linear_forward(Tensor x, Tensor weight, Tensor? bias) -> Tensor",
+    formula=formula.linear,
+    aten=torch.nn.functional.linear,
+    triton=_triton("forward"),
+    fake=_fake_forward,
+)
+backward = primitive(
+    f"linear_backward(Tensor dy, Tensor x, Tensor weight, {_NEEDS}) -> (Tensor dx, Tensor dw, Tensor db)",
+    formula=formula.linear_backward,
+    aten=_backward,
+    triton=_triton("backward"),
+    fake=_fake_backward,
+)
+activation_forward = primitive(
+    "linear_activation_forward(Tensor x, Tensor weight, Tensor? bias, str activation, float[] parameters) -> (Tensor y, Tensor z)",
+    formula=formula.linear_activation,
+    aten=_activation_forward,
+    triton=_triton("activation_forward"),
+    fake=_fake_activation_forward,
+)
+activation_backward = primitive(
+    "linear_activation_backward(Tensor dy, Tensor x, Tensor weight, Tensor saved, str activation, float[] parameters, "
+    f"{_NEEDS}) -> (Tensor dx, Tensor dw, Tensor db)",
+    formula=formula.linear_activation_backward,
+    aten=_activation_backward,
+    triton=_triton("activation_backward"),
+    fake=lambda dy, x, weight, saved, activation, parameters, *needs: _fake_backward(dy, x, weight, *needs),
+)

@@ -1,0 +1,61 @@
+"""The linear layer: ``linear`` as in ``torch.nn.functional``, and ``linear_activation``, both in one Function."""
+
+from __future__ import annotations
+
+from torch import Tensor
+
+from ..formulas.activation import ACTIVATIONS
+from ..ops import linear as ops
+
+__all__ = ["linear", "linear_activation"]
+
+
+def linear(input: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+    """y = x Wᵀ + b;  dx = dy W, dW = dyᵀ x, db = Σ_rows dy.
+
+    Args:
+        input: (..., in_features).
+        weight: (out_features, in_features), or without a bias (in_features), which gives an output without the last dimension.
+        bias: (out_features).
+
+    Raises:
+        RuntimeError: shapes, dtypes or devices do not fit.
+    """
+    if weight.dim() == 1 and bias is None:
+        return ops.linear(input, weight.unsqueeze(0), None).squeeze(-1)
+    return ops.linear(input, weight, bias)
+
+
+def linear_activation(input: Tensor, weight: Tensor, bias: Tensor | None = None, activation: str = "relu", **parameters: float) -> Tensor:
+    """y = f(z), z = x Wᵀ + b;  dz = dy f', dx = dz W, dW = dzᵀ x, db = Σ_rows dz.
+
+    One Function for both: where f' can be written with y, z is never kept, and dz and db come from one pass.
+
+    Args:
+        input, weight, bias: as in :func:`linear`, ``weight`` with two dimensions.
+        activation: the name of an activation of :mod:`custom_backprop.functional` ("gelu_tanh" is gelu's tanh form).
+        parameters: the activation's own parameters by name, such as ``negative_slope=0.1``.
+
+    Raises:
+        ValueError: no activation of that name.
+        TypeError: it has no such parameter, or one without a default is missing.
+        RuntimeError: shapes, dtypes or devices do not fit.
+    """
+    return ops.linear_activation(input, weight, bias, activation, activation_parameters(activation, parameters))
+
+
+def activation_parameters(activation: str, given: dict[str, float]) -> tuple[float, ...]:
+    """The parameters of an activation in order, defaults filled in.
+
+    Raises:
+        ValueError, TypeError: as :func:`linear_activation`.
+    """
+    if activation not in ACTIVATIONS:
+        raise ValueError(f"no activation {activation!r}: choose one of {', '.join(ACTIVATIONS)}")
+    known = ACTIVATIONS[activation].parameters
+    values = {**known, **given}
+    if unknown := [name for name in given if name not in known]:
+        raise TypeError(f"{activation} has no parameter {', '.join(unknown)}; it has {', '.join(known) or 'none'}")
+    if missing := [name for name, value in values.items() if value is None]:
+        raise TypeError(f"{activation} needs a value for {', '.join(missing)}")
+    return tuple(float(values[name]) for name in known)

@@ -1,0 +1,75 @@
+"""Specs of the linear layers."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from ... import functional, nn
+from ..spec import Make, OpSpec, Sample
+
+SIZES = {"small": (64, 64, 64), "medium": (256, 256, 256), "large": (1024, 1024, 1024)}
+
+
+def _linear_samples(make: Make) -> Iterator[Sample]:
+    yield Sample((make.tensor(5, 3), make.tensor(2, 3), make.tensor(2)), name="2-D")
+    yield Sample((make.tensor(4, 3), make.tensor(2, 3)), name="no bias")
+    yield Sample((make.tensor(3), make.tensor(2, 3), make.tensor(2)), name="1-D")
+    yield Sample((make.tensor(2, 3, 4), make.tensor(3, 4), make.tensor(3)), name="3-D")
+    yield Sample((make.tensor(2, 4), make.tensor(4)), name="1-D weight")
+    yield Sample((make.tensor(0, 4), make.tensor(3, 4), make.tensor(3)), name="no rows")
+
+
+def _activation_samples(make: Make) -> Iterator[Sample]:
+    kwargs = {"low": 0.2, "high": 0.9}  # keeps z away from the kinks of relu
+    yield Sample((make.tensor(5, 3, **kwargs), make.tensor(2, 3, **kwargs), make.tensor(2, **kwargs)), name="relu")
+    for activation, parameters in (("sigmoid", {}), ("silu", {}), ("gelu_tanh", {}), ("softplus", {"beta": 2.0})):
+        arguments = {"activation": activation, **parameters}
+        yield Sample((make.tensor(4, 3), make.tensor(2, 3), make.tensor(2)), arguments, name=activation)
+    yield Sample((make.tensor(2, 2, 3), make.tensor(2, 3)), {"activation": "tanh"}, name="3-D, no bias")
+    yield Sample((make.tensor(3), make.tensor(2, 3), make.tensor(2)), {"activation": "mish"}, name="1-D")
+
+
+def linear_activation(input: Tensor, weight: Tensor, bias: Tensor | None = None, activation: str = "relu", **parameters: float) -> Tensor:
+    """The same by stock's two calls."""
+    z = F.linear(input, weight, bias)
+    return F.gelu(z, approximate="tanh") if activation == "gelu_tanh" else getattr(F, activation)(z, **parameters)
+
+
+class _Stock(torch.nn.Linear):
+    def forward(self, input: Tensor) -> Tensor:
+        return torch.relu(super().forward(input))
+
+
+def _large(make: Make, size: str) -> Sample:
+    rows, columns, inner = SIZES[size]
+    return Sample((make.tensor(rows, inner), make.tensor(columns, inner), make.tensor(columns)))
+
+
+FEATURES = {"in_features": 5, "out_features": 3}
+
+SPECS = [
+    OpSpec(
+        name="linear",
+        family="linear",
+        formula="y = x Wᵀ + b;  dx = dy W, dW = dyᵀ x, db = Σ dy",
+        function=functional.linear,
+        reference=F.linear,
+        samples=_linear_samples,
+        large=_large,
+        module=(nn.Linear, torch.nn.Linear, FEATURES, lambda make: (make.tensor(2, 3, 5),)),
+    ),
+    OpSpec(
+        name="linear_activation",
+        family="linear",
+        formula="y = f(z), z = x Wᵀ + b;  dz = dy f', dx = dz W, dW = dzᵀ x, db = Σ dz",
+        function=functional.linear_activation,
+        reference=linear_activation,
+        samples=_activation_samples,
+        large=_large,
+        module=(nn.LinearActivation, _Stock, FEATURES, lambda make: (make.tensor(2, 3, 5),)),
+    ),
+]
