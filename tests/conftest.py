@@ -1,4 +1,4 @@
-"""Every test that takes ``backend`` runs on every backend that the machine has: where there is no GPU, the kernels run in the interpreter."""
+"""A test that takes ``backend`` runs on every backend that the machine has: without a GPU, the kernels run in the interpreter."""
 
 from __future__ import annotations
 

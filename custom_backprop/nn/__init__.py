@@ -1,4 +1,8 @@
 """Drop-in modules: subclasses of the ``torch.nn`` class that override ``forward`` only. One file an op family."""
 
 from .activation import *
+from .activation import __all__ as _activation
 from .linear import *
+from .linear import __all__ as _linear
+
+__all__ = [*_activation, *_linear]
