@@ -2,7 +2,8 @@
 
 from . import functional, nn, testing
 from .backends import get_backend, use_backend
+from .convert import convert, revert
 
 __version__ = "0.1.0"
 
-__all__ = ["functional", "get_backend", "nn", "testing", "use_backend"]
+__all__ = ["convert", "functional", "get_backend", "nn", "revert", "testing", "use_backend"]

@@ -11,6 +11,9 @@ import torch
 if not torch.cuda.is_available():
     os.environ["TRITON_INTERPRET"] = "1"  # read when a kernel is decorated: before custom_backprop is imported
 
+if "PYTEST_XDIST_WORKER" in os.environ:
+    torch.set_num_threads(1)  # one process a core: more threads would only get in each other's way
+
 import custom_backprop
 from custom_backprop.backends import BACKENDS, why_not
 

@@ -34,12 +34,12 @@ def differentiable(*, autocast_cpu: str | None = None, autocast_cuda: str | None
             return output
 
         members = {"__doc__": definition.__doc__, "__module__": definition.__module__}
-        eager = type(
+        eager: Any = type(
             definition.__name__,
             (torch.autograd.Function,),
             {**members, "forward": staticmethod(eager_forward), "backward": staticmethod(backward)},
         )
-        transformable = type(
+        transformable: Any = type(
             definition.__name__,
             (torch.autograd.Function,),
             {

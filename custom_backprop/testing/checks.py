@@ -168,7 +168,7 @@ def layouts(case: Case) -> None:
     grads = torch.autograd.grad(results, leaves, constant, retain_graph=True, allow_unused=True)
     expected = torch.autograd.grad(results, leaves, [c.contiguous() for c in constant], retain_graph=True, allow_unused=True)
     _same(grads, expected, "gradients for a stride-0 grad_output")
-    undefined = [torch._C._functions.UndefinedGrad()(r) for r in results]
+    undefined: Any = [torch._C._functions.UndefinedGrad()(r) for r in results]
     for grad in torch.autograd.grad(undefined, leaves, dys, allow_unused=True):
         _require(grad is None or not grad.count_nonzero(), "a gradient came from an undefined grad_output")
 

@@ -1,0 +1,89 @@
+"""One line swaps the layers of a model; nothing else of it changes."""
+
+from __future__ import annotations
+
+import copy
+
+import pytest
+import torch
+from torch.nn.utils import parametrizations
+
+import custom_backprop
+from custom_backprop import nn
+from custom_backprop.convert import DROP_INS
+
+
+def model():
+    torch.manual_seed(0)
+    stock = torch.nn
+    block = stock.Sequential(stock.Linear(6, 8), stock.GELU(approximate="tanh"), stock.Dropout(0.0), stock.LayerNorm(8))
+    return stock.Sequential(block, stock.LeakyReLU(0.3), stock.Linear(8, 3, bias=False), stock.Softmax(dim=-1)).double()
+
+
+def test_every_drop_in_is_known():
+    assert {DROP_INS[getattr(torch.nn, n)] for n in nn.__all__ if hasattr(torch.nn, n)} == set(DROP_INS.values())
+    assert all(issubclass(ours, stock) for stock, ours in DROP_INS.items())
+    assert DROP_INS[torch.nn.Linear] is nn.Linear
+
+
+def test_classes_change_and_nothing_else():
+    stock, ours = model(), model()
+    parameters, calls = list(ours.parameters()), []
+    ours[2].register_forward_hook(lambda *_: calls.append(1))
+    assert custom_backprop.convert(ours) is ours
+    assert [type(m) for m in ours] == [torch.nn.Sequential, nn.LeakyReLU, nn.Linear, nn.Softmax]
+    assert type(ours[0][3]) is torch.nn.LayerNorm or type(ours[0][3]) in DROP_INS.values()
+    assert all(a is b for a, b in zip(parameters, ours.parameters(), strict=True))
+    assert repr(ours) == repr(stock)
+    assert list(ours.state_dict()) == list(stock.state_dict())
+    x, w = torch.randn(4, 6, dtype=torch.float64), torch.randn(4, 3, dtype=torch.float64)
+    outputs = []
+    for m in (stock, ours):
+        y = m(x)
+        (y * w).sum().backward()
+        outputs.append(y)
+    torch.testing.assert_close(outputs[1], outputs[0])
+    torch.testing.assert_close([p.grad for p in ours.parameters()], [p.grad for p in stock.parameters()])
+    assert calls == [1]
+
+
+def test_there_and_back():
+    m = model()
+    before = [type(c) for c in m.modules()]
+    custom_backprop.revert(custom_backprop.convert(m))
+    assert [type(c) for c in m.modules()] == before
+
+
+def test_the_model_may_be_one_layer_and_may_be_copied():
+    layer = custom_backprop.convert(torch.nn.Linear(2, 3))
+    assert type(copy.deepcopy(layer)) is nn.Linear
+
+
+def test_subclasses_keep_their_forward():
+    class Doubled(torch.nn.Linear):
+        def forward(self, input):
+            return 2 * super().forward(input)
+
+    m = torch.nn.Sequential(Doubled(2, 2), parametrizations.weight_norm(torch.nn.Linear(2, 2)))
+    types = [type(c) for c in m]
+    assert [type(c) for c in custom_backprop.convert(m)] == types
+
+
+def test_a_layer_of_our_own_stays_when_torch_has_none():
+    m = torch.nn.Sequential(nn.LinearActivation(2, 2), nn.ReLU())
+    assert [type(c) for c in custom_backprop.revert(m)] == [nn.LinearActivation, torch.nn.ReLU]
+
+
+def test_an_optimizer_made_before_goes_on():
+    m = torch.nn.Sequential(torch.nn.Linear(3, 1))
+    optimizer = torch.optim.SGD(m.parameters(), 0.1)
+    custom_backprop.convert(m)
+    before = m[0].weight.detach().clone()
+    m(torch.randn(5, 3)).square().mean().backward()
+    optimizer.step()
+    assert not torch.equal(m[0].weight, before)
+
+
+def test_not_a_module():
+    with pytest.raises(TypeError, match=r"torch.nn.Module, got list"):
+        custom_backprop.convert([torch.nn.Linear(2, 2)])
