@@ -21,6 +21,9 @@ LIBRARY = torch.library.Library("custom_backprop", "DEF")
 #: name -> the operator, in the order of definition
 PRIMITIVES: dict[str, torch._ops.OpOverload] = {}
 
+#: operator -> the launcher of its kernels, for those of other libraries too: what ``testing/offline.py`` calls on meta tensors
+LAUNCHERS: dict[torch._ops.OpOverload, Callable[..., Any]] = {}
+
 _AUTOCAST = {
     "AutocastCPU": DispatchKeySet(DispatchKey.AutocastCPU),
     "AutocastCUDA": DispatchKeySet(DispatchKey.AutocastCUDA),
@@ -72,6 +75,7 @@ def primitive(
         library.impl(name, formula, "FuncTorchBatched")
     else:
         torch.library.register_vmap(f"{library.ns}::{name}", vmap, lib=library)
+    LAUNCHERS[operator] = triton
     if library is LIBRARY:
         PRIMITIVES[name] = operator
     return operator
