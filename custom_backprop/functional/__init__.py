@@ -4,5 +4,7 @@ from .activation import *
 from .activation import __all__ as _activation
 from .linear import *
 from .linear import __all__ as _linear
+from .softmax import *
+from .softmax import __all__ as _softmax
 
-__all__ = [*_activation, *_linear]
+__all__ = [*_activation, *_linear, *_softmax]

@@ -1,0 +1,112 @@
+"""Softmax, log-softmax and softmin along one dimension, and their derivatives.
+
+The output is all that backward needs. Sums run along ``dim``, and m = max x: it changes no result, since e^m cancels, but keeps e^(x-m) <= 1.
+
+A row without a largest finite number (all -inf, a +inf, a NaN) is NaN throughout, as in torch.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from .precision import widen
+
+
+def _shifted(x: Tensor, dim: int) -> Tensor:
+    """x - m."""
+    return x - x.amax(dim, keepdim=True) if x.shape[dim] else x
+
+
+def softmax(x: Tensor, dim: int) -> Tensor:
+    """y_i = e^(x_i) / Σ_j e^(x_j)."""
+    e = torch.exp(_shifted(x, dim))
+    return e / e.sum(dim, keepdim=True)
+
+
+def softmax_backward(dy: Tensor, y: Tensor, dim: int) -> Tensor:
+    """dx = y (dy - Σ_j y_j dy_j).
+
+    The quotient rule gives ∂y_j/∂x_i = y_j ([i = j] - y_i), so dx_i = Σ_j dy_j y_j ([i = j] - y_i) = y_i dy_i - y_i Σ_j y_j dy_j.
+    The y_i sum to one, hence the dx_i to zero: a softmax does not see a shift of its input.
+    """
+    return y * (dy - (y * dy).sum(dim, keepdim=True))
+
+
+def softmax_jvp(tx: Tensor, y: Tensor, dim: int) -> Tensor:
+    """ty = y (tx - Σ_j y_j tx_j): the Jacobian diag(y) - y yᵀ is symmetric."""
+    return softmax_backward(tx, y, dim)
+
+
+def softmin(x: Tensor, dim: int) -> Tensor:
+    """y = softmax(-x)."""
+    return softmax(-x, dim)
+
+
+def softmin_backward(dy: Tensor, y: Tensor, dim: int) -> Tensor:
+    """dx = -y (dy - Σ_j y_j dy_j), by the chain rule through -x."""
+    return -softmax_backward(dy, y, dim)
+
+
+def softmin_jvp(tx: Tensor, y: Tensor, dim: int) -> Tensor:
+    """ty = -y (tx - Σ_j y_j tx_j)."""
+    return softmin_backward(tx, y, dim)
+
+
+def log_softmax(x: Tensor, dim: int) -> Tensor:
+    """y_i = x_i - log Σ_j e^(x_j), in which nothing underflows where softmax would give log 0."""
+    s = _shifted(x, dim)
+    return s - s.exp().sum(dim, keepdim=True).log()
+
+
+def log_softmax_backward(dy: Tensor, y: Tensor, dim: int) -> Tensor:
+    """dx = dy - e^y Σ_j dy_j.
+
+    ∂y_j/∂x_i = [i = j] - e^(x_i) / Σ_k e^(x_k) = [i = j] - e^(y_i), so dx_i = dy_i - e^(y_i) Σ_j dy_j.
+    """
+    return dy - y.exp() * dy.sum(dim, keepdim=True)
+
+
+def log_softmax_jvp(tx: Tensor, y: Tensor, dim: int) -> Tensor:
+    """ty = tx - Σ_j e^(y_j) tx_j."""
+    return tx - (y.exp() * tx).sum(dim, keepdim=True)
+
+
+@dataclass(frozen=True)
+class Softmax:
+    """One of the three.
+
+    Attributes:
+        formula: y and dx in one line, as ``check`` prints it.
+        value: y, as ``value(x, dim)``.
+        gradient: dx, as ``gradient(dy, y, dim)``.
+        jvp: the directional derivative, as ``jvp(tx, y, dim)``.
+    """
+
+    name: str
+    formula: str
+    value: Callable[[Tensor, int], Tensor]
+    gradient: Callable[[Tensor, Tensor, int], Tensor]
+    jvp: Callable[[Tensor, Tensor, int], Tensor]
+
+    def forward(self, x: Tensor, dim: int, dtype: torch.dtype | None) -> Tensor:
+        """y of x cast to ``dtype``, rounded once."""
+        dtype = dtype or x.dtype
+        return self.value(widen(x.to(dtype)), dim).to(dtype)
+
+    def backward(self, dy: Tensor, y: Tensor, dim: int, dtype: torch.dtype) -> Tensor:
+        """dx in ``dtype``, which is that of x, rounded once."""
+        return self.gradient(widen(dy), widen(y), dim).to(dtype)
+
+
+SOFTMAXES = {
+    s.name: s
+    for s in (
+        Softmax("softmax", "y = e^x / Σ e^x;  dx = y (dy - Σ y dy)", softmax, softmax_backward, softmax_jvp),
+        Softmax("softmin", "y = e^-x / Σ e^-x;  dx = -y (dy - Σ y dy)", softmin, softmin_backward, softmin_jvp),
+        Softmax("log_softmax", "y = x - log Σ e^x;  dx = dy - e^y Σ dy", log_softmax, log_softmax_backward, log_softmax_jvp),
+    )
+}

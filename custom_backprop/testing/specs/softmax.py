@@ -1,0 +1,38 @@
+"""Specs of the softmaxes."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import torch
+import torch.nn.functional as F
+
+from ... import functional, nn
+from ...formulas.softmax import SOFTMAXES
+from ..spec import Make, OpSpec, Sample
+
+SIZES = {"small": (64, 64), "medium": (256, 256), "large": (1024, 1024)}
+
+
+def _samples(make: Make) -> Iterator[Sample]:
+    yield Sample((make.tensor(3, 5), -1), name="last")
+    yield Sample((make.tensor(2, 3, 4),), {"dim": 1}, name="middle")
+    yield Sample((make.tensor(7, 2),), {"dim": 0, "dtype": torch.float64}, name="first, dtype")
+    yield Sample((make.tensor(), 0), name="0-d")
+    yield Sample((make.tensor(0, 3), 1), name="no rows")
+
+
+def _spec(name: str, module: str) -> OpSpec:
+    return OpSpec(
+        name=name,
+        family="softmax",
+        formula=SOFTMAXES[name].formula,
+        function=getattr(functional, name),
+        reference=getattr(F, name),
+        samples=_samples,
+        large=lambda make, size: Sample((make.tensor(*SIZES[size]), -1)),
+        module=(getattr(nn, module), getattr(torch.nn, module), {"dim": 1}, lambda make: (make.tensor(3, 5, 2),)),
+    )
+
+
+SPECS = [_spec("softmax", "Softmax"), _spec("softmin", "Softmin"), _spec("log_softmax", "LogSoftmax")]
