@@ -97,8 +97,7 @@ def _define(a: Activation) -> tuple[Callable[..., Tensor], Callable[..., Tensor]
         return forward(x.movedim(in_dims[0], 0), *parameters), 0
 
     def vmap_backward(info: Any, in_dims: Any, dy: Tensor, saved: Tensor, *parameters: float) -> tuple[Tensor, int]:
-        dy, saved = fold_batch((dy, saved), in_dims[:2], info.batch_size)
-        return backward(dy, saved, *parameters), 0
+        return backward(*fold_batch((dy, saved), in_dims[:2], info.batch_size), *parameters), 0
 
     forward = primitive(
         f"{a.name}_forward(Tensor x{parameters}) -> Tensor",

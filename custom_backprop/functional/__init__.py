@@ -4,7 +4,9 @@ from .activation import *
 from .activation import __all__ as _activation
 from .linear import *
 from .linear import __all__ as _linear
+from .prelu import *
+from .prelu import __all__ as _prelu
 from .softmax import *
 from .softmax import __all__ as _softmax
 
-__all__ = [*_activation, *_linear, *_softmax]
+__all__ = [*_activation, *_linear, *_prelu, *_softmax]

@@ -53,9 +53,9 @@ def activation_parameters(activation: str, given: dict[str, float]) -> tuple[flo
     if activation not in ACTIVATIONS:
         raise ValueError(f"no activation {activation!r}: choose one of {', '.join(ACTIVATIONS)}")
     known = ACTIVATIONS[activation].parameters
-    values = {**known, **given}
     if unknown := [name for name in given if name not in known]:
         raise TypeError(f"{activation} has no parameter {', '.join(unknown)}; it has {', '.join(known) or 'none'}")
-    if missing := [name for name, value in values.items() if value is None]:
+    values = [given.get(name, default) for name, default in known.items()]
+    if missing := [name for name, value in zip(known, values, strict=True) if value is None]:
         raise TypeError(f"{activation} needs a value for {', '.join(missing)}")
-    return tuple(float(values[name]) for name in known)
+    return tuple(float(value) for value in values if value is not None)

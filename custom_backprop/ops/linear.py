@@ -26,8 +26,7 @@ def check(x: Tensor, weight: Tensor, bias: Tensor | None) -> None:
         raise NotImplementedError(f"linear has no complex derivative here: got tensors of {x.dtype}")
 
 
-@differentiable(autocast_cpu="lower", autocast_cuda="lower")
-class linear:
+class Linear:
     """y = x Wᵀ + b;  dx = dy W, dW = dyᵀ x, db = Σ_rows dy."""
 
     @staticmethod
@@ -57,8 +56,10 @@ class linear:
         return formula.linear_jvp(x, weight, tx, tw, tb)
 
 
-@differentiable(autocast_cpu="lower", autocast_cuda="lower")
-class _linear_activation:
+linear = differentiable(autocast_cpu="lower", autocast_cuda="lower")(Linear)
+
+
+class LinearActivation:
     """y = f(z), z = x Wᵀ + b;  dz = dy f', dx = dz W, dW = dzᵀ x, db = Σ_rows dz."""
 
     @staticmethod
@@ -94,6 +95,9 @@ class _linear_activation:
         tz = formula.linear_jvp(x, weight, tx, tw, tb)
         saved = formula.saved_for(ctx.activation, x, weight, bias, y)
         return None if tz is None else ACTIVATIONS[ctx.activation].backward(tz, saved, *ctx.parameters), None
+
+
+_linear_activation = differentiable(autocast_cpu="lower", autocast_cuda="lower")(LinearActivation)
 
 
 def linear_activation(x: Tensor, weight: Tensor, bias: Tensor | None, activation: str, parameters: tuple[float, ...]) -> Tensor:

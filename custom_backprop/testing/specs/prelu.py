@@ -1,0 +1,35 @@
+"""Spec of the parametric ReLU."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import torch
+import torch.nn.functional as F
+
+from ... import functional, nn
+from ..spec import Make, OpSpec, Sample
+
+SIZES = {"small": (8, 8, 8, 8), "medium": (16, 16, 16, 16), "large": (8, 32, 64, 64)}
+
+
+def _samples(make: Make) -> Iterator[Sample]:
+    yield Sample((make.tensor(2, 3, avoid=(0,)), make.tensor(3)), name="2-D, a weight a channel")
+    yield Sample((make.tensor(1, 2, 1, 3, avoid=(0,)), make.tensor(2)), name="4-D, a weight a channel")
+    yield Sample((make.tensor(3, avoid=(0,)), make.tensor(1)), name="1-D, one weight")
+    yield Sample((make.tensor(avoid=(0,)), make.tensor()), name="0-D")
+    yield Sample((make.tensor(0, 2), make.tensor(2)), name="empty")
+
+
+SPECS = [
+    OpSpec(
+        name="prelu",
+        family="prelu",
+        formula="y = x [x > 0] + w x [x <= 0];  dx = dy ([x > 0] + w [x <= 0]), dw_c = Σ dy x [x <= 0]",
+        function=functional.prelu,
+        reference=F.prelu,
+        samples=_samples,
+        large=lambda make, size: Sample((make.tensor(*SIZES[size]), make.tensor(SIZES[size][1]))),
+        module=(nn.PReLU, torch.nn.PReLU, {"num_parameters": 3}, lambda make: (make.tensor(2, 3, 2),)),
+    ),
+]
