@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+
 import torch
 from torch import Tensor
 
@@ -13,6 +15,8 @@ aten = torch.ops.aten
 
 #: elements of a pass: its temporaries stay in the cache and are never allocated at the size of x
 _CHUNK = 2**16
+#: elements up to which the calls cost more than the passes: there one ATen kernel computes dx and dy min(x, 0)
+_SMALL = 2**14
 
 
 def _forward(x: Tensor, weight: Tensor) -> Tensor:
@@ -20,21 +24,31 @@ def _forward(x: Tensor, weight: Tensor) -> Tensor:
 
 
 def _backward(dy: Tensor, x: Tensor, weight: Tensor, need_x: bool, need_weight: bool) -> tuple[Tensor, Tensor]:
-    """dx = dy (m + w (1 - m)) with m = [x > 0], dw = Σ dy min(x, 0): nothing in ATen gives one without the other, or the sum with it."""
-    dx = torch.empty_like(x) if need_x else x.new_empty(0)
-    if x.dim() == 0 or x.numel() == 0:
-        return formula.prelu_backward(dy, x, weight, need_x, need_weight)
     w = formula.spread(weight, x)
-    rows = max(1, _CHUNK * x.shape[0] // x.numel())
+    if need_x and need_weight and x.numel() <= _SMALL:
+        dx, dw = aten._prelu_kernel_backward.default(dy, x, w)
+        return dx, formula.summed(dw, weight)
+    dx = torch.empty_like(x) if need_x else x.new_empty(0)
     sums = []
-    for i in range(0, x.shape[0], rows):
-        dy_part, x_part = dy[i : i + rows], x[i : i + rows]
-        if need_x:
-            part = torch.gt(x_part, 0, out=dx[i : i + rows])
-            part.addcmul_(1 - part, w).mul_(dy_part)
-        if need_weight:
+    for dy_part, x_part, dx_part in _parts(dy, x, dx if need_x else x):
+        if need_x:  # dy (m + w (1 - m)) with m = [x > 0]
+            torch.gt(x_part, 0, out=dx_part)
+            dx_part.addcmul_(1 - dx_part, w).mul_(dy_part)
+        if need_weight:  # Σ dy min(x, 0)
             sums.append(formula.summed(widen(x_part.clamp_max(0).mul_(dy_part)), weight))
     return dx, torch.stack(sums).sum(0).to(weight.dtype) if need_weight else x.new_empty(0)
+
+
+def _parts(*tensors: Tensor) -> Iterator[tuple[Tensor, ...]]:
+    """Tensors of one shape in slices of about _CHUNK elements along their first dimension."""
+    numel = tensors[0].numel()
+    if tensors[0].dim() == 0 or numel <= _CHUNK:
+        yield tensors
+        return
+    size = tensors[0].shape[0]
+    rows = max(1, _CHUNK * size // numel)
+    for i in range(0, size, rows):
+        yield tuple(t[i : i + rows] for t in tensors)
 
 
 def _fake_backward(dy: Tensor, x: Tensor, weight: Tensor, need_x: bool, need_weight: bool) -> tuple[Tensor, Tensor]:
