@@ -6,6 +6,7 @@ costs three times the overhead. So each op is written once, and :func:`different
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Callable
 from typing import Any
 
@@ -32,6 +33,9 @@ def differentiable(*, autocast_cpu: str | None = None, autocast_cuda: str | None
             output = forward(*args)
             setup_context(ctx, args, output)
             return output
+
+        # where nothing wants a gradient, Dynamo counts the parameters of forward, and leaves out ctx if there are as many as arguments
+        eager_forward.__signature__ = inspect.Signature()  # type: ignore[attr-defined]
 
         members = {"__doc__": definition.__doc__, "__module__": definition.__module__}
         eager: Any = type(

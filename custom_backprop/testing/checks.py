@@ -145,7 +145,7 @@ def opcheck(case: Case) -> None:
 
 
 def compile(case: Case) -> None:
-    """torch.compile(fullgraph=True) gives eager's outputs and gradients."""
+    """torch.compile(fullgraph=True) gives eager's outputs and gradients, and its outputs where nothing wants a gradient."""
     torch._dynamo.reset()
     leaves = case.leaves
     compiled = torch.compile(case.call, fullgraph=True, backend="aot_eager")
@@ -153,6 +153,7 @@ def compile(case: Case) -> None:
     expected, expected_grads = gradients(case.call, leaves)
     _same(results, expected, "compiled outputs")
     _same(grads, expected_grads, "compiled gradients")
+    _same(outputs(compiled(*(leaf.detach() for leaf in leaves))), expected, "compiled outputs without gradients")
 
 
 def layouts(case: Case) -> None:
