@@ -1,8 +1,27 @@
-"""Proof: :func:`validate` for anybody's Function, kernel or module; the op database for our own."""
+"""Proof: :func:`validate` for anybody's Function, kernel or module; the op database for our own; what a kernel takes and touches."""
 
+from .audit import Audit, AuditedLaunch, audit
 from .checks import CHECKS
 from .database import cases, check_op, database
+from .offline import TARGETS, Resources, compile_offline
 from .spec import Make, OpSpec, Sample
 from .validate import Report, Result, validate
 
-__all__ = ["CHECKS", "Make", "OpSpec", "Report", "Result", "Sample", "cases", "check_op", "database", "validate"]
+__all__ = [
+    "CHECKS",
+    "TARGETS",
+    "Audit",
+    "AuditedLaunch",
+    "Make",
+    "OpSpec",
+    "Report",
+    "Resources",
+    "Result",
+    "Sample",
+    "audit",
+    "cases",
+    "check_op",
+    "compile_offline",
+    "database",
+    "validate",
+]

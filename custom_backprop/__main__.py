@@ -1,0 +1,25 @@
+"""The command line: ``python -m custom_backprop {check,info,kernels}``."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from collections.abc import Sequence
+
+from . import __version__
+from .cli import check, info, kernels
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Runs one command. Returns its exit code: 0, or 1 where it found something wrong; bad arguments exit with 2."""
+    parser = argparse.ArgumentParser(prog="python -m custom_backprop", description="Backpropagation written out, proved, and looked into.")
+    parser.add_argument("--version", action="version", version=__version__)
+    subparsers = parser.add_subparsers(required=True, metavar="COMMAND")
+    for command in (check, info, kernels):
+        command.add_parser(subparsers).set_defaults(run=command.run)
+    args = parser.parse_args(arguments)
+    return args.run(args)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

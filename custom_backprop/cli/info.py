@@ -1,0 +1,100 @@
+"""Says what this machine can run, and why not the rest."""
+
+from __future__ import annotations
+
+import argparse
+import os
+import platform
+from importlib.metadata import PackageNotFoundError, version
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from .. import __version__
+from ..backends import BACKENDS, PRIMITIVES, interpreting, why_not
+from ..testing import TARGETS, database
+
+
+def add_parser(subparsers: Any) -> argparse.ArgumentParser:
+    """Adds this command to the command line."""
+    return subparsers.add_parser("info", help="say what this machine can run, and why not the rest", description=__doc__)
+
+
+def run(args: argparse.Namespace) -> int:
+    """Returns 0."""
+    families: dict[str, list[str]] = {}
+    for spec in database().values():
+        families.setdefault(spec.family, []).append(spec.name)
+    sections: dict[str, list[list[str]]] = {
+        "versions": [["custom_backprop", __version__], ["python", platform.python_version()], *([p, _version(p)] for p in PACKAGES)],
+        "devices": _devices(),
+        "backends": [[f"{b} on {d}", _runs(b, d)] for d in ("cpu", "cuda") for b in BACKENDS],
+        "tools": [
+            ["interpreter", f"{'on' if interpreting() else 'off'} (TRITON_INTERPRET={os.environ.get('TRITON_INTERPRET', '')})"],
+            ["inductor", _inductor()],
+            ["offline compiler", _offline()],
+        ],
+        f"ops ({sum(map(len, families.values()))}, of {len(PRIMITIVES)} primitives)": [
+            [f, ", ".join(names)] for f, names in families.items()
+        ],
+    }
+    width = max(len(row[0]) for rows in sections.values() for row in rows)
+    for title, rows in sections.items():
+        print(title)
+        for name, text in rows:
+            print(f"  {name:<{width}}  {text}")
+    return 0
+
+
+PACKAGES = ("torch", "triton", "numpy")
+
+
+def _version(package: str) -> str:
+    try:
+        return version(package)
+    except PackageNotFoundError:
+        return "not installed"
+
+
+def _devices() -> list[list[str]]:
+    found = [["cpu", f"{torch.get_num_threads()} threads, {torch.backends.cpu.get_cpu_capability()}"]]
+    for i in range(torch.cuda.device_count()):
+        p = torch.cuda.get_device_properties(i)
+        found.append([f"cuda:{i}", f"{p.name}, {p.multi_processor_count} multiprocessors, {p.total_memory / 2**30:.0f} GiB"])
+    if len(found) == 1:
+        found.append(["cuda", _no_gpu()])
+    return found
+
+
+def _no_gpu() -> str:
+    return "no GPU is visible" if torch.version.cuda or torch.version.hip else "this torch was built without CUDA and ROCm"
+
+
+def _runs(backend: str, device: str) -> str:
+    reason = _no_gpu() if device == "cuda" and not torch.cuda.is_available() else why_not(backend, device)
+    if reason is not None:
+        return f"no: {reason}"
+    default = "triton" if device == "cuda" and why_not("triton", device) is None else "aten"
+    return "yes, the default" if backend == default else "yes"
+
+
+def _inductor() -> str:
+    from torch._inductor.cpp_builder import get_cpp_compiler
+    from torch._inductor.exc import InvalidCxxCompiler
+
+    try:
+        return f"yes, C++ compiler {get_cpp_compiler()}"
+    except InvalidCxxCompiler:
+        return "no on the CPU: no working C++ compiler was found (set CXX)"
+
+
+def _offline() -> str:
+    if find_spec("triton") is None:
+        return "no: the package triton is not installed"
+    from triton import knobs
+
+    tools = [knobs.nvidia.ptxas.path, knobs.nvidia.cuobjdump.path]
+    missing = [t for t in tools if not Path(t).is_file()]
+    return f"no: {', '.join(missing)} is missing" if missing else f"yes, for {', '.join(TARGETS)}"

@@ -1,0 +1,110 @@
+"""Compiles every kernel for GPUs that need not be here, and prints what it takes; or, with --audit, what it touches in the interpreter.
+
+The exit code is 1 if a kernel spills, is atomic or takes more shared memory than a block has; in the audit, if it touches what it must not.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import time
+from collections.abc import Iterable
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any
+
+from ..testing import TARGETS, Audit, AuditedLaunch, Resources, database
+from ..testing.audit import audit_op
+from ..testing.offline import compile_op
+from .work import add_common, in_processes, interpreter, refuse, select, table
+
+
+def add_parser(subparsers: Any) -> argparse.ArgumentParser:
+    """Adds this command to the command line."""
+    parser = subparsers.add_parser("kernels", help="compile every kernel without a GPU, or audit its memory accesses", description=__doc__)
+    add_common(parser)
+    parser.add_argument("--target", default=",".join(TARGETS), help="some of %(default)s (the default), with commas between")
+    parser.add_argument("--audit", action="store_true", help="run the kernels in Triton's interpreter and watch every load and store")
+    return parser
+
+
+def run(args: argparse.Namespace) -> int:
+    """Returns 1 if a kernel has a fault."""
+    if find_spec("triton") is None:
+        refuse("the package triton is not installed")
+    names, targets = select(args.ops), args.target.split(",")
+    if unknown := [t for t in targets if t not in TARGETS]:
+        refuse(f"no target {', '.join(unknown)}; there are {', '.join(TARGETS)}")
+    start = time.perf_counter()
+    with interpreter(args.audit):
+        items = [(n,) for n in names] if args.audit else [(n, t) for n in names for t in targets]
+        results = in_processes(_audit if args.audit else _compile, items, args.jobs)
+    done = {item: result for item, result in results.items() if not isinstance(result, BaseException)}
+    if args.audit:
+        print(_audited({name: seen for (name,), seen in done.items()}))
+        found = [{"op": name, **launch} for (name,), seen in done.items() for launch in seen.to_dict()["launches"]]
+    else:
+        for target in targets:
+            print(f"\n{target}\n{_compiled({name: found for (name, t), found in done.items() if t == target})}")
+        found = [{"op": name, **r.to_dict()} for (name, _), compiled in done.items() for r in compiled]
+    faults = [f"{' on '.join(item)}: {type(e).__name__}: {e}" for item, e in results.items() if isinstance(e, BaseException)]
+    faults += [f"{f['op']}: {_label(f)}: {fault}" for f in found for fault in f["faults"]]
+    for fault in dict.fromkeys(faults):
+        print(f"FAULT {fault}")
+    what = f"{len(found)} {'launches' if args.audit else 'kernels'} of {len(names)} ops"
+    print(f"\n{what}, {len(faults)} faults, in {time.perf_counter() - start:.0f} s")
+    if args.json:
+        Path(args.json).write_text(json.dumps(found, indent=1) + "\n")
+        print(f"wrote {args.json}")
+    return 1 if faults else 0
+
+
+def _compile(name: str, target: str) -> list[Resources]:
+    return compile_op(database()[name], target)
+
+
+def _audit(name: str) -> Audit:
+    return audit_op(database()[name])
+
+
+def _label(found: dict[str, Any]) -> str:
+    return f"{found['kernel']} ({found['signature']}; {found['constants']}) on {found['target']}" if "target" in found else found["kernel"]
+
+
+def _compiled(compiled: dict[str, list[Resources]]) -> str:
+    """One row for each op, kernel and dtype: the most of everything over its variants (sizes, alignments, compile-time arguments)."""
+    groups: dict[tuple[str, str, str], list[Resources]] = {}
+    for op, resources in compiled.items():
+        for r in resources:
+            groups.setdefault((op, r.kernel, r.signature.split(",")[0].strip("*")), []).append(r)
+    rows = [["op", "kernel", "dtype", "variants", "warps", "registers", "spilled", "shared", "128-bit loads", "128-bit stores", "atomics"]]
+    for key, group in groups.items():
+        most = [str(max(getattr(r, field) for r in group)) for field in ("num_warps", "registers", "spilled", "shared")]
+        rows.append([*key, str(len(group)), *most, *_wide(group), str(max(r.atomics for r in group))])
+    return table(rows)
+
+
+def _wide(group: Iterable[Resources]) -> tuple[str, str]:
+    """The variant with the smallest share of 128-bit accesses, of its loads and of its stores."""
+    loads = min(((r.wide_loads, r.loads) for r in group), key=_share)
+    stores = min(((r.wide_stores, r.stores) for r in group), key=_share)
+    return "{} of {}".format(*loads), "{} of {}".format(*stores)
+
+
+def _share(pair: tuple[int, int]) -> float:
+    return pair[0] / pair[1] if pair[1] else 1.0
+
+
+def _audited(audits: dict[str, Audit]) -> str:
+    """One row for each op and kernel."""
+    groups: dict[tuple[str, str], list[AuditedLaunch]] = {}
+    for op, seen in audits.items():
+        for launch in seen.launches:
+            groups.setdefault((op, launch.kernel), []).append(launch)
+    rows = [["op", "kernel", "launches", "most programs", "moved / floor", "faults", "read again"]]
+    for key, group in groups.items():
+        ratio = sum(i.moved for i in group) / max(1, sum(i.floor for i in group))
+        again = {name: max(i.reread.get(name, 1.0) for i in group) for i in group for name in i.reread}
+        rows.append([*key, str(len(group)), str(max(i.programs for i in group)), f"{ratio:.3f}", str(sum(len(i.faults) for i in group))])
+        rows[-1].append(", ".join(f"{name} x{times:.1f}" for name, times in again.items()))
+    return table(rows)

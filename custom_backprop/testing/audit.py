@@ -1,0 +1,234 @@
+"""What a Triton kernel really touches, seen in the interpreter: a GPU's memory checker without the GPU.
+
+Every load and store of the interpreter passes through two methods of its builder, where the addresses of the active lanes are known.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import ExitStack, contextmanager
+from dataclasses import asdict, dataclass, field
+from typing import Any
+from unittest.mock import patch
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from ..backends import interpreting, use_backend
+from .offline import both_ways
+from .spec import Make, OpSpec
+
+_NOBODY, _SEVERAL = -1, -2
+
+
+@dataclass
+class AuditedLaunch:
+    """What one launch did.
+
+    Attributes:
+        moved: bytes that its loads and stores asked for.
+        floor: bytes if every distinct address had been loaded and stored once.
+        reread: argument -> how often its bytes were loaded on average, for those above once (on a GPU: the caches' work).
+        faults: what it did wrong; empty if nothing.
+    """
+
+    kernel: str
+    programs: int
+    moved: int
+    floor: int
+    reread: dict[str, float] = field(default_factory=dict)
+    faults: list[str] = field(default_factory=list)
+
+
+@dataclass
+class Audit:
+    """The launches seen by :func:`audit`. Prints as a table."""
+
+    launches: list[AuditedLaunch] = field(default_factory=list)
+
+    @property
+    def faults(self) -> list[str]:
+        return [f"{launch.kernel}: {fault}" for launch in self.launches for fault in launch.faults]
+
+    def raise_if_faulty(self) -> Audit:
+        """Raises AssertionError if any launch did wrong; else returns the audit."""
+        if self.faults:
+            raise AssertionError("\n".join(self.faults))
+        return self
+
+    def to_dict(self) -> dict[str, Any]:
+        return asdict(self)
+
+    def __str__(self) -> str:
+        lines = []
+        for launch in self.launches:
+            reread = ", ".join(f"{name} x{times:.1f}" for name, times in launch.reread.items())
+            ratio = launch.moved / launch.floor if launch.floor else 1.0
+            lines.append(f"{launch.kernel}: {launch.programs} programs, moved {launch.moved} bytes, {ratio:.3f} of the floor  {reread}")
+            lines += [f"  FAULT {fault}" for fault in launch.faults]
+        return "\n".join(lines)
+
+
+@contextmanager
+def audit(*tensors: Tensor) -> Iterator[Audit]:
+    """Watches every launch of a Triton kernel made inside, anybody's, in Triton's interpreter.
+
+    A launch is at fault if it
+
+    - touches an address that is not an element of one of its tensor arguments (or of ``tensors``);
+    - stores to some elements of a tensor but not to all (unless it reads that tensor too: an update in place), or to one of them twice;
+    - has two programs that store to one address, or one that reads what another writes: on a GPU their order is unknown;
+    - uses an atomic operation: the order of a sum, and so its bits, would differ from run to run.
+
+    Args:
+        tensors: tensors that kernels may reach otherwise than as arguments, for example through a table of pointers.
+
+    Yields:
+        the :class:`Audit`, filled as the launches go: what each moved, against the floor of touching every address once.
+
+    Raises:
+        RuntimeError: the interpreter is off (set ``TRITON_INTERPRET=1`` before triton is imported).
+
+    Example::
+
+        with audit() as seen:
+            my_kernel[(4,)](x, y, n, BLOCK=256)
+        print(seen)
+        seen.raise_if_faulty()
+    """
+    if not interpreting():
+        raise RuntimeError("an audit reads the memory accesses of Triton's interpreter: set TRITON_INTERPRET=1 before the first import")
+    import triton.language as tl
+    from triton.runtime.interpreter import GridExecutor, TensorHandle, interpreter_builder
+
+    seen = Audit()
+    running: list[_Memory] = []
+    builder, call = interpreter_builder, GridExecutor.__call__
+    load, store = builder.create_masked_load, builder.create_masked_store
+
+    def watched_call(executor: Any, *args: Any, **kwargs: Any) -> None:
+        given = {**dict(zip(executor.arg_names, args, strict=False)), **kwargs, "tensors": tensors}
+        running.append(_Memory(dict(_tensors_in(given.items()))))
+        try:
+            call(executor, *args, **kwargs)
+        finally:
+            seen.launches.append(running.pop().report(f"{executor.fn.__module__.rpartition('.')[2]}.{executor.fn.__name__}"))
+
+    def inside(pointers: Any, mask: Any, stores: bool) -> Any:
+        """The mask without the lanes that are out of bounds: they are reported, not carried out."""
+        active = np.broadcast_to(np.asarray(mask.data, bool), pointers.data.shape)
+        size = max(1, pointers.get_element_ty().primitive_bitwidth // 8)
+        allowed = active.copy()
+        allowed[active] = running[-1].access(pointers.data[active].astype(np.int64), size, builder.grid_idx, stores)
+        return TensorHandle(allowed, tl.int1)
+
+    def watched_load(pointers: Any, mask: Any, *rest: Any) -> Any:
+        return load(pointers, inside(pointers, mask, stores=False), *rest)
+
+    def watched_store(pointers: Any, value: Any, mask: Any, *rest: Any) -> Any:
+        return store(pointers, value, inside(pointers, mask, stores=True), *rest)
+
+    def counted(atomic: Callable[..., Any]) -> Callable[..., Any]:
+        def watched_atomic(*args: Any) -> Any:
+            running[-1].atomics += 1
+            return atomic(*args)
+
+        return watched_atomic
+
+    with ExitStack() as patches:
+        for owner, name, replacement in (
+            (GridExecutor, "__call__", watched_call),
+            (builder, "create_masked_load", watched_load),
+            (builder, "create_masked_store", watched_store),
+            (builder, "create_atomic_rmw", counted(builder.create_atomic_rmw)),
+            (builder, "create_atomic_cas", counted(builder.create_atomic_cas)),
+        ):
+            patches.enter_context(patch.object(owner, name, replacement))
+        yield seen
+
+
+def _tensors_in(named: Iterable[tuple[str, Any]]) -> Iterator[tuple[str, Tensor]]:
+    """The tensors among a kernel's arguments; those of a tuple too, and the one under a tensor descriptor."""
+    for name, a in named:
+        if isinstance(a, Tensor):
+            yield name, a
+        elif isinstance(a, tuple):
+            yield from _tensors_in((f"{name}[{i}]", item) for i, item in enumerate(a))
+        elif isinstance(getattr(a, "base", None), Tensor):
+            yield name, a.base
+
+
+class _Storage:
+    """The bytes of one storage: which of them belong to an argument's elements, and who touched them."""
+
+    def __init__(self, start: int, size: int) -> None:
+        self.start = start
+        self.element = np.zeros(size, bool)
+        self.reads, self.writes = np.zeros(size, np.int64), np.zeros(size, np.int64)
+        self.reader, self.writer = np.full(size, _NOBODY), np.full(size, _NOBODY)
+
+
+class _Memory:
+    """Every tensor of one launch, by address."""
+
+    def __init__(self, tensors: dict[str, Tensor]) -> None:
+        self.storages: dict[int, _Storage] = {}
+        self.views: dict[str, tuple[_Storage, np.ndarray, int]] = {}
+        self.programs: dict[Any, int] = {}
+        self.atomics = self.moved = 0
+        self.outside = {False: 0, True: 0}
+        for name, t in tensors.items():
+            whole = t.untyped_storage()
+            if whole.nbytes():
+                storage = self.storages.setdefault(whole.data_ptr(), _Storage(whole.data_ptr(), whole.nbytes()))
+                numbers = torch.arange(whole.nbytes() // t.element_size()).as_strided(t.size(), t.stride(), t.storage_offset())
+                own = (numbers.unique().numpy()[:, None] * t.element_size() + np.arange(t.element_size())).ravel()
+                storage.element[own] = True
+                self.views[name] = storage, own, t.element_size()
+
+    def access(self, addresses: np.ndarray, size: int, grid_index: Any, stores: bool) -> np.ndarray:
+        """Notes an access to ``size`` bytes at each address. Returns which of them lie in an element of some tensor."""
+        program = self.programs.setdefault(grid_index, len(self.programs))
+        self.moved += addresses.size * size
+        allowed = np.zeros(addresses.shape, bool)
+        for s in self.storages.values():
+            here = (addresses >= s.start) & (addresses + size <= s.start + s.element.size)
+            offsets = addresses[here, None] - s.start + np.arange(size)
+            allowed[here] = s.element[offsets].all(1)
+            count, who = (s.writes, s.writer) if stores else (s.reads, s.reader)
+            np.add.at(count, offsets, 1)
+            who[offsets] = np.where((who[offsets] == _NOBODY) | (who[offsets] == program), program, _SEVERAL)
+        self.outside[stores] += int((~allowed).sum())
+        return allowed
+
+    def report(self, kernel: str) -> AuditedLaunch:
+        faults = [f"{n} {'stores' if store else 'loads'} outside every tensor" for store, n in self.outside.items() if n]
+        if self.atomics:
+            faults.append(f"{self.atomics} atomic operations")
+        reread, judged = {}, set()
+        for name, (s, own, size) in self.views.items():
+            reads, writes = s.reads[own], s.writes[own]
+            if reads.sum() > np.count_nonzero(reads) > 0:
+                reread[name] = float(reads.sum() / np.count_nonzero(reads))
+            if not writes.any() or (s.start, own.tobytes()) in judged:  # no output, or one that was met under another name
+                continue
+            judged.add((s.start, own.tobytes()))
+            wrong = {
+                "never written": (writes == 0) & (not reads.any()),
+                "written more than once": writes > 1,
+                "written by several programs": s.writer[own] == _SEVERAL,
+                "read by one program and written by another": (writes > 0) & (reads > 0) & (s.reader[own] != s.writer[own]),
+            }
+            faults += [f"{name}: {bad.sum() // size} of {own.size // size} elements {what}" for what, bad in wrong.items() if bad.any()]
+        touched = sum(np.count_nonzero(count) for s in self.storages.values() for count in (s.reads, s.writes))
+        return AuditedLaunch(kernel, len(self.programs), self.moved, int(touched), reread, faults)
+
+
+def audit_op(spec: OpSpec) -> Audit:
+    """Every launch of an op in float32: on its samples, which are of awkward sizes, and where several programs share the work."""
+    make = Make("cpu", torch.float32)
+    with np.errstate(all="ignore"), audit() as seen, use_backend("triton"):
+        for sample in (*spec.samples(make), spec.large(make, "medium")):
+            both_ways(spec, sample)
+    return seen

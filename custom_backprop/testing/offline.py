@@ -1,0 +1,270 @@
+"""Kernels compiled for a GPU that this machine does not have, and what the assembler made of them.
+
+No GPU and no data are needed: an op runs on meta tensors, where its launchers launch nothing but are observed, and Triton compiles what
+they would have launched. Triton's interpreter must be off (``TRITON_INTERPRET`` unset when the kernels are imported).
+"""
+
+from __future__ import annotations
+
+import re
+import subprocess
+import tempfile
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass
+from types import SimpleNamespace
+from typing import Any
+
+import torch
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from ..backends import selection
+from ..backends.kernels import kernels
+from ..backends.library import LAUNCHERS
+from .case import outputs, weights_for
+from .spec import Make, OpSpec, Sample
+
+
+@dataclass(frozen=True)
+class Target:
+    """A GPU to compile for: Triton's (backend, arch, warp size), and the bytes of shared memory that one block may have."""
+
+    backend: str
+    arch: int | str
+    warp_size: int
+    shared: int
+
+
+TARGETS = {
+    "sm_80": Target("cuda", 80, 32, 163 * 1024),
+    "sm_90": Target("cuda", 90, 32, 227 * 1024),
+    "sm_100": Target("cuda", 100, 32, 227 * 1024),
+    "gfx942": Target("hip", "gfx942", 64, 64 * 1024),
+}
+
+
+@dataclass(frozen=True)
+class Launch:
+    """One launch that an op makes: the arguments of ``triton_kernels/launch.py``."""
+
+    kernel: Any
+    args: tuple[Any, ...]
+    constexprs: dict[str, Any]
+    options: dict[str, int]
+
+
+@dataclass(frozen=True)
+class Resources:
+    """What one compiled kernel takes, as the assembler says and as its code shows.
+
+    Attributes:
+        signature: the type of each argument that is passed at run time.
+        constants: the compile-time arguments.
+        spilled: bytes of local memory a thread.
+        shared: bytes of shared memory a block.
+        loads, stores: instructions to global memory; ``wide`` of them move 128 bits a thread or more.
+        atomics: atomic instructions.
+    """
+
+    kernel: str
+    target: str
+    signature: str
+    constants: str
+    num_warps: int
+    registers: int
+    spilled: int
+    shared: int
+    loads: int
+    wide_loads: int
+    stores: int
+    wide_stores: int
+    atomics: int
+
+    @property
+    def faults(self) -> list[str]:
+        """Why this kernel should not ship; empty if it may."""
+        limit = TARGETS[self.target].shared
+        found = []
+        if self.spilled:
+            found.append(f"{self.spilled} bytes a thread of local memory (spilled registers, or an array on the stack)")
+        if self.atomics:
+            found.append(f"{self.atomics} atomic instructions: the order of a sum, and so its bits, would differ from run to run")
+        if self.shared > limit:
+            found.append(f"{self.shared} bytes of shared memory, where a block of {self.target} has {limit}")
+        return found
+
+    def to_dict(self) -> dict[str, Any]:
+        return {**asdict(self), "faults": self.faults}
+
+
+def compile_offline(
+    kernel: Any, *args: Any, target: str = "sm_90", num_warps: int = 4, num_stages: int = 3, **constexprs: Any
+) -> Resources:
+    """Compiles one launch of a ``@triton.jit`` kernel for a GPU that need not be here.
+
+    Args:
+        args: the runtime arguments of a launch. Tensors may be meta tensors, which count as aligned to 16 bytes. Integers are
+            specialised on their value as at a real launch (1, multiples of 16).
+        target: one of ``sm_80``, ``sm_90``, ``sm_100``, ``gfx942``.
+
+    Raises:
+        ValueError: an unknown target.
+        RuntimeError: the kernel was decorated while Triton's interpreter was on.
+    """
+    launch = Launch(kernel, args, constexprs, {"num_warps": num_warps, "num_stages": num_stages})
+    return _resources(launch, _compile(launch, target), target)
+
+
+def _compile(launch: Launch, target: str) -> Any:
+    """Triton's compiled kernel: the same object for launches that Triton does not tell apart."""
+    from triton.runtime.jit import JITFunction
+
+    if target not in TARGETS:
+        raise ValueError(f"unknown target {target!r}: choose among {', '.join(TARGETS)}")
+    if not isinstance(launch.kernel, JITFunction):
+        raise RuntimeError(f"{launch.kernel.__name__} was decorated with TRITON_INTERPRET=1: only the interpreter can run it")
+    with _pretending(TARGETS[target]):
+        return launch.kernel.warmup(*launch.args, grid=(1,), **launch.constexprs, **launch.options)
+
+
+def _resources(launch: Launch, compiled: Any, target: str) -> Resources:
+    read = read_cubin if TARGETS[target].backend == "cuda" else read_amdgcn
+    return Resources(
+        kernel=f"{launch.kernel.__module__.rpartition('.')[2]}.{launch.kernel.__name__}",
+        target=target,
+        signature=", ".join(t for t in compiled.src.signature.values() if t != "constexpr"),
+        constants=", ".join(f"{k}={getattr(v, '__name__', v)}" for k, v in launch.constexprs.items()),
+        num_warps=launch.options["num_warps"],
+        shared=compiled.metadata.shared,
+        **read(compiled.asm),
+    )
+
+
+@contextmanager
+def _pretending(target: Target) -> Iterator[None]:
+    """Inside, Triton meets a driver whose only device is the target; a device is all that it asks before it compiles."""
+    from triton.backends.compiler import GPUTarget
+    from triton.runtime.driver import driver
+
+    gpu = GPUTarget(target.backend, target.arch, target.warp_size)
+    previous = driver._active
+    driver.set_active(SimpleNamespace(get_current_device=lambda: gpu, get_current_target=lambda: gpu, get_current_stream=lambda device: 0))
+    try:
+        yield
+    finally:
+        driver.set_active(previous)
+
+
+def read_cubin(asm: Any) -> dict[str, int]:
+    """Registers and local memory from the binary, instructions from the PTX."""
+    from triton import knobs
+
+    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
+        file.write(asm["cubin"])
+        file.flush()
+        command = [knobs.nvidia.cuobjdump.path, "--dump-resource-usage", file.name]
+        usage = subprocess.run(command, capture_output=True, text=True, check=True).stdout
+    return {**read_usage(usage), **read_ptx(asm["ptx"])}
+
+
+def read_usage(usage: str) -> dict[str, int]:
+    """What ``cuobjdump --dump-resource-usage`` prints."""
+    registers, stack, local = (int(re.search(rf"\b{name}:(\d+)", usage)[1]) for name in ("REG", "STACK", "LOCAL"))  # type: ignore[index]
+    return {"registers": registers, "spilled": stack + local}
+
+
+def read_ptx(ptx: str) -> dict[str, int]:
+    """Loads and stores of global memory, by width, and atomics. An asynchronous copy to shared memory is a load; TMA is wide."""
+    loads = [_bits(i) for i in re.findall(r"\bld(?:\.\w+)*\.global[\w.:]*", ptx)]
+    loads += [8 * int(size, 0) for size in re.findall(r"\bcp\.async\.c[ag]\.shared\.global[^;,]*,[^;,]*, *(\w+)", ptx)]
+    loads += [128] * len(re.findall(r"\bcp\.async\.bulk\S*\.shared\S*\.global", ptx))
+    stores = [_bits(i) for i in re.findall(r"\bst(?:\.\w+)*\.global[\w.:]*", ptx)]
+    stores += [128] * len(re.findall(r"\bcp\.async\.bulk\S*\.global\S*\.shared", ptx))
+    return _counts(loads, stores, len(re.findall(r"\b(?:atom|red)\.", ptx)))
+
+
+def _bits(instruction: str) -> int:
+    """``ld.global.L1::evict_first.v4.b32`` -> 128."""
+    vector, width = re.search(r"\.v(\d)\b", instruction), re.search(r"\.[bfsu](\d+)$", instruction)
+    return (int(vector[1]) if vector else 1) * (int(width[1]) if width else 0)
+
+
+def read_amdgcn(asm: Any) -> dict[str, int]:
+    """Registers and scratch from the metadata at the end of the assembly, instructions from its text."""
+    text = asm["amdgcn"]
+
+    def note(name: str) -> int:
+        return int(re.search(rf"\.{name}:\s*(\d+)", text)[1])  # type: ignore[index]
+
+    width = {"dwordx4": 128, "b128": 128}
+    loads = [width.get(w, 0) for w in re.findall(r"\b(?:global|buffer|flat)_load_(?:lds_)?([a-z\d]+)", text)]
+    stores = [width.get(w, 0) for w in re.findall(r"\b(?:global|buffer|flat)_store_([a-z\d]+)", text)]
+    return {
+        "registers": note("vgpr_count"),
+        "spilled": max(note("private_segment_fixed_size"), 4 * note("vgpr_spill_count")),
+        **_counts(loads, stores, len(re.findall(r"\b(?:global|buffer|flat)_atomic_", text))),
+    }
+
+
+def _counts(loads: list[int], stores: list[int], atomics: int) -> dict[str, int]:
+    return {
+        "loads": len(loads),
+        "wide_loads": sum(bits >= 128 for bits in loads),
+        "stores": len(stores),
+        "wide_stores": sum(bits >= 128 for bits in stores),
+        "atomics": atomics,
+    }
+
+
+class _Launching(TorchDispatchMode):
+    """Inside, a primitive calls the launcher of its kernels, whatever its tensors' device."""
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func not in LAUNCHERS:
+            return func(*args, **kwargs or {})
+        defaults = [a.default_value for a in func._schema.arguments[len(args) :]]  # the dispatcher drops arguments equal to their defaults
+        return LAUNCHERS[func](*args, *defaults)
+
+    def __enter__(self) -> Any:
+        self._previous, selection._forced = selection._forced, "triton"
+        return super().__enter__()
+
+    def __exit__(self, *exception: Any) -> None:
+        selection._forced = self._previous
+        super().__exit__(*exception)
+
+
+def launches(function: Callable[[], Any]) -> list[Launch]:
+    """The launches that ``function`` makes on meta tensors."""
+    found: list[Launch] = []
+
+    def observer(kernel: Any, programs: int, args: Any, constexprs: Any, options: Any) -> None:
+        found.append(Launch(kernel, args, constexprs, options))
+
+    with kernels("launch").observed(observer), _Launching():
+        function()
+    return found
+
+
+#: what an op is compiled for: the sizes are those of ``OpSpec.large``
+REGIMES = [(torch.float64, "small"), *((d, size) for d in (torch.float32, torch.bfloat16) for size in ("small", "medium", "large"))]
+
+
+def both_ways(spec: OpSpec, sample: Sample) -> None:
+    """The op without gradients, then forward and two backwards: through a graph that is retained, and through one that is freed."""
+    with torch.no_grad():
+        spec.function(*sample.args, **sample.kwargs)
+    results = outputs(spec.function(*sample.args, **sample.kwargs))
+    dys = weights_for(results)
+    torch.autograd.backward(results, dys, retain_graph=True)
+    torch.autograd.backward(results, dys)
+
+
+def compile_op(spec: OpSpec, target: str) -> list[Resources]:
+    """Every kernel that an op launches in each of :data:`REGIMES`, compiled."""
+    compiled: dict[Any, Launch] = {}
+    for dtype, size in REGIMES:
+        sample = spec.large(Make("meta", dtype), size)
+        for launch in launches(lambda sample=sample: both_ways(spec, sample)):  # type: ignore[misc]
+            compiled.setdefault(_compile(launch, target), launch)
+    return [_resources(launch, kernel, target) for kernel, launch in compiled.items()]
