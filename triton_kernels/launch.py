@@ -16,6 +16,8 @@ import triton
 from triton import knobs
 from triton.runtime.jit import JITFunction
 
+_HIP = torch.version.hip is not None
+
 _compiled: dict[Any, Any] = {}
 _observer: Callable[..., None] | None = None
 
@@ -29,6 +31,7 @@ def launch(kernel: Any, programs: int, *args: Any, num_warps: int = 4, num_stage
 
     Raises:
         RuntimeError: the tensors are not all on one device.
+        TypeError: a constexpr is missing, or they are not in order.
     """
     if programs == 0:
         return
@@ -42,6 +45,7 @@ def launch(kernel: Any, programs: int, *args: Any, num_warps: int = 4, num_stage
     if device.type == "meta":
         return
     if interpreted:
+        _check_order(kernel, args, constexprs)
         with np.errstate(all="ignore"):  # a GPU says nothing of an overflow, nor of what masked lanes compute
             kernel[(programs,)](*args, **constexprs, num_warps=num_warps, num_stages=num_stages)
         _round_back(given, args)
@@ -62,16 +66,44 @@ def _launch_on_current_device(
     num_stages: int,
     index: int,
 ) -> None:
-    constants = tuple(constexprs.values())
-    key = (id(kernel), index, num_warps, num_stages, constants, *[_specialization(a) for a in args])
+    key = _key(kernel, index, num_warps, num_stages, args, constexprs)
     compiled = _compiled.get(key)
     if compiled is None or knobs.runtime.launch_enter_hook.calls or knobs.runtime.launch_exit_hook.calls:
+        _check_order(kernel, args, constexprs)
         _compiled[key] = kernel[(programs,)](*args, **constexprs, num_warps=num_warps, num_stages=num_stages)
         return
     stream = torch._C._cuda_getCurrentRawStream(index)
     compiled.run(
-        programs, 1, 1, stream, compiled.function, compiled.packed_metadata, None, None, None, *args, *constants
+        programs, 1, 1, stream, compiled.function, compiled.packed_metadata, None, None, None, *args, *constexprs.values()
     )  # fmt: skip
+
+
+def _key(kernel: Any, index: int, num_warps: int, num_stages: int, args: tuple[Any, ...], constexprs: dict[str, Any]) -> tuple[Any, ...]:
+    """All that a compiled kernel depends on: dtype and 16-byte alignment of a pointer; width, divisibility by 16 and 1 of an integer.
+
+    Functions stand for themselves by ``id`` (a compiled kernel keeps them alive): Triton hashes them by their source, at every call.
+    """
+    key: list[Any] = [id(kernel), index, num_warps, num_stages]
+    for a in args:
+        kind = type(a)
+        if kind is int:
+            key.append(1 if a == 1 else (a % 16 == 0, -(2**31) <= a < 2**31))
+        elif a is None or kind is float or kind is bool:
+            key.append(kind)
+        else:
+            key += (a.dtype, a.data_ptr() % 16 == 0)
+            if _HIP:  # AMD's buffer instructions reach 2 GiB
+                key.append(a.untyped_storage().nbytes() < 2**31)
+    for c in constexprs.values():
+        key.append(id(c) if type(c) is JITFunction else c or repr(c))  # 0.0, -0.0 and False are equal, and not the same
+    return tuple(key)
+
+
+def _check_order(kernel: Any, args: tuple[Any, ...], constexprs: dict[str, Any]) -> None:
+    """A launch from the cache passes every argument by position."""
+    names = kernel.arg_names[len(args) :]
+    if names != list(constexprs):
+        raise TypeError(f"{kernel.__name__} takes the constexprs {names}, all of them and in this order, but was given {list(constexprs)}")
 
 
 def _in_float32(args: tuple[Any, ...]) -> tuple[Any, ...]:
@@ -98,20 +130,6 @@ def _storage(t: torch.Tensor) -> torch.Tensor:
 
 def _is_bfloat16(a: Any) -> bool:
     return isinstance(a, torch.Tensor) and a.dtype == torch.bfloat16
-
-
-def _specialization(argument: Any) -> Any:
-    """What the compiler specialises an argument on: dtype and 16-byte alignment of a pointer, width, divisibility and 1 of an integer."""
-    kind = type(argument)
-    if kind is int:
-        if argument == 1:
-            return 1
-        return argument % 16 == 0, -(2**31) <= argument < 2**31
-    if kind is float or argument is None:
-        return kind
-    if kind is bool:
-        return argument
-    return argument.dtype, argument.data_ptr() % 16 == 0
 
 
 def _device(kernel: Any, args: tuple[Any, ...]) -> torch.device:

@@ -1,0 +1,156 @@
+"""The launcher of kernels: what it refuses, what it keys its cache on, and what it hands to a compiled kernel."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from custom_backprop.backends import interpreting
+from custom_backprop.backends.kernels import kernels
+
+triton = pytest.importorskip("triton")
+tl = pytest.importorskip("triton.language")
+JITFunction = pytest.importorskip("triton.runtime.jit").JITFunction
+pytestmark = pytest.mark.skipif(not interpreting(), reason="these kernels run in the interpreter")
+
+launcher = kernels("launch")
+launch = launcher.launch
+
+
+@triton.jit
+def _double(X, Y, n, BLOCK: tl.constexpr):
+    i = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
+    tl.store(Y + i, 2 * tl.load(X + i, i < n).to(tl.float32), i < n)
+
+
+@triton.jit
+def _add(X, Y, Z, n, BLOCK: tl.constexpr):
+    i = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
+    tl.store(Z + i, tl.load(X + i, i < n) + tl.load(Y + i, i < n), i < n)
+
+
+def test_an_empty_grid_returns_early():
+    launch(_double, 0)
+
+
+def test_tensors_on_two_devices():
+    with pytest.raises(RuntimeError, match="_double to be on the same device, but found cpu and meta"):
+        launch(_double, 1, torch.empty(3), torch.empty(3, device="meta"), 3, BLOCK=4)
+
+
+def test_no_tensor():
+    with pytest.raises(RuntimeError, match="without a tensor"):
+        launch(_double, 1, None, None, 3, BLOCK=4)
+
+
+def test_constexprs_out_of_order():
+    x = torch.empty(3)
+    with pytest.raises(TypeError, match=r"\['BLOCK'\], all of them and in this order, but was given \[\]"):
+        launch(_double, 1, x, x, 3)
+
+
+def test_the_observer_sees_a_launch_and_meta_tensors_launch_nothing():
+    seen = []
+    x = torch.empty(5, device="meta")
+    with launcher.observed(lambda *call: seen.append(call)):
+        launch(_double, 2, x, x, 5, BLOCK=4, num_warps=8)
+    launch(_double, 2, x, x, 5, BLOCK=4)
+    assert seen == [(_double, 2, (x, x, 5), {"BLOCK": 4}, {"num_warps": 8, "num_stages": 3})]
+
+
+def test_bfloat16_is_rounded_to_nearest():
+    x = torch.randn(7).bfloat16()
+    y = torch.full((9,), 5.0).bfloat16()
+    launch(_double, 2, x, y, 7, BLOCK=4)
+    torch.testing.assert_close(y, torch.cat([2 * x, y[7:]]), rtol=0, atol=0)
+    assert (y[7:] == 5).all()
+
+
+def test_one_bfloat16_storage_under_two_names():
+    buffer = torch.randn(12).bfloat16()
+    before = buffer.clone()
+    launch(_double, 1, buffer[:4], buffer[8:], 4, BLOCK=4)
+    torch.testing.assert_close(buffer, torch.cat([before[:8], 2 * before[:4]]), rtol=0, atol=0)
+
+
+def key(*args, kernel=_double, index=0, warps=4, stages=3, **constexprs):
+    return launcher._key(kernel, index, warps, stages, args, constexprs)
+
+
+def aligned(dtype=torch.float32):
+    return torch.empty(64, dtype=dtype)
+
+
+@pytest.mark.parametrize(
+    ("one", "other"),
+    [
+        (key(aligned()), key(aligned(torch.bfloat16))),
+        (key(aligned()), key(aligned()[1:])),
+        (key(aligned()), key(None)),
+        (key(16), key(17)),
+        (key(16), key(2**31)),
+        (key(1), key(3)),
+        (key(1), key(True)),
+        (key(1), key(1.0)),
+        (key(2, N=4), key(2, N=8)),
+        (key(2, N=0.0), key(2, N=-0.0)),
+        (key(2, N=0), key(2, N=None)),
+        (key(2), key(2, kernel=_add)),
+        (key(2), key(2, index=1)),
+        (key(2), key(2, warps=8)),
+        (key(2), key(2, stages=2)),
+    ],
+)
+def test_the_key_tells_apart_what_the_compiler_does(one, other):
+    assert one != other
+
+
+def test_the_key_is_shared_where_the_compiler_makes_one_kernel():
+    assert key(aligned(), 32, 0.5, False, N=4) == key(aligned()[4:], 64, 7.5, True, N=4)
+
+
+class _Compiled:
+    function, packed_metadata = "function", "packed"
+
+    def __init__(self):
+        self.calls = []
+
+    def run(self, *args):
+        self.calls.append(args)
+
+
+class _Kernel(JITFunction):
+    """A kernel whose compilation gives a stub."""
+
+    def __init__(self):
+        super().__init__(_double.fn)
+        self.compiled, self.compilations = _Compiled(), []
+
+    def run(self, *args, grid, warmup, **kwargs):
+        self.compilations.append((args, grid, kwargs))
+        return self.compiled
+
+
+def test_a_compiled_kernel_gets_the_arguments_that_triton_gives_it(monkeypatch):
+    """(grid x, y, z, stream, function, metadata, launch metadata, enter hook, exit hook, *arguments): triton/runtime/jit.py, 3.6 to 3.9."""
+    monkeypatch.setattr(torch._C, "_cuda_getCurrentRawStream", lambda index: f"stream {index}", raising=False)
+    monkeypatch.setattr(launcher, "_compiled", {})
+    kernel, x, y = _Kernel(), torch.empty(64), torch.empty(64)
+    for n in (48, 64):
+        launcher._launch_on_current_device(kernel, 7, (x, y, n), {"BLOCK": 16}, 8, 2, 3)
+    assert kernel.compilations == [((x, y, 48), (7,), {"BLOCK": 16, "num_warps": 8, "num_stages": 2})]
+    assert kernel.compiled.calls == [(7, 1, 1, "stream 3", "function", "packed", None, None, None, x, y, 64, 16)]
+
+
+def test_a_profilers_hook_sees_every_launch(monkeypatch):
+    monkeypatch.setattr(launcher, "_compiled", {})
+    kernel, x = _Kernel(), torch.empty(64)
+    hook = triton.knobs.runtime.launch_enter_hook
+    hook.add(print)
+    try:
+        for _ in range(2):
+            launcher._launch_on_current_device(kernel, 7, (x, x, 64), {"BLOCK": 16}, 4, 3, 0)
+    finally:
+        hook.remove(print)
+    assert len(kernel.compilations) == 2
+    assert not kernel.compiled.calls
