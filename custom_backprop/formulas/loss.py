@@ -1,0 +1,303 @@
+"""Pointwise losses: L = l(x, t) element by element, then kept, averaged or summed.
+
+With L = c Σ_i w_i l(x_i, t_i), where c is 1/n for a mean and 1 for a sum, each element meets L through its own term only:
+
+    dL/dx_i = c w_i l_x(x_i, t_i)      dL/dt_i = c w_i l_t(x_i, t_i)      dL/dw_i = c l(x_i, t_i)
+
+and backward multiplies by the gradient of L (without a reduction: of the element). So a loss is l and its partial derivatives. Where l
+sees only the difference d = x - t, l_t = -l_x. At a kink the derivative is what torch takes. v is a loss's third tensor, if it has one.
+
+Throughout σ(x) = 1 / (1 + e^-x), softplus(x) = log(1 + e^x), and [c] is 1 where c holds, else 0.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from .precision import widen
+
+#: torch's own numbers for ``reduction``
+NONE, MEAN, SUM = 0, 1, 2
+
+Partial = Callable[..., Tensor]
+
+
+@dataclass(frozen=True)
+class Loss:
+    """One loss. Its functions take (x, t, v, *parameters), tensors of one shape.
+
+    Attributes:
+        formula: l and its derivatives in one line, as ``check`` prints it.
+        value: l.
+        dx, dt, dv: its partial derivatives. dt None: -dx. dv None: l has no third tensor, or torch does not differentiate by it.
+        parameters: the numbers that l takes, as a schema declares them.
+    """
+
+    name: str
+    formula: str
+    value: Partial
+    dx: Partial
+    dt: Partial | None = None
+    dv: Partial | None = None
+    parameters: tuple[str, ...] = ()
+
+    def forward(
+        self, x: Tensor, t: Tensor, v: Tensor | None, w: Tensor | None, reduction: int, hold: bool, *parameters: Any
+    ) -> tuple[Tensor, Tensor]:
+        """The loss, and where ``hold`` asks for it dL/dx for a gradient of 1 (else an empty tensor)."""
+        loss = weighted(self.value(*map(widen, (x, t, v)), *parameters), widen(w))
+        dx = self.backward(x.new_ones(()), x, t, v, w, reduction, (True, False, False, False), *parameters)[0] if hold else x.new_empty(0)
+        return reduced(loss, reduction).to(x.dtype), dx
+
+    def backward(
+        self, dy: Tensor, x: Tensor, t: Tensor, v: Tensor | None, w: Tensor | None, reduction: int, needs: Any, *parameters: Any
+    ) -> tuple[Tensor, ...]:
+        """dx, dt, dv and dw; an empty tensor for each that ``needs`` does not ask for."""
+        scale = widen(dy) / x.numel() if reduction == MEAN else widen(dy)
+        args = (*map(widen, (x, t, v)), *parameters)
+        terms = (self.dx, self.dt or self._minus_dx, self.dv, self.value)
+        factors = (*(weighted(scale, widen(w)),) * 3, scale)
+        return tuple(
+            (factor * term(*args)).to(x.dtype) if need and term else x.new_empty(0)
+            for need, term, factor in zip(needs, terms, factors, strict=True)
+        )
+
+    def jvp(
+        self,
+        tangents: tuple[Tensor | None, ...],
+        x: Tensor,
+        t: Tensor,
+        v: Tensor | None,
+        w: Tensor | None,
+        reduction: int,
+        *parameters: Any,
+    ) -> Tensor:
+        """The change of the loss along ``tangents`` of (x, t, v, w): Σ w (l_x ẋ + l_t ṫ + l_v v̇) + l ẇ, reduced."""
+        args = (*map(widen, (x, t, v)), *parameters)
+        terms = (self.dx, self.dt or self._minus_dx, self.dv, self.value)
+        weights = (w, w, w, None)
+        parts = [
+            weighted(term(*args) * widen(tangent), widen(weight))
+            for term, weight, tangent in zip(terms, weights, tangents, strict=True)
+            if term and tangent is not None
+        ]
+        return reduced(sum(parts[1:], parts[0]), reduction).to(x.dtype)
+
+    def _minus_dx(self, *args: Any) -> Tensor:
+        return -self.dx(*args)
+
+
+def weighted(loss: Tensor, w: Tensor | None) -> Tensor:
+    """w l, or l without a weight."""
+    return loss if w is None else loss * w
+
+
+def reduced(loss: Tensor, reduction: int) -> Tensor:
+    """The elements themselves, their mean or their sum. The mean of nothing is NaN."""
+    return loss.mean() if reduction == MEAN else loss.sum() if reduction == SUM else loss
+
+
+def mse_loss(x: Tensor, t: Tensor, v: None) -> Tensor:
+    """l = d²."""
+    return (x - t).square()
+
+
+def mse_loss_dx(x: Tensor, t: Tensor, v: None) -> Tensor:
+    """l_x = 2 d."""
+    return 2 * (x - t)
+
+
+def l1_loss(x: Tensor, t: Tensor, v: None) -> Tensor:
+    """l = |d|."""
+    return (x - t).abs()
+
+
+def l1_loss_dx(x: Tensor, t: Tensor, v: None) -> Tensor:
+    """l_x = sign d."""
+    return torch.sign(x - t)
+
+
+def smooth_l1_loss(x: Tensor, t: Tensor, v: None, beta: float) -> Tensor:
+    """l = d² / 2β where |d| < β, else |d| - β/2 (Girshick, 2015)."""
+    a = (x - t).abs()
+    return torch.where(a < beta, 0.5 * a * a / beta, a - 0.5 * beta)
+
+
+def smooth_l1_loss_dx(x: Tensor, t: Tensor, v: None, beta: float) -> Tensor:
+    """l_x = d/β clipped to [-1, 1]."""
+    return ((x - t) / beta).clamp(-1, 1)
+
+
+def huber_loss(x: Tensor, t: Tensor, v: None, delta: float) -> Tensor:
+    """l = d²/2 where |d| <= δ, else δ (|d| - δ/2) (Huber, 1964)."""
+    a = (x - t).abs()
+    return torch.where(a <= delta, 0.5 * a * a, delta * (a - 0.5 * delta))
+
+
+def huber_loss_dx(x: Tensor, t: Tensor, v: None, delta: float) -> Tensor:
+    """l_x = d clipped to [-δ, δ]."""
+    return (x - t).clamp(-delta, delta)
+
+
+def binary_cross_entropy(x: Tensor, t: Tensor, v: None) -> Tensor:
+    """l = -t log x - (1 - t) log(1 - x), each logarithm at least -100, so that a sure mistake costs 100 and not infinity."""
+    return (t - 1) * torch.log1p(-x).clamp_min(-100) - t * torch.log(x).clamp_min(-100)
+
+
+def binary_cross_entropy_dx(x: Tensor, t: Tensor, v: None) -> Tensor:
+    """l_x = (1 - t) / (1 - x) - t/x = (x - t) / (x (1 - x)), the denominator at least 1e-12."""
+    return (x - t) / ((1 - x) * x).clamp_min(1e-12)
+
+
+def binary_cross_entropy_dt(x: Tensor, t: Tensor, v: None) -> Tensor:
+    """l_t = log(1 - x) - log x."""
+    return torch.log1p(-x) - torch.log(x)
+
+
+def softplus(x: Tensor) -> Tensor:
+    """log(1 + e^x) = max(x, 0) + log(1 + e^-|x|), which cannot overflow."""
+    return x.clamp_min(0) + torch.log1p(torch.exp(-x.abs()))
+
+
+def binary_cross_entropy_with_logits(x: Tensor, t: Tensor, p: Tensor | None) -> Tensor:
+    """l = -p t log σ(x) - (1 - t) log(1 - σ(x)) = (1 - t) x + (1 + (p - 1) t) softplus(-x), since log σ(x) = -softplus(-x) and
+    log(1 - σ(x)) = -x - softplus(-x). Without a weight p of the positives, p = 1."""
+    s = softplus(-x)
+    return (1 - t) * x + (s if p is None else (1 + (p - 1) * t) * s)
+
+
+def binary_cross_entropy_with_logits_dx(x: Tensor, t: Tensor, p: Tensor | None) -> Tensor:
+    """l_x = (1 - t) - (1 + (p - 1) t) σ(-x) = (1 + (p - 1) t) σ(x) - p t, and σ(x) - t where p = 1."""
+    return torch.sigmoid(x) - t if p is None else (1 + (p - 1) * t) * torch.sigmoid(x) - p * t
+
+
+def binary_cross_entropy_with_logits_dt(x: Tensor, t: Tensor, p: Tensor | None) -> Tensor:
+    """l_t = -x + (p - 1) softplus(-x)."""
+    return -x if p is None else (p - 1) * softplus(-x) - x
+
+
+def kl_div(x: Tensor, t: Tensor, v: None, log_target: bool) -> Tensor:
+    """l = t (log t - x), for x a logarithm of probabilities; with ``log_target`` so is t, and l = e^t (t - x)."""
+    return torch.exp(t) * (t - x) if log_target else torch.xlogy(t, t) - t * x
+
+
+def kl_div_dx(x: Tensor, t: Tensor, v: None, log_target: bool) -> Tensor:
+    """l_x = -t, or -e^t."""
+    return -torch.exp(t) if log_target else -t
+
+
+def kl_div_dt(x: Tensor, t: Tensor, v: None, log_target: bool) -> Tensor:
+    """l_t = log t - x + 1, or e^t (t - x + 1). At t = 0 the first is -∞, the slope of t log t (stock gives NaN)."""
+    return torch.exp(t) * (t - x + 1) if log_target else torch.log(t) - x + 1
+
+
+def _variance(v: Tensor, eps: float) -> Tensor:
+    """max(v, ε) with the derivative 1 everywhere: the clamp is for stability and is not differentiated."""
+    return torch.where(v < eps, v - v.detach() + eps, v)
+
+
+def gaussian_nll_loss(x: Tensor, t: Tensor, v: Tensor, full: bool, eps: float) -> Tensor:
+    """l = (log v + d²/v) / 2, plus log(2π)/2 if ``full``: t is drawn from N(x, v) (Nix and Weigend, 1994)."""
+    v = _variance(v, eps)
+    return 0.5 * (torch.log(v) + (x - t).square() / v + (math.log(2 * math.pi) if full else 0))
+
+
+def gaussian_nll_loss_dx(x: Tensor, t: Tensor, v: Tensor, full: bool, eps: float) -> Tensor:
+    """l_x = d/v."""
+    return (x - t) / _variance(v, eps)
+
+
+def gaussian_nll_loss_dv(x: Tensor, t: Tensor, v: Tensor, full: bool, eps: float) -> Tensor:
+    """l_v = (1 - d²/v) / 2v."""
+    v = _variance(v, eps)
+    return 0.5 * (1 - (x - t).square() / v) / v
+
+
+def poisson_nll_loss(x: Tensor, t: Tensor, v: None, log_input: bool, full: bool, eps: float) -> Tensor:
+    """l = e^x - t x, or x - t log(x + ε) for x the rate itself; ``full`` adds Stirling's log t! ≈ t log t - t + log(2πt)/2 where t > 1."""
+    loss = torch.exp(x) - t * x if log_input else x - t * torch.log(x + eps)
+    if full:
+        many = torch.where(t > 1, t, 1.0)
+        loss = loss + torch.where(t <= 1, 0.0, many * torch.log(many) - t + 0.5 * torch.log(2 * math.pi * many))
+    return loss
+
+
+def poisson_nll_loss_dx(x: Tensor, t: Tensor, v: None, log_input: bool, full: bool, eps: float) -> Tensor:
+    """l_x = e^x - t, or 1 - t / (x + ε)."""
+    return torch.exp(x) - t if log_input else 1 - t / (x + eps)
+
+
+def poisson_nll_loss_dt(x: Tensor, t: Tensor, v: None, log_input: bool, full: bool, eps: float) -> Tensor:
+    """l_t = -x, or -log(x + ε); with ``full`` plus [t > 1] (log t + 1/2t)."""
+    dt = -x if log_input else -torch.log(x + eps)
+    if full:
+        many = torch.where(t > 1, t, 1.0)
+        dt = dt + torch.where(t <= 1, 0.0, torch.log(many) + 0.5 / many)
+    return dt
+
+
+LOSSES = {
+    loss.name: loss
+    for loss in (
+        Loss("mse_loss", "l = (x - t)²;  dx = 2 dy (x - t), dt = -dx", mse_loss, mse_loss_dx),
+        Loss("l1_loss", "l = |x - t|;  dx = dy sign(x - t), dt = -dx", l1_loss, l1_loss_dx),
+        Loss(
+            "smooth_l1_loss",
+            "l = d²/2β or |d| - β/2, d = x - t;  dx = dy min(max(d/β, -1), 1), dt = -dx",
+            smooth_l1_loss,
+            smooth_l1_loss_dx,
+            parameters=("float beta",),
+        ),
+        Loss(
+            "huber_loss",
+            "l = d²/2 or δ(|d| - δ/2), d = x - t;  dx = dy min(max(d, -δ), δ), dt = -dx",
+            huber_loss,
+            huber_loss_dx,
+            parameters=("float delta",),
+        ),
+        Loss(
+            "binary_cross_entropy",
+            "l = -t log x - (1 - t) log(1 - x);  dx = dy (x - t) / (x (1 - x)), dt = dy (log(1 - x) - log x)",
+            binary_cross_entropy,
+            binary_cross_entropy_dx,
+            binary_cross_entropy_dt,
+        ),
+        Loss(
+            "binary_cross_entropy_with_logits",
+            "l = (1 - t) x + q softplus(-x), q = 1 + (p - 1) t;  dx = dy (q σ(x) - p t), dt = dy ((p - 1) softplus(-x) - x)",
+            binary_cross_entropy_with_logits,
+            binary_cross_entropy_with_logits_dx,
+            binary_cross_entropy_with_logits_dt,
+        ),
+        Loss(
+            "kl_div",
+            "l = t (log t - x);  dx = -dy t, dt = dy (log t - x + 1)",
+            kl_div,
+            kl_div_dx,
+            kl_div_dt,
+            parameters=("bool log_target",),
+        ),
+        Loss(
+            "gaussian_nll_loss",
+            "l = (log v + d²/v) / 2, d = x - t;  dx = dy d/v, dt = -dx, dv = dy (1 - d²/v) / 2v",
+            gaussian_nll_loss,
+            gaussian_nll_loss_dx,
+            dv=gaussian_nll_loss_dv,
+            parameters=("bool full", "float eps"),
+        ),
+        Loss(
+            "poisson_nll_loss",
+            "l = e^x - t x;  dx = dy (e^x - t), dt = -dy x",
+            poisson_nll_loss,
+            poisson_nll_loss_dx,
+            poisson_nll_loss_dt,
+            parameters=("bool log_input", "bool full", "float eps"),
+        ),
+    )
+}

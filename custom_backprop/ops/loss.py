@@ -1,0 +1,96 @@
+"""Autograd of the pointwise losses: dx = dy w l_x, dt = dy w l_t, dv = dy w l_v, dw = dy l, with dy / n in the place of dy for a mean.
+
+Where the loss is one number, forward already produces dx for dy = 1 (see ``held.py``); the other gradients are made in backward.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ..backends.loss import primitives
+from ..formulas.loss import LOSSES, NONE, Loss
+from .function import differentiable
+from .held import holds, release
+
+
+def _definition(loss: Loss) -> type:
+    run_forward, run_backward = primitives[loss.name]
+    no_gradients = (None,) * (2 + len(loss.parameters))
+
+    class Definition:
+        @staticmethod
+        def forward(
+            x: Tensor, t: Tensor, v: Tensor | None, w: Tensor | None, reduction: int, hold: bool, *parameters: Any
+        ) -> tuple[Tensor, Tensor]:
+            return run_forward(x, t, v, w, reduction, hold, *parameters)
+
+        @staticmethod
+        def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
+            *tensors, ctx.reduction, ctx.hold = inputs[:6]
+            ctx.parameters = inputs[6:]
+            ctx.mark_non_differentiable(output[1])
+            ctx.set_materialize_grads(False)
+            ctx.save_for_backward(*tensors, output[1] if ctx.hold else None)
+            ctx.save_for_forward(*tensors)
+
+        @staticmethod
+        def backward(ctx: Any, dy: Tensor | None, _: None) -> Any:
+            if dy is None:
+                return (None,) * 4 + no_gradients
+            *tensors, held = ctx.saved_tensors
+            needs = ctx.needs_input_grad[:4]
+            if torch.is_grad_enabled():
+                return *_wanted(needs, loss.backward(dy, *tensors, ctx.reduction, needs, *ctx.parameters)), *no_gradients
+            if held is None or _batched(dy):
+                return *_wanted(needs, run_backward(dy, *tensors, ctx.reduction, needs, *ctx.parameters)), *no_gradients
+            dx = release(held, dy)
+            dt = -dx if needs[1] and loss.dt is None else None
+            needs = (False, needs[1] and dt is None, *needs[2:])
+            if not any(needs):
+                return dx, dt, None, None, *no_gradients
+            grads = _wanted(needs, run_backward(dy, *tensors, ctx.reduction, needs, *ctx.parameters))
+            return dx, grads[1] if dt is None else dt, *grads[2:], *no_gradients
+
+        @staticmethod
+        def jvp(ctx: Any, *tangents: Any) -> Any:
+            return loss.jvp(tangents[:4], *ctx.saved_tensors[:4], ctx.reduction, *ctx.parameters), None
+
+    Definition.__name__ = loss.name
+    Definition.__doc__ = loss.formula
+    return Definition
+
+
+def _wanted(needs: tuple[bool, ...], grads: tuple[Tensor, ...]) -> tuple[Tensor | None, ...]:
+    return tuple(g if need else None for g, need in zip(grads, needs, strict=True))
+
+
+def _batched(dy: Tensor) -> bool:
+    """Whether ``dy`` is many gradients at once (by torch.vmap or ``is_grads_batched``): one held gradient cannot become them in place."""
+    if torch.compiler.is_compiling():
+        return False
+    return torch._C._functorch.is_batchedtensor(dy) or torch._C._functorch.is_legacy_batchedtensor(dy)
+
+
+def _function(loss: Loss, composed: bool) -> Callable[..., Any]:
+    """``composed``: what stock puts together of plain arithmetic, which autocast leaves in the lower dtype on a CPU."""
+    return differentiable(autocast_cpu=None if composed else "float32", autocast_cuda="float32")(_definition(loss))
+
+
+_PLAIN = {name: _function(loss, composed=name == "gaussian_nll_loss") for name, loss in LOSSES.items()}
+_WEIGHTED = _PLAIN | {name: _function(LOSSES[name], composed=True) for name in ("mse_loss", "l1_loss")}
+
+
+def pointwise(name: str, x: Tensor, t: Tensor, v: Tensor | None, w: Tensor | None, reduction: int, *parameters: Any) -> Tensor:
+    """The loss of that name.
+
+    Args:
+        x, t, v, w: input, target, the loss's third tensor and the weight, floating-point, of one shape and dtype; v and w may be None.
+        reduction: 0, 1 or 2, for each element's loss, their mean or their sum.
+        parameters: the loss's own, in order.
+    """
+    op = _PLAIN[name] if w is None else _WEIGHTED[name]
+    return op(x, t, v, w, reduction, holds(x, reduction != NONE), *parameters)[0]
