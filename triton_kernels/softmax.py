@@ -19,12 +19,6 @@ from .launch import cdiv, launch, next_power_of_2
 
 
 @triton.jit
-def _place(row, inner, outer_stride, inner_stride):
-    """The offset of a row's first element."""
-    return (row // inner) * outer_stride + (row % inner) * inner_stride
-
-
-@triton.jit
 def _value(x, m, z, LOG: tl.constexpr):
     """y of x, with m = max x and z = Σ e^(x-m)."""
     return x - m - tl.log(z) if LOG else tl.exp(x - m) / z
@@ -33,27 +27,30 @@ def _value(x, m, z, LOG: tl.constexpr):
 @triton.jit
 def _forward(
     X, Y, rows, n, inner, x_outer, x_n, x_inner,
-    LOG: tl.constexpr, NEGATE: tl.constexpr, LOOP: tl.constexpr, WIDE: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr,
+    LOG: tl.constexpr, NEGATE: tl.constexpr, LOOP: tl.constexpr, WIDE: tl.constexpr, WIDE_COLUMNS: tl.constexpr,
+    ROWS: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     """ROWS rows a program, n <= BLOCK at once, or in a loop: one reading for m and z, and one, backwards, for y.
 
-    The second reading begins with what the first read last, which is what the cache still holds of a row that is larger than its share.
+    The second reading begins with what the first read last, which is what the cache still holds of rows that are larger than their share.
     """
-    row = tl.program_id(0).to(tl.int64 if WIDE else tl.int32) * ROWS + tl.arange(0, ROWS)
-    column = tl.arange(0, BLOCK).to(row.dtype)
     dtype: tl.constexpr = tl.float64 if Y.dtype.element_ty == tl.float64 else tl.float32
-    X += _place(row, inner, x_outer, x_inner)[:, None]
-    Y += _place(row, inner, n * inner, 1)[:, None]
+    row = tl.program_id(0).to(tl.int64 if WIDE else tl.int32) * ROWS + tl.arange(0, ROWS)
+    column = tl.arange(0, BLOCK).to(tl.int64 if WIDE_COLUMNS else tl.int32)[None, :]
     alive = (row < rows)[:, None]
+    nothing = tl.where(alive, float("inf") if NEGATE else float("-inf"), 0.0)  # past a row's end; rows past the last are zeros
+    outer, side = row // inner, row % inner
+    X += (outer * x_outer + side * x_inner)[:, None]
+    Y += (outer * n * inner + side)[:, None]
     if LOOP:
         # m and z of each lane by itself, so that no iteration waits for another warp. m starts at the lowest finite number, not at -inf, and
-        # -inf adds e^-inf = 0 to z; one exponential serves both cases: x <= m adds e^(x-m), x > m scales z by e^(m-x) and adds 1.
+        # -inf adds e^-inf = 0 to z. One exponential serves both cases: x <= m adds e^(x-m), x > m scales z by e^(m-x) and adds 1.
         lowest: tl.constexpr = -1.7976931348623157e308 if dtype == tl.float64 else -3.4028234663852886e38
         m = tl.full((ROWS, BLOCK), lowest, dtype)
         z = tl.zeros((ROWS, BLOCK), dtype)
         for start in range(0, n, BLOCK):
-            place = (start + column)[None, :]
-            x = tl.load(X + place * x_n, alive & (place < n), other=float("inf") if NEGATE else float("-inf")).to(Y.dtype.element_ty).to(dtype)
+            place = start + column
+            x = tl.load(X + place * x_n, alive & (place < n), other=nothing).to(Y.dtype.element_ty).to(dtype)
             x = -x if NEGATE else x
             e = tl.exp(-tl.abs(x - m))
             z = tl.where(x > m, z * e + 1, z + e)
@@ -63,30 +60,20 @@ def _forward(
         z = tl.sum(z * tl.exp(lane - m), 1)[:, None]
         last = tl.cdiv(n, BLOCK) * BLOCK - BLOCK
         for back in range(0, n, BLOCK):
-            place = (last - back + column)[None, :]
-            inside = alive & (place < n)
-            x = tl.load(X + place * x_n, inside, other=0.0).to(Y.dtype.element_ty).to(dtype)
-            x = -x if NEGATE else x
-            tl.store(Y + place * inner, _value(x, m, z, LOG).to(Y.dtype.element_ty), inside)
+            place = last - back + column
+            x = tl.load(X + place * x_n, alive & (place < n), other=0.0).to(Y.dtype.element_ty).to(dtype)
+            tl.store(Y + place * inner, _value(-x if NEGATE else x, m, z, LOG).to(Y.dtype.element_ty), alive & (place < n))
     else:
-        place = column[None, :]
-        inside = alive & (place < n)
-        x = tl.load(X + place * x_n, inside, other=float("inf") if NEGATE else float("-inf")).to(Y.dtype.element_ty).to(dtype)
+        x = tl.load(X + column * x_n, alive & (column < n), other=nothing).to(Y.dtype.element_ty).to(dtype)
         x = -x if NEGATE else x
         m = tl.max(x, 1)[:, None]
         z = tl.sum(tl.exp(x - m), 1)[:, None]
-        tl.store(Y + place * inner, _value(x, m, z, LOG).to(Y.dtype.element_ty), inside)
-
-
-@triton.jit
-def _term(dy, y, LOG: tl.constexpr):
-    """What backward sums over a row: dy, or y dy."""
-    return dy if LOG else y * dy
+        tl.store(Y + column * inner, _value(x, m, z, LOG).to(Y.dtype.element_ty), alive & (column < n))
 
 
 @triton.jit
 def _gradient(dy, y, total, LOG: tl.constexpr, NEGATE: tl.constexpr):
-    """dx, given the row's sum."""
+    """dx, with total = Σ dy of a log-softmax, else Σ y dy."""
     dx = dy - tl.exp(y) * total if LOG else y * (dy - total)
     return -dx if NEGATE else dx
 
@@ -94,40 +81,40 @@ def _gradient(dy, y, total, LOG: tl.constexpr, NEGATE: tl.constexpr):
 @triton.jit
 def _backward(
     DY, Y, DX, rows, n, inner, dy_outer, dy_n, dy_inner,
-    LOG: tl.constexpr, NEGATE: tl.constexpr, LOOP: tl.constexpr, WIDE: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr,
+    LOG: tl.constexpr, NEGATE: tl.constexpr, LOOP: tl.constexpr, WIDE: tl.constexpr, WIDE_COLUMNS: tl.constexpr,
+    ROWS: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
-    """The same for dx: a sum over the row, then dx."""
-    row = tl.program_id(0).to(tl.int64 if WIDE else tl.int32) * ROWS + tl.arange(0, ROWS)
-    column = tl.arange(0, BLOCK).to(row.dtype)
+    """The same tiles: a row's sum, then dx."""
     dtype: tl.constexpr = tl.float64 if Y.dtype.element_ty == tl.float64 else tl.float32
-    DY += _place(row, inner, dy_outer, dy_inner)[:, None]
-    dense = _place(row, inner, n * inner, 1)[:, None]
-    Y += dense
-    DX += dense
+    row = tl.program_id(0).to(tl.int64 if WIDE else tl.int32) * ROWS + tl.arange(0, ROWS)
+    column = tl.arange(0, BLOCK).to(tl.int64 if WIDE_COLUMNS else tl.int32)[None, :]
     alive = (row < rows)[:, None]
+    outer, side = row // inner, row % inner
+    DY += (outer * dy_outer + side * dy_inner)[:, None]
+    Y += (outer * n * inner + side)[:, None]
+    DX += (outer * n * inner + side)[:, None]
     if LOOP:
         total = tl.zeros((ROWS, BLOCK), dtype)
         for start in range(0, n, BLOCK):
-            place = (start + column)[None, :]
-            inside = alive & (place < n)
-            dy = tl.load(DY + place * dy_n, inside, other=0.0).to(dtype)
-            y = 0.0 if LOG else tl.load(Y + place * inner, inside, other=0.0).to(dtype)
-            total += _term(dy, y, LOG)
+            place = start + column
+            dy = tl.load(DY + place * dy_n, alive & (place < n), other=0.0).to(dtype)
+            total += dy if LOG else dy * tl.load(Y + place * inner, alive & (place < n), other=0.0).to(dtype)
         total = tl.sum(total, 1)[:, None]
         last = tl.cdiv(n, BLOCK) * BLOCK - BLOCK
         for back in range(0, n, BLOCK):
-            place = (last - back + column)[None, :]
-            inside = alive & (place < n)
-            dy = tl.load(DY + place * dy_n, inside, other=0.0).to(dtype)
-            y = tl.load(Y + place * inner, inside, other=0.0).to(dtype)
-            tl.store(DX + place * inner, _gradient(dy, y, total, LOG, NEGATE).to(DX.dtype.element_ty), inside)
+            place = last - back + column
+            dy = tl.load(DY + place * dy_n, alive & (place < n), other=0.0).to(dtype)
+            y = tl.load(Y + place * inner, alive & (place < n), other=0.0).to(dtype)
+            tl.store(DX + place * inner, _gradient(dy, y, total, LOG, NEGATE).to(DX.dtype.element_ty), alive & (place < n))
     else:
-        place = column[None, :]
-        inside = alive & (place < n)
-        dy = tl.load(DY + place * dy_n, inside, other=0.0).to(dtype)
-        y = tl.load(Y + place * inner, inside, other=0.0).to(dtype)
-        total = tl.sum(_term(dy, y, LOG), 1)[:, None]
-        tl.store(DX + place * inner, _gradient(dy, y, total, LOG, NEGATE).to(DX.dtype.element_ty), inside)
+        dy = tl.load(DY + column * dy_n, alive & (column < n), other=0.0).to(dtype)
+        y = tl.load(Y + column * inner, alive & (column < n), other=0.0).to(dtype)
+        total = tl.sum(dy if LOG else dy * y, 1)[:, None]
+        tl.store(DX + column * inner, _gradient(dy, y, total, LOG, NEGATE).to(DX.dtype.element_ty), alive & (column < n))
+
+
+#: offsets from here on are int64: half of what int32 holds, since the masked end of the last tile needs room too
+FAR = 2**30
 
 
 @dataclass(frozen=True)
@@ -139,21 +126,18 @@ class Config:
     num_warps: int
 
 
-#: float32 numbers that a program may hold: 64 a thread at 16 warps (the most that fit 64-wide warps too), half of a thread's registers
-HELD = 32768
-
-
 def config(n: int, inner: int, dtype: torch.dtype, tensors: int) -> Config:
     """The tile for rows of ``n``, ``inner`` of them side by side, in a kernel that reads ``tensors`` tensors and computes in ``dtype``."""
-    held = HELD // 2 if dtype == torch.float64 else HELD
+    # at 16 warps, the most that 64-wide warps allow, 64 numbers a thread, which is half of its registers; 16 where each is in two registers,
+    # or has an address of its own
+    held = 32768 // tensors // (4 if dtype == torch.float64 else 1) // (4 if inner > 1 else 1)
     block = next_power_of_2(n)
-    # short rows: 2048 elements a program, 16 a thread. Side by side: enough of them to fill a cache line of 128 bytes
+    # short rows: 2048 elements a program. Side by side: enough of them to fill a cache line of 128 bytes
     rows = max(2048 // block, min(next_power_of_2(inner), 128 // dtype.itemsize))
-    if rows * block * tensors > held:
-        # 32 elements a thread, of x, m and z or of y, dy and their sum. Few and large programs: the fewer rows are under way, the more of
-        # each is still in the cache at its second reading
-        block = held // 2 // rows
-    return Config(rows, block, min(max(rows * block // 512, 1), 16))
+    if rows * block > held:
+        block = min(held // 2, 8192) // rows  # x, m and z, or y, dy and their sum
+    a_thread = 8 if inner > 1 else 16
+    return Config(rows, block, min(max(rows * block // (32 * a_thread), 1), 16))
 
 
 def _view(t: Tensor, dim: int) -> Tensor:
@@ -166,11 +150,11 @@ def _launch(kernel: Any, name: str, read: Tensor, others: tuple[Tensor, ...], dt
     """One kernel on ``read`` (outer, n, inner), of any strides, and on ``others``, which are contiguous."""
     outer, n, inner = read.shape
     c = config(n, inner, dtype, tensors)
-    extent = max(read.numel(), sum((size - 1) * stride for size, stride in zip(read.shape, read.stride(), strict=True)))
+    columns = (n - 1) * max(read.stride(1), inner)
+    extent = max(read.numel(), columns, (outer - 1) * read.stride(0) + (inner - 1) * read.stride(2) + columns)
     launch(
         kernel, cdiv(outer * inner, c.rows), read, *others, outer * inner, n, inner, *read.stride(),
-        LOG=name == "log_softmax", NEGATE=name == "softmin", LOOP=n > c.block,
-        WIDE=extent >= 2**30,  # half of what int32 holds: the masked end of the last tile needs room too
+        LOG=name == "log_softmax", NEGATE=name == "softmin", LOOP=n > c.block, WIDE=extent >= FAR, WIDE_COLUMNS=columns >= FAR,
         ROWS=c.rows, BLOCK=c.block, num_warps=c.num_warps,
     )  # fmt: skip
 
