@@ -1,0 +1,104 @@
+"""What the examples share: their options, checkpoints, memory and the look of their pictures."""
+
+from __future__ import annotations
+
+import argparse
+import os
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import matplotlib
+import torch
+from matplotlib import pyplot as plt
+from matplotlib.figure import Figure
+
+import custom_backprop
+
+matplotlib.use("Agg")
+plt.rcParams.update({
+    "figure.dpi": 120, "figure.constrained_layout.use": True, "font.size": 9, "axes.titlesize": 10, "legend.frameon": False,
+    "axes.spines.top": False, "axes.spines.right": False, "axes.grid": True, "grid.alpha": 0.25,
+})  # fmt: skip
+
+
+def at_least(least: int) -> Callable[[str], int]:
+    """The type of a whole number on the command line."""
+
+    def whole_number(text: str) -> int:
+        if (number := int(text)) < least:
+            raise argparse.ArgumentTypeError(f"{number} is less than {least}")
+        return number
+
+    return whole_number
+
+
+def options(name: str, description: str | None, **counts: int) -> argparse.Namespace:
+    """The command line of the example ``name``: --out, --device, --backend, --seed, and one option for each of ``counts``.
+
+    Makes the output folder and sets the backend.
+    """
+    parser = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--out", type=Path, default=Path("out", name), metavar="DIR", help="where results go (default: %(default)s)")
+    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu", help="default here: %(default)s")
+    parser.add_argument("--backend", help="aten, triton or formula: what runs our layers (default: chosen by device)")
+    parser.add_argument("--seed", type=at_least(0), default=0, metavar="N", help="of all that is random (default: %(default)s)")
+    for option, default in counts.items():
+        parser.add_argument(f"--{option}", type=at_least(1), default=default, metavar="N", help="default: %(default)s")
+    args = parser.parse_args()
+    try:
+        torch.empty(0, device=args.device)
+        if args.backend == "triton" and torch.device(args.device).type == "cpu":
+            os.environ["TRITON_INTERPRET"] = "1"  # triton is imported, and reads it, when the first kernel is used
+        custom_backprop.use_backend(args.backend)
+        args.out.mkdir(parents=True, exist_ok=True)
+    except (AssertionError, OSError, RuntimeError, ValueError) as error:  # AssertionError: cuda, of a torch built without it
+        parser.error(str(error))
+    return args
+
+
+def save(state: dict[str, Any], path: Path) -> None:
+    """Writes a checkpoint whole or not at all: an interruption leaves the one before."""
+    temporary = path.with_name(path.name + ".tmp")
+    torch.save(state, temporary)
+    os.replace(temporary, path)
+
+
+def load(path: Path, settings: dict[str, Any]) -> dict[str, Any] | None:
+    """The checkpoint at ``path``, or None if there is none. Leaves the program where it is unreadable or of other settings."""
+    if not path.exists():
+        return None
+    try:
+        state = torch.load(path, weights_only=True)
+        saved = state["settings"]
+    except Exception as error:  # whatever a damaged file makes the reader raise
+        sys.exit(f"cannot read the checkpoint {path} ({type(error).__name__}): delete it to start anew")
+    if changed := [f"{k} {saved.get(k)!r}, now {v!r}" for k, v in settings.items() if saved.get(k) != v]:
+        sys.exit(f"the checkpoint {path} is of a run with other settings ({'; '.join(changed)}): repeat those, or delete it to start anew")
+    return state
+
+
+def peak_memory(call: Callable[[], Any], device: str) -> int:
+    """Bytes of tensors that the call allocates at its peak, on top of what stood before it."""
+    call()
+    if torch.device(device).type == "cuda":
+        torch.cuda.reset_peak_memory_stats(device)
+        before = torch.cuda.memory_allocated(device)
+        call()
+        return torch.cuda.max_memory_allocated(device) - before
+    os.environ.setdefault("KINETO_LOG_LEVEL", "6")  # the profiler reports its own start and stop below that
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True) as profile:
+        call()
+    now = peak = 0
+    for event in sorted((e for e in profile.profiler.kineto_results.events() if e.name() == "[memory]"), key=lambda e: e.start_ns()):
+        now += event.nbytes()
+        peak = max(peak, now)
+    return peak
+
+
+def write(figure: Figure, path: Path) -> None:
+    """Writes a picture and says so."""
+    figure.savefig(path)
+    plt.close(figure)
+    print(f"wrote {path}")

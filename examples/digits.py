@@ -1,0 +1,196 @@
+"""Handwritten digits, learned by our layers and by stock torch.nn side by side: one seed, one loop, the same batches.
+
+1797 scans of 8 x 8 pixels (scikit-learn's load_digits), a fifth of them kept for the test; 64 -> 256 -> 128 -> 10 units, ReLU,
+cross-entropy, SGD with momentum, float32.
+
+Each epoch ends with a checkpoint. After Ctrl-C the same command goes on from the last one, to the very weights of a run that was not
+interrupted. A finished run leaves its weights and its picture, and no checkpoint: the same command then starts anew.
+"""
+
+from __future__ import annotations
+
+import copy
+import sys
+import time
+from argparse import Namespace
+from typing import Any
+
+try:
+    import torch
+    from common import load, options, peak_memory, plt, save, write
+    from sklearn.datasets import load_digits
+    from sklearn.model_selection import train_test_split
+    from torch import Tensor
+    from tqdm import tqdm
+
+    from custom_backprop import nn
+except ImportError as error:
+    sys.exit(f"{error}; the examples need: pip install -e '.[demo]'")
+
+BATCH, RATE, MOMENTUM = 32, 0.1, 0.9
+
+
+def our_model() -> torch.nn.Module:
+    return torch.nn.Sequential(
+        nn.LinearActivation(64, 256, activation="relu"),
+        nn.LinearActivation(256, 128, activation="relu"),
+        nn.Linear(128, 10),
+    )
+
+
+def stock_model() -> torch.nn.Module:
+    return torch.nn.Sequential(
+        torch.nn.Linear(64, 256),
+        torch.nn.ReLU(),
+        torch.nn.Linear(256, 128),
+        torch.nn.ReLU(),
+        torch.nn.Linear(128, 10),
+    )
+
+
+class Learner:
+    """A model in training: its loss, its optimizer, and what is told of it."""
+
+    def __init__(self, model: torch.nn.Module, loss: torch.nn.Module, device: str) -> None:
+        self.model, self.loss, self.device = model.to(device), loss, device
+        self.optimizer = torch.optim.SGD(self.model.parameters(), lr=RATE, momentum=MOMENTUM)
+        self.seconds = 0.0
+        self.history: dict[str, list[Any]] = {"loss": [], "accuracy": [], "norms": []}  # one entry an epoch
+
+    def step(self, x: Tensor, y: Tensor) -> Tensor:
+        """Forward, backward, update, timed. Returns the loss."""
+        start = time.perf_counter()
+        self.optimizer.zero_grad()
+        loss = self.loss(self.model(x), y)
+        loss.backward()
+        self.optimizer.step()
+        if x.is_cuda:
+            torch.cuda.synchronize(x.device)
+        self.seconds += time.perf_counter() - start
+        return loss.detach()
+
+    def gradient_norms(self) -> Tensor:
+        """Of the weight of each layer, after a step."""
+        return torch.stack([p.grad.norm() for p in self.model.parameters() if p.grad is not None and p.dim() == 2])
+
+    @torch.no_grad()
+    def accuracy(self, x: Tensor, y: Tensor) -> float:
+        return (self.model(x).argmax(dim=1) == y).double().mean().item()
+
+    def state_dict(self) -> dict[str, Any]:
+        own = {"seconds": self.seconds, "history": self.history}
+        return {"model": self.model.state_dict(), "optimizer": self.optimizer.state_dict(), **own}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        self.model.load_state_dict(state["model"])
+        self.optimizer.load_state_dict(state["optimizer"])
+        self.seconds, self.history = state["seconds"], state["history"]
+
+
+def data(seed: int, device: str) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """x to learn from, x of the test, y to learn from, y of the test. The pixels lie in [0, 1]."""
+    pixels, labels = load_digits(return_X_y=True)
+    parts = train_test_split(pixels.astype("float32") / 16, labels, test_size=0.2, stratify=labels, random_state=seed)
+    return tuple(torch.from_numpy(part).to(device) for part in parts)  # type: ignore[return-value]
+
+
+def train(learners: dict[str, Learner], parts: tuple[Tensor, Tensor, Tensor, Tensor], args: Namespace) -> None:
+    """Trains both, from the checkpoint where there is one."""
+    x, test_x, y, test_y = parts
+    settings = {"seed": args.seed, "epochs": args.epochs, "device": args.device, "backend": args.backend}
+    settings |= {"batch": BATCH, "rate": RATE, "momentum": MOMENTUM, "torch": str(torch.__version__)}
+    shuffle = torch.Generator().manual_seed(args.seed)  # the only chance left once the weights are drawn
+    done = 0
+    if (state := load(args.checkpoint, settings)) is not None:
+        done = state["epoch"]
+        shuffle.set_state(state["shuffle"])
+        for name, learner in learners.items():
+            learner.load_state_dict(state["learners"][name])
+        print(f"going on after epoch {done} of {args.epochs}, from {args.checkpoint}")
+
+    batches = -(-len(x) // BATCH)
+    with tqdm(total=args.epochs * batches, initial=done * batches, unit="step", mininterval=0.5, dynamic_ncols=True) as bar:
+        for epoch in range(done + 1, args.epochs + 1):
+            losses: dict[str, list[Tensor]] = {name: [] for name in learners}
+            norms: dict[str, list[Tensor]] = {name: [] for name in learners}
+            for i, batch in enumerate(torch.randperm(len(x), generator=shuffle).split(BATCH)):
+                inputs, targets = x[batch.to(x.device)], y[batch.to(x.device)]
+                for name in sorted(learners, reverse=i % 2 == 0):  # they take turns in going first: neither gets the warmer cache
+                    losses[name].append(learners[name].step(inputs, targets))
+                    norms[name].append(learners[name].gradient_norms())
+                bar.update()
+            for name, learner in learners.items():
+                learner.history["loss"].append(torch.stack(losses[name]).mean().item())
+                learner.history["norms"].append(torch.stack(norms[name]).mean(dim=0).tolist())
+                learner.history["accuracy"].append(learner.accuracy(test_x, test_y))
+            state = {"settings": settings, "epoch": epoch, "shuffle": shuffle.get_state()}
+            save({**state, "learners": {name: learner.state_dict() for name, learner in learners.items()}}, args.checkpoint)
+            bar.set_postfix_str(
+                ", ".join(f"{name} {learner.history['accuracy'][-1]:.2%}" for name, learner in learners.items()), refresh=False
+            )
+
+
+def step_memory(learner: Learner, x: Tensor, y: Tensor) -> int:
+    """Peak bytes of one training step, of a copy."""
+    twin = copy.deepcopy(learner)
+
+    def step() -> None:
+        twin.step(x, y)
+        twin.optimizer.zero_grad()
+
+    return peak_memory(step, learner.device)
+
+
+def draw(learners: dict[str, Learner], args: Namespace) -> None:
+    """Loss, accuracy and gradient norms by epoch: stock broad and pale, ours thin and dark upon it."""
+    figure, (loss, accuracy, norms) = plt.subplots(1, 3, figsize=(12, 3.8))
+    epochs = range(1, args.epochs + 1)
+    looks: dict[str, dict[str, Any]] = {"stock": {"linewidth": 6, "alpha": 0.35}, "ours": {"linewidth": 1.3}}
+    for name, look in looks.items():
+        history = learners[name].history
+        loss.plot(epochs, history["loss"], color="C0", label=name, **look)
+        accuracy.plot(epochs, [100 * a for a in history["accuracy"]], color="C0", label=name, **look)
+        for i, layer in enumerate(zip(*history["norms"], strict=True)):
+            norms.plot(epochs, layer, color=f"C{i}", label=f"layer {i + 1}" if name == "ours" else None, **look)
+    loss.set(xlabel="epoch", ylabel="cross-entropy", yscale="log", title="Training loss")
+    accuracy.set(xlabel="epoch", ylabel="digits read rightly, %", title="Test accuracy")
+    norms.set(xlabel="epoch", ylabel="‖∂L/∂W‖, mean of the epoch", yscale="log", title="Gradient norm per layer")
+    loss.legend()
+    norms.legend()
+    write(figure, args.out / "digits.png")
+
+
+def main() -> None:
+    args = options("digits", __doc__, epochs=30)
+    args.checkpoint = args.out / "checkpoint.pt"
+    torch.set_num_threads(1)  # matrices this small gain nothing from a second thread, and lose much where the cores are busy
+    parts = data(args.seed, args.device)
+    learners = {}
+    for name, model, loss in (("ours", our_model, nn.CrossEntropyLoss()), ("stock", stock_model, torch.nn.CrossEntropyLoss())):
+        torch.manual_seed(args.seed)
+        learners[name] = Learner(model(), loss, args.device)
+    ours, stock = learners["ours"], learners["stock"]
+    print(f"{len(parts[0])} digits to learn from, {len(parts[1])} for the test; on {args.device}, backend {args.backend or 'by device'}")
+    print(f"ours: {ours.model}\nstock: {stock.model}")
+    memory = [step_memory(learner, parts[0][:BATCH], parts[2][:BATCH]) for learner in (ours, stock)]
+    try:
+        train(learners, parts, args)
+    except KeyboardInterrupt:
+        kept = f"the last whole epoch is kept in {args.checkpoint}; the same command goes on from there"
+        print("\ninterrupted:", kept if args.checkpoint.exists() else "no epoch is complete yet, nothing is kept", file=sys.stderr)
+        sys.exit(130)
+
+    draw(learners, args)
+    save({name: learner.model.state_dict() for name, learner in learners.items()}, args.out / "weights.pt")
+    print(f"wrote {args.out / 'weights.pt'}")
+    args.checkpoint.unlink()
+    pairs = zip(ours.model.parameters(), stock.model.parameters(), strict=True)
+    accuracies = [100 * learner.history["accuracy"][-1] for learner in (ours, stock)]
+    print(f"largest difference of weights: {max((a - b).abs().max().item() for a, b in pairs):.1e}")
+    print(f"time of all training steps: ours {ours.seconds:.2f} s, stock {stock.seconds:.2f} s")
+    print(f"peak memory of one step (tensors it allocates): ours {memory[0] / 1024:.0f} KiB, stock {memory[1] / 1024:.0f} KiB")
+    print(f"test accuracy: ours {accuracies[0]:.2f} %, stock {accuracies[1]:.2f} %")
+
+
+if __name__ == "__main__":
+    main()
