@@ -26,16 +26,17 @@ PROGRAMS = 8
 
 @triton.jit
 def exp(x):
-    """e^x to one unit of rounding: 2^k e^r with x = k log 2 + r and a polynomial in r (Cody and Waite). A GPU's own exp of float32, 2^(x log2 e),
-    is off by |x| units, which a loss that grows like e^x would show."""
+    """e^x to one unit of rounding: 2^k e^r with x = k log 2 + r, and a polynomial in r (Cody and Waite).
+
+    In float32 a GPU's own exp, 2^(x log2 e), is off by |x| units, which a loss that grows like e^x would show.
+    """
     if x.dtype == tl.float64:
         return tl.exp(x)
     x = tl.where(x < -104, -104.0, tl.where(x > 89, 89.0, x))
     k = tl.floor(x * 1.4426950408889634 + 0.5)
     r = (x - k * 0.693359375) + k * 2.12194440e-4
-    p = (
-        (((1.9875691500e-4 * r + 1.3981999507e-3) * r + 8.3334519073e-3) * r + 4.1665795894e-2) * r + 1.6666665459e-1
-    ) * r + 5.0000001201e-1
+    p = ((1.9875691500e-4 * r + 1.3981999507e-3) * r + 8.3334519073e-3) * r + 4.1665795894e-2
+    p = (p * r + 1.6666665459e-1) * r + 5.0000001201e-1
     return (p * r * r + r + 1) * tl.exp2(k - 1) * 2
 
 
