@@ -1,0 +1,156 @@
+"""The command line, as its user meets it."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from conftest import DEVICE
+
+import custom_backprop
+from custom_backprop.__main__ import main
+from custom_backprop.cli import check, kernels, work
+from custom_backprop.testing import CHECKS, Audit, AuditedLaunch, Report, Resources, Result, database
+
+ROOT = str(Path(custom_backprop.__file__).parents[1])
+
+
+def run(*arguments: str) -> subprocess.CompletedProcess[str]:
+    env = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"} | {"PYTHONPATH": ROOT}
+    command = [sys.executable, "-m", "custom_backprop", *arguments]
+    return subprocess.run(command, capture_output=True, text=True, env=env, timeout=300)
+
+
+@pytest.fixture
+def planted(monkeypatch):
+    """``planted(result)``: what every worker answers."""
+
+    def plant(result):
+        for command in (check, kernels):
+            monkeypatch.setattr(command, "in_processes", lambda function, items, jobs: dict.fromkeys(items, result))
+
+    return plant
+
+
+@pytest.mark.parametrize("command", [[], ["check"], ["info"], ["kernels"]])
+def test_help(command, capsys):
+    with pytest.raises(SystemExit) as exit:
+        main([*command, "--help"])
+    assert exit.value.code == 0
+    assert "usage: python -m custom_backprop" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ([], "required: COMMAND"),
+        (["prove"], "invalid choice"),
+        (["check", "rleu"], "no op or family rleu; there are the ops relu"),
+        (["check", "relu", "--backend", "cuda"], "invalid choice: 'cuda'"),
+        (["check", "relu", "--check", "taste"], "invalid choice: 'taste'"),
+        (["kernels", "relu", "--target", "sm_90,sm_1"], "no target sm_1; there are sm_80"),
+    ],
+)
+def test_bad_arguments_exit_with_2(arguments, message, capsys):
+    with pytest.raises(SystemExit) as exit:
+        main(arguments)
+    assert exit.value.code == 2
+    assert message in capsys.readouterr().err
+
+
+def test_info(capsys):
+    assert main(["info"]) == 0
+    out = capsys.readouterr().out
+    for word in ("torch", "triton on cuda", "inductor", "offline compiler", "primitives", "relu_squared"):
+        assert word in out
+
+
+@pytest.mark.parametrize("wanted", [["relu", "silu"], ["linear"]])
+def test_ops_and_families(wanted):
+    chosen = work.select(wanted)
+    assert chosen == [s.name for s in database().values() if s.name in wanted or s.family in wanted]
+
+
+def test_check_end_to_end(tmp_path):
+    done = run("check", "relu", "--check", "forward", "--check", "precision", "--device", DEVICE, "--json", str(tmp_path / "f.json"))
+    assert done.returncode == 0, done.stderr
+    assert "y = max(x, 0);  dx = dy [y > 0]" in done.stdout
+    assert "3 passed, 0 failed: 1 ops on aten, formula, triton" in done.stdout
+    reports = json.loads((tmp_path / "f.json").read_text())
+    assert [(r["op"], r["backend"], r["passed"]) for r in reports] == [("relu", b, True) for b in ("aten", "formula", "triton")]
+
+
+@pytest.mark.parametrize("planted_result", [Report("relu", [Result("forward", "fail", "off by 7")]), ValueError("off by 7")])
+def test_a_failed_check_exits_with_1(planted_result, planted, capsys):
+    planted(planted_result)
+    assert main(["check", "relu", "--backend", "aten"]) == 1
+    out = capsys.readouterr().out
+    assert "FAIL relu [aten]" in out
+    assert "off by 7" in out
+    assert "0 passed, 1 failed" in out
+
+
+def test_a_row_has_a_mark_under_each_check():
+    report = Report("relu", [Result(c, "pass") for c in CHECKS], {"float32": (1e-8, 2e-8)})
+    report.results[3] = Result("gradgradcheck", "n/a")
+    lines = check._rows({"relu": report}, list(CHECKS)).splitlines()
+    row = lines[-1]
+    for line, name, mark in zip(lines, CHECKS, ["ok", "ok", "ok", "- ", *["ok"] * len(CHECKS)], strict=False):
+        at = line.index(name)
+        assert row[at : at + 2] == mark
+    assert "1e-08 / 2e-08" in row
+
+
+def test_kernels_end_to_end(tmp_path):
+    pytest.importorskip("triton")
+    done = run("kernels", "relu", "--target", "sm_90", "--json", str(tmp_path / "f.json"))
+    assert done.returncode == 0, done.stdout + done.stderr
+    found = json.loads((tmp_path / "f.json").read_text())
+    assert {r["kernel"] for r in found} == {"activation._forward", "activation._backward"}
+    assert all(r["wide_loads"] == r["loads"] > 0 and r["registers"] for r in found)
+
+
+def test_audit_end_to_end(tmp_path):
+    pytest.importorskip("triton")
+    done = run("kernels", "relu", "--audit", "--json", str(tmp_path / "f.json"))
+    assert done.returncode == 0, done.stdout + done.stderr
+    found = json.loads((tmp_path / "f.json").read_text())
+    assert all(r["moved"] == r["floor"] > 0 for r in found)
+    assert max(r["programs"] for r in found) > 1
+
+
+SPILLED = Resources("activation._forward", "sm_90", "*fp32", "F=relu", 4, 255, 8, 0, 2, 1, 1, 1, 0)
+
+
+def test_a_spill_exits_with_1(planted, capsys):
+    pytest.importorskip("triton")
+    planted([SPILLED])
+    assert main(["kernels", "relu", "--target", "sm_90"]) == 1
+    assert "FAULT relu: activation._forward (*fp32; F=relu) on sm_90: 8 bytes a thread of local memory" in capsys.readouterr().out
+
+
+def test_a_fault_of_the_audit_exits_with_1(planted, capsys):
+    pytest.importorskip("triton")
+    planted(Audit([AuditedLaunch("activation._forward", 1, 8, 8, {"X": 2.0}, ["1 loads outside every tensor"])]))
+    assert main(["kernels", "relu", "--audit"]) == 1
+    out = capsys.readouterr().out
+    assert "FAULT relu: activation._forward: 1 loads outside every tensor" in out
+    assert "X x2.0" in out
+
+
+def test_a_kernel_that_does_not_compile_exits_with_1(planted, capsys):
+    pytest.importorskip("triton")
+    planted(RuntimeError("no such instruction"))
+    assert main(["kernels", "relu", "--target", "sm_90"]) == 1
+    assert "FAULT relu on sm_90: RuntimeError: no such instruction" in capsys.readouterr().out
+
+
+def test_the_interpreter_is_chosen_for_new_processes_only(monkeypatch):
+    monkeypatch.delenv("TRITON_INTERPRET", raising=False)
+    with work.interpreter(True):
+        assert os.environ["TRITON_INTERPRET"] == "1"
+    assert "TRITON_INTERPRET" not in os.environ
