@@ -2,11 +2,15 @@
 
 from .activation import *
 from .activation import __all__ as _activation
+from .cross_entropy import *
+from .cross_entropy import __all__ as _cross_entropy
 from .linear import *
 from .linear import __all__ as _linear
+from .loss import *
+from .loss import __all__ as _loss
 from .prelu import *
 from .prelu import __all__ as _prelu
 from .softmax import *
 from .softmax import __all__ as _softmax
 
-__all__ = [*_activation, *_linear, *_prelu, *_softmax]
+__all__ = [*_activation, *_cross_entropy, *_linear, *_loss, *_prelu, *_softmax]

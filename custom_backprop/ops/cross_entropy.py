@@ -1,0 +1,103 @@
+"""Autograd of nll_loss and cross_entropy, on x (N, C) or (N, C, D) and a target of its dtype (probabilities) or of int64 (classes)."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ..backends import cross_entropy as primitives
+from ..formulas import cross_entropy as formula
+from ..formulas.cross_entropy import GRADIENT, NOTHING, STATISTICS
+from ..formulas.loss import NONE
+from .function import differentiable
+from .held import holds, release
+
+
+def _check_dtype(name: str, x: Tensor, weight: Tensor | None) -> None:
+    """Raises RuntimeError, as stock does; not sooner, since autocast may yet bring the two together."""
+    if weight is not None and weight.dtype != x.dtype:
+        raise RuntimeError(f"{name}: expected a weight of the dtype of the input, {x.dtype}, got {weight.dtype}")
+
+
+@differentiable(autocast_cpu="float32", autocast_cuda="float32")
+class _nll_loss:
+    """L_r = -w_t x_rt;  dx_rc = -w_t dy_r [c = t]."""
+
+    @staticmethod
+    def forward(x: Tensor, target: Tensor, weight: Tensor | None, reduction: int, ignore_index: int) -> tuple[Tensor, Tensor]:
+        _check_dtype("nll_loss", x, weight)
+        return primitives.nll_forward(x, target, weight, reduction, ignore_index)
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
+        x, target, weight, ctx.reduction, ctx.ignore_index = inputs
+        total = output[1]
+        ctx.mark_non_differentiable(total)
+        ctx.set_materialize_grads(False)
+        ctx.save_for_backward(x, target, weight, total)
+        ctx.save_for_forward(target, weight)
+
+    @staticmethod
+    def backward(ctx: Any, dy: Tensor | None, _: None) -> Any:
+        if dy is None:
+            return (None,) * 5
+        run = formula.nll_backward if torch.is_grad_enabled() else primitives.nll_backward
+        return run(dy, *ctx.saved_tensors, ctx.reduction, ctx.ignore_index), None, None, None, None
+
+    @staticmethod
+    def jvp(ctx: Any, tx: Tensor, *_: None) -> Any:
+        target, weight = ctx.saved_tensors
+        return formula.nll_forward(tx, target, weight, ctx.reduction, ctx.ignore_index)[0], None
+
+
+@differentiable(autocast_cpu="float32", autocast_cuda="float32")
+class _cross_entropy:
+    """L_r = Σ_c q_rc (lse_r - x_rc);  dx = dy (p Q - q)."""
+
+    @staticmethod
+    def forward(
+        x: Tensor, target: Tensor, weight: Tensor | None, reduction: int, ignore_index: int, smoothing: float, keep: int
+    ) -> tuple[Tensor, Tensor]:
+        _check_dtype("cross_entropy", x, weight)
+        return primitives.forward(x, target, weight, reduction, ignore_index, smoothing, keep)
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
+        x, target, weight, *ctx.options, ctx.keep = inputs
+        kept = output[1]
+        ctx.mark_non_differentiable(kept)
+        ctx.set_materialize_grads(False)
+        ctx.save_for_backward(x, target, weight, kept)
+        ctx.save_for_forward(x, target, weight)
+
+    @staticmethod
+    def backward(ctx: Any, dy: Tensor | None, _: None) -> Any:
+        if dy is None:
+            return (None,) * 7
+        x, target, weight, kept = ctx.saved_tensors
+        need_x, need_target = ctx.needs_input_grad[:2]
+        if ctx.keep == GRADIENT and not torch.is_grad_enabled():
+            return release(kept, dy), None, None, None, None, None, None
+        run = formula.backward if torch.is_grad_enabled() else primitives.backward
+        dx, dtarget = run(dy, x, target, weight, kept, *ctx.options, need_x, need_target)
+        return dx if need_x else None, dtarget if need_target else None, None, None, None, None, None
+
+    @staticmethod
+    def jvp(ctx: Any, tx: Tensor | None, ttarget: Tensor | None, *_: None) -> Any:
+        return formula.jvp(*ctx.saved_tensors, *ctx.options, tx, ttarget), None
+
+
+def nll_loss(x: Tensor, target: Tensor, weight: Tensor | None, reduction: int, ignore_index: int) -> Tensor:
+    """The loss of log-probabilities x."""
+    return _nll_loss(x, target, weight, reduction, ignore_index)[0]
+
+
+def cross_entropy(x: Tensor, target: Tensor, weight: Tensor | None, reduction: int, ignore_index: int, smoothing: float) -> Tensor:
+    """The loss of logits x. A gradient of the weight is not given."""
+    if target.requires_grad or not holds(x, reduction != NONE):
+        keep = STATISTICS if x.requires_grad or target.requires_grad else NOTHING
+    else:
+        keep = GRADIENT
+    return _cross_entropy(x, target, weight, reduction, ignore_index, smoothing, keep)[0]

@@ -1,0 +1,79 @@
+"""Specs of nll_loss and cross_entropy."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from ... import functional, nn
+from ..spec import Make, OpSpec, Sample
+
+SIZES = {"small": (64, 64), "medium": (256, 256), "large": (1024, 32000)}
+
+
+def _classes(make: Make, *shape: int, high: int) -> Tensor:
+    """Classes, the first row's ignored: -100."""
+    t = make.index(*shape, high=high)
+    t.view(-1)[:1] = -100
+    return t
+
+
+def _nll_samples(make: Make) -> Iterator[Sample]:
+    yield Sample((make.tensor(5, 3), _classes(make, 5, high=3)), name="mean")
+    weighted = {"weight": make.tensor(4, low=0.1, requires_grad=False), "reduction": "sum", "ignore_index": 2}
+    yield Sample((make.tensor(2, 4, 3), make.index(2, 3, high=4)), weighted, name="3-D, weight, sum")
+    weighted = {"weight": make.tensor(3, low=0.1, requires_grad=False), "reduction": "none"}
+    yield Sample((make.tensor(2, 3, 2, 1), _classes(make, 2, 2, 1, high=3)), weighted, name="4-D, weight, none")
+    yield Sample((make.tensor(3), make.index(1, high=3).view(())), name="one row")
+    yield Sample((make.tensor(0, 3), make.index(0, high=3)), {"reduction": "sum"}, name="no rows")
+
+
+def _samples(make: Make) -> Iterator[Sample]:
+    yield Sample((make.tensor(5, 3), _classes(make, 5, high=3)), name="mean")
+    options = {"weight": make.tensor(4, low=0.1, requires_grad=False), "ignore_index": 2, "label_smoothing": 0.2}
+    yield Sample((make.tensor(2, 4, 3), make.index(2, 3, high=4)), options, name="3-D, weight, smoothing, mean")
+    options = {"weight": make.tensor(3, low=0.1, requires_grad=False), "reduction": "none"}
+    yield Sample((make.tensor(2, 3, 2, 1), _classes(make, 2, 2, 1, high=3)), options, name="4-D, weight, none")
+    options = {"reduction": "none", "label_smoothing": 0.1}
+    yield Sample((make.tensor(3), make.index(1, high=3).view(())), options, name="one row, smoothing")
+    options = {"weight": make.tensor(3, low=0.1, requires_grad=False), "label_smoothing": 0.3}
+    yield Sample((make.tensor(2, 3), make.probabilities(2, 3)), options, name="probabilities, weight, smoothing, mean")
+    yield Sample((make.tensor(2, 3, 2), make.probabilities(2, 3, 2, dim=1)), {"reduction": "none"}, name="probabilities, 3-D, none")
+    yield Sample((make.tensor(2, 3), make.probabilities(2, 3, requires_grad=False)), {"reduction": "sum"}, name="probabilities, sum")
+    yield Sample((make.tensor(0, 3), make.index(0, high=3)), {"reduction": "sum"}, name="no rows")
+
+
+def _large(make: Make, size: str) -> Sample:
+    rows, classes = SIZES[size]
+    return Sample((make.tensor(rows, classes), make.index(rows, high=classes)))
+
+
+def _inputs(make: Make) -> tuple[Tensor, Tensor]:
+    return make.tensor(5, 3), _classes(make, 5, high=3)
+
+
+SPECS = [
+    OpSpec(
+        name="nll_loss",
+        family="cross_entropy",
+        formula="L = -w_t x_t;  dx = -dy w_t [c = t]",
+        function=functional.nll_loss,
+        reference=F.nll_loss,
+        samples=_nll_samples,
+        large=_large,
+        module=(nn.NLLLoss, torch.nn.NLLLoss, {"reduction": "sum"}, _inputs),
+    ),
+    OpSpec(
+        name="cross_entropy",
+        family="cross_entropy",
+        formula="L = Σ q (lse - x), lse = log Σ e^x;  dx = dy (softmax(x) Σ q - q)",
+        function=functional.cross_entropy,
+        reference=F.cross_entropy,
+        samples=_samples,
+        large=_large,
+        module=(nn.CrossEntropyLoss, torch.nn.CrossEntropyLoss, {"label_smoothing": 0.1}, _inputs),
+    ),
+]
