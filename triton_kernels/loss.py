@@ -109,13 +109,19 @@ def binary_cross_entropy_dt(x, t, v, A, B, C):
 
 
 @triton.jit
+def positive(x):
+    """max(x, 0) that keeps a NaN."""
+    return tl.where(x < 0, 0.0, x)
+
+
+@triton.jit
 def softplus(x):
-    return tl.where(x < 0, 0.0, x) + log1p(exp(-tl.abs(x)))
+    return positive(x) + log1p(exp(-tl.abs(x)))
 
 
 @triton.jit
 def binary_cross_entropy_with_logits(x, t, p, A, B, C):
-    return (1 - t) * x + (1 + (p - 1) * t) * softplus(-x)
+    return p * t * positive(-x) + (1 - t) * positive(x) + (1 + (p - 1) * t) * log1p(exp(-tl.abs(x)))
 
 
 @triton.jit

@@ -160,16 +160,18 @@ def binary_cross_entropy_dt(x: Tensor, t: Tensor, v: None) -> Tensor:
     return torch.log1p(-x) - torch.log(x)
 
 
-def softplus(x: Tensor) -> Tensor:
-    """log(1 + e^x) = max(x, 0) + log(1 + e^-|x|), which cannot overflow."""
-    return x.clamp_min(0) + torch.log1p(torch.exp(-x.abs()))
+def softplus_of_minus_abs(x: Tensor) -> Tensor:
+    """log(1 + e^-|x|): what softplus(x) = max(x, 0) + log(1 + e^-|x|) and softplus(-x) have in common. It cannot overflow."""
+    return torch.log1p(torch.exp(-x.abs()))
 
 
 def binary_cross_entropy_with_logits(x: Tensor, t: Tensor, p: Tensor | None) -> Tensor:
-    """l = -p t log σ(x) - (1 - t) log(1 - σ(x)) = (1 - t) x + (1 + (p - 1) t) softplus(-x), since log σ(x) = -softplus(-x) and
-    log(1 - σ(x)) = -x - softplus(-x). Without a weight p of the positives, p = 1."""
-    s = softplus(-x)
-    return (1 - t) * x + (s if p is None else (1 + (p - 1) * t) * s)
+    """l = -p t log σ(x) - (1 - t) log(1 - σ(x)) = p t softplus(-x) + (1 - t) softplus(x)
+      = p t max(-x, 0) + (1 - t) max(x, 0) + q log(1 + e^-|x|), with q = 1 + (p - 1) t: sums of what is not negative, so nothing cancels
+    where the loss is near 0. Without a weight p of the positives, p = 1 and the first two terms are max(x, 0) - t x."""
+    if p is None:
+        return x.clamp_min(0) - t * x + softplus_of_minus_abs(x)
+    return p * t * (-x).clamp_min(0) + (1 - t) * x.clamp_min(0) + (1 + (p - 1) * t) * softplus_of_minus_abs(x)
 
 
 def binary_cross_entropy_with_logits_dx(x: Tensor, t: Tensor, p: Tensor | None) -> Tensor:
@@ -179,7 +181,7 @@ def binary_cross_entropy_with_logits_dx(x: Tensor, t: Tensor, p: Tensor | None) 
 
 def binary_cross_entropy_with_logits_dt(x: Tensor, t: Tensor, p: Tensor | None) -> Tensor:
     """l_t = -x + (p - 1) softplus(-x)."""
-    return -x if p is None else (p - 1) * softplus(-x) - x
+    return -x if p is None else (p - 1) * ((-x).clamp_min(0) + softplus_of_minus_abs(x)) - x
 
 
 def kl_div(x: Tensor, t: Tensor, v: None, log_target: bool) -> Tensor:
@@ -270,7 +272,7 @@ LOSSES = {
         ),
         Loss(
             "binary_cross_entropy_with_logits",
-            "l = (1 - t) x + q softplus(-x), q = 1 + (p - 1) t;  dx = dy (q σ(x) - p t), dt = dy ((p - 1) softplus(-x) - x)",
+            "l = p t softplus(-x) + (1 - t) softplus(x);  dx = dy (q σ(x) - p t), q = 1 + (p - 1) t, dt = dy ((p - 1) softplus(-x) - x)",
             binary_cross_entropy_with_logits,
             binary_cross_entropy_with_logits_dx,
             binary_cross_entropy_with_logits_dt,

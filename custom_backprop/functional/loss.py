@@ -140,7 +140,7 @@ def binary_cross_entropy_with_logits(
     reduction: str = "mean",
     pos_weight: Tensor | None = None,
 ) -> Tensor:
-    """l = w ((1 - t) x + q softplus(-x)), q = 1 + (p - 1) t;  dx = dy w (q σ(x) - p t), dt = dy w ((p - 1) softplus(-x) - x).
+    """l = w (p t softplus(-x) + (1 - t) softplus(x));  dx = dy w ((1 + (p - 1) t) σ(x) - p t), dt = dy w ((p - 1) softplus(-x) - x).
 
     Args:
         input, target: logits and probabilities, of one shape.
