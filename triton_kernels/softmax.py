@@ -1,7 +1,7 @@
 """Softmax, softmin and log-softmax along any dimension: one kernel each way, and their launchers.
 
-A tensor is seen as (outer, n, inner), reduced over n; a row is one (outer, inner), its number is outer index * inner + inner index. Rows next
-to each other then lie next to each other in memory where inner > 1, and a tile of several rows reads whole cache lines of any dimension.
+A tensor is seen as (outer, n, inner), and row number o * inner + i holds the n elements at (o, i). Where inner > 1, rows of neighbouring
+numbers are neighbours in memory, so that a tile of several reads whole cache lines.
 Formulas: ``custom_backprop/formulas/softmax.py``.
 """
 
@@ -43,8 +43,8 @@ def _forward(
     X += (outer * x_outer + side * x_inner)[:, None]
     Y += (outer * n * inner + side)[:, None]
     if LOOP:
-        # m and z of each lane by itself, so that no iteration waits for another warp. m starts at the lowest finite number, not at -inf, and
-        # -inf adds e^-inf = 0 to z. One exponential serves both cases: x <= m adds e^(x-m), x > m scales z by e^(m-x) and adds 1.
+        # m and z of each lane by itself, so that no iteration waits for another warp. m starts at the lowest finite number, not at -inf,
+        # and -inf adds e^-inf = 0 to z. One exponential serves both cases: x <= m adds e^(x-m), x > m scales z by e^(m-x) and adds 1.
         lowest: tl.constexpr = -1.7976931348623157e308 if dtype == tl.float64 else -3.4028234663852886e38
         m = tl.full((ROWS, BLOCK), lowest, dtype)
         z = tl.zeros((ROWS, BLOCK), dtype)
@@ -128,12 +128,12 @@ class Config:
 
 def config(n: int, inner: int, dtype: torch.dtype, tensors: int) -> Config:
     """The tile for rows of ``n``, ``inner`` of them side by side, in a kernel that reads ``tensors`` tensors and computes in ``dtype``."""
-    # at 16 warps, the most that 64-wide warps allow, 64 numbers a thread, which is half of its registers; 16 where each is in two registers,
-    # or has an address of its own
+    # at 16 warps, the most that 64-wide warps allow, 64 numbers a thread, half of its registers; 16 where each takes two registers, or has
+    # an address of its own
     held = 32768 // tensors // (4 if dtype == torch.float64 else 1) // (4 if inner > 1 else 1)
     block = next_power_of_2(n)
-    # short rows: 2048 elements a program. Side by side: enough of them to fill a cache line of 128 bytes
-    rows = max(2048 // block, min(next_power_of_2(inner), 128 // dtype.itemsize))
+    # short rows: 2048 elements a program, if it may hold as many. Side by side: enough of them to fill a cache line of 128 bytes
+    rows = max(min(2048, held) // block, min(next_power_of_2(inner), 128 // dtype.itemsize))
     if rows * block > held:
         block = min(held // 2, 8192) // rows  # x, m and z, or y, dy and their sum
     a_thread = 8 if inner > 1 else 16
@@ -141,7 +141,7 @@ def config(n: int, inner: int, dtype: torch.dtype, tensors: int) -> Config:
 
 
 def _view(t: Tensor, dim: int) -> Tensor:
-    """``t`` as (outer, n, inner). Copied where its strides allow no such view, and where its rows interleave: their memory runs along outer."""
+    """``t`` as (outer, n, inner). Copied where its strides allow no such view, and where its memory runs along outer."""
     v = t.reshape(t.shape[:dim].numel(), t.shape[dim], t.shape[dim + 1 :].numel())
     return v.contiguous() if v.shape[2] == 1 and v.stride(1) > max(v.stride(0), 1) else v
 

@@ -49,8 +49,7 @@ def _define(s: Softmax) -> tuple[Callable[..., Tensor], Callable[..., Tensor]]:
         return forward(x.movedim(in_dims[0], 0), dim + 1, dtype), 0
 
     def vmap_backward(info: Any, in_dims: Any, dy: Tensor, y: Tensor, dim: int, dtype: torch.dtype) -> tuple[Tensor, int]:
-        dy, y = fold_batch((dy, y), in_dims[:2], info.batch_size)
-        return backward(dy, y, dim + 1, dtype), 0
+        return backward(*fold_batch((dy, y), in_dims[:2], info.batch_size), dim + 1, dtype), 0
 
     forward = primitive(
         f"{s.name}_forward(Tensor x, int dim, ScalarType? dtype) -> Tensor",

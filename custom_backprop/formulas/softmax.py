@@ -1,6 +1,6 @@
 """Softmax, log-softmax and softmin along one dimension, and their derivatives.
 
-The output is all that backward needs. Sums run along ``dim``, and m = max x: it changes no result, since e^m cancels, but keeps e^(x-m) <= 1.
+The output is all that backward needs. Sums run along ``dim``, and m = max x: e^m cancels in every result, and e^(x-m) <= 1 cannot overflow.
 
 A row without a largest finite number (all -inf, a +inf, a NaN) is NaN throughout, as in torch.
 """

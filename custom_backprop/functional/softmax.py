@@ -19,7 +19,7 @@ from __future__ import annotations
 
 import torch
 from torch import Tensor
-from torch.nn.functional import _get_softmax_dim
+from torch.nn.functional import _get_softmax_dim  # type: ignore[attr-defined]
 
 from ..ops.softmax import apply
 

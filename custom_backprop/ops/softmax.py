@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from operator import index
 from typing import Any
 
 import torch
@@ -55,9 +56,9 @@ def apply(name: str, x: Tensor, dim: int, dtype: torch.dtype | None) -> Tensor:
     """y along ``dim``, which may be negative, of x cast to ``dtype``. The cast is the kernel's own: no cast tensor is written.
 
     Raises:
-        IndexError, NotImplementedError: as :mod:`custom_backprop.functional.softmax` says.
+        IndexError, TypeError, NotImplementedError: as :mod:`custom_backprop.functional.softmax` says.
     """
-    count = x.dim() or 1
+    count, dim = x.dim() or 1, index(dim)
     if not -count <= dim < count:
         given = f"{name} of shape {tuple(x.shape)}"
         raise IndexError(f"Dimension out of range (expected to be in range of [{-count}, {count - 1}], but got {dim}): {given}")
