@@ -74,7 +74,7 @@ def leaky_relu(x, A, B):
 
 @triton.jit
 def leaky_relu_derivative(x, A, B):
-    return tl.where(x > 0, x * 0 + 1, A)
+    return tl.where(x > 0, tl.full(x.shape, 1.0, x.dtype), A)
 
 
 @triton.jit
@@ -162,22 +162,23 @@ def silu_derivative(x, A, B):
 
 @triton.jit
 def _tanh_softplus(x):
-    """tanh(log(1 + e^x)) = ((1 + e^x)² - 1) / ((1 + e^x)² + 1), divided by e^2x where x > 0 so that nothing overflows."""
+    """t = tanh(log(1 + e^x)) = (n - 1) / (n + 1) with n = (1 + e^x)², divided by e^2x where x > 0 so that nothing overflows; also the
+    divided n + 1, and e^-|x|."""
     e = tl.exp(-tl.abs(x))
-    low = e * (e + 2)
-    high = 1 + 2 * e
-    return tl.where(x > 0, high / (high + 2 * e * e), low / (low + 2))
+    d = tl.where(x > 0, 1 + 2 * e * (1 + e), 2 + e * (2 + e))
+    return tl.where(x > 0, 1 + 2 * e, e * (2 + e)) / d, d, e
 
 
 @triton.jit
 def mish(x, A, B):
-    return x * _tanh_softplus(x)
+    return x * _tanh_softplus(x)[0]
 
 
 @triton.jit
 def mish_derivative(x, A, B):
-    t = _tanh_softplus(x)
-    return t + x * (1 - t * t) * tl.sigmoid(x)
+    """(1 - t²) σ = 4 n / (n + 1)² · e^x / (1 + e^x): written so, nothing cancels where t is near 1."""
+    t, d, e = _tanh_softplus(x)
+    return t + 4 * x * (1 + e) * tl.where(x > 0, e * e, e) / (d * d)
 
 
 @triton.jit
@@ -207,7 +208,7 @@ def hardsigmoid(x, A, B):
 
 @triton.jit
 def hardsigmoid_derivative(x, A, B):
-    return tl.where((x > -3) & (x < 3), x * 0 + 1, 0.0) / 6
+    return tl.where((x > -3) & (x < 3), 1.0, 0.0).to(x.dtype) / 6
 
 
 @triton.jit
@@ -346,6 +347,14 @@ def forward(name: str, x: Tensor, *parameters: float) -> Tensor:
     y = torch.empty_like(x)
     launch(_forward, cdiv(x.numel(), BLOCK), like(x, y), y, x.numel(), **constants(name, 0, parameters), BLOCK=BLOCK)
     return y
+
+
+def forward_(name: str, x: Tensor, *parameters: float) -> None:
+    """y = f(x) over x."""
+    if x.is_contiguous():
+        launch(_forward, cdiv(x.numel(), BLOCK), x, x, x.numel(), **constants(name, 0, parameters), BLOCK=BLOCK)
+    else:
+        x.copy_(forward(name, x, *parameters))
 
 
 def backward(name: str, dy: Tensor, saved: Tensor, *parameters: float) -> Tensor:

@@ -16,6 +16,8 @@ aten = torch.ops.aten
 
 
 def _softsign(x: Tensor) -> Tensor:
+    if not x.is_floating_point():
+        return x / (torch.abs(x) + 1)
     d = torch.abs(x).add_(1)
     return torch.div(x, d, out=d)
 
@@ -83,15 +85,32 @@ ATEN: dict[str, tuple[Callable[..., Tensor], Callable[..., Tensor]]] = {
     "relu_squared": (_relu_squared, _relu_squared_backward),
 }
 
+#: the same over the input, where torch has it
+ATEN_IN_PLACE: dict[str, Callable[..., Tensor]] = {
+    "relu": torch.relu_,
+    "relu6": lambda x: aten.hardtanh_.default(x, 0, 6),
+    "leaky_relu": aten.leaky_relu_.default,
+    "elu": aten.elu_.default,
+    "selu": torch.selu_,
+    "celu": torch.celu_,
+    "silu": aten.silu_.default,
+    "mish": aten.mish_.default,
+    "sigmoid": torch.sigmoid_,
+    "hardsigmoid": aten.hardsigmoid_.default,
+    "hardswish": aten.hardswish_.default,
+    "hardtanh": aten.hardtanh_.default,
+    "tanh": torch.tanh_,
+    "threshold": aten.threshold_.default,
+}
+
 
 def _define(a: Activation) -> tuple[Callable[..., Tensor], Callable[..., Tensor]]:
     parameters = "".join(f", float {name}" for name in a.parameters)
     forward_aten, backward_aten = ATEN[a.name]
 
-    def forward_triton(x: Tensor, *parameters: float) -> Tensor:
-        if not x.is_floating_point():  # has no gradient: stock's result, or stock's error
-            return forward_aten(x, *parameters)
-        return kernels("activation").forward(a.name, x, *parameters)
+    def on_floats(run: Callable[..., Tensor]) -> Callable[..., Tensor]:
+        """Anything else has no gradient: stock's result, or stock's error."""
+        return lambda x, *parameters: (run if x.is_floating_point() else forward_aten)(x, *parameters)
 
     def vmap_forward(info: Any, in_dims: Any, x: Tensor, *parameters: float) -> tuple[Tensor, int]:
         return forward(x.movedim(in_dims[0], 0), *parameters), 0
@@ -101,10 +120,10 @@ def _define(a: Activation) -> tuple[Callable[..., Tensor], Callable[..., Tensor]
 
     forward = primitive(
         f"{a.name}_forward(Tensor x{parameters}) -> Tensor",
-        formula=a.value,
+        formula=on_floats(a.value),
         aten=forward_aten,
-        triton=forward_triton,
-        fake=lambda x, *parameters: torch.empty_like(x),
+        triton=on_floats(lambda x, *parameters: kernels("activation").forward(a.name, x, *parameters)),
+        fake=on_floats(lambda x, *parameters: torch.empty_like(x)),
         vmap=vmap_forward,
     )
     backward = primitive(
@@ -118,5 +137,30 @@ def _define(a: Activation) -> tuple[Callable[..., Tensor], Callable[..., Tensor]
     return forward, backward
 
 
+def _define_in_place(a: Activation) -> Callable[..., None]:
+    def on_aten(x: Tensor, *parameters: float) -> None:
+        ATEN_IN_PLACE[a.name](x, *parameters)
+
+    def formula(x: Tensor, *parameters: float) -> None:
+        x.copy_(a.value(x, *parameters))
+
+    def on_triton(x: Tensor, *parameters: float) -> None:
+        kernels("activation").forward_(a.name, x, *parameters)
+
+    def on_floats(run: Callable[..., None]) -> Callable[..., None]:
+        return lambda x, *parameters: (run if x.is_floating_point() else on_aten)(x, *parameters)
+
+    return primitive(
+        f"{a.name}_forward_(Tensor(a!) x{''.join(f', float {name}' for name in a.parameters)}) -> ()",
+        formula=on_floats(formula),
+        aten=on_aten,
+        triton=on_floats(on_triton),
+        fake=lambda x, *parameters: None,
+    )
+
+
 #: name -> (forward, backward)
 primitives = {a.name: _define(a) for a in ACTIVATIONS.values()}
+
+#: name -> forward over the input
+in_place = {name: _define_in_place(ACTIVATIONS[name]) for name in ATEN_IN_PLACE}

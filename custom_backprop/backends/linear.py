@@ -11,36 +11,23 @@ from torch import Tensor
 from ..formulas import linear as formula
 from ..formulas.linear import rows
 from . import selection
-from .activation import ATEN
+from .activation import ATEN, ATEN_IN_PLACE
 from .kernels import kernels
 from .library import primitive
 
-aten = torch.ops.aten
-
-#: activations whose derivative needs the output alone: written over z, which then never stands beside y
-_IN_PLACE: dict[str, Callable[..., Tensor]] = {
-    "relu": torch.relu_,
-    "relu6": lambda z: aten.hardtanh_.default(z, 0, 6),
-    "hardtanh": aten.hardtanh_.default,
-    "sigmoid": torch.sigmoid_,
-    "tanh": torch.tanh_,
-}
-
 
 def _backward(dy: Tensor, x: Tensor, weight: Tensor, need_x: bool, need_weight: bool, need_bias: bool) -> tuple[Tensor, Tensor, Tensor]:
-    nothing = dy.new_empty(0)
     flat = dy if dy.dim() == 2 else rows(dy)
-    dx = torch.mm(flat, weight).view(*dy.shape[:-1], weight.shape[1]) if need_x else nothing
-    dw = torch.mm(flat.t(), x if x.dim() == 2 else rows(x)) if need_weight else nothing
-    db = flat.sum(0) if need_bias else nothing
-    return dx, dw, db
+    dx = torch.mm(flat, weight) if need_x else dy.new_empty(0)
+    dw = torch.mm(flat.t(), x if x.dim() == 2 else rows(x)) if need_weight else dy.new_empty(0)
+    db = flat.sum(0) if need_bias else dy.new_empty(0)
+    return dx if flat is dy or not need_x else dx.view(*dy.shape[:-1], weight.shape[1]), dw, db
 
 
 def _activation_forward(x: Tensor, weight: Tensor, bias: Tensor | None, activation: str, parameters: list[float]) -> tuple[Tensor, Tensor]:
     z = torch.nn.functional.linear(x, weight, bias)
-    in_place = _IN_PLACE.get(activation)
-    if in_place is not None:
-        return in_place(z, *parameters), z.new_empty(0)
+    if formula.ACTIVATIONS[activation].saves_output:  # y over z, which then never stands beside it
+        return ATEN_IN_PLACE[activation](z, *parameters), z.new_empty(0)
     return ATEN[activation][0](z, *parameters), z
 
 

@@ -1,8 +1,10 @@
 """Activations, with the names and signatures of ``torch.nn.functional``.
 
 Each takes a floating-point tensor of any shape and strides and returns one of the same shape and dtype. An integer tensor gives what stock
-gives; a complex one raises NotImplementedError. ``inplace=True`` writes the result over the input, and raises RuntimeError if that is a
-leaf that requires grad. Derivations: :mod:`custom_backprop.formulas.activation`.
+gives, result or error; a complex one raises NotImplementedError; what is no tensor, and a parameter that is no number, TypeError.
+``inplace=True`` writes the result over the input, and raises RuntimeError if that is a leaf that requires grad. It saves memory where
+backward needs the output alone (relu, relu6, hardtanh, leaky_relu with a slope >= 0, threshold with a value <= its threshold); the others
+keep a copy of the input. Derivations: :mod:`custom_backprop.formulas.activation`.
 """
 
 from __future__ import annotations
@@ -63,7 +65,10 @@ def gelu(input: Tensor, approximate: str = "none") -> Tensor:
 
     Raises:
         RuntimeError: ``approximate`` is neither "none" nor "tanh".
+        TypeError: it is not a str.
     """
+    if not isinstance(approximate, str):
+        raise TypeError(f"gelu: approximate must be a str, not {type(approximate).__name__}")
     if approximate == "none":
         return activations["gelu"](input)
     if approximate == "tanh":

@@ -3,17 +3,30 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from numbers import Number
 from typing import Any
 
 import torch
 from torch import Tensor
+from torch.autograd import forward_ad
 
-from ..backends.activation import primitives
+from ..backends.activation import in_place, primitives
 from ..formulas.activation import ACTIVATIONS, Activation
 from .function import differentiable
 
 #: activations that torch's autocast computes in float32 on a GPU
 _FLOAT32_ON_CUDA = {"softplus"}
+
+
+def check(name: str, x: Any, parameters: tuple[Any, ...]) -> None:
+    """Raises TypeError, as stock does, for what is no tensor or no number; NotImplementedError for complex numbers."""
+    if not isinstance(x, Tensor):
+        raise TypeError(f"{name}: the input must be a Tensor, not {type(x).__name__}")
+    for p in parameters:
+        if type(p) is not float and not isinstance(p, (Number, Tensor)):
+            raise TypeError(f"{name}: a parameter must be a Number, not {type(p).__name__}")
+    if x.is_complex():
+        raise NotImplementedError(f"{name} has no complex derivative here: got a tensor of {x.dtype}")
 
 
 def _function(a: Activation) -> Callable[..., Tensor]:
@@ -24,8 +37,7 @@ def _function(a: Activation) -> Callable[..., Tensor]:
     class Definition:
         @staticmethod
         def forward(x: Tensor, *parameters: float) -> Tensor:
-            if x.is_complex():
-                raise NotImplementedError(f"{a.name} has no complex derivative here: got a tensor of {x.dtype}")
+            check(a.name, x, parameters)
             return run_forward(x, *parameters)
 
         @staticmethod
@@ -54,29 +66,32 @@ def _function(a: Activation) -> Callable[..., Tensor]:
     return differentiable(autocast_cuda="float32" if a.name in _FLOAT32_ON_CUDA else None)(Definition)
 
 
+#: activations whose derivative is the same at y as at x, for such parameters: in place they need no copy of x
+_SAME_AT_OUTPUT: dict[str, Callable[..., bool]] = {
+    "leaky_relu": lambda negative_slope: negative_slope >= 0,
+    "threshold": lambda threshold, value: value <= threshold,
+}
+
+
 def _in_place_function(a: Activation) -> type[torch.autograd.Function]:
-    """The same, writing y over x: what backward keeps is y, now in x's memory, or else a copy of x made before."""
-    run_forward, run_backward = primitives[a.name]
-    formula_backward, saves_output = a.backward, a.saves_output
+    """The same, writing y over x. Backward keeps y, now in x's memory, or else ``kept``, a copy of x that leads a second derivative back."""
+    run_forward_, run_backward, formula_backward = in_place[a.name], primitives[a.name][1], a.backward
+    no_gradients = (None,) * len(a.parameters)
 
     class InPlace(torch.autograd.Function):
         @staticmethod
-        def forward(ctx: Any, x: Tensor, *parameters: float) -> Tensor:
-            ctx.parameters = parameters
-            kept = None if saves_output else x.clone()
-            x.copy_(run_forward(x, *parameters))
+        def forward(ctx: Any, x: Tensor, kept: Tensor | None, *parameters: float) -> Tensor:
+            run_forward_(x, *parameters)
             ctx.mark_dirty(x)
             ctx.save_for_backward(x if kept is None else kept)
+            ctx.parameters = parameters
             return x
 
         @staticmethod
         def backward(ctx: Any, dy: Tensor) -> Any:
             (saved,) = ctx.saved_tensors
-            cut = torch.is_grad_enabled() and not saves_output
-            if cut:
-                raise RuntimeError(f"{a.name}(inplace=True) has no second derivative: its input is gone; use inplace=False")
-            run = formula_backward if torch.is_grad_enabled() else run_backward
-            return run(dy, saved, *ctx.parameters), *(None,) * len(ctx.parameters)
+            dx = (formula_backward if torch.is_grad_enabled() else run_backward)(dy, saved, *ctx.parameters)
+            return dx, None, *no_gradients
 
     return InPlace
 
@@ -84,19 +99,24 @@ def _in_place_function(a: Activation) -> type[torch.autograd.Function]:
 #: name -> op(x, *parameters)
 activations = {a.name: _function(a) for a in ACTIVATIONS.values()}
 
-_IN_PLACE = {a.name: _in_place_function(a) for a in ACTIVATIONS.values()}
+_IN_PLACE = {name: _in_place_function(ACTIVATIONS[name]) for name in in_place}
 
 
 def activate_(name: str, x: Tensor, *parameters: float) -> Tensor:
     """Writes f(x) over x and returns x.
 
     Raises:
-        RuntimeError: x is a leaf that requires grad.
+        RuntimeError: x is a leaf that requires grad, or a view of one.
     """
-    if not (torch.is_grad_enabled() and x.requires_grad) or torch.compiler.is_compiling() or torch._C._are_functorch_transforms_active():
-        return x.copy_(activations[name](x, *parameters))
-    if torch.autograd.forward_ad._current_level >= 0:
-        return x.copy_(activations[name](x, *parameters))
-    if x.is_leaf:
-        raise RuntimeError(f"a leaf Variable that requires grad is being used in an in-place operation: {name} of shape {tuple(x.shape)}")
-    return _IN_PLACE[name].apply(x, *parameters)
+    check(name, x, parameters)
+    if torch.compiler.is_compiling() or torch._C._are_functorch_transforms_active() or forward_ad._current_level >= 0:
+        return x.copy_(activations[name](x.clone(), *parameters))
+    if not (torch.is_grad_enabled() and x.requires_grad):
+        in_place[name](x, *parameters)
+        torch.autograd.graph.increment_version(x)  # which the store of a kernel does not
+        return x
+    if x.is_leaf or (x._base is not None and x._base.is_leaf):
+        what = "a leaf Variable" if x.is_leaf else "a view of a leaf Variable"
+        raise RuntimeError(f"{what} that requires grad is being used in an in-place operation: {name}, shape {tuple(x.shape)}")
+    same = ACTIVATIONS[name].saves_output or (name in _SAME_AT_OUTPUT and _SAME_AT_OUTPUT[name](*parameters))
+    return _IN_PLACE[name].apply(x, None if same else x.clone(), *parameters)

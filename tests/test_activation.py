@@ -1,0 +1,332 @@
+"""Activations beyond what the op database drives: extreme values, kinks, in place, layouts, dtypes and bad calls, all against stock."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+import torch.nn.functional as F
+from conftest import DEVICE
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from strategies import layouts, tensors
+
+from custom_backprop import functional, nn, use_backend
+from custom_backprop.backends import BACKENDS, why_not
+from custom_backprop.testing import Make, database
+from custom_backprop.testing.checks import sliced, transposed
+
+INF, NAN = float("inf"), float("nan")
+SPECS = [s for s in database().values() if s.family == "activation"]
+HERE = [b for b in BACKENDS if why_not(b, DEVICE) is None]
+
+#: every activation with every set of arguments that its spec meets
+CALLS = [
+    pytest.param(spec, kwargs, id=" ".join([spec.name, *map(str, kwargs.values())]))
+    for spec in SPECS
+    for kwargs in {str(s.kwargs): s.kwargs for s in spec.samples(Make())}.values()
+]
+
+IN_PLACE = {
+    "relu": {}, "relu6": {}, "leaky_relu": {"negative_slope": -0.2}, "elu": {"alpha": 0.7}, "selu": {}, "celu": {"alpha": 0.6}, "silu": {},
+    "mish": {}, "hardsigmoid": {}, "hardswish": {}, "hardtanh": {"min_val": -0.4}, "threshold": {"threshold": 0.1, "value": 0.5},
+}  # fmt: skip
+
+
+def stock(spec):
+    """Stock's own function, where the spec's oracle is another."""
+    return getattr(F, spec.name, spec.reference)
+
+
+def value_and_gradient(function, x, kwargs, dy=None):
+    """In the strides of x, for dy or 0.75 everywhere."""
+    x = x.detach().requires_grad_()
+    y = function(x, **kwargs)
+    return y.detach(), *torch.autograd.grad(y, x, torch.full_like(y, 0.75) if dy is None else dy)
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize(("spec", "kwargs"), CALLS)
+def test_extreme_values(spec, kwargs, dtype, backend):
+    """As near to the float64 truth as stock in the same dtype, and infinite or NaN just where the truth is."""
+    far = [1e-3, 3.0, 10.0, 20.5, 30.0, 50.0, 88.8, 100.0, 1e4, INF]
+    x = torch.tensor([-f for f in far] + [0.0, *far, NAN], dtype=dtype, device=DEVICE)
+    truth = value_and_gradient(spec.reference, x.double(), kwargs)
+    ours, theirs = (value_and_gradient(f, x, kwargs) for f in (spec.function, stock(spec)))
+    if spec.name == "softsign":  # autograd gives inf / inf = NaN; the limit is 0
+        truth[1][x.isinf()] = 0
+    if spec.name in ("relu6", "hardtanh", "hardsigmoid"):  # stock's vector and scalar code differ at NaN: the gradient is dy or 0
+        x, ours, theirs, truth = x[:-1], *([v[:-1] for v in pair] for pair in (ours, theirs, truth))
+    for our, their, true, what in zip(ours, theirs, truth, ("value", "gradient"), strict=True):
+        true = true.to(dtype).double()
+        error, allowed = (our.double() - true).abs(), (their.double() - true).abs().nan_to_num(0, posinf=0)
+        good = (our == true) | (our.isnan() & true.isnan()) | (error <= allowed + 4 * torch.finfo(dtype).eps * true.abs().clamp_min(1))
+        assert good.all(), f"{what} at {x[~good].tolist()}: {our[~good].tolist()}, true {true[~good].tolist()}"
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize(("spec", "kwargs"), CALLS)
+def test_kinks(spec, kwargs, dtype, backend):
+    """Where no derivative exists, ours is stock's choice."""
+    near = [v for k in (-3, -1.2, -1, -0.5, 0, 0.1, 0.5, 1, 1.2, 1.5, 3, 6) for v in (k - 1 / 16, k, k + 1 / 16)]
+    x = torch.tensor([*near, -0.0], dtype=torch.float64, device=DEVICE)
+    if (
+        dtype == torch.bfloat16
+    ):  # stock rounds a parameter such as 1.2 to bfloat16, ours does not: only what bfloat16 holds is a kink of both
+        x = x[x.bfloat16() == x]
+    x = x.to(dtype)
+    ours, theirs = (value_and_gradient(f, x, kwargs) for f in (spec.function, stock(spec)))
+    tolerance = {torch.float64: 1e-7, torch.float32: 2e-6, torch.bfloat16: 2e-2}[dtype]
+    for our, their in zip(ours, theirs, strict=True):
+        torch.testing.assert_close(our, their, rtol=tolerance, atol=tolerance)
+
+
+def test_stocks_hardsigmoid_gradient_is_one_sixth_in_float32(backend):
+    """ATen/native/cpu/Activation.cpp holds 1/6 as a float in every dtype (torch 2.13), so the spec's oracle is relu6(x + 3) / 6."""
+    x = torch.zeros((), dtype=torch.float64, device=DEVICE)
+    ours, theirs = (value_and_gradient(f, x, {}, torch.ones_like(x))[1].item() for f in (functional.hardsigmoid, F.hardsigmoid))
+    assert ours == 1 / 6
+    if DEVICE == "cpu":
+        assert theirs == torch.tensor(1 / 6).item() != 1 / 6
+
+
+@pytest.mark.parametrize("name", IN_PLACE)
+class TestInPlace:
+    def test_gradients_are_stocks(self, name, backend):
+        base = torch.randn(5, 7, dtype=torch.float64, device=DEVICE)
+        weight = torch.randn_like(base)
+        kwargs = {**IN_PLACE[name], "inplace": True}
+        double = name != "hardsigmoid"  # stock has no second derivative of it
+        found = []
+        for function in (getattr(functional, name), getattr(F, name)):
+            leaf = base.clone().requires_grad_()
+            x = leaf * 1
+            if name == "leaky_relu" and function is F.leaky_relu:
+                y = F.leaky_relu(x, IN_PLACE[name]["negative_slope"])  # stock refuses a negative slope in place
+            else:
+                y = function(x, **kwargs)
+                assert y is x
+            (dx,) = torch.autograd.grad((y**3 * weight).sum(), leaf, create_graph=double)
+            second = torch.autograd.grad((dx * weight).sum(), leaf) if double else ()
+            found.append((y, dx, *second))
+        for ours, theirs in zip(*found, strict=True):
+            torch.testing.assert_close(ours, theirs, rtol=1e-6, atol=1e-8)
+
+    def test_on_a_view_and_on_strides(self, name, backend):
+        base = torch.randn(4, 6, dtype=torch.float64, device=DEVICE)
+        weight = torch.randn(6, 4, dtype=torch.float64, device=DEVICE)
+        found = []
+        for function in (getattr(functional, name), getattr(F, name)):
+            leaf = base.clone().requires_grad_()
+            whole = (leaf * 1).t()
+            view = whole[1::2]
+            if name == "leaky_relu" and function is F.leaky_relu:
+                view.copy_(F.leaky_relu(view.clone(), IN_PLACE[name]["negative_slope"]))
+            else:
+                function(view, **IN_PLACE[name], inplace=True)
+            (dx,) = torch.autograd.grad((whole * weight).sum(), leaf)
+            found.append((whole, dx))
+        for ours, theirs in zip(*found, strict=True):
+            torch.testing.assert_close(ours, theirs, rtol=1e-6, atol=1e-8)
+
+    def test_a_leaf_is_refused_untouched(self, name, backend):
+        leaf = torch.randn(4, device=DEVICE, requires_grad=True)
+        before = leaf.detach().clone()
+        for target in (leaf, leaf[1:]):
+            for function in (getattr(functional, name), getattr(F, name)):
+                with pytest.raises(RuntimeError, match="leaf Variable that requires grad"):
+                    function(target, **IN_PLACE[name], inplace=True)
+        assert torch.equal(leaf, before)
+        with torch.no_grad():
+            assert getattr(functional, name)(leaf, **IN_PLACE[name], inplace=True) is leaf
+        assert leaf.requires_grad
+        torch.testing.assert_close(leaf.detach(), getattr(functional, name)(before, **IN_PLACE[name]), rtol=0, atol=0)
+
+    def test_the_version_moves(self, name, backend):
+        x = torch.randn(4, device=DEVICE)
+        before = x._version
+        getattr(functional, name)(x, **IN_PLACE[name], inplace=True)
+        assert x._version > before
+        leaf = torch.randn(4, device=DEVICE, requires_grad=True)
+        x = leaf * 1
+        kept = x * x  # saves x
+        getattr(functional, name)(x, **IN_PLACE[name], inplace=True)
+        with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+            kept.sum().backward()
+
+    def test_in_inference_mode(self, name, backend):
+        with torch.inference_mode():
+            x = torch.randn(4, device=DEVICE)
+            expected = getattr(functional, name)(x, **IN_PLACE[name])
+            assert torch.equal(getattr(functional, name)(x, **IN_PLACE[name], inplace=True), expected)
+
+    def test_under_a_transform(self, name, backend):
+        x = torch.randn(3, 4, dtype=torch.float64, device=DEVICE)
+        function = getattr(functional, name)
+
+        def in_place(v):
+            return function(v * 1, **IN_PLACE[name], inplace=True).sum()
+
+        expected = torch.vmap(torch.func.grad(lambda v: function(v, **IN_PLACE[name]).sum()))(x)
+        torch.testing.assert_close(torch.vmap(torch.func.grad(in_place))(x), expected)
+        torch.testing.assert_close(torch.func.jvp(in_place, (x[0],), (x[1],))[1], (expected[0] * x[1]).sum())
+
+    def test_the_module_honours_it(self, name, backend):
+        module = next(m for m in map(nn.__dict__.get, nn.__all__) if m.__name__.lower() == name.replace("_", ""))
+        arguments = IN_PLACE[name]
+        x = torch.randn(5, device=DEVICE)
+        expected = module(**arguments)(x)
+        assert module(**arguments, inplace=True)(x) is x
+        assert torch.equal(x, expected)
+
+
+@pytest.mark.parametrize(("name", "kwargs", "copies"), [("relu", {}, 0), ("leaky_relu", {}, 0), ("leaky_relu", {"negative_slope": -1.0}, 1),
+                                                        ("threshold", {"threshold": 1.0, "value": 1.0}, 0), ("silu", {}, 1)])  # fmt: skip
+def test_in_place_keeps_a_copy_only_where_backward_needs_the_input(name, kwargs, copies, backend):
+    x = torch.randn(5, device=DEVICE, requires_grad=True) * 1
+    kept = []
+    with torch.autograd.graph.saved_tensors_hooks(lambda t: kept.append(t.data_ptr()) or t, lambda t: t):
+        getattr(functional, name)(x, **kwargs, inplace=True)
+    assert len(kept) == 1
+    assert (kept[0] != x.data_ptr()) == copies
+
+
+@pytest.mark.parametrize("name", [n for n in functional.__all__ if n.endswith("_")])
+def test_underscored_names_write_in_place(name, backend):
+    arguments = (0.1, 2.0) if name == "threshold_" else ()
+    x = torch.randn(5, device=DEVICE)
+    expected = getattr(F, name)(x.clone(), *arguments)
+    assert getattr(functional, name)(x, *arguments) is x
+    torch.testing.assert_close(x, expected)
+
+
+@pytest.mark.parametrize("dtype", [torch.int64, torch.int8, torch.uint8, torch.bool, torch.complex64], ids=str)
+@pytest.mark.parametrize("spec", SPECS, ids=str)
+def test_other_dtypes_do_as_stock(spec, dtype, backend):
+    """An integer tensor gives stock's result or stock's error; a complex one is refused, also where stock takes it."""
+    kwargs = next(iter(spec.samples(Make()))).kwargs
+    x = torch.tensor([-2, 0, 3], device=DEVICE).to(dtype)
+    try:
+        expected = stock(spec)(x, **kwargs)
+    except (RuntimeError, NotImplementedError) as error:
+        with pytest.raises(type(error)):
+            spec.function(x, **kwargs)
+        return
+    if dtype.is_complex:
+        with pytest.raises(NotImplementedError, match="complex"):
+            spec.function(x, **kwargs)
+        return
+    result = spec.function(x, **kwargs)
+    assert result.dtype == expected.dtype
+    torch.testing.assert_close(result, expected)
+
+
+LAYOUTS = {
+    "transposed": transposed(torch.randn(3, 4)),
+    "sliced": sliced(torch.randn(3, 4)),
+    "expanded": torch.randn(3, 1).expand(3, 4),
+    "3-D permuted": torch.randn(2, 3, 4).permute(1, 2, 0),
+    "channels_last": torch.randn(2, 3, 4, 5).to(memory_format=torch.channels_last),
+    "channels_last_3d": torch.randn(2, 3, 2, 1, 5).to(memory_format=torch.channels_last_3d),
+    "offset": torch.randn(14)[1:-1].view(3, 4),
+}
+
+
+@pytest.mark.parametrize("x", LAYOUTS.values(), ids=LAYOUTS.keys())
+@pytest.mark.parametrize(("spec", "kwargs"), CALLS)
+def test_strides_are_stocks(spec, kwargs, x, backend):
+    x = x.to(DEVICE)
+    dy = transposed(torch.randn(x.shape, device=DEVICE))
+    ours, theirs = (value_and_gradient(f, x, kwargs, dy) for f in (spec.function, spec.reference))
+    if spec.name != "logsigmoid":  # stock's makes its input contiguous; ours keeps the strides as all others do
+        assert ours[0].stride() == theirs[0].stride()
+    for our, their in zip(ours, theirs, strict=True):
+        torch.testing.assert_close(our, their, rtol=2e-6, atol=2e-6)
+
+
+@pytest.mark.parametrize("size", [1, 1023, 1024, 1025, 4097])
+@pytest.mark.parametrize("name", ["relu", "elu", "silu"])
+def test_sizes_at_the_edges_of_a_block(name, size, backend):
+    """The last element counts, and in place nothing past it is written."""
+    buffer = torch.randn(size + 64, dtype=torch.float64, device=DEVICE)
+    after = buffer[size:].clone()
+    dy = torch.randn(size, dtype=torch.float64, device=DEVICE)
+    ours, theirs = (value_and_gradient(getattr(m, name), buffer[:size], {}, dy) for m in (functional, F))
+    for our, their in zip(ours, theirs, strict=True):
+        torch.testing.assert_close(our, their, rtol=1e-9, atol=1e-11)
+    getattr(functional, name)(buffer[:size], inplace=True)
+    torch.testing.assert_close(buffer, torch.cat([theirs[0], after]), rtol=1e-9, atol=1e-11)
+
+
+@pytest.mark.parametrize("backend_", HERE)
+@pytest.mark.parametrize(
+    ("name", "kwargs", "special"),
+    [
+        ("leaky_relu", {"negative_slope": -0.3}, (0.0, INF, -INF, NAN)),
+        ("sigmoid", {}, (50, -50)),
+        ("softplus", {"beta": 2.0, "threshold": 3.0}, (1.5, -400, 400)),
+        ("gelu", {}, (40, -40)),
+        ("hardtanh", {}, (1.0, -1.0, INF)),
+    ],
+)
+def test_any_shape_layout_and_value(name, kwargs, special, backend_):
+    @settings(max_examples=25, deadline=None, database=None, derandomize=True)
+    @given(data=st.data())
+    def check(data):
+        x = data.draw(tensors(special=special)).to(DEVICE)
+        dy = data.draw(layouts(x.dim()))(torch.linspace(-2, 1, x.numel(), dtype=x.dtype).view(x.shape).to(DEVICE))
+        ours, theirs = (value_and_gradient(getattr(m, name), x, kwargs, dy) for m in (functional, F))
+        assert ours[0].stride() == theirs[0].stride()
+        for our, their in zip(ours, theirs, strict=True):
+            torch.testing.assert_close(our, their, rtol=1e-9, atol=1e-11, equal_nan=True)
+
+    with use_backend(backend_):
+        check()
+
+
+X = torch.ones(3)
+
+
+@pytest.mark.parametrize(
+    ("name", "args", "kwargs"),
+    [
+        ("hardtanh", (X, 1.0, -1.0), {}),
+        ("hardtanh", (X, "a", 1.0), {}),
+        ("softshrink", (X, -1.0), {}),
+        ("softshrink", (X, "a"), {}),
+        ("celu", (X, 0.0), {}),
+        ("celu", (X, "a"), {}),
+        ("celu", (X,), {"alpha": 0, "inplace": True}),
+        ("gelu", (X,), {"approximate": "no"}),
+        ("gelu", (X,), {"approximate": 3}),
+        ("hardshrink", (X, "a"), {}),
+        ("leaky_relu", (X, "a"), {}),
+        ("leaky_relu", (X, None), {"inplace": True}),
+        ("elu", (X, 1j), {}),
+        ("softplus", (X, "a"), {}),
+        ("threshold", (X,), {}),
+        ("threshold", (X, 1.0), {}),
+        ("threshold_", (X.clone(), None, 1.0), {}),
+        ("relu", (X,), {"slope": 1.0}),
+        ("relu", (3.0,), {}),
+        ("relu", (), {}),
+        ("silu", ([1.0, 2.0],), {}),
+        ("elu", (None,), {"inplace": True}),
+        ("relu_", (X.expand(2, 3),), {}),
+        ("silu", (X.expand(2, 3),), {"inplace": True}),
+    ],
+)
+def test_bad_calls_raise_what_stock_raises(name, args, kwargs, backend):
+    with pytest.raises(Exception) as expected:  # noqa: PT011 - the type is what is compared
+        getattr(F, name)(*args, **kwargs)
+    with pytest.raises(expected.type):
+        getattr(functional, name)(*args, **kwargs)
+
+
+def test_the_list_is_complete():
+    promised = [
+        "relu", "relu6", "leaky_relu", "prelu", "elu", "selu", "celu", "gelu", "silu", "mish", "sigmoid", "logsigmoid", "hardsigmoid",
+        "hardswish", "hardtanh", "tanh", "tanhshrink", "softplus", "softsign", "softshrink", "hardshrink", "threshold", "relu_squared",
+    ]  # fmt: skip
+    assert set(promised) <= set(functional.__all__)
+    modules = {m.lower() for m in nn.__all__}
+    assert {p.replace("_", "") for p in promised} <= modules
