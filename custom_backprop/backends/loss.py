@@ -6,14 +6,15 @@ once and written once, which no chain of operators over whole tensors does.
 
 from __future__ import annotations
 
+import itertools
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from ..formulas.loss import LOSSES, MEAN, NONE, SUM, Loss, weighted
+from ..formulas.loss import LOG_0, LOSSES, MEAN, NONE, SUM, Loss, weighted
 from ..formulas.precision import HALF, widen
 from .kernels import kernels
 from .library import primitive
@@ -49,47 +50,110 @@ def _fused(value: Callable[..., Any], gradient: Callable[..., Any]) -> Callable[
     return fill
 
 
-#: name -> writes l into y and k l_x into g (None: not wanted), where PyTorch has operators that beat the formula on a chunk
+def _binary_cross_entropy_with_logits(x: Tensor, t: Tensor, p: Tensor | None, k: Tensor, y: Tensor | None, g: Tensor | None) -> None:
+    if y is not None:
+        torch.clamp_min(x, 0, out=y).addcmul_(t, x, value=-1).add_(x.abs().neg_().exp_().log1p_())
+    if g is not None:
+        torch.sigmoid(x, out=g).sub_(t).mul_(k)
+
+
+def _kl_div(x: Tensor, t: Tensor, v: None, k: Tensor, y: Tensor | None, g: Tensor | None, log_target: bool) -> None:
+    if log_target:
+        e = torch.exp(t, out=g)
+        if y is not None:
+            torch.sub(t, x, out=y).mul_(e)
+        if g is not None:
+            g.mul_(-k)
+        return
+    if y is not None:
+        torch.log(t, out=y).clamp_min_(LOG_0).sub_(x).mul_(t)
+    if g is not None:
+        torch.mul(t, -k, out=g)
+
+
+def _gaussian_nll_loss(x: Tensor, t: Tensor, v: Tensor, k: Tensor, y: Tensor | None, g: Tensor | None, full: bool, eps: float) -> None:
+    v = v.clamp_min(eps)
+    d = x - t
+    q = torch.div(d, v, out=g)
+    if y is not None:
+        torch.log(v, out=y).addcmul_(d, q).add_(math.log(2 * math.pi) if full else 0).mul_(0.5)
+    if g is not None:
+        g.mul_(k)
+
+
+def _poisson_nll_loss(
+    x: Tensor, t: Tensor, v: None, k: Tensor, y: Tensor | None, g: Tensor | None, log_input: bool, full: bool, eps: float
+) -> None:
+    e = torch.exp(x, out=y if g is None else g)
+    if y is not None:
+        torch.addcmul(e, t, x, value=-1, out=y)
+    if g is not None:
+        g.sub_(t).mul_(k)
+
+
+#: name -> writes l into y and k l_x into g (None: not wanted) in fewer passes than the formula
 FILL: dict[str, Callable[..., None]] = {
     "mse_loss": _fused(aten.mse_loss.out, aten.mse_loss_backward.grad_input),
     "l1_loss": _l1_loss,
     "smooth_l1_loss": _fused(aten.smooth_l1_loss.out, aten.smooth_l1_loss_backward.grad_input),
     "huber_loss": _fused(aten.huber_loss.out, aten.huber_loss_backward.out),
     "binary_cross_entropy": _binary_cross_entropy,
+    "binary_cross_entropy_with_logits": _binary_cross_entropy_with_logits,
+    "kl_div": _kl_div,
+    "gaussian_nll_loss": _gaussian_nll_loss,
+    "poisson_nll_loss": _poisson_nll_loss,
 }
 
 
-def _filler(loss: Loss, x: Tensor, w: Tensor | None) -> Callable[..., None]:
-    """Writes w l into y and k w l_x into g: by PyTorch's operators where they fit, else by the formula."""
-    if w is None and x.dtype not in HALF and loss.name in FILL:
-        fused = FILL[loss.name]
-        return lambda x, t, v, w, *rest: fused(x, t, v, *rest)
+#: name -> PyTorch's own operator, which is as quick while its temporary fits in cache, and has nothing to hold
+WHOLE: dict[str, Callable[..., Tensor]] = {
+    "mse_loss": aten.mse_loss.default,
+    "smooth_l1_loss": aten.smooth_l1_loss.default,
+    "huber_loss": aten.huber_loss.default,
+    "binary_cross_entropy": lambda x, t, reduction: aten.binary_cross_entropy.default(x, t, None, reduction),
+}
+
+
+def _filler(loss: Loss, x: Tensor, v: Tensor | None, w: Tensor | None, parameters: tuple[Any, ...]) -> Callable[..., None]:
+    """Writes w l into y and k w l_x into g: the short way for the plain loss in full precision, else by the formula."""
+    if _plain(loss, x, v, w, parameters):
+        short = FILL[loss.name]
+        return lambda x, t, v, w, *rest: short(x, t, v, *rest)
+
+    value = _checked(loss, loss.value)  # PyTorch's own operator looks by itself
 
     def fill(
         x: Tensor, t: Tensor, v: Tensor | None, w: Tensor | None, k: Tensor, y: Tensor | None, g: Tensor | None, *parameters: Any
     ) -> None:
         x, t, v, w = map(widen, (x, t, v, w))
         if y is not None:
-            y.copy_(weighted(loss.value(x, t, v, *parameters), w))
+            y.copy_(weighted(value(x, t, v, *parameters), w))
         if g is not None:
             torch.mul(weighted(loss.dx(x, t, v, *parameters), w), k, out=g)
 
     return fill
 
 
-def _chunks(x: Tensor, *others: Tensor | None) -> Iterator[tuple[Any, ...]]:
+def _plain(loss: Loss, x: Tensor, v: Tensor | None, w: Tensor | None, parameters: tuple[Any, ...]) -> bool:
+    if w is not None or x.dtype in HALF:
+        return False
+    if loss.name == "binary_cross_entropy_with_logits":
+        return v is None
+    return loss.name != "poisson_nll_loss" or parameters[:2] == (True, False)
+
+
+def _chunks(x: Tensor, *others: Tensor | None) -> Iterable[tuple[Any, ...]]:
     """The tensors, all of the shape of x, cut alike; beside them numbers (0-D) and None stay whole."""
     tensors = (x, *others)
-    if x.numel() <= CHUNK:
-        yield tensors
-        return
+    n = x.numel()
+    if n <= CHUNK:
+        return (tensors,)
     cut = [t if t is not None and t.dim() else None for t in tensors]
+    rows = x.shape[0]
     if all(t is None or t.is_contiguous() for t in cut):
-        cut = [None if t is None else t.view(-1) for t in cut]
-    rows = cut[0].shape[0]  # type: ignore[union-attr]
-    step = max(1, CHUNK * rows // x.numel())
-    for start in range(0, rows, step):
-        yield tuple(t if c is None else c[start : start + step] for t, c in zip(tensors, cut, strict=True))
+        cut, rows = [None if t is None else t.view(-1) for t in cut], n
+    step = max(1, CHUNK * rows // n)
+    return zip(*(itertools.repeat(t) if c is None else c.split(step) for t, c in zip(tensors, cut, strict=True)), strict=False)
 
 
 def _forward_aten(loss: Loss) -> Callable[..., tuple[Tensor, Tensor]]:
@@ -99,11 +163,13 @@ def _forward_aten(loss: Loss) -> Callable[..., tuple[Tensor, Tensor]]:
         if x.device.type != "cpu":
             return loss.forward(x, t, v, w, reduction, hold, *parameters)
         n = x.numel()
+        if not hold and n <= 4 * CHUNK and loss.name in WHOLE and _plain(loss, x, v, w, parameters):
+            return WHOLE[loss.name](x, t, reduction, *parameters), x.new_empty(0)
         wide = torch.float32 if x.dtype in HALF else x.dtype
         k = torch.full((), 1 / max(n, 1) if reduction == MEAN else 1, dtype=wide)
         y = torch.empty_like(x) if reduction == NONE else None
         dx = torch.empty_like(x) if hold else None
-        fill, total, scratch = _filler(loss, x, w), 0.0, None
+        fill, total, scratch = _filler(loss, x, v, w, parameters), 0.0, None
         for xs, ts, vs, ws, ys, gs in _chunks(x, t, v, w, y, dx):
             if y is None and (scratch is None or scratch.shape != xs.shape):
                 scratch = torch.empty_like(xs, dtype=wide)
@@ -130,7 +196,7 @@ def _backward_aten(loss: Loss) -> Callable[..., tuple[Tensor, ...]]:
         dx, dt, *_ = grads = _gradients(x, needs)
         filled = dx if need_x else dt if need_t and difference else None
         rest = (False, need_t and not difference, need_v, need_w)
-        fill = _filler(loss, x, w)
+        fill = _filler(loss, x, v, w, parameters)
         for xs, ts, vs, ws, ks, gs, *outs in _chunks(x, t, v, w, k, filled, *(g if r else None for g, r in zip(grads, rest, strict=True))):
             if gs is not None:
                 fill(xs, ts, vs, ws, ks, None, gs, *parameters)
@@ -150,21 +216,27 @@ def _gradients(x: Tensor, needs: list[bool]) -> tuple[Tensor, ...]:
     return tuple(torch.empty_like(x) if need else x.new_empty(0) for need in needs)
 
 
-def _probabilities(run: Callable[..., Any]) -> Callable[..., Any]:
-    """Raises RuntimeError on a CPU, as stock does, where an input or target is outside [0, 1]. On a GPU that would wait for it."""
+def _check_probabilities(x: Tensor, t: Tensor) -> None:
+    """Raises RuntimeError on a CPU, as stock does, for a number outside [0, 1]. On a GPU that would wait for it."""
+    for name, tensor in (("input", x), ("target", t)):
+        known = tensor.device.type == "cpu" and not torch._C._functorch.is_batchedtensor(tensor)
+        if known and not bool(((tensor >= 0) & (tensor <= 1)).all()):
+            raise RuntimeError(f"all elements of {name} should be between 0 and 1")
+
+
+def _checked(loss: Loss, run: Callable[..., Any]) -> Callable[..., Any]:
+    """A forward that looks at its inputs first, if the loss is one of probabilities."""
+    if loss.name != "binary_cross_entropy":
+        return run
 
     def checked(x: Tensor, t: Tensor, *rest: Any) -> Any:
-        for name, tensor in (("input", x), ("target", t)):
-            known = tensor.device.type == "cpu" and not torch._C._functorch.is_batchedtensor(tensor)
-            if known and not bool(((tensor >= 0) & (tensor <= 1)).all()):
-                raise RuntimeError(f"all elements of {name} should be between 0 and 1")
+        _check_probabilities(x, t)
         return run(x, t, *rest)
 
     return checked
 
 
 def _define(loss: Loss) -> tuple[Callable[..., Any], Callable[..., Any]]:
-    guard: Callable[..., Any] = _probabilities if loss.name == "binary_cross_entropy" else lambda run: run
     tensors = "Tensor x, Tensor t, Tensor? v, Tensor? w, int reduction"
     parameters = "".join(f", {p}" for p in loss.parameters)
 
@@ -174,9 +246,9 @@ def _define(loss: Loss) -> tuple[Callable[..., Any], Callable[..., Any]]:
 
     forward = primitive(
         f"{loss.name}_forward({tensors}, bool hold{parameters}) -> (Tensor loss, Tensor dx)",
-        formula=guard(loss.forward),
-        aten=guard(_forward_aten(loss)),
-        triton=guard(lambda *args: kernels("loss").forward(loss.name, *args)),
+        formula=_checked(loss, loss.forward),
+        aten=_forward_aten(loss),
+        triton=_checked(loss, lambda *args: kernels("loss").forward(loss.name, *args)),
         fake=fake_forward,
     )
     backward = primitive(

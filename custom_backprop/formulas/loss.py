@@ -25,6 +25,9 @@ from .precision import widen
 #: torch's own numbers for ``reduction``
 NONE, MEAN, SUM = 0, 1, 2
 
+#: what log 0 may count as in t log t, which is 0 at t = 0: below the logarithm of every positive number, and not infinite
+LOG_0 = -1000.0
+
 Partial = Callable[..., Tensor]
 
 
@@ -186,7 +189,7 @@ def binary_cross_entropy_with_logits_dt(x: Tensor, t: Tensor, p: Tensor | None) 
 
 def kl_div(x: Tensor, t: Tensor, v: None, log_target: bool) -> Tensor:
     """l = t (log t - x), for x a logarithm of probabilities; with ``log_target`` so is t, and l = e^t (t - x)."""
-    return torch.exp(t) * (t - x) if log_target else torch.xlogy(t, t) - t * x
+    return torch.exp(t) * (t - x) if log_target else t * (torch.log(t).clamp_min(LOG_0) - x)
 
 
 def kl_div_dx(x: Tensor, t: Tensor, v: None, log_target: bool) -> Tensor:

@@ -265,12 +265,12 @@ def _difference(name: str, input: Tensor, target: Tensor, reduction: str, weight
             f"Using a target size ({target.size()}) that is different to the input size ({input.size()}). "
             "This will likely lead to incorrect results due to broadcasting. Please ensure they have the same size."
         )
-    x, t = _broadcast(input, target)
-    if not _dtype(x, t).is_floating_point:
+    x, t = _same_dtype(*_broadcast(input, target))
+    if not x.is_floating_point():
         given = parameters if weight is None else {**parameters, "weight": weight}
         return getattr(torch.nn.functional, name)(x, t, reduction=reduction, **given)
     if weight is None:
-        return pointwise(name, *_same_dtype(x, t), None, None, _Reduction.get_enum(reduction), *parameters.values())
+        return pointwise(name, x, t, None, None, _Reduction.get_enum(reduction), *parameters.values())
     if weight.size() != input.size():
         raise ValueError(f"Weights and input must have the same size, got {tuple(weight.shape)} and {tuple(input.shape)}")
     if reduction not in ("none", "mean", "sum"):
@@ -296,6 +296,8 @@ def _broadcast(*tensors: Tensor) -> Any:
 def _dtype(*tensors: Tensor | None) -> torch.dtype:
     """The dtype of torch's type promotion: 0-D tensors have no say beside others."""
     given = [t for t in tensors if t is not None]
+    if all(t.dtype == given[0].dtype for t in given):
+        return given[0].dtype
     return functools.reduce(torch.promote_types, [t.dtype for t in given if t.dim()] or [t.dtype for t in given])
 
 

@@ -43,9 +43,9 @@ def _definition(loss: Loss) -> type:
                 return (None,) * 4 + no_gradients
             *tensors, held = ctx.saved_tensors
             needs = ctx.needs_input_grad[:4]
-            if torch.is_grad_enabled():
+            if torch.is_grad_enabled() or _batched(dy):
                 return *_wanted(needs, loss.backward(dy, *tensors, ctx.reduction, needs, *ctx.parameters)), *no_gradients
-            if held is None or _batched(dy):
+            if held is None:
                 return *_wanted(needs, run_backward(dy, *tensors, ctx.reduction, needs, *ctx.parameters)), *no_gradients
             dx = release(held, dy)
             dt = -dx if needs[1] and loss.dt is None else None
@@ -69,7 +69,7 @@ def _wanted(needs: tuple[bool, ...], grads: tuple[Tensor, ...]) -> tuple[Tensor 
 
 
 def _batched(dy: Tensor) -> bool:
-    """Whether ``dy`` is many gradients at once (by torch.vmap or ``is_grads_batched``): one held gradient cannot become them in place."""
+    """Whether ``dy`` is many gradients at once (by torch.vmap or ``is_grads_batched``): no kernel can read it, no held gradient become it."""
     if torch.compiler.is_compiling():
         return False
     return torch._C._functorch.is_batchedtensor(dy) or torch._C._functorch.is_legacy_batchedtensor(dy)
