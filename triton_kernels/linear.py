@@ -116,8 +116,8 @@ def rows_of(t: Tensor) -> Tensor:
 
 
 def _precision() -> str:
-    """torch's own setting: TF32 where it allows TF32, else full float32."""
-    return "ieee" if torch.get_float32_matmul_precision() == "highest" else "tf32"
+    """torch's own setting, whichever of its three ways it was made: TF32 where it allows TF32, else full float32."""
+    return "tf32" if torch.backends.cuda.matmul.fp32_precision == "tf32" else "ieee"
 
 
 def _ours(always: bool, dtype: torch.dtype, m: int, n: int, k: int) -> bool:

@@ -37,6 +37,25 @@ def _activation_backward(
     return _backward(ATEN[activation][1](dy, saved, *parameters), x, weight, *needs)
 
 
+def _check(x: Tensor, weight: Tensor, bias: Tensor | None) -> None:
+    """Raises RuntimeError, as PyTorch's own product does, for shapes or dtypes that do not fit: a kernel would not see it."""
+    if weight.dim() != 2 or x.dim() == 0 or x.shape[-1] != weight.shape[1]:
+        raise RuntimeError(f"linear: an input of shape {tuple(x.shape)} does not fit a weight of shape {tuple(weight.shape)}")
+    if x.dtype != weight.dtype or (bias is not None and bias.dtype != weight.dtype):
+        got = f"{x.dtype}, {weight.dtype}" + ("" if bias is None else f", {bias.dtype}")
+        raise RuntimeError(f"linear: input, weight and bias must have the same dtype, got {got}")
+    if bias is not None and bias.shape != weight.shape[:1]:
+        raise RuntimeError(f"linear: a bias of shape {tuple(bias.shape)} does not fit a weight of shape {tuple(weight.shape)}")
+
+
+def _checked(run: Callable[..., Any]) -> Callable[..., Any]:
+    def call(x: Tensor, weight: Tensor, bias: Tensor | None, *rest: Any) -> Any:
+        _check(x, weight, bias)
+        return run(x, weight, bias, *rest)
+
+    return call
+
+
 def _triton(name: str) -> Callable[..., Any]:
     def call(*args: Any) -> Any:
         """Forced, the products run in our kernels; by default a table of measurements decides between them and the vendor's library."""
@@ -69,10 +88,10 @@ _NEEDS = "bool need_x, bool need_weight, bool need_bias"
 
 forward = primitive(
     "linear_forward(Tensor x, Tensor weight, Tensor? bias) -> Tensor",
-    formula=formula.linear,
+    formula=_checked(formula.linear),
     aten=torch.nn.functional.linear,
-    triton=_triton("forward"),
-    fake=_fake_forward,
+    triton=_checked(_triton("forward")),
+    fake=_checked(_fake_forward),
 )
 backward = primitive(
     f"linear_backward(Tensor dy, Tensor x, Tensor weight, {_NEEDS}) -> (Tensor dx, Tensor dw, Tensor db)",
@@ -83,10 +102,10 @@ backward = primitive(
 )
 activation_forward = primitive(
     "linear_activation_forward(Tensor x, Tensor weight, Tensor? bias, str activation, float[] parameters) -> (Tensor y, Tensor z)",
-    formula=formula.linear_activation,
+    formula=_checked(formula.linear_activation),
     aten=_activation_forward,
-    triton=_triton("activation_forward"),
-    fake=_fake_activation_forward,
+    triton=_checked(_triton("activation_forward")),
+    fake=_checked(_fake_activation_forward),
 )
 activation_backward = primitive(
     "linear_activation_backward(Tensor dy, Tensor x, Tensor weight, Tensor saved, str activation, float[] parameters, "

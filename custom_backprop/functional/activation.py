@@ -9,6 +9,9 @@ keep a copy of the input. Derivations: :mod:`custom_backprop.formulas.activation
 
 from __future__ import annotations
 
+from numbers import Number
+from typing import Any
+
 from torch import Tensor
 
 from ..ops.activation import activate_, activations
@@ -20,7 +23,21 @@ __all__ = [
 ]  # fmt: skip
 
 
+def number(name: str, p: Any) -> float:
+    """A parameter as a float.
+
+    Raises:
+        TypeError, RuntimeError: it is no number, or a complex one.
+    """
+    if isinstance(p, complex):
+        raise RuntimeError(f"{name}: a parameter must be real, got {p}")
+    if not isinstance(p, (Number, Tensor)):
+        raise TypeError(f"{name}: a parameter must be a Number, not {type(p).__name__}")
+    return float(p)  # type: ignore[arg-type]
+
+
 def _apply(name: str, inplace: bool, x: Tensor, *parameters: float) -> Tensor:
+    parameters = tuple([p if type(p) is float else number(name, p) for p in parameters])
     return activate_(name, x, *parameters) if inplace else activations[name](x, *parameters)
 
 
@@ -70,9 +87,9 @@ def gelu(input: Tensor, approximate: str = "none") -> Tensor:
     if not isinstance(approximate, str):
         raise TypeError(f"gelu: approximate must be a str, not {type(approximate).__name__}")
     if approximate == "none":
-        return activations["gelu"](input)
+        return _apply("gelu", False, input)
     if approximate == "tanh":
-        return activations["gelu_tanh"](input)
+        return _apply("gelu_tanh", False, input)
     raise RuntimeError(f"approximate argument must be either none or tanh, got {approximate!r}")
 
 
@@ -88,12 +105,12 @@ def mish(input: Tensor, inplace: bool = False) -> Tensor:
 
 def sigmoid(input: Tensor) -> Tensor:
     """y = σ(x);  dx = dy y (1 - y)."""
-    return activations["sigmoid"](input)
+    return _apply("sigmoid", False, input)
 
 
 def logsigmoid(input: Tensor) -> Tensor:
     """y = log σ(x);  dx = dy σ(-x)."""
-    return activations["logsigmoid"](input)
+    return _apply("logsigmoid", False, input)
 
 
 def hardsigmoid(input: Tensor, inplace: bool = False) -> Tensor:
@@ -119,22 +136,22 @@ def hardtanh(input: Tensor, min_val: float = -1.0, max_val: float = 1.0, inplace
 
 def tanh(input: Tensor) -> Tensor:
     """y = tanh(x);  dx = dy (1 - y²)."""
-    return activations["tanh"](input)
+    return _apply("tanh", False, input)
 
 
 def tanhshrink(input: Tensor) -> Tensor:
     """y = x - tanh(x);  dx = dy tanh²(x)."""
-    return activations["tanhshrink"](input)
+    return _apply("tanhshrink", False, input)
 
 
 def softplus(input: Tensor, beta: float = 1, threshold: float = 20) -> Tensor:
     """y = log(1 + e^(βx)) / β, and x where βx > θ;  dx = dy σ(βx), and dy there."""
-    return activations["softplus"](input, beta, threshold)
+    return _apply("softplus", False, input, beta, threshold)
 
 
 def softsign(input: Tensor) -> Tensor:
     """y = x / (1 + |x|);  dx = dy / (1 + |x|)²."""
-    return activations["softsign"](input)
+    return _apply("softsign", False, input)
 
 
 def softshrink(input: Tensor, lambd: float = 0.5) -> Tensor:
@@ -145,12 +162,12 @@ def softshrink(input: Tensor, lambd: float = 0.5) -> Tensor:
     """
     if lambd < 0:
         raise RuntimeError(f"lambda must be greater or equal to 0, but found to be {lambd}.")
-    return activations["softshrink"](input, lambd)
+    return _apply("softshrink", False, input, lambd)
 
 
 def hardshrink(input: Tensor, lambd: float = 0.5) -> Tensor:
     """y = x [|x| > λ];  dx = dy [|x| > λ]."""
-    return activations["hardshrink"](input, lambd)
+    return _apply("hardshrink", False, input, lambd)
 
 
 def threshold(input: Tensor, threshold: float, value: float, inplace: bool = False) -> Tensor:
@@ -160,27 +177,27 @@ def threshold(input: Tensor, threshold: float, value: float, inplace: bool = Fal
 
 def relu_squared(input: Tensor) -> Tensor:
     """y = max(x, 0)²;  dx = 2 dy max(x, 0) (So et al., Primer, 2021)."""
-    return activations["relu_squared"](input)
+    return _apply("relu_squared", False, input)
 
 
 def relu_(input: Tensor) -> Tensor:
     """:func:`relu` in place."""
-    return activate_("relu", input)
+    return _apply("relu", True, input)
 
 
 def leaky_relu_(input: Tensor, negative_slope: float = 0.01) -> Tensor:
     """:func:`leaky_relu` in place."""
-    return activate_("leaky_relu", input, negative_slope)
+    return _apply("leaky_relu", True, input, negative_slope)
 
 
 def elu_(input: Tensor, alpha: float = 1.0) -> Tensor:
     """:func:`elu` in place."""
-    return activate_("elu", input, alpha)
+    return _apply("elu", True, input, alpha)
 
 
 def selu_(input: Tensor) -> Tensor:
     """:func:`selu` in place."""
-    return activate_("selu", input)
+    return _apply("selu", True, input)
 
 
 def celu_(input: Tensor, alpha: float = 1.0) -> Tensor:
@@ -195,4 +212,4 @@ def hardtanh_(input: Tensor, min_val: float = -1.0, max_val: float = 1.0) -> Ten
 
 def threshold_(input: Tensor, threshold: float, value: float) -> Tensor:
     """:func:`threshold` in place."""
-    return activate_("threshold", input, threshold, value)
+    return _apply("threshold", True, input, threshold, value)

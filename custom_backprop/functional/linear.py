@@ -2,12 +2,20 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 from torch import Tensor
 
 from ..formulas.activation import ACTIVATIONS
 from ..ops import linear as ops
+from .activation import number
 
 __all__ = ["linear", "linear_activation"]
+
+#: the parameters of each activation that has a default for all
+_DEFAULTS: dict[str, tuple[Any, ...]] = {
+    n: tuple(a.parameters.values()) for n, a in ACTIVATIONS.items() if None not in a.parameters.values()
+}
 
 
 def linear(input: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
@@ -20,8 +28,9 @@ def linear(input: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
 
     Raises:
         RuntimeError: shapes, dtypes or devices do not fit.
+        TypeError: one is no tensor.
     """
-    if weight.dim() == 1 and bias is None:
+    if bias is None and isinstance(weight, Tensor) and weight.dim() == 1:
         return ops.linear(input, weight.unsqueeze(0), None).squeeze(-1)
     return ops.linear(input, weight, bias)
 
@@ -38,7 +47,7 @@ def linear_activation(input: Tensor, weight: Tensor, bias: Tensor | None = None,
 
     Raises:
         ValueError: no activation of that name.
-        TypeError: it has no such parameter, or one without a default is missing.
+        TypeError: it has no such parameter, one without a default is missing, or something is no tensor or no number.
         RuntimeError: shapes, dtypes or devices do not fit.
     """
     return ops.linear_activation(input, weight, bias, activation, activation_parameters(activation, parameters))
@@ -50,6 +59,8 @@ def activation_parameters(activation: str, given: dict[str, float]) -> tuple[flo
     Raises:
         ValueError, TypeError: as :func:`linear_activation`.
     """
+    if not given and activation in _DEFAULTS:
+        return _DEFAULTS[activation]
     if activation not in ACTIVATIONS:
         raise ValueError(f"no activation {activation!r}: choose one of {', '.join(ACTIVATIONS)}")
     known = ACTIVATIONS[activation].parameters
@@ -58,4 +69,4 @@ def activation_parameters(activation: str, given: dict[str, float]) -> tuple[flo
     values = [given.get(name, default) for name, default in known.items()]
     if missing := [name for name, value in zip(known, values, strict=True) if value is None]:
         raise TypeError(f"{activation} needs a value for {', '.join(missing)}")
-    return tuple(float(value) for value in values if value is not None)
+    return tuple(number(activation, value) for value in values)

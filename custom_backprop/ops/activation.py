@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from numbers import Number
 from typing import Any
 
 import torch
@@ -18,13 +17,10 @@ from .function import differentiable
 _FLOAT32_ON_CUDA = {"softplus"}
 
 
-def check(name: str, x: Any, parameters: tuple[Any, ...]) -> None:
-    """Raises TypeError, as stock does, for what is no tensor or no number; NotImplementedError for complex numbers."""
+def check(name: str, x: Any) -> None:
+    """Raises TypeError, as stock does, for what is no tensor, and NotImplementedError for complex numbers."""
     if not isinstance(x, Tensor):
         raise TypeError(f"{name}: the input must be a Tensor, not {type(x).__name__}")
-    for p in parameters:
-        if type(p) is not float and not isinstance(p, (Number, Tensor)):
-            raise TypeError(f"{name}: a parameter must be a Number, not {type(p).__name__}")
     if x.is_complex():
         raise NotImplementedError(f"{name} has no complex derivative here: got a tensor of {x.dtype}")
 
@@ -37,7 +33,7 @@ def _function(a: Activation) -> Callable[..., Tensor]:
     class Definition:
         @staticmethod
         def forward(x: Tensor, *parameters: float) -> Tensor:
-            check(a.name, x, parameters)
+            check(a.name, x)
             return run_forward(x, *parameters)
 
         @staticmethod
@@ -74,7 +70,7 @@ _SAME_AT_OUTPUT: dict[str, Callable[..., bool]] = {
 
 
 def _in_place_function(a: Activation) -> type[torch.autograd.Function]:
-    """The same, writing y over x. Backward keeps y, now in x's memory, or else ``kept``, a copy of x that leads a second derivative back."""
+    """The same, writing y over x. Backward keeps y, now in x's memory, or ``kept``, a copy of x that leads a second derivative back."""
     run_forward_, run_backward, formula_backward = in_place[a.name], primitives[a.name][1], a.backward
     no_gradients = (None,) * len(a.parameters)
 
@@ -108,7 +104,7 @@ def activate_(name: str, x: Tensor, *parameters: float) -> Tensor:
     Raises:
         RuntimeError: x is a leaf that requires grad, or a view of one.
     """
-    check(name, x, parameters)
+    check(name, x)
     if torch.compiler.is_compiling() or torch._C._are_functorch_transforms_active() or forward_ad._current_level >= 0:
         return x.copy_(activations[name](x.clone(), *parameters))
     if not (torch.is_grad_enabled() and x.requires_grad):

@@ -13,17 +13,10 @@ from ..formulas.activation import ACTIVATIONS
 from .function import differentiable
 
 
-def check(x: Tensor, weight: Tensor, bias: Tensor | None) -> None:
-    """Raises RuntimeError, as stock does, for shapes or dtypes that do not fit."""
-    if weight.dim() != 2 or x.dim() == 0 or x.shape[-1] != weight.shape[1]:
-        raise RuntimeError(f"linear: an input of shape {tuple(x.shape)} does not fit a weight of shape {tuple(weight.shape)}")
-    if x.dtype != weight.dtype or (bias is not None and bias.dtype != weight.dtype):
-        got = f"{x.dtype}, {weight.dtype}" + ("" if bias is None else f", {bias.dtype}")
-        raise RuntimeError(f"linear: input, weight and bias must have the same dtype, got {got}")
-    if bias is not None and bias.shape != weight.shape[:1]:
-        raise RuntimeError(f"linear: a bias of shape {tuple(bias.shape)} does not fit a weight of shape {tuple(weight.shape)}")
+def check(x: Tensor) -> None:
+    """Raises NotImplementedError for complex numbers. Shapes and dtypes that do not fit are refused where the product is made."""
     if x.is_complex():
-        raise NotImplementedError(f"linear has no complex derivative here: got tensors of {x.dtype}")
+        raise NotImplementedError(f"linear has no complex derivative here: got a tensor of {x.dtype}")
 
 
 class Linear:
@@ -31,7 +24,7 @@ class Linear:
 
     @staticmethod
     def forward(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-        check(x, weight, bias)
+        check(x)
         return primitives.forward(x, weight, bias)
 
     @staticmethod
@@ -48,7 +41,9 @@ class Linear:
         if dy is None:
             return None, None, None
         x, weight = ctx.saved_tensors
-        return _wanted(ctx.needs_input_grad, formula.linear_backward if torch.is_grad_enabled() else primitives.backward, dy, x, weight)
+        run = formula.linear_backward if torch.is_grad_enabled() else primitives.backward
+        # what was not saved is not needed, and any tensor may stand in its place
+        return _wanted(run(dy, dy if x is None else x, dy if weight is None else weight, *ctx.needs_input_grad), ctx.needs_input_grad)
 
     @staticmethod
     def jvp(ctx: Any, tx: Tensor | None, tw: Tensor | None, tb: Tensor | None) -> Any:
@@ -59,53 +54,88 @@ class Linear:
 linear = differentiable(autocast_cpu="lower", autocast_cuda="lower")(Linear)
 
 
-class LinearActivation:
-    """y = f(z), z = x Wᵀ + b;  dz = dy f', dx = dz W, dW = dzᵀ x, db = Σ_rows dz."""
+class OfInput:
+    """y = f(z), z = x Wᵀ + b;  dz = dy f'(z), dx = dz W, dW = dzᵀ x, db = Σ_rows dz.  Where f' is written with z."""
 
     @staticmethod
     def forward(x: Tensor, weight: Tensor, bias: Tensor | None, activation: str, parameters: tuple[float, ...]) -> tuple[Tensor, Tensor]:
-        check(x, weight, bias)
+        check(x)
         return primitives.activation_forward(x, weight, bias, activation, parameters)
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
-        x, weight, bias, ctx.activation, ctx.parameters = inputs
         y, z = output
         ctx.mark_non_differentiable(z)
-        ctx.save_for_backward(x, weight, bias, y if ACTIVATIONS[ctx.activation].saves_output else z)
-        ctx.save_for_forward(x, weight, bias, y)
-        ctx.set_materialize_grads(False)
+        _keep(ctx, inputs, y, z)
 
     @staticmethod
     def backward(ctx: Any, dy: Tensor | None, _: None) -> Any:
-        if dy is None:
-            return (None,) * 5
-        x, weight, bias, saved = ctx.saved_tensors
-        needs = ctx.needs_input_grad[:3]
-        if torch.is_grad_enabled():
-            saved = formula.saved_for(ctx.activation, x, weight, bias, saved)
-            grads = formula.linear_activation_backward(dy, x, weight, saved, ctx.activation, ctx.parameters, *needs)
-        else:
-            grads = primitives.activation_backward(dy, x, weight, saved, ctx.activation, ctx.parameters, *needs)
-        return *(g if need else None for g, need in zip(grads, needs, strict=True)), None, None
+        return _activation_backward(ctx, dy)
 
     @staticmethod
-    def jvp(ctx: Any, tx: Tensor | None, tw: Tensor | None, tb: Tensor | None, *_: None) -> Any:
-        x, weight, bias, y = ctx.saved_tensors
-        tz = formula.linear_jvp(x, weight, tx, tw, tb)
-        saved = formula.saved_for(ctx.activation, x, weight, bias, y)
-        return None if tz is None else ACTIVATIONS[ctx.activation].backward(tz, saved, *ctx.parameters), None
+    def jvp(ctx: Any, *tangents: Tensor | None) -> Any:
+        return _activation_jvp(ctx, *tangents), None
 
 
-_linear_activation = differentiable(autocast_cpu="lower", autocast_cuda="lower")(LinearActivation)
+class OfOutput:
+    """The same where f' is written with y: z is no output, and nobody keeps it."""
+
+    @staticmethod
+    def forward(x: Tensor, weight: Tensor, bias: Tensor | None, activation: str, parameters: tuple[float, ...]) -> Tensor:
+        check(x)
+        return primitives.activation_forward(x, weight, bias, activation, parameters)[0]
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+        _keep(ctx, inputs, output, output)
+
+    @staticmethod
+    def backward(ctx: Any, dy: Tensor | None) -> Any:
+        return _activation_backward(ctx, dy)
+
+    @staticmethod
+    def jvp(ctx: Any, *tangents: Tensor | None) -> Any:
+        return _activation_jvp(ctx, *tangents)
+
+
+def _keep(ctx: Any, inputs: tuple[Any, ...], y: Tensor, saved: Tensor) -> None:
+    x, weight, bias, ctx.activation, ctx.parameters = inputs
+    ctx.save_for_backward(x, weight, bias, saved)
+    ctx.save_for_forward(x, weight, bias, y)
+    ctx.set_materialize_grads(False)
+
+
+def _activation_backward(ctx: Any, dy: Tensor | None) -> Any:
+    if dy is None:
+        return (None,) * 5
+    x, weight, bias, saved = ctx.saved_tensors
+    needs = ctx.needs_input_grad[:3]
+    if torch.is_grad_enabled():
+        saved = formula.saved_for(ctx.activation, x, weight, bias, saved)
+        grads = formula.linear_activation_backward(dy, x, weight, saved, ctx.activation, ctx.parameters, *needs)
+    else:
+        grads = primitives.activation_backward(dy, x, weight, saved, ctx.activation, ctx.parameters, *needs)
+    return *_wanted(grads, needs), None, None
+
+
+def _activation_jvp(ctx: Any, tx: Tensor | None, tw: Tensor | None, tb: Tensor | None, *_: None) -> Tensor | None:
+    x, weight, bias, y = ctx.saved_tensors
+    tz = formula.linear_jvp(x, weight, tx, tw, tb)
+    saved = formula.saved_for(ctx.activation, x, weight, bias, y)
+    return None if tz is None else ACTIVATIONS[ctx.activation].backward(tz, saved, *ctx.parameters)
+
+
+_of_input, _of_output = (differentiable(autocast_cpu="lower", autocast_cuda="lower")(c) for c in (OfInput, OfOutput))
 
 
 def linear_activation(x: Tensor, weight: Tensor, bias: Tensor | None, activation: str, parameters: tuple[float, ...]) -> Tensor:
     """f(x Wᵀ + b) in one Function."""
-    return _linear_activation(x, weight, bias, activation, parameters)[0]
+    if ACTIVATIONS[activation].saves_output:
+        return _of_output(x, weight, bias, activation, parameters)
+    return _of_input(x, weight, bias, activation, parameters)[0]
 
 
-def _wanted(needs: tuple[bool, ...], run: Any, dy: Tensor, x: Tensor | None, weight: Tensor | None) -> tuple[Tensor | None, ...]:
-    """dx, dW, db of the plain layer. What was not saved is not needed, and any tensor may stand in its place."""
-    grads = run(dy, dy if x is None else x, dy if weight is None else weight, *needs)
-    return tuple(g if need else None for g, need in zip(grads, needs, strict=True))
+def _wanted(grads: tuple[Tensor, ...], needs: tuple[bool, ...]) -> tuple[Tensor | None, ...]:
+    """dx, dW and db, None for one that is not needed."""
+    (dx, dw, db), (need_x, need_weight, need_bias) = grads, needs
+    return dx if need_x else None, dw if need_weight else None, db if need_bias else None
