@@ -69,7 +69,7 @@ def _wanted(needs: tuple[bool, ...], grads: tuple[Tensor, ...]) -> tuple[Tensor 
 
 
 def _batched(dy: Tensor) -> bool:
-    """Whether ``dy`` is many gradients at once (by torch.vmap or ``is_grads_batched``): no kernel can read it, no held gradient become it."""
+    """Whether ``dy`` is many gradients at once (torch.vmap, ``is_grads_batched``): no kernel can read it, no held gradient become it."""
     if torch.compiler.is_compiling():
         return False
     return torch._C._functorch.is_batchedtensor(dy) or torch._C._functorch.is_legacy_batchedtensor(dy)
