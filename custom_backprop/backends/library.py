@@ -2,7 +2,10 @@
 
 A primitive has one schema and up to three implementations: ``formula`` (the mathematics, always there), ``aten`` (the quickest way through
 PyTorch's own operators; the formula where none is given) and ``triton`` (a launcher of the kernels). The dispatcher then does
-what an if/else of ours could not: fake tensors, ``torch.compile``, ``vmap``, autocast and profilers meet an operator like any other.
+what an if/else of ours could not: fake tensors, ``torch.compile``, ``vmap``, autocast and modes meet an operator like any other.
+
+Where plain tensors meet none of these, its answer is known from the device alone. It takes several times as long to give it as to look, so
+it is not asked.
 """
 
 from __future__ import annotations
@@ -12,6 +15,7 @@ from typing import Any
 
 import torch
 from torch._C import DispatchKey, DispatchKeySet, _ExcludeDispatchKeyGuard
+from torch.compiler import is_compiling
 
 from . import selection
 from .kernels import kernels
@@ -39,7 +43,7 @@ def primitive(
     fake: Callable[..., Any] | None = None,
     vmap: Callable[..., Any] | None = None,
     library: torch.library.Library = LIBRARY,
-) -> torch._ops.OpOverload:
+) -> Callable[..., Any]:
     """Defines one primitive and registers its implementations.
 
     Args:
@@ -52,7 +56,7 @@ def primitive(
         library: where it is defined; a project that builds on this one passes a library of its own name.
 
     Returns:
-        the operator, to be called as a function.
+        the operator, as a function.
     """
     name = schema[: schema.index("(")]
     library.define(schema)
@@ -78,7 +82,29 @@ def primitive(
     LAUNCHERS[operator] = triton
     if library is LIBRARY:
         PRIMITIVES[name] = operator
-    return operator
+
+    by_aten = implementations["aten"]
+
+    def call(*args: Any) -> Any:
+        if is_compiling() or _modes() or _functorch_active() or _autocast_active():
+            return operator(*args)
+        for a in args:
+            if type(a) not in _PLAIN and isinstance(a, torch.Tensor):
+                return operator(*args)
+        if _batched(args[0]):  # is_grads_batched=True: a batch of gradients, which come first
+            return operator(*args)
+        if args[0].is_cpu:
+            return by_aten(*args) if selection._forced is None else on_cpu(*args)
+        return on_cuda(*args) if args[0].is_cuda else operator(*args)
+
+    return call
+
+
+_PLAIN = frozenset({torch.Tensor, torch.nn.Parameter})
+_modes = torch._C._len_torch_dispatch_stack
+_functorch_active = torch._C._are_functorch_transforms_active
+_autocast_active = torch._C._is_any_autocast_enabled
+_batched = torch._C._functorch.is_legacy_batchedtensor
 
 
 def launcher(family: str, name: str) -> Callable[..., Any]:

@@ -56,6 +56,8 @@ def differentiable(*, autocast_cpu: str | None = None, autocast_cuda: str | None
             },
         )
 
+        eager._backward_cls.save_for_forward = _nothing  # forward mode takes the other face
+
         # Function.apply in Python only guards against functorch, which is ruled out below: a third of the overhead
         eager_apply = super(torch.autograd.Function, eager).apply  # type: ignore[misc]
 
@@ -77,6 +79,10 @@ def differentiable(*, autocast_cpu: str | None = None, autocast_cuda: str | None
         return call
 
     return decorate
+
+
+def _nothing(ctx: Any, *tensors: torch.Tensor | None) -> None:
+    pass
 
 
 def _cast(args: tuple[Any, ...], policies: dict[str, str | None]) -> tuple[Any, ...]:

@@ -74,7 +74,7 @@ class OfInput:
 
     @staticmethod
     def jvp(ctx: Any, *tangents: Tensor | None) -> Any:
-        return _activation_jvp(ctx, *tangents), None
+        return _activation_jvp(ctx, tangents), None
 
 
 class OfOutput:
@@ -95,7 +95,7 @@ class OfOutput:
 
     @staticmethod
     def jvp(ctx: Any, *tangents: Tensor | None) -> Any:
-        return _activation_jvp(ctx, *tangents)
+        return _activation_jvp(ctx, tangents)
 
 
 def _keep(ctx: Any, inputs: tuple[Any, ...], y: Tensor, saved: Tensor) -> None:
@@ -118,7 +118,8 @@ def _activation_backward(ctx: Any, dy: Tensor | None) -> Any:
     return *_wanted(grads, needs), None, None
 
 
-def _activation_jvp(ctx: Any, tx: Tensor | None, tw: Tensor | None, tb: Tensor | None, *_: None) -> Tensor | None:
+def _activation_jvp(ctx: Any, tangents: tuple[Tensor | None, ...]) -> Tensor | None:
+    tx, tw, tb, *_ = tangents
     x, weight, bias, y = ctx.saved_tensors
     tz = formula.linear_jvp(x, weight, tx, tw, tb)
     saved = formula.saved_for(ctx.activation, x, weight, bias, y)
