@@ -1,6 +1,7 @@
 """What a project needs to write ops of its own the way this one does: see ``docs/validate.md``."""
 
 from .backends.library import fold_batch, primitive
+from .formulas.precision import rounded_once
 from .ops.function import differentiable
 
-__all__ = ["differentiable", "fold_batch", "primitive"]
+__all__ = ["differentiable", "fold_batch", "primitive", "rounded_once"]
