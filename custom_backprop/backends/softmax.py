@@ -15,15 +15,13 @@ from ..formulas.softmax import SOFTMAXES, Softmax
 from .kernels import kernels
 from .library import fold_batch, primitive
 
-aten = torch.ops.aten
-
 
 def _softmin(x: Tensor, dim: int, dtype: torch.dtype | None) -> Tensor:
     return torch.softmax(-x, dim, dtype=dtype)
 
 
 def _softmax_backward(dy: Tensor, y: Tensor, dim: int, dtype: torch.dtype) -> Tensor:
-    return aten._softmax_backward_data.default(dy, y, dim, y.dtype).to(dtype)
+    return torch._softmax_backward_data(dy, y, dim, y.dtype).to(dtype)
 
 
 def _softmin_backward(dy: Tensor, y: Tensor, dim: int, dtype: torch.dtype) -> Tensor:
@@ -31,7 +29,7 @@ def _softmin_backward(dy: Tensor, y: Tensor, dim: int, dtype: torch.dtype) -> Te
 
 
 def _log_softmax_backward(dy: Tensor, y: Tensor, dim: int, dtype: torch.dtype) -> Tensor:
-    return aten._log_softmax_backward_data.default(dy, y, dim, y.dtype).to(dtype)
+    return torch._log_softmax_backward_data(dy, y, dim, y.dtype).to(dtype)
 
 
 #: name -> (forward, backward) by PyTorch's operators
