@@ -320,7 +320,10 @@ def backward(
     value, dx, dt, dv = DEVICE_FUNCTIONS[name]
     constants = {"F": value, "L_X": dx, "L_T": dt, "L_V": dv, **_parameters(parameters), "SCALAR": scalar, "MEAN": reduction == MEAN}
     n = x.numel()
-    launch(_backward, cdiv(n, BLOCK), dy if scalar else like(dy, layout), *operands, *grads, n, **constants, BLOCK=BLOCK)
+    warps = 8 if x.dtype == torch.float64 else 4  # four gradients of doubles fill the registers of four
+    launch(
+        _backward, cdiv(n, BLOCK), dy if scalar else like(dy, layout), *operands, *grads, n, num_warps=warps, **constants, BLOCK=BLOCK
+    )  # fmt: skip
     return tuple(x.new_empty(0) if g is None else g for g in grads)
 
 
