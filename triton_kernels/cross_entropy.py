@@ -1,8 +1,9 @@
 """nll_loss and cross_entropy: kernels and their launchers.
 
-x is (N, C) or (N, C, D), reduced over C; a row is one (n, d), its number is n * D + d. Rows next to each other then lie next to each other in
-memory where D > 1, and a tile of several rows reads whole cache lines of either layout. Losses of rows meet in a partial sum a program
-and one sum of those: no atomics, the same bits every time. Nothing is read by the host. Formulas: ``custom_backprop/formulas/cross_entropy.py``.
+x is (N, C) or (N, C, D), reduced over C; a row is one (n, d), its number is n * D + d. Rows next to each other then lie next to each other
+in memory where D > 1, and a tile of several rows reads whole cache lines of either layout. Losses of rows meet in a partial sum a program
+and one sum of those: no atomics, the same bits every time. Nothing is read by the host.
+Formulas: ``custom_backprop/formulas/cross_entropy.py``.
 """
 
 from __future__ import annotations
@@ -232,8 +233,8 @@ def _nll_backward(
         tl.store(DX + first + place * x_class, dx.to(DX.dtype.element_ty), alive[:, None] & (place < classes))
 
 
-#: elements that a program holds of each of x, m, z, u and its sum: 16 a thread at 16 warps (the most that fit 64-wide warps too). Few and large
-#: programs: the fewer rows are under way, the more of each is still in the cache at its second reading
+#: elements of a block, of each of x, m, z, u and its sum: 16 a thread at 16 warps (the most that fit 64-wide warps too), and 8 in smaller
+#: ones. Few and large programs: the fewer rows are under way, the more of each is still in the cache at its second reading
 HELD = 8192
 
 
@@ -257,7 +258,7 @@ def _shape(x: Tensor) -> dict[str, Any]:
         "WIDE": extent >= 2**30,  # half of what int32 holds: the masked end of the last tile needs room too
         "ROWS": rows,
         "BLOCK": block,
-        "num_warps": min(max(rows * block // 512, 1), 16),
+        "num_warps": min(max(rows * block // 256, 1), 16),
     }
 
 
@@ -338,8 +339,12 @@ def _prepare(
     mean = reduction == MEAN
     total = _pick(None, target, weight, x.shape[1], x.dtype, reduction, ignore_index)[1] if mean and not probabilities else None
     kind = {
-        "PROBABILITIES": probabilities, "HAS_WEIGHT": weight is not None, "SMOOTHING": smoothing, "SHARE": smoothing / x.shape[1], "MEAN": mean,
-    }  # fmt: skip
+        "PROBABILITIES": probabilities,
+        "HAS_WEIGHT": weight is not None,
+        "SMOOTHING": smoothing,
+        "SHARE": smoothing / x.shape[1],
+        "MEAN": mean,
+    }
     return x, target, weight, total, kind
 
 

@@ -139,11 +139,10 @@ def _walk(
 
 
 def _classes(x: Tensor, target: Tensor, weight: Tensor | None, reduction: int, ignore_index: int) -> Tensor:
-    """The loss alone, without label smoothing: stock's two operators, chunk by chunk."""
+    """The loss alone, without label smoothing: by stock's two operators, chunk by chunk."""
+    if x.dtype not in HALF and x.numel() <= CHUNK:
+        return torch._C._nn.cross_entropy_loss(x, target, weight, reduction, ignore_index)
     step = _step(x)
-    if step >= x.shape[0]:
-        log_p = aten._log_softmax.default(widen(x), 1, False)
-        return _nll_forward(log_p, target, widen(weight), reduction, ignore_index)[0].to(x.dtype)
     scratch = torch.empty_like(x[:step], dtype=torch.float32 if x.dtype in HALF else x.dtype)
     parts = []
     for rows in (slice(i, i + step) for i in range(0, x.shape[0], step)):
@@ -164,10 +163,10 @@ def _forward(
         if keep == NOTHING:
             return _classes(x.contiguous(), target, weight, reduction, ignore_index), x.new_empty(0)
         if keep == GRADIENT and x.dim() == 2 and x.numel() <= SMALL and x.dtype not in HALF and x.is_contiguous():
-            log_p = aten._log_softmax.default(x, 1, False)
+            log_p = torch._log_softmax(x, 1, False)
             loss, total = aten.nll_loss_forward.default(log_p, target, weight, reduction, ignore_index)
             dlog_p = aten.nll_loss_backward.default(x.new_ones(()), log_p, target, weight, reduction, ignore_index, total)
-            return loss, aten._log_softmax_backward_data.default(dlog_p, log_p, 1, x.dtype)
+            return loss, torch._log_softmax_backward_data(dlog_p, log_p, 1, x.dtype)
     dense = x.contiguous()
     q = _Target(dense, target, weight, reduction, ignore_index, smoothing)
     kept = _kept(dense, keep)

@@ -18,11 +18,11 @@ Every case is a q, the sum of a soft part u over all classes and of a hard part 
     class probabilities y            u_c = w_c ((1 - s) y_c + s/C)  h = 0             dy_rc = dL_r w_c (1 - s) (lse_r - x_rc)
     target = ignore_index            u = 0                          h = 0
 
-**Reductions.** "sum" is Σ_r L_r: the gradient of each row's loss is dy_r = dy. "mean" divides by the weight of the rows, not by their count:
-(Σ_r L_r) / (Σ_r w_t), so dy_r = dy / Σ_r w_t (for probabilities: by the number of rows). If all are ignored that is 0/0: the loss is NaN, and
-dx is 0, as dy_r is taken as 0 where the row is ignored.
+**Reductions.** "sum" is Σ_r L_r: the gradient of each row's loss is dy_r = dy. "mean" divides by the weight of the rows, not by their
+count: (Σ_r L_r) / (Σ_r w_t), so dy_r = dy / Σ_r w_t (for probabilities: by the number of rows). If all rows are ignored that is 0/0: the
+loss is NaN, and dx is 0, as dy_r is taken as 0 where the row is ignored.
 
-A class outside [0, C) has the weight NaN, and so has its loss.
+A class outside [0, C) has the weight NaN, and so is its loss.
 """
 
 from __future__ import annotations

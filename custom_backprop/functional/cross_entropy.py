@@ -1,4 +1,7 @@
-"""``nll_loss`` and ``cross_entropy``, with the signatures of ``torch.nn.functional``. Derivations: :mod:`custom_backprop.formulas.cross_entropy`."""
+"""``nll_loss`` and ``cross_entropy``, with the signatures of ``torch.nn.functional``.
+
+Derivations: :mod:`custom_backprop.formulas.cross_entropy`.
+"""
 
 from __future__ import annotations
 
@@ -85,7 +88,8 @@ def cross_entropy(
         raise RuntimeError(f"Expected floating point type for target with class probabilities, got {target.dtype}")
     if ignore_index >= 0:
         raise RuntimeError(f"ignore_index is not supported for class probabilities, got {ignore_index}")
-    _check_weight("cross_entropy", input, weight)
+    if weight is not None:
+        _check_weight("cross_entropy", input, weight)
     input, target, weight = _same_dtype(input, target, weight)
     if weight is not None and weight.requires_grad:
         of_class = weight.view(-1, *[1] * (input.dim() - 2))
@@ -99,24 +103,31 @@ def _without_rows(input: Tensor) -> bool:
 
 
 def _check_classes(name: str, input: Tensor, target: Tensor, weight: Tensor | None) -> None:
-    shapes = f"{name}: a target of shape {tuple(target.shape)} does not fit an input of shape {tuple(input.shape)}"
-    if input.dim() == 1:
+    dims = input.dim()
+    if dims == 1:
         if target.numel() != 1 or target.dim() > 1:
-            raise ValueError(f"{shapes}: expected one class")
+            raise ValueError(f"{_misfit(name, input, target)}: expected one class")
     elif not target.dim() or target.shape[0] != input.shape[0]:
-        raise ValueError(f"{shapes}: the batch sizes differ")
-    elif target.shape[1:] != input.shape[2:]:
-        raise RuntimeError(f"{shapes}: expected ({', '.join(map(str, (input.shape[0], *input.shape[2:])))})")
-    if target.dtype != torch.int64 and (target.dtype != torch.uint8 or input.dim() > 2):
+        raise ValueError(f"{_misfit(name, input, target)}: the batch sizes differ")
+    elif target.dim() != dims - 1 or (dims > 2 and target.shape[1:] != input.shape[2:]):
+        raise RuntimeError(f"{_misfit(name, input, target)}: expected {(input.shape[0], *input.shape[2:])}")
+    if target.dtype != torch.int64 and (target.dtype != torch.uint8 or dims > 2):
         raise RuntimeError(f"{name}: expected classes in int64 or, for an input of at most two dimensions, uint8, got {target.dtype}")
-    _check_weight(name, input, weight)
-    if weight is not None and weight.requires_grad and torch.is_grad_enabled():
-        raise RuntimeError(f"{name}: is not differentiable with respect to the weight of classes, which requires grad")
+    if target.device != input.device:
+        raise RuntimeError(f"{name}: expected all tensors on one device, got {input.device} and {target.device}")
+    if weight is not None:
+        _check_weight(name, input, weight)
+        if weight.requires_grad and torch.is_grad_enabled():
+            raise RuntimeError(f"{name} is not differentiable with respect to the weight of classes, which requires grad")
 
 
-def _check_weight(name: str, input: Tensor, weight: Tensor | None) -> None:
+def _misfit(name: str, input: Tensor, target: Tensor) -> str:
+    return f"{name}: a target of shape {tuple(target.shape)} does not fit an input of shape {tuple(input.shape)}"
+
+
+def _check_weight(name: str, input: Tensor, weight: Tensor) -> None:
     classes = input.shape[0 if input.dim() == 1 else 1]
-    if weight is not None and weight.shape != (classes,):
+    if weight.shape != (classes,):
         raise RuntimeError(f"{name}: weight must have the shape ({classes},), one number a class, got {tuple(weight.shape)}")
 
 
@@ -124,10 +135,11 @@ def _by_rows(op: Callable[..., Tensor], input: Tensor, target: Tensor, weight: T
     """``op`` on (N, C) or (N, C, D): a single row is a batch of one, and d1, ..., dK are one dimension."""
     if target.dtype == torch.uint8:
         target = target.long()
-    if 1 < input.dim() <= 3:
+    dims = input.dim()
+    if dims == 2 or dims == 3:
         return op(input, target, weight, reduction, *options)
     probabilities = target.is_floating_point()
-    if input.dim() == 1:
+    if dims == 1:
         loss = op(input.unsqueeze(0), target.unsqueeze(0) if probabilities else target.reshape(1), weight, reduction, *options)
         return loss.squeeze(0) if loss.dim() else loss
     shape = input.shape[:1] + input.shape[2:]
