@@ -19,10 +19,6 @@ _CHUNK = 2**16
 _SMALL = 2**14
 
 
-def _forward(x: Tensor, weight: Tensor) -> Tensor:
-    return aten._prelu_kernel.default(x, formula.spread(weight, x))
-
-
 def _backward(dy: Tensor, x: Tensor, weight: Tensor, need_x: bool, need_weight: bool) -> tuple[Tensor, Tensor]:
     w = formula.spread(weight, x)
     if need_x and need_weight and x.numel() <= _SMALL:
@@ -58,7 +54,7 @@ def _fake_backward(dy: Tensor, x: Tensor, weight: Tensor, need_x: bool, need_wei
 forward = primitive(
     "prelu_forward(Tensor x, Tensor weight) -> Tensor",
     formula=formula.prelu,
-    aten=_forward,
+    aten=torch.prelu,
     triton=launcher("prelu", "forward"),
     fake=lambda x, weight: torch.empty_like(x),
 )
