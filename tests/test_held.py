@@ -109,6 +109,16 @@ def test_under_hooks_that_keep_what_was_saved():
     torch.testing.assert_close(packed[1], 2 * x.detach() / x.numel(), msg="another owner's tensor was written")
 
 
+def test_a_batch_of_gradients_of_the_loss(backend):
+    x = leaf()
+    dys = torch.tensor([1.0, 0.37, -2.0], dtype=x.dtype, device=DEVICE)
+    (grads,) = torch.autograd.grad(loss(x), x, dys, is_grads_batched=True)
+    torch.testing.assert_close(grads, dys[:, None, None] * 2 * x.detach() / x.numel())
+    y = loss(x)
+    grads = torch.vmap(lambda dy: torch.autograd.grad(y, x, dy)[0])(dys)
+    torch.testing.assert_close(grads, dys[:, None, None] * 2 * x.detach() / x.numel())
+
+
 def test_not_held_where_it_would_not_serve():
     x = leaf()
     assert holds(x, scalar=True)

@@ -91,8 +91,10 @@ def primitive(
         for a in args:
             if type(a) not in _PLAIN and isinstance(a, torch.Tensor):
                 return operator(*args)
-        if _batched(args[0]):  # is_grads_batched=True: a batch of gradients, which come first
-            return operator(*args)
+        if is_batched(
+            args[0]
+        ):  # a batch of gradients, which come first: by is_grads_batched, or by a torch.vmap that autograd does not know of
+            return operator(*args) if _legacy_batched(args[0]) else formula(*args)
         if args[0].is_cpu:
             return by_aten(*args) if selection._forced is None else on_cpu(*args)
         return on_cuda(*args) if args[0].is_cuda else operator(*args)
@@ -104,7 +106,12 @@ _PLAIN = frozenset({torch.Tensor, torch.nn.Parameter})
 _modes = torch._C._len_torch_dispatch_stack
 _functorch_active = torch._C._are_functorch_transforms_active
 _autocast_active = torch._C._is_any_autocast_enabled
-_batched = torch._C._functorch.is_legacy_batchedtensor
+_batched, _legacy_batched = torch._C._functorch.is_batchedtensor, torch._C._functorch.is_legacy_batchedtensor
+
+
+def is_batched(dy: torch.Tensor) -> bool:
+    """Whether ``dy`` is many gradients at once (``is_grads_batched=True``, torch.vmap over a backward), which no kernel can read."""
+    return _legacy_batched(dy) or _batched(dy)
 
 
 def launcher(family: str, name: str) -> Callable[..., Any]:

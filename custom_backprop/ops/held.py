@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 from torch.autograd import forward_ad
 
+from ..backends.library import is_batched
 from ..backends.scale import scale, scale_
 
 _keeps_graph = torch._C._autograd._get_current_graph_task_keep_graph
@@ -32,9 +33,13 @@ def release(grad: Tensor, dy: Tensor) -> Tensor:
     """dy times the gradient held since forward.
 
     A graph that is freed after this backward will not ask for the held tensor again: it becomes the result. A retained graph keeps it as
-    it is, so that the next backward gives the same bits.
+    it is, so that the next backward gives the same bits; and a batch of dy asks for as many results.
     """
-    if torch.compiler.is_compiling() or _keeps_graph():
+    if torch.compiler.is_compiling():
+        return scale(grad, dy)
+    if is_batched(dy):
+        return grad * dy
+    if _keeps_graph():
         return scale(grad, dy)
     scale_(grad, dy)
     return grad

@@ -13,8 +13,11 @@ from ..formulas.activation import ACTIVATIONS
 from .function import differentiable
 
 
-def check(x: Tensor) -> None:
-    """Raises NotImplementedError for complex numbers. Shapes and dtypes that do not fit are refused where the product is made."""
+def check(x: Tensor, weight: Tensor, bias: Tensor | None) -> None:
+    """Raises TypeError for what is no tensor, NotImplementedError for complex numbers. The product refuses what does not fit."""
+    if not (isinstance(x, Tensor) and isinstance(weight, Tensor) and (bias is None or isinstance(bias, Tensor))):
+        got = ", ".join(type(a).__name__ for a in (x, weight, bias))
+        raise TypeError(f"linear: input and weight must be Tensors, and bias a Tensor or None, not {got}")
     if x.is_complex():
         raise NotImplementedError(f"linear has no complex derivative here: got a tensor of {x.dtype}")
 
@@ -24,7 +27,7 @@ class Linear:
 
     @staticmethod
     def forward(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-        check(x)
+        check(x, weight, bias)
         return primitives.forward(x, weight, bias)
 
     @staticmethod
@@ -59,7 +62,7 @@ class OfInput:
 
     @staticmethod
     def forward(x: Tensor, weight: Tensor, bias: Tensor | None, activation: str, parameters: tuple[float, ...]) -> tuple[Tensor, Tensor]:
-        check(x)
+        check(x, weight, bias)
         return primitives.activation_forward(x, weight, bias, activation, parameters)
 
     @staticmethod
@@ -82,7 +85,7 @@ class OfOutput:
 
     @staticmethod
     def forward(x: Tensor, weight: Tensor, bias: Tensor | None, activation: str, parameters: tuple[float, ...]) -> Tensor:
-        check(x)
+        check(x, weight, bias)
         return primitives.activation_forward(x, weight, bias, activation, parameters)[0]
 
     @staticmethod

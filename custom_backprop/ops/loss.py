@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ..backends.library import is_batched
 from ..backends.loss import primitives
 from ..formulas.loss import LOSSES, NONE, Loss
 from .function import differentiable
@@ -43,7 +44,7 @@ def _definition(loss: Loss) -> type:
                 return (None,) * 4 + no_gradients
             *tensors, held = ctx.saved_tensors
             needs = ctx.needs_input_grad[:4]
-            if torch.is_grad_enabled() or _batched(dy):
+            if torch.is_grad_enabled() or (not torch.compiler.is_compiling() and is_batched(dy)):
                 return *_wanted(needs, loss.backward(dy, *tensors, ctx.reduction, needs, *ctx.parameters)), *no_gradients
             if held is None:
                 return *_wanted(needs, run_backward(dy, *tensors, ctx.reduction, needs, *ctx.parameters)), *no_gradients
@@ -66,13 +67,6 @@ def _definition(loss: Loss) -> type:
 
 def _wanted(needs: tuple[bool, ...], grads: tuple[Tensor, ...]) -> tuple[Tensor | None, ...]:
     return tuple(g if need else None for g, need in zip(grads, needs, strict=True))
-
-
-def _batched(dy: Tensor) -> bool:
-    """Whether ``dy`` is many gradients at once (torch.vmap, ``is_grads_batched``): no kernel can read it, no held gradient become it."""
-    if torch.compiler.is_compiling():
-        return False
-    return torch._C._functorch.is_batchedtensor(dy) or torch._C._functorch.is_legacy_batchedtensor(dy)
 
 
 def _function(loss: Loss, composed: bool) -> Callable[..., Any]:
