@@ -330,3 +330,10 @@ def test_the_list_is_complete():
     assert set(promised) <= set(functional.__all__)
     modules = {m.lower() for m in nn.__all__}
     assert {p.replace("_", "") for p in promised} <= modules
+
+
+def test_small_gradients_keep_their_digits(backend):
+    """tanhshrink' is about x² near 0: a tanh that is only as exact as its largest value would lose it."""
+    x = torch.logspace(-4, 0, 9, dtype=torch.float32, device=DEVICE).requires_grad_()
+    (grad,) = torch.autograd.grad(functional.tanhshrink(x), x, torch.ones_like(x))
+    torch.testing.assert_close(grad.double(), x.detach().double().tanh().square(), rtol=1e-6, atol=0)
