@@ -59,13 +59,14 @@ def _nll(
 
 
 @triton.jit
-def _tile(rows, inner, outer_stride, inner_stride, WIDE: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr):
-    """(row numbers, which exist, offsets of their first class, columns of a block)."""
-    row = tl.program_id(0).to(tl.int64 if WIDE else tl.int32) * ROWS + tl.arange(0, ROWS)
-    alive = row < rows
-    inside = tl.minimum(row, rows - 1)  # what is past the end reads the last row again, and is not stored
-    first = inside // inner * outer_stride + inside % inner * inner_stride
-    return row, alive, first[:, None], tl.arange(0, BLOCK).to(row.dtype)[None, :]
+def _tile(inner, outer_stride, inner_stride, WIDE: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr):
+    """(row numbers, which exist, offsets of their first class, columns of a block): ROWS rows of one n."""
+    program = tl.program_id(0).to(tl.int64 if WIDE else tl.int32)
+    tiles = tl.cdiv(inner, ROWS)
+    n = program // tiles
+    d = program % tiles * ROWS + tl.arange(0, ROWS)
+    first = n * outer_stride + d * inner_stride
+    return n * inner + d, d < inner, first[:, None], tl.arange(0, BLOCK).to(d.dtype)[None, :]
 
 
 @triton.jit
@@ -82,7 +83,7 @@ def _share(DY, TOTAL, row, alive, rows, PER_ROW: tl.constexpr, MEAN: tl.constexp
 
 
 @triton.jit
-def _soft(TARGET, WEIGHT, column, mask, x_class, PROBABILITIES: tl.constexpr, HAS_WEIGHT: tl.constexpr, SMOOTHING: tl.constexpr,
+def _soft(TARGET, WEIGHT, column, mask, classes, x_class, PROBABILITIES: tl.constexpr, HAS_WEIGHT: tl.constexpr, SMOOTHING: tl.constexpr,
           SHARE: tl.constexpr, dtype: tl.constexpr):  # fmt: skip
     """u of a block, 0 past its end; SHARE is s / C."""
     if PROBABILITIES:
@@ -90,7 +91,7 @@ def _soft(TARGET, WEIGHT, column, mask, x_class, PROBABILITIES: tl.constexpr, HA
     else:
         u = tl.full(column.shape, SHARE, dtype)
     if HAS_WEIGHT:
-        u *= tl.load(WEIGHT + column, mask, other=0.0).to(dtype)
+        u *= tl.load(WEIGHT + column, column < classes, other=0.0).to(dtype)
     return tl.where(mask, u, 0.0)
 
 
@@ -106,7 +107,7 @@ def _forward(
     The second reading begins with what the first read last, which is what the cache still holds of rows that are larger than their share.
     """
     SOFT: tl.constexpr = PROBABILITIES or SMOOTHING > 0
-    row, alive, first, column = _tile(rows, inner, x_outer, x_inner, WIDE, ROWS, BLOCK)
+    row, alive, first, column = _tile(inner, x_outer, x_inner, WIDE, ROWS, BLOCK)
     X += first
     Q = TARGET + first if PROBABILITIES else TARGET
     # m and z of each lane by itself, so that no iteration waits for another warp. m starts at the lowest finite number, not at -inf, and
@@ -117,12 +118,13 @@ def _forward(
     total = tl.zeros((ROWS, BLOCK), dtype)
     for start in range(0, classes, BLOCK):
         place = start + column
-        x = tl.load(X + place * x_class, place < classes, other=float("-inf")).to(dtype)
+        mask = alive[:, None] & (place < classes)
+        x = tl.load(X + place * x_class, mask, other=float("-inf")).to(dtype)
         e = tl.exp(-tl.abs(x - m))
         z = tl.where(x > m, z * e + 1, z + e)
         m = tl.maximum(m, x)
         if SOFT:
-            total += _soft(Q, WEIGHT, place, place < classes, x_class, PROBABILITIES, HAS_WEIGHT, SMOOTHING, SHARE, dtype)
+            total += _soft(Q, WEIGHT, place, mask, classes, x_class, PROBABILITIES, HAS_WEIGHT, SMOOTHING, SHARE, dtype)
     lane = m
     m = tl.max(lane, 1)
     log_z = tl.log(tl.sum(z * tl.exp(lane - m[:, None]), 1))
@@ -147,17 +149,17 @@ def _forward(
         last = tl.cdiv(classes, BLOCK) * BLOCK - BLOCK
         for back in range(0, classes, BLOCK):
             place = last - back + column
-            mask = place < classes
+            mask = alive[:, None] & (place < classes)
             x = tl.load(X + place * x_class, mask, other=0.0).to(dtype)
             log_p = x - m[:, None] - log_z[:, None]
             q = tl.where(place == chosen[:, None], hard[:, None], 0.0)
             if SOFT:
-                u = _soft(Q, WEIGHT, place, mask, x_class, PROBABILITIES, HAS_WEIGHT, SMOOTHING, SHARE, dtype)
+                u = _soft(Q, WEIGHT, place, mask, classes, x_class, PROBABILITIES, HAS_WEIGHT, SMOOTHING, SHARE, dtype)
                 soft_loss -= tl.where(mask, u * log_p, 0.0)
                 q += u
             if NEED_DX:
                 dx = tl.where(counted[:, None], share[:, None] * (tl.exp(log_p) * mass - q), 0.0)
-                tl.store(DX + first + place * x_class, dx.to(DX.dtype.element_ty), alive[:, None] & mask)
+                tl.store(DX + first + place * x_class, dx.to(DX.dtype.element_ty), mask)
         loss += tl.sum(soft_loss, 1)
     loss = tl.where(counted, loss, 0.0)
     if REDUCE:
@@ -175,7 +177,7 @@ def _backward(
 ):  # fmt: skip
     """The same tiles, from x and the statistics of its rows."""
     SOFT: tl.constexpr = PROBABILITIES or SMOOTHING > 0
-    row, alive, first, column = _tile(rows, inner, x_outer, x_inner, WIDE, ROWS, BLOCK)
+    row, alive, first, column = _tile(inner, x_outer, x_inner, WIDE, ROWS, BLOCK)
     X += first
     Q = TARGET + first if PROBABILITIES else TARGET
     m, log_z = tl.load(LARGEST + row, alive, other=0.0)[:, None], tl.load(LOG_SUM + row, alive, other=0.0)[:, None]
@@ -193,24 +195,24 @@ def _backward(
         total = tl.zeros((ROWS, BLOCK), dtype)
         for start in range(0, classes, BLOCK):
             place = start + column
-            total += _soft(Q, WEIGHT, place, place < classes, x_class, PROBABILITIES, HAS_WEIGHT, SMOOTHING, SHARE, dtype)
+            mask = alive[:, None] & (place < classes)
+            total += _soft(Q, WEIGHT, place, mask, classes, x_class, PROBABILITIES, HAS_WEIGHT, SMOOTHING, SHARE, dtype)
         mass += tl.sum(total, 1)
     for start in range(0, classes, BLOCK):
         place = start + column
-        mask = place < classes
-        inside = alive[:, None] & mask
+        mask = alive[:, None] & (place < classes)
         log_p = tl.load(X + place * x_class, mask, other=0.0).to(dtype) - m - log_z
         if NEED_DX:
             q = tl.where(place == chosen, hard, 0.0)
             if SOFT:
-                q += _soft(Q, WEIGHT, place, mask, x_class, PROBABILITIES, HAS_WEIGHT, SMOOTHING, SHARE, dtype)
+                q += _soft(Q, WEIGHT, place, mask, classes, x_class, PROBABILITIES, HAS_WEIGHT, SMOOTHING, SHARE, dtype)
             dx = tl.where(counted[:, None], dy * (tl.exp(log_p) * mass[:, None] - q), 0.0)
-            tl.store(DX + first + place * x_class, dx.to(DX.dtype.element_ty), inside)
+            tl.store(DX + first + place * x_class, dx.to(DX.dtype.element_ty), mask)
         if NEED_DTARGET:
             dt = dy * (SMOOTHING - 1) * log_p
             if HAS_WEIGHT:
-                dt *= tl.load(WEIGHT + place, mask, other=0.0).to(dtype)
-            tl.store(DTARGET + first + place * x_class, dt.to(DTARGET.dtype.element_ty), inside)
+                dt *= tl.load(WEIGHT + place, place < classes, other=0.0).to(dtype)
+            tl.store(DTARGET + first + place * x_class, dt.to(DTARGET.dtype.element_ty), mask)
 
 
 @triton.jit
@@ -220,7 +222,7 @@ def _nll_backward(
     WIDE: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     """dx = -w_t dy where c = t, 0 elsewhere: ROWS rows a program."""
-    row, alive, first, column = _tile(rows, inner, x_outer, x_inner, WIDE, ROWS, BLOCK)
+    row, alive, first, column = _tile(inner, x_outer, x_inner, WIDE, ROWS, BLOCK)
     t, valid, counted, w = _class(TARGET, WEIGHT, row, alive, classes, ignore_index, HAS_WEIGHT, dtype)
     dy = _share(DY, TOTAL, row, alive, rows, PER_ROW, MEAN, False, dtype)
     hard = tl.where(counted, -w * dy, 0.0)
@@ -237,22 +239,23 @@ def _nll_backward(
 #: ones. Few and large programs: the fewer rows are under way, the more of each is still in the cache at its second reading
 HELD = 8192
 
+#: the same where rows lie side by side and each element needs an address of its own
+SIDE_BY_SIDE = 2048
+
 
 def _view(x: Tensor) -> Tensor:
-    """(N, C) as (N, C, 1)."""
-    return x if x.dim() == 3 else x.unsqueeze(2)
+    """x as (outer, C, inner): (N, C) is (1, C, N)."""
+    return x if x.dim() == 3 else x.t().unsqueeze(0)
 
 
 def _shape(x: Tensor) -> dict[str, Any]:
     """The kernels' WIDE, ROWS and BLOCK, and the options of the launch, by shape and layout alone."""
-    n, classes, inner = x.shape
-    wide_type = x.dtype == torch.float64
-    held = HELD // 2 if wide_type else HELD
-    block = next_power_of_2(classes)
-    # short rows: 1024 elements a program. Side by side: enough of them to fill a cache line of 128 bytes
-    side_by_side = inner if inner > 1 else n if x.stride(0) < x.stride(1) else 1
-    rows = max(1024 // block, min(next_power_of_2(side_by_side), 128 // x.dtype.itemsize))
-    block = min(block, max(held // rows, 1))
+    _, classes, inner = x.shape
+    last = x.stride(1) <= x.stride(2)
+    held = (HELD if last else SIDE_BY_SIDE) * 4 // max(x.dtype.itemsize, 4)
+    block = min(next_power_of_2(classes), held)
+    rows = min(max(1024 // block, 1) if last else 64, next_power_of_2(max(inner, 1)))
+    block = min(block, held // rows)
     extent = sum((size - 1) * stride for size, stride in zip(x.shape, x.stride(), strict=True))
     return {
         "WIDE": extent >= 2**30,  # half of what int32 holds: the masked end of the last tile needs room too
@@ -262,13 +265,16 @@ def _shape(x: Tensor) -> dict[str, Any]:
     }
 
 
+def _programs(x: Tensor) -> int:
+    return x.shape[0] * cdiv(x.shape[2], _shape(x)["ROWS"])
+
+
 def _run(kernel: Any, x: Tensor, before: tuple[Any, ...], ignore_index: int, **constexprs: Any) -> None:
-    """One of the kernels that take tiles of x, a dense (N, C, D)."""
-    n, classes, inner = x.shape
-    tile = _shape(x)
+    """One of the kernels that take tiles of x, a dense (outer, C, inner)."""
+    outer, classes, inner = x.shape
     launch(
-        kernel, cdiv(n * inner, tile["ROWS"]), *before, n * inner, classes, inner, *x.stride(), ignore_index,
-        **constexprs, dtype=_dtype(x), **tile,
+        kernel, _programs(x), *before, outer * inner, classes, inner, *x.stride(), ignore_index,
+        **constexprs, dtype=_dtype(x), **_shape(x),
     )  # fmt: skip
 
 
@@ -294,7 +300,7 @@ def _pick(
 ) -> Any:
     """(losses of the rows or their sum, Σ w_t for a mean) of nll_loss; of ``x`` None the second alone."""
     rows = target.numel()
-    inner = target.shape[1] if target.dim() == 2 else 1
+    inner = target.shape[-1]
     wide = accumulator(dtype)
     programs = cdiv(rows, PICKED)
     loss = target.new_empty(target.shape, dtype=dtype) if reduction == NONE else target.new_empty(programs, dtype=wide)
@@ -358,7 +364,7 @@ def forward(
     dx = torch.empty_like(x) if keep == GRADIENT else None
     statistics = x.new_empty((2, *shape), dtype=wide) if keep == STATISTICS else None
     v = _view(x)
-    partial = None if reduction == NONE else x.new_empty(cdiv(v.shape[0] * v.shape[2], _shape(v)["ROWS"]), dtype=wide)
+    partial = None if reduction == NONE else x.new_empty(_programs(v), dtype=wide)
     loss = x.new_empty(shape) if partial is None else partial
     m, log_sum = (None, None) if statistics is None else statistics
     _run(

@@ -6,6 +6,8 @@ the gradient both. Memory sees one reading of x and one writing of dx, and no lo
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
@@ -21,7 +23,7 @@ aten = torch.ops.aten
 CHUNK = 2**19
 
 #: up to so many elements a call costs more than a pass, and the fewest calls are stock's own four
-SMALL = 2**14
+SMALL = 2**16
 
 
 def _nll_forward(x: Tensor, target: Tensor, weight: Tensor | None, reduction: int, ignore_index: int) -> tuple[Tensor, Tensor]:
@@ -55,7 +57,7 @@ class _Target:
         _check(self.index, x)
         w = self.counted.to(wide) if weight is None else torch.where(self.counted, weight.to(wide)[self.index], 0)
         self.hard = (1 - smoothing) * w if smoothing > 0 else w
-        self.uniform = self.counted.to(wide) * (smoothing / x.shape[1]) if smoothing > 0 else None
+        self.uniform: Any = self.counted.to(wide) * (smoothing / x.shape[1]) if smoothing > 0 else None
         self.total = w.sum() if reduction == MEAN else 1
 
     def shares(self, dy: Tensor) -> Tensor:
@@ -78,9 +80,10 @@ class _Target:
 def _check(index: Tensor, x: Tensor) -> None:
     """Raises IndexError on a CPU, as stock does. On a GPU that would wait for it."""
     if index.device.type == "cpu" and index.numel():
-        for t in torch.aminmax(index):
+        for bound in torch.aminmax(index):
+            t = bound.item()
             if not 0 <= t < x.shape[1]:
-                raise IndexError(f"Target {t.item()} is out of bounds for {x.shape[1]} classes.")
+                raise IndexError(f"Target {t} is out of bounds for {x.shape[1]} classes.")
 
 
 def _step(x: Tensor) -> int:
@@ -109,6 +112,8 @@ def _walk(
         z = widen(x[rows])
         p = softmax(z, 1, False, out=dx[rows] if scratch is None else scratch[: len(z)])  # type: ignore[index]
         u = q.soft(rows).expand_as(z) if q.is_soft else None
+        hard: Any
+        index: Any
         hard, index = (None, None) if q.probabilities else (q.hard[rows], q.index[rows])
         if losses is not None:
             # the largest probability of a row is e^0 / Σ e^(x - m): its logarithm is exact where that of a small p_t is not
@@ -120,28 +125,29 @@ def _walk(
                 losses[rows] -= (u * p).sum(1, keepdim=True)
             if statistics is not None:
                 statistics[0, rows], statistics[1, rows] = m.squeeze(1), log_sum.squeeze(1)
-        k = dy[rows] if rowwise else dy
+        k: Any = dy[rows] if rowwise else dy  # type: ignore[index]
         if dtarget is not None:
             torch.mul(p, k * (q.smoothing - 1) if q.weight is None else k * (q.smoothing - 1) * q.weight, out=dtarget[rows])
         if dx is None:
             continue
         if by_logarithm:
             p.exp_()
+        k_hard = None if hard is None else k * hard
         if u is None:
-            p.mul_(k * hard)
+            p.mul_(k_hard)
         else:
-            total = u.sum(1, keepdim=True)
-            p.mul_(k * (total if hard is None else total + hard)).sub_(u * k)
-        if hard is not None:
-            p.scatter_add_(1, index, -k * hard)
+            total = k * u.sum(1, keepdim=True)
+            p.mul_(total if k_hard is None else total + k_hard).sub_(u * k)
+        if k_hard is not None:
+            p.scatter_add_(1, index, -k_hard)
         if scratch is not None:
             dx[rows] = p
 
 
 def _classes(x: Tensor, target: Tensor, weight: Tensor | None, reduction: int, ignore_index: int) -> Tensor:
     """The loss alone, without label smoothing: by stock's two operators, chunk by chunk."""
-    if x.dtype not in HALF and x.numel() <= CHUNK:
-        return torch._C._nn.cross_entropy_loss(x, target, weight, reduction, ignore_index)
+    if x.dtype not in HALF and x.numel() <= 2 * CHUNK:
+        return torch._C._nn.cross_entropy_loss(x, target, weight, reduction, ignore_index)  # type: ignore[arg-type]
     step = _step(x)
     scratch = torch.empty_like(x[:step], dtype=torch.float32 if x.dtype in HALF else x.dtype)
     parts = []

@@ -166,5 +166,5 @@ def jvp(
     """tL = Σ_r dy_r (Σ_c dL_r/dx_rc tx_rc + Σ_c dL_r/dq_rc tq_rc), with dy_r of a dy = 1."""
     one = torch.ones_like(x.select(1, 0) if reduction == NONE else x.sum())
     dx, dtarget = backward(one, x, target, weight, one, reduction, ignore_index, smoothing, tx is not None, tt is not None)
-    terms = sum(d * t for d, t in ((dx, tx), (dtarget, tt)) if t is not None).sum(1)
+    terms = torch.stack([(d * t).sum(1) for d, t in ((dx, tx), (dtarget, tt)) if t is not None]).sum(0)
     return terms if reduction == NONE else terms.sum()

@@ -21,8 +21,7 @@ def _check_dtype(name: str, x: Tensor, weight: Tensor | None) -> None:
         raise RuntimeError(f"{name}: expected a weight of the dtype of the input, {x.dtype}, got {weight.dtype}")
 
 
-@differentiable(autocast_cpu="float32", autocast_cuda="float32")
-class _nll_loss:
+class NLLLoss:
     """L_r = -w_t x_rt;  dx_rc = -w_t dy_r [c = t]."""
 
     @staticmethod
@@ -43,8 +42,9 @@ class _nll_loss:
     def backward(ctx: Any, dy: Tensor | None, _: None) -> Any:
         if dy is None:
             return (None,) * 5
+        x, target, weight, total = ctx.saved_tensors
         run = formula.nll_backward if torch.is_grad_enabled() else primitives.nll_backward
-        return run(dy, *ctx.saved_tensors, ctx.reduction, ctx.ignore_index), None, None, None, None
+        return run(dy, x, target, weight, total, ctx.reduction, ctx.ignore_index), None, None, None, None
 
     @staticmethod
     def jvp(ctx: Any, tx: Tensor, *_: None) -> Any:
@@ -52,8 +52,7 @@ class _nll_loss:
         return formula.nll_forward(tx, target, weight, ctx.reduction, ctx.ignore_index)[0], None
 
 
-@differentiable(autocast_cpu="float32", autocast_cuda="float32")
-class _cross_entropy:
+class CrossEntropy:
     """L_r = Σ_c q_rc (lse_r - x_rc);  dx = dy (p Q - q)."""
 
     @staticmethod
@@ -65,7 +64,7 @@ class _cross_entropy:
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
-        x, target, weight, *ctx.options, ctx.keep = inputs
+        x, target, weight, ctx.reduction, ctx.ignore_index, ctx.smoothing, ctx.keep = inputs
         kept = output[1]
         ctx.mark_non_differentiable(kept)
         ctx.set_materialize_grads(False)
@@ -81,12 +80,17 @@ class _cross_entropy:
         if ctx.keep == GRADIENT and not torch.is_grad_enabled():
             return release(kept, dy), None, None, None, None, None, None
         run = formula.backward if torch.is_grad_enabled() else primitives.backward
-        dx, dtarget = run(dy, x, target, weight, kept, *ctx.options, need_x, need_target)
+        dx, dtarget = run(dy, x, target, weight, kept, ctx.reduction, ctx.ignore_index, ctx.smoothing, need_x, need_target)
         return dx if need_x else None, dtarget if need_target else None, None, None, None, None, None
 
     @staticmethod
     def jvp(ctx: Any, tx: Tensor | None, ttarget: Tensor | None, *_: None) -> Any:
-        return formula.jvp(*ctx.saved_tensors, *ctx.options, tx, ttarget), None
+        x, target, weight = ctx.saved_tensors
+        return formula.jvp(x, target, weight, ctx.reduction, ctx.ignore_index, ctx.smoothing, tx, ttarget), None
+
+
+_nll_loss = differentiable(autocast_cpu="float32", autocast_cuda="float32")(NLLLoss)
+_cross_entropy = differentiable(autocast_cpu="float32", autocast_cuda="float32")(CrossEntropy)
 
 
 def nll_loss(x: Tensor, target: Tensor, weight: Tensor | None, reduction: int, ignore_index: int) -> Tensor:

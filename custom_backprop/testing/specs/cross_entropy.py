@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 
 import torch
 import torch.nn.functional as F
@@ -12,6 +12,7 @@ from ... import functional, nn
 from ..spec import Make, OpSpec, Sample
 
 SIZES = {"small": (64, 64), "medium": (256, 256), "large": (1024, 32000)}
+NLL_SIZES = {"small": (64, 64), "medium": (4096, 16), "large": (2**18, 32)}  # many rows: forward reads one number of each
 
 
 def _classes(make: Make, *shape: int, high: int) -> Tensor:
@@ -46,9 +47,12 @@ def _samples(make: Make) -> Iterator[Sample]:
     yield Sample((make.tensor(0, 3), make.index(0, high=3)), {"reduction": "sum"}, name="no rows")
 
 
-def _large(make: Make, size: str) -> Sample:
-    rows, classes = SIZES[size]
-    return Sample((make.tensor(rows, classes), make.index(rows, high=classes)))
+def _large(sizes: dict[str, tuple[int, int]]) -> Callable[[Make, str], Sample]:
+    def large(make: Make, size: str) -> Sample:
+        rows, classes = sizes[size]
+        return Sample((make.tensor(rows, classes), make.index(rows, high=classes)))
+
+    return large
 
 
 def _inputs(make: Make) -> tuple[Tensor, Tensor]:
@@ -63,7 +67,7 @@ SPECS = [
         function=functional.nll_loss,
         reference=F.nll_loss,
         samples=_nll_samples,
-        large=_large,
+        large=_large(NLL_SIZES),
         module=(nn.NLLLoss, torch.nn.NLLLoss, {"reduction": "sum"}, _inputs),
     ),
     OpSpec(
@@ -73,7 +77,7 @@ SPECS = [
         function=functional.cross_entropy,
         reference=F.cross_entropy,
         samples=_samples,
-        large=_large,
+        large=_large(SIZES),
         module=(nn.CrossEntropyLoss, torch.nn.CrossEntropyLoss, {"label_smoothing": 0.1}, _inputs),
     ),
 ]
