@@ -235,8 +235,8 @@ def _nll_backward(
         tl.store(DX + first + place * x_class, dx.to(DX.dtype.element_ty), alive[:, None] & (place < classes))
 
 
-#: elements of a block, of each of x, m, z, u and its sum: 16 a thread at 16 warps (the most that fit 64-wide warps too), and 8 in smaller
-#: ones. Few and large programs: the fewer rows are under way, the more of each is still in the cache at its second reading
+#: elements of a block, of each of x, m, z, u and its sum. Few and large programs: the fewer rows are under way, the more of each is still
+#: in the cache at its second reading
 HELD = 8192
 
 #: the same where rows lie side by side and each element needs an address of its own
@@ -261,7 +261,9 @@ def _shape(x: Tensor) -> dict[str, Any]:
         "WIDE": extent >= 2**30,  # half of what int32 holds: the masked end of the last tile needs room too
         "ROWS": rows,
         "BLOCK": block,
-        "num_warps": min(max(rows * block // 256, 1), 16),
+        "num_warps": min(
+            max(rows * block // 256, 1), 8
+        ),  # 32 elements a thread at most: at 16 warps ptxas spills to reach a higher occupancy
     }
 
 
@@ -309,7 +311,7 @@ def _pick(
         _nll, programs, x, target, weight, None if x is None else loss, total, rows, classes, inner,
         *((0, 0, 0) if x is None else _view(x).stride()), ignore_index,
         HAS_X=x is not None, HAS_WEIGHT=weight is not None, REDUCE=reduction != NONE, HAS_TOTAL=total is not None,
-        dtype=tl.float64 if wide == torch.float64 else tl.float32, ROWS=PICKED,
+        dtype=tl.float64 if wide == torch.float64 else tl.float32, ROWS=PICKED, num_warps=8 if wide == torch.float64 else 4,
     )  # fmt: skip
     return loss if reduction == NONE or x is None else _sum(loss), None if total is None else _sum(total)
 

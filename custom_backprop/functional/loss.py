@@ -121,7 +121,7 @@ def binary_cross_entropy(
         )
     if not input.is_floating_point():
         return torch.nn.functional.binary_cross_entropy(input, target, weight, reduction=reduction)
-    if torch.is_autocast_enabled(input.device.type):
+    if torch.amp.is_autocast_available(input.device.type) and torch.is_autocast_enabled(input.device.type):
         if input.is_cuda:
             raise RuntimeError("binary_cross_entropy is unsafe to autocast: use binary_cross_entropy_with_logits, or disable autocast")
     elif any(a is not None and a.dtype != input.dtype for a in (target, weight)):
