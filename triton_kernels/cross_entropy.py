@@ -40,10 +40,11 @@ def _class(TARGET, WEIGHT, row, alive, classes, ignore_index, HAS_WEIGHT: tl.con
 @triton.jit
 def _nll(
     X, TARGET, WEIGHT, LOSS, TOTAL, rows, classes, inner, x_outer, x_class, x_inner, ignore_index,
-    HAS_X: tl.constexpr, HAS_WEIGHT: tl.constexpr, REDUCE: tl.constexpr, HAS_TOTAL: tl.constexpr, dtype: tl.constexpr, ROWS: tl.constexpr,
+    HAS_X: tl.constexpr, HAS_WEIGHT: tl.constexpr, REDUCE: tl.constexpr, HAS_TOTAL: tl.constexpr, dtype: tl.constexpr,
+    WIDE: tl.constexpr, ROWS: tl.constexpr,
 ):  # fmt: skip
     """ROWS rows a program: -w_t x_t of each, or their sum, and the sum of w_t."""
-    program = tl.program_id(0).to(tl.int64)
+    program = tl.program_id(0).to(tl.int64 if WIDE else tl.int32)
     row = program * ROWS + tl.arange(0, ROWS)
     alive = row < rows
     t, valid, counted, w = _class(TARGET, WEIGHT, row, alive, classes, ignore_index, HAS_WEIGHT, dtype)
@@ -248,35 +249,34 @@ def _view(x: Tensor) -> Tensor:
     return x if x.dim() == 3 else x.t().unsqueeze(0)
 
 
-def _shape(x: Tensor) -> dict[str, Any]:
-    """The kernels' WIDE, ROWS and BLOCK, and the options of the launch, by shape and layout alone."""
+def _shape(x: Tensor, soft: bool) -> dict[str, Any]:
+    """The kernels' WIDE, ROWS and BLOCK, and the options of the launch, by shape and layout alone, and by whether q has a soft part."""
     _, classes, inner = x.shape
     last = x.stride(1) <= x.stride(2)
-    held = (HELD if last else SIDE_BY_SIDE) * 4 // max(x.dtype.itemsize, 4)
+    words = max(x.dtype.itemsize // 4, 1)
+    held = (HELD // (1 + soft) if last else SIDE_BY_SIDE) // words
     block = min(next_power_of_2(classes), held)
     rows = min(max(1024 // block, 1) if last else 64, next_power_of_2(max(inner, 1)))
     block = min(block, held // rows)
-    extent = sum((size - 1) * stride for size, stride in zip(x.shape, x.stride(), strict=True))
-    return {
-        "WIDE": extent >= 2**30,  # half of what int32 holds: the masked end of the last tile needs room too
-        "ROWS": rows,
-        "BLOCK": block,
-        "num_warps": min(
-            max(rows * block // 256, 1), 8
-        ),  # 32 elements a thread at most: at 16 warps ptxas spills to reach a higher occupancy
-    }
+    # 8 warps at most: at 16 ptxas spills a few registers to fit two programs on a multiprocessor
+    return {"WIDE": _wide(x), "ROWS": rows, "BLOCK": block, "num_warps": min(max(rows * block * words // 256, 1), 8)}
 
 
-def _programs(x: Tensor) -> int:
-    return x.shape[0] * cdiv(x.shape[2], _shape(x)["ROWS"])
+def _wide(x: Tensor) -> bool:
+    """Whether offsets need int64: half of what int32 holds, as the masked end of the last tile needs room too."""
+    return sum((size - 1) * stride for size, stride in zip(x.shape, x.stride(), strict=True)) >= 2**30
 
 
-def _run(kernel: Any, x: Tensor, before: tuple[Any, ...], ignore_index: int, **constexprs: Any) -> None:
+def _programs(x: Tensor, soft: bool) -> int:
+    return x.shape[0] * cdiv(x.shape[2], _shape(x, soft)["ROWS"])
+
+
+def _run(kernel: Any, x: Tensor, before: tuple[Any, ...], ignore_index: int, soft: bool, **constexprs: Any) -> None:
     """One of the kernels that take tiles of x, a dense (outer, C, inner)."""
     outer, classes, inner = x.shape
     launch(
-        kernel, _programs(x), *before, outer * inner, classes, inner, *x.stride(), ignore_index,
-        **constexprs, dtype=_dtype(x), **_shape(x),
+        kernel, _programs(x, soft), *before, outer * inner, classes, inner, *x.stride(), ignore_index,
+        **constexprs, dtype=_dtype(x), **_shape(x, soft),
     )  # fmt: skip
 
 
@@ -311,7 +311,7 @@ def _pick(
         _nll, programs, x, target, weight, None if x is None else loss, total, rows, classes, inner,
         *((0, 0, 0) if x is None else _view(x).stride()), ignore_index,
         HAS_X=x is not None, HAS_WEIGHT=weight is not None, REDUCE=reduction != NONE, HAS_TOTAL=total is not None,
-        dtype=tl.float64 if wide == torch.float64 else tl.float32, ROWS=PICKED, num_warps=8 if wide == torch.float64 else 4,
+        dtype=tl.float64 if wide == torch.float64 else tl.float32, WIDE=rows >= 2**30 or (x is not None and _wide(x)), ROWS=PICKED,
     )  # fmt: skip
     return loss if reduction == NONE or x is None else _sum(loss), None if total is None else _sum(total)
 
@@ -330,9 +330,8 @@ def nll_backward(dy: Tensor, x: Tensor, target: Tensor, weight: Tensor | None, t
     dx = x.new_empty(x.shape)
     weight = None if weight is None else weight.contiguous()
     before = dy.contiguous(), target.contiguous(), weight, total, dx
-    _run(
-        _nll_backward, _view(dx), before, ignore_index, HAS_WEIGHT=weight is not None, MEAN=reduction == MEAN, PER_ROW=reduction == NONE,
-    )  # fmt: skip
+    options = {"HAS_WEIGHT": weight is not None, "MEAN": reduction == MEAN, "PER_ROW": reduction == NONE}
+    _run(_nll_backward, _view(dx), before, ignore_index, False, **options)
     return dx
 
 
@@ -366,11 +365,12 @@ def forward(
     dx = torch.empty_like(x) if keep == GRADIENT else None
     statistics = x.new_empty((2, *shape), dtype=wide) if keep == STATISTICS else None
     v = _view(x)
-    partial = None if reduction == NONE else x.new_empty(_programs(v), dtype=wide)
+    soft = kind["PROBABILITIES"] or smoothing > 0
+    partial = None if reduction == NONE else x.new_empty(_programs(v, soft), dtype=wide)
     loss = x.new_empty(shape) if partial is None else partial
     m, log_sum = (None, None) if statistics is None else statistics
     _run(
-        _forward, v, (v, target, weight, total, loss, dx, m, log_sum), ignore_index, **kind,
+        _forward, v, (v, target, weight, total, loss, dx, m, log_sum), ignore_index, soft, **kind,
         REDUCE=partial is not None, NEED_DX=dx is not None, STATISTICS=statistics is not None,
     )  # fmt: skip
     if partial is not None:
@@ -387,9 +387,9 @@ def backward(
     x, target, weight, total, kind = _prepare(x, target, weight, reduction, ignore_index, smoothing)
     dx = torch.empty_like(x) if need_x else None
     dtarget = torch.empty_like(target) if need_target else None
-    v = _view(x)
+    v, soft = _view(x), kind["PROBABILITIES"] or smoothing > 0
     _run(
-        _backward, v, (dy.contiguous(), v, target, weight, total, *statistics, dx, dtarget), ignore_index, **kind,
+        _backward, v, (dy.contiguous(), v, target, weight, total, *statistics, dx, dtarget), ignore_index, soft, **kind,
         PER_ROW=reduction == NONE, NEED_DX=need_x, NEED_DTARGET=need_target,
     )  # fmt: skip
     nothing = x.new_empty(0)
