@@ -38,27 +38,6 @@ def compare(ours: Callable[[], Any], stock: Callable[[], Any], seconds: float = 
     return Comparison(statistics.median(mine), statistics.median(theirs), statistics.median(ratios), low, high)
 
 
-def peak_memory(call: Callable[[], Any], device: str = "cpu") -> int:
-    """Bytes that the call allocates at its peak, on top of what stood before it."""
-    call()
-    if device == "cuda":
-        torch.cuda.synchronize()
-        torch.cuda.reset_peak_memory_stats()
-        before = torch.cuda.memory_allocated()
-        call()
-        torch.cuda.synchronize()
-        return torch.cuda.max_memory_allocated() - before
-    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True) as profile:
-        kept = call()
-    del kept
-    now = peak = 0
-    events = (e for e in profile.profiler.kineto_results.events() if e.name() == "[memory]")
-    for event in sorted(events, key=lambda e: e.start_ns()):
-        now += event.nbytes()
-        peak = max(peak, now)
-    return peak
-
-
 def _cpu_seconds(call: Callable[[], Any], calls: int) -> float:
     start = time.perf_counter()
     for _ in range(calls):

@@ -14,10 +14,10 @@ import torch
 
 import custom_backprop
 from custom_backprop.cli.progress import progress
-from custom_backprop.testing import OpSpec, database
+from custom_backprop.testing import OpSpec, database, peak_memory
 
 from .cases import DIRECTIONS, SIZES, pair
-from .measure import compare, peak_memory
+from .measure import compare
 from .training import training_step
 
 RESULTS = Path(__file__).parent / "results"

@@ -79,24 +79,6 @@ def load(path: Path, settings: dict[str, Any]) -> dict[str, Any] | None:
     return state
 
 
-def peak_memory(call: Callable[[], Any], device: str) -> int:
-    """Bytes of tensors that the call allocates at its peak, on top of what stood before it."""
-    call()
-    if torch.device(device).type == "cuda":
-        torch.cuda.reset_peak_memory_stats(device)
-        before = torch.cuda.memory_allocated(device)
-        call()
-        return torch.cuda.max_memory_allocated(device) - before
-    os.environ.setdefault("KINETO_LOG_LEVEL", "6")  # the profiler reports its own start and stop below that
-    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True) as profile:
-        call()
-    now = peak = 0
-    for event in sorted((e for e in profile.profiler.kineto_results.events() if e.name() == "[memory]"), key=lambda e: e.start_ns()):
-        now += event.nbytes()
-        peak = max(peak, now)
-    return peak
-
-
 def write(figure: Figure, path: Path) -> None:
     """Writes a picture and says so."""
     figure.savefig(path)

@@ -19,13 +19,14 @@ from typing import Any
 
 try:
     import torch
-    from common import load, options, peak_memory, plt, save, write
+    from common import load, options, plt, save, write
     from sklearn.datasets import load_digits
     from sklearn.model_selection import train_test_split
     from torch import Tensor
     from tqdm import tqdm
 
     from custom_backprop import nn
+    from custom_backprop.testing import peak_memory
 except ImportError as error:
     sys.exit(f"{error}; the examples need: pip install -e '.[demo]'")
 

@@ -1,6 +1,6 @@
 """Bugs that other libraries of kernels shipped, one named test each. Where a bug may hide in any op, the op database drives the test.
 
-Elsewhere: no GPU's memory and no second package is needed in test_launch.py (the wrong device) and test_packaging.py (the import name).
+Elsewhere: test_launch.py (the wrong GPU), test_packaging.py (the import name), test_validate.py (tests that cannot fail).
 """
 
 from __future__ import annotations
@@ -21,6 +21,7 @@ from custom_backprop import functional, nn
 from custom_backprop.backends.kernels import kernels
 from custom_backprop.testing import Make, cases, database
 from custom_backprop.testing.case import gradients, outputs, weights_for
+from custom_backprop.testing.offline import both_ways, launches
 
 pytestmark = pytest.mark.filterwarnings("ignore:reduction. 'mean' divides the total loss")  # stock's own words on kl_div
 
@@ -254,6 +255,13 @@ def test_autocast_lowers_to_its_own_dtype():
     layer = nn.Linear(4, 3, device=DEVICE)
     with torch.autocast(DEVICE, torch.bfloat16):
         assert layer(tensor(2, 4, dtype=torch.float16)).dtype == torch.bfloat16
+
+
+@each_op
+def test_no_launcher_reads_a_value(spec):
+    """A value read on the host waits for the GPU, and no CUDA graph can hold it. Meta tensors have none to read."""
+    sample = spec.large(Make("meta", torch.float32), "small")
+    assert launches(lambda: both_ways(spec, sample))
 
 
 def test_nothing_is_tuned_at_import():

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+from contextlib import contextmanager
+
 import pytest
 import torch
+from torch._subclasses import FakeTensorMode
 
 from custom_backprop.backends import interpreting
 from custom_backprop.backends.kernels import kernels
@@ -140,6 +143,26 @@ def test_a_compiled_kernel_gets_the_arguments_that_triton_gives_it(monkeypatch):
         launcher._launch_on_current_device(kernel, 7, (x, y, n), {"BLOCK": 16}, 8, 2, 3)
     assert kernel.compilations == [((x, y, 48), (7,), {"BLOCK": 16, "num_warps": 8, "num_stages": 2})]
     assert kernel.compiled.calls == [(7, 1, 1, "stream 3", "function", "packed", None, None, None, x, y, 64, 16)]
+
+
+@pytest.mark.parametrize(("index", "guarded"), [(0, []), (1, ["enter 1", "exit 1"])])
+def test_a_kernel_runs_on_the_gpu_of_its_tensors(index, guarded, monkeypatch):
+    """Not on the current one, which is cuda:0 here."""
+    seen = []
+
+    @contextmanager
+    def device(wanted):
+        seen.append(f"enter {wanted.index}")
+        yield
+        seen.append(f"exit {wanted.index}")
+
+    monkeypatch.setattr(torch.cuda, "current_device", lambda: 0)
+    monkeypatch.setattr(torch.cuda, "device", device)
+    monkeypatch.setattr(launcher, "_launch_on_current_device", lambda *args: seen.append(f"launch {args[-1]}"))
+    with FakeTensorMode():
+        x = torch.empty(4, device=f"cuda:{index}")
+        launch(_Kernel(), 1, x, x, 4, BLOCK=16)
+    assert seen == [*guarded[:1], f"launch {index}", *guarded[1:]]
 
 
 def test_a_profilers_hook_sees_every_launch(monkeypatch):

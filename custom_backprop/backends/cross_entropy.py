@@ -233,6 +233,19 @@ def _fake_backward(dy: Tensor, x: Tensor, target: Tensor, *rest: object) -> tupl
 
 _TARGET = "Tensor target, Tensor? weight"
 
+
+def _formula_forward(*args: Any) -> tuple[Tensor, Tensor]:
+    x, keep = args[0], args[-1]
+    loss, kept = formula.forward(*args)
+    return loss, like(kept.contiguous(), x) if keep == GRADIENT else kept
+
+
+def _formula_backward(*args: Any) -> tuple[Tensor, Tensor]:
+    _, x, target, *_, need_x, need_target = args
+    dx, dtarget = formula.backward(*args)
+    return like(dx.contiguous(), x) if need_x else dx, like(dtarget.contiguous(), target) if need_target else dtarget
+
+
 nll_forward = primitive(
     f"nll_loss_forward(Tensor x, {_TARGET}, int reduction, int ignore_index) -> (Tensor loss, Tensor total)",
     formula=formula.nll_forward,
@@ -252,7 +265,7 @@ nll_backward = primitive(
 )
 forward = primitive(
     f"cross_entropy_forward(Tensor x, {_TARGET}, int reduction, int ignore_index, float smoothing, int keep) -> (Tensor loss, Tensor kept)",
-    formula=formula.forward,
+    formula=_formula_forward,
     aten=_forward,
     triton=launcher("cross_entropy", "forward"),
     fake=_fake_forward,
@@ -260,7 +273,7 @@ forward = primitive(
 backward = primitive(
     f"cross_entropy_backward(Tensor dy, Tensor x, {_TARGET}, Tensor statistics, int reduction, int ignore_index, float smoothing, "
     "bool need_x, bool need_target) -> (Tensor dx, Tensor dtarget)",
-    formula=formula.backward,
+    formula=_formula_backward,
     aten=_backward,
     triton=launcher("cross_entropy", "backward"),
     fake=_fake_backward,

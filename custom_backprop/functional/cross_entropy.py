@@ -13,7 +13,7 @@ from torch import Tensor
 from torch.nn import _reduction as _Reduction
 
 from ..ops import cross_entropy as ops
-from .loss import _legacy, _same_dtype
+from .loss import reduction_of, same_dtype
 
 __all__ = ["cross_entropy", "nll_loss"]
 
@@ -41,7 +41,7 @@ def nll_loss(
         ValueError: an unknown reduction, a batch size that does not fit, an input without dimensions.
         RuntimeError: other shapes, dtypes or devices that do not fit, a weight that requires grad.
     """
-    reduction = _legacy(size_average, reduce, reduction)
+    reduction = reduction_of(size_average, reduce, reduction)
     number = _Reduction.get_enum(reduction)
     if _without_rows(input):
         return torch.nn.functional.nll_loss(input, target, weight, ignore_index=ignore_index, reduction=reduction)
@@ -73,7 +73,7 @@ def cross_entropy(
         IndexError, ValueError, RuntimeError: as :func:`nll_loss`; and RuntimeError for ``label_smoothing`` above 1, or ``ignore_index``
             beside probabilities.
     """
-    reduction = _legacy(size_average, reduce, reduction)
+    reduction = reduction_of(size_average, reduce, reduction)
     number = _Reduction.get_enum(reduction)
     if _without_rows(input):
         options: Any = {"ignore_index": ignore_index, "reduction": reduction, "label_smoothing": label_smoothing}
@@ -90,7 +90,7 @@ def cross_entropy(
         raise RuntimeError(f"ignore_index is not supported for class probabilities, got {ignore_index}")
     if weight is not None:
         _check_weight("cross_entropy", input, weight)
-    input, target, weight = _same_dtype(input, target, weight)
+    input, target, weight = same_dtype(input, target, weight)
     if weight is not None and weight.requires_grad:
         of_class = weight.view(-1, *[1] * (input.dim() - 2))
         target, weight, smoothing = of_class * ((1 - smoothing) * target + smoothing / weight.numel()), None, 0.0

@@ -42,7 +42,7 @@ def mse_loss(
         ValueError: an unknown reduction, or a weight of another shape.
         RuntimeError: shapes that do not broadcast.
     """
-    return _difference("mse_loss", input, target, _legacy(size_average, reduce, reduction), weight)
+    return _difference("mse_loss", input, target, reduction_of(size_average, reduce, reduction), weight)
 
 
 def l1_loss(
@@ -54,7 +54,7 @@ def l1_loss(
     weight: Tensor | None = None,
 ) -> Tensor:
     """l = w |x - t|;  dx = dy w sign(x - t), dt = -dx, dw = dy |x - t|. Arguments and errors as :func:`mse_loss`."""
-    return _difference("l1_loss", input, target, _legacy(size_average, reduce, reduction), weight)
+    return _difference("l1_loss", input, target, reduction_of(size_average, reduce, reduction), weight)
 
 
 def smooth_l1_loss(
@@ -71,7 +71,7 @@ def smooth_l1_loss(
         ValueError: an unknown reduction.
         RuntimeError: shapes that do not broadcast, or a negative ``beta``.
     """
-    reduction = _legacy(size_average, reduce, reduction)
+    reduction = reduction_of(size_average, reduce, reduction)
     if beta == 0:
         return _difference("l1_loss", input, target, reduction, None)
     if beta < 0:
@@ -112,7 +112,7 @@ def binary_cross_entropy(
         RuntimeError: different dtypes, a weight that requires grad or does not broadcast, or CUDA's autocast; on a CPU also a value outside
             [0, 1] (on a GPU, where looking would wait for it, such a value gives NaN).
     """
-    reduction = _legacy(size_average, reduce, reduction)
+    reduction = reduction_of(size_average, reduce, reduction)
     enum = _Reduction.get_enum(reduction)
     if target.size() != input.size():
         raise ValueError(
@@ -127,7 +127,7 @@ def binary_cross_entropy(
     elif any(a is not None and a.dtype != input.dtype for a in (target, weight)):
         got = [a.dtype for a in (input, target, weight) if a is not None]
         raise RuntimeError(f"binary_cross_entropy: input, target and weight must have the same dtype, got {got}")
-    x, t, w = _same_dtype(input, target, _constant("weight", weight, input))
+    x, t, w = same_dtype(input, target, _constant("weight", weight, input))
     return pointwise("binary_cross_entropy", x, t, None, w, enum)
 
 
@@ -150,14 +150,14 @@ def binary_cross_entropy_with_logits(
         ValueError: an unknown reduction, or different shapes.
         RuntimeError: a weight that requires grad or does not broadcast.
     """
-    reduction = _legacy(size_average, reduce, reduction)
+    reduction = reduction_of(size_average, reduce, reduction)
     enum = _Reduction.get_enum(reduction)
     if target.size() != input.size():
         raise ValueError(f"Target size ({target.size()}) must be the same as input size ({input.size()})")
     if not (input.is_floating_point() and target.is_floating_point()):
         return torch.nn.functional.binary_cross_entropy_with_logits(input, target, weight, reduction=reduction, pos_weight=pos_weight)
     w, p = _constant("weight", weight, input), _constant("pos_weight", pos_weight, input)
-    x, t, p, w = _same_dtype(input, target, p, w)
+    x, t, p, w = same_dtype(input, target, p, w)
     return pointwise("binary_cross_entropy_with_logits", x, t, p, w, enum)
 
 
@@ -180,7 +180,7 @@ def kl_div(
         RuntimeError: shapes that do not broadcast, or a tensor that is not real and floating-point.
     """
     if size_average is not None or reduce is not None:
-        reduction = _legacy(size_average, reduce, reduction)
+        reduction = reduction_of(size_average, reduce, reduction)
     elif reduction == "mean":
         _warn(
             "reduction: 'mean' divides the total loss by both the batch size and the support size. "
@@ -189,7 +189,7 @@ def kl_div(
     enum = SUM if reduction == "batchmean" else _Reduction.get_enum(reduction)
     if not (input.is_floating_point() and target.is_floating_point()):
         raise RuntimeError(f"kl_div: only real floating-point tensors are supported, got {input.dtype} and {target.dtype}")
-    x, t = _broadcast(*_same_dtype(input, target))
+    x, t = _broadcast(*same_dtype(input, target))
     loss = pointwise("kl_div", x, t, None, None, enum, log_target)
     return loss / input.shape[0] if reduction == "batchmean" and input.dim() else loss
 
@@ -225,7 +225,7 @@ def gaussian_nll_loss(
         raise ValueError(f"{reduction} is not valid")
     if not (input.is_floating_point() and target.is_floating_point() and var.is_floating_point()):
         return torch.nn.functional.gaussian_nll_loss(input, target, var, full, eps, reduction)
-    x, t, v = _broadcast(*_same_dtype(input, target, var))
+    x, t, v = _broadcast(*same_dtype(input, target, var))
     return pointwise("gaussian_nll_loss", x, t, v, None, _Reduction.get_enum(reduction), full, eps)
 
 
@@ -249,12 +249,12 @@ def poisson_nll_loss(
         ValueError: an unknown reduction.
         RuntimeError: shapes that do not broadcast.
     """
-    reduction = _legacy(size_average, reduce, reduction)
+    reduction = reduction_of(size_average, reduce, reduction)
     if reduction not in ("none", "mean", "sum"):
         raise ValueError(f"{reduction} is not a valid value for reduction")
     if not _dtype(input, target).is_floating_point:
         return torch.nn.functional.poisson_nll_loss(input, target, log_input, full, eps=eps, reduction=reduction)
-    x, t = _broadcast(*_same_dtype(input, target))
+    x, t = _broadcast(*same_dtype(input, target))
     return pointwise("poisson_nll_loss", x, t, None, None, _Reduction.get_enum(reduction), log_input, full, eps)
 
 
@@ -265,7 +265,7 @@ def _difference(name: str, input: Tensor, target: Tensor, reduction: str, weight
             f"Using a target size ({target.size()}) that is different to the input size ({input.size()}). "
             "This will likely lead to incorrect results due to broadcasting. Please ensure they have the same size."
         )
-    x, t = _same_dtype(*_broadcast(input, target))
+    x, t = same_dtype(*_broadcast(input, target))
     if not x.is_floating_point():
         given = parameters if weight is None else {**parameters, "weight": weight}
         return getattr(torch.nn.functional, name)(x, t, reduction=reduction, **given)
@@ -275,13 +275,13 @@ def _difference(name: str, input: Tensor, target: Tensor, reduction: str, weight
         raise ValueError(f"Weights and input must have the same size, got {tuple(weight.shape)} and {tuple(input.shape)}")
     if reduction not in ("none", "mean", "sum"):
         raise ValueError(f"Invalid reduction mode: {reduction}. Expected one of 'none', 'mean', 'sum'.")
-    x, t, w = _broadcast(*_same_dtype(x, t, weight))
+    x, t, w = _broadcast(*same_dtype(x, t, weight))
     if reduction == "mean" and name != "huber_loss":
         return pointwise(name, x, t, None, w, SUM, *parameters.values()) / weight.sum()
     return pointwise(name, x, t, None, w, _Reduction.get_enum(reduction), *parameters.values())
 
 
-def _legacy(size_average: bool | None, reduce: bool | None, reduction: str) -> str:
+def reduction_of(size_average: bool | None, reduce: bool | None, reduction: str) -> str:
     if size_average is None and reduce is None:
         return reduction
     return _Reduction.legacy_get_string(size_average, reduce, emit_warning=not torch.compiler.is_compiling())
@@ -301,7 +301,7 @@ def _dtype(*tensors: Tensor | None) -> torch.dtype:
     return functools.reduce(torch.promote_types, [t.dtype for t in given if t.dim()] or [t.dtype for t in given])
 
 
-def _same_dtype(*tensors: Any) -> Any:
+def same_dtype(*tensors: Any) -> Any:
     """The tensors (or None) in their common dtype."""
     dtype = _dtype(*tensors)
     return tuple(t if t is None or t.dtype == dtype else t.to(dtype) for t in tensors)

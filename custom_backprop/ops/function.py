@@ -7,7 +7,7 @@ costs three times the overhead. So each op is written once, and :func:`different
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -79,6 +79,11 @@ def differentiable(*, autocast_cpu: str | None = None, autocast_cuda: str | None
         return call
 
     return decorate
+
+
+def wanted(needs: Sequence[bool], grads: Sequence[torch.Tensor | None]) -> tuple[torch.Tensor | None, ...]:
+    """The gradients, None for one that nobody needs (a primitive returns an empty tensor there)."""
+    return tuple([g if need else None for g, need in zip(grads, needs, strict=True)])
 
 
 def _nothing(ctx: Any, *tensors: torch.Tensor | None) -> None:

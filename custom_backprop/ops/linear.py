@@ -10,7 +10,7 @@ from torch import Tensor
 from ..backends import linear as primitives
 from ..formulas import linear as formula
 from ..formulas.activation import ACTIVATIONS
-from .function import differentiable
+from .function import differentiable, wanted
 
 
 def check(x: Tensor, weight: Tensor, bias: Tensor | None) -> None:
@@ -46,7 +46,7 @@ class Linear:
         x, weight = ctx.saved_tensors
         run = formula.linear_backward if torch.is_grad_enabled() else primitives.backward
         # what was not saved is not needed, and any tensor may stand in its place
-        return _wanted(run(dy, dy if x is None else x, dy if weight is None else weight, *ctx.needs_input_grad), ctx.needs_input_grad)
+        return wanted(ctx.needs_input_grad, run(dy, dy if x is None else x, dy if weight is None else weight, *ctx.needs_input_grad))
 
     @staticmethod
     def jvp(ctx: Any, tx: Tensor | None, tw: Tensor | None, tb: Tensor | None) -> Any:
@@ -118,7 +118,7 @@ def _activation_backward(ctx: Any, dy: Tensor | None) -> Any:
         grads = formula.linear_activation_backward(dy, x, weight, saved, ctx.activation, ctx.parameters, *needs)
     else:
         grads = primitives.activation_backward(dy, x, weight, saved, ctx.activation, ctx.parameters, *needs)
-    return *_wanted(grads, needs), None, None
+    return *wanted(needs, grads), None, None
 
 
 def _activation_jvp(ctx: Any, tangents: tuple[Tensor | None, ...]) -> Tensor | None:
@@ -137,9 +137,3 @@ def linear_activation(x: Tensor, weight: Tensor, bias: Tensor | None, activation
     if ACTIVATIONS[activation].saves_output:
         return _of_output(x, weight, bias, activation, parameters)
     return _of_input(x, weight, bias, activation, parameters)[0]
-
-
-def _wanted(grads: tuple[Tensor, ...], needs: tuple[bool, ...]) -> tuple[Tensor | None, ...]:
-    """dx, dW and db, None for one that is not needed."""
-    (dx, dw, db), (need_x, need_weight, need_bias) = grads, needs
-    return dx if need_x else None, dw if need_weight else None, db if need_bias else None

@@ -14,7 +14,7 @@ from torch import Tensor
 from ..backends.library import is_batched
 from ..backends.loss import primitives
 from ..formulas.loss import LOSSES, NONE, Loss
-from .function import differentiable
+from .function import differentiable, wanted
 from .held import holds, release
 
 
@@ -45,15 +45,15 @@ def _definition(loss: Loss) -> type:
             *tensors, held = ctx.saved_tensors
             needs = ctx.needs_input_grad[:4]
             if torch.is_grad_enabled() or (not torch.compiler.is_compiling() and is_batched(dy)):
-                return *_wanted(needs, loss.backward(dy, *tensors, ctx.reduction, needs, *ctx.parameters)), *no_gradients
+                return *wanted(needs, loss.backward(dy, *tensors, ctx.reduction, needs, *ctx.parameters)), *no_gradients
             if held is None:
-                return *_wanted(needs, run_backward(dy, *tensors, ctx.reduction, needs, *ctx.parameters)), *no_gradients
+                return *wanted(needs, run_backward(dy, *tensors, ctx.reduction, needs, *ctx.parameters)), *no_gradients
             dx = release(held, dy)
             dt = -dx if needs[1] and loss.dt is None else None
             needs = (False, needs[1] and dt is None, *needs[2:])
             if not any(needs):
                 return dx, dt, None, None, *no_gradients
-            grads = _wanted(needs, run_backward(dy, *tensors, ctx.reduction, needs, *ctx.parameters))
+            grads = wanted(needs, run_backward(dy, *tensors, ctx.reduction, needs, *ctx.parameters))
             return dx, grads[1] if dt is None else dt, *grads[2:], *no_gradients
 
         @staticmethod
@@ -63,10 +63,6 @@ def _definition(loss: Loss) -> type:
     Definition.__name__ = loss.name
     Definition.__doc__ = loss.formula
     return Definition
-
-
-def _wanted(needs: tuple[bool, ...], grads: tuple[Tensor, ...]) -> tuple[Tensor | None, ...]:
-    return tuple(g if need else None for g, need in zip(grads, needs, strict=True))
 
 
 def _function(loss: Loss, composed: bool) -> Callable[..., Any]:

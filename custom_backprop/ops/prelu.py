@@ -9,7 +9,7 @@ from torch import Tensor
 
 from ..backends import prelu as primitives
 from ..formulas import prelu as formula
-from .function import differentiable
+from .function import differentiable, wanted
 
 
 def check(x: Tensor, weight: Tensor) -> None:
@@ -42,14 +42,12 @@ class PReLU:
         ctx.set_materialize_grads(False)
 
     @staticmethod
-    def backward(ctx: Any, dy: Tensor | None) -> tuple[Tensor | None, Tensor | None]:
+    def backward(ctx: Any, dy: Tensor | None) -> tuple[Tensor | None, ...]:
         if dy is None:
             return None, None
         x, weight = ctx.saved_tensors
-        need_x, need_weight = ctx.needs_input_grad
         run = formula.prelu_backward if torch.is_grad_enabled() else primitives.backward
-        dx, dw = run(dy, x, weight, need_x, need_weight)
-        return dx if need_x else None, dw if need_weight else None
+        return wanted(ctx.needs_input_grad, run(dy, x, weight, *ctx.needs_input_grad))
 
     @staticmethod
     def jvp(ctx: Any, tx: Tensor | None, tw: Tensor | None) -> Tensor | None:

@@ -3,6 +3,7 @@
 from .audit import Audit, AuditedLaunch, audit
 from .checks import CHECKS
 from .database import cases, check_op, database
+from .memory import peak_memory
 from .offline import TARGETS, Resources, compile_offline
 from .spec import Make, OpSpec, Sample
 from .validate import Report, Result, validate
@@ -23,5 +24,6 @@ __all__ = [
     "check_op",
     "compile_offline",
     "database",
+    "peak_memory",
     "validate",
 ]
