@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import torch
+import torch.utils.flop_counter
+from conftest import DEVICE
 from torch.autograd import forward_ad
 
-from custom_backprop import functional
+from custom_backprop import functional, use_backend
 from custom_backprop.extend import differentiable
 
 
@@ -115,3 +117,96 @@ def test_backward_under_autocast_is_not_cast_again(backend):
     for g, e in zip(grads, expected, strict=True):
         assert g.dtype == torch.float32
         torch.testing.assert_close(g, e, rtol=0, atol=0)
+
+
+def with_a_direct_face():
+    """An op x² that tells which of its ways were taken."""
+    ways = []
+
+    @differentiable(autocast_cpu="lower")
+    class Square:
+        @staticmethod
+        def forward(x):
+            ways.append("forward")
+            return x * x
+
+        @staticmethod
+        def setup_context(ctx, inputs, output):
+            ctx.save_for_backward(inputs[0])
+            ctx.save_for_forward(inputs[0])
+
+        @staticmethod
+        def backward(ctx, dy):
+            ways.append("backward")
+            return 2 * dy * ctx.saved_tensors[0]
+
+        @staticmethod
+        def jvp(ctx, tangent):
+            return 2 * tangent * ctx.saved_tensors[0]
+
+        @staticmethod
+        def direct_forward(ctx, x):
+            ways.append("direct forward")
+            ctx.save_for_backward(x)
+            return x * x
+
+        @staticmethod
+        def direct_backward(ctx, dy):
+            ways.append("direct backward")
+            return 2 * dy * ctx.saved_tensors[0]
+
+    return Square, ways
+
+
+def test_plain_cpu_tensors_take_the_direct_face():
+    op, ways = with_a_direct_face()
+    x = torch.randn(5, requires_grad=True)
+    dy = torch.randn(5)
+    (dx,) = torch.autograd.grad(op(x), x, dy)
+    torch.testing.assert_close(dx, 2 * dy * x.detach(), rtol=0, atol=0)
+    op(x.detach())
+    with torch.no_grad():
+        op(x)
+    assert ways == ["direct forward", "direct backward", "direct forward", "direct forward"]
+
+
+class Tagged(torch.Tensor):
+    """A subclass that could listen."""
+
+
+def test_who_listens_meets_the_general_face():
+    op, ways = with_a_direct_face()
+    x = torch.randn(5, requires_grad=True)
+    op(x.detach().as_subclass(Tagged))
+    with torch.autocast("cpu"):
+        op(x)
+    with torch.utils.flop_counter.FlopCounterMode(display=False):
+        op(x)
+    with use_backend("formula"):
+        op(x)
+    torch.func.vmap(op)(x)
+    with forward_ad.dual_level():
+        op(forward_ad.make_dual(x.detach(), torch.ones(5)))
+    op(torch.arange(5))
+    assert set(ways) == {"forward"}
+    if DEVICE == "cpu":
+        ways.clear()
+        with use_backend("aten"):
+            op(x)
+        assert ways == ["direct forward"]
+
+
+def test_a_backward_that_is_watched_or_differentiated_is_the_general_one():
+    op, ways = with_a_direct_face()
+    x = torch.randn(5, requires_grad=True)
+    y = op(x)
+    (dx,) = torch.autograd.grad(y, x, torch.ones(5), create_graph=True)
+    (ddx,) = torch.autograd.grad(dx, x, torch.ones(5))
+    torch.testing.assert_close(ddx, torch.full((5,), 2.0))
+    torch.autograd.grad(op(x), x, torch.eye(5), is_grads_batched=True)
+    y = op(x)
+    with use_backend("formula"):
+        y.backward(torch.ones(5))
+    with torch.autocast("cpu"):
+        op(x).sum().backward()
+    assert "direct backward" not in ways

@@ -26,14 +26,21 @@ CHUNK = 2**19
 SMALL = 2**16
 
 
-def _nll_forward(x: Tensor, target: Tensor, weight: Tensor | None, reduction: int, ignore_index: int) -> tuple[Tensor, Tensor]:
+def is_small(x: Tensor, target: Tensor, smoothing: float) -> bool:
+    """Whether log_softmax and nll_loss, one after the other, are the quickest way there and back."""
+    return x.numel() <= SMALL and x.dim() == 2 and smoothing == 0 and x.dtype not in HALF and not target.is_floating_point()
+
+
+def nll_forward_aten(x: Tensor, target: Tensor, weight: Tensor | None, reduction: int, ignore_index: int) -> tuple[Tensor, Tensor]:
     if x.dim() == 2:
         return aten.nll_loss_forward.default(x, target, weight, reduction, ignore_index)
     loss, total = aten.nll_loss2d_forward.default(x.unsqueeze(3), target.unsqueeze(2), weight, reduction, ignore_index)
     return loss.squeeze(2) if reduction == NONE else loss, total
 
 
-def _nll_backward(dy: Tensor, x: Tensor, target: Tensor, weight: Tensor | None, total: Tensor, reduction: int, ignore_index: int) -> Tensor:
+def nll_backward_aten(
+    dy: Tensor, x: Tensor, target: Tensor, weight: Tensor | None, total: Tensor, reduction: int, ignore_index: int
+) -> Tensor:
     if x.dim() == 2:
         return aten.nll_loss_backward.default(dy, x, target, weight, reduction, ignore_index, total)
     dy, x = dy.unsqueeze(2) if reduction == NONE else dy, x.contiguous().unsqueeze(3)
@@ -154,7 +161,7 @@ def _classes(x: Tensor, target: Tensor, weight: Tensor | None, reduction: int, i
     for rows in (slice(i, i + step) for i in range(0, x.shape[0], step)):
         z = widen(x[rows])
         log_p = aten._log_softmax.out(z, 1, False, out=scratch[: z.shape[0]])
-        parts.append(_nll_forward(log_p, target[rows], widen(weight), NONE if reduction == NONE else SUM, ignore_index))
+        parts.append(nll_forward_aten(log_p, target[rows], widen(weight), NONE if reduction == NONE else SUM, ignore_index))
     losses, totals = zip(*parts, strict=True)
     if reduction == NONE:
         return torch.cat(losses).to(x.dtype)
@@ -162,17 +169,11 @@ def _classes(x: Tensor, target: Tensor, weight: Tensor | None, reduction: int, i
     return (loss / torch.stack(totals).sum() if reduction == MEAN else loss).to(x.dtype)
 
 
-def _forward(
+def forward_aten(
     x: Tensor, target: Tensor, weight: Tensor | None, reduction: int, ignore_index: int, smoothing: float, keep: int
 ) -> tuple[Tensor, Tensor]:
-    if smoothing == 0 and not target.is_floating_point():
-        if keep == NOTHING:
-            return _classes(x.contiguous(), target, weight, reduction, ignore_index), x.new_empty(0)
-        if keep == GRADIENT and x.dim() == 2 and x.numel() <= SMALL and x.dtype not in HALF and x.is_contiguous():
-            log_p = torch._log_softmax(x, 1, False)
-            loss, total = aten.nll_loss_forward.default(log_p, target, weight, reduction, ignore_index)
-            dlog_p = aten.nll_loss_backward.default(x.new_ones(()), log_p, target, weight, reduction, ignore_index, total)
-            return loss, torch._log_softmax_backward_data(dlog_p, log_p, 1, x.dtype)
+    if keep == NOTHING and smoothing == 0 and not target.is_floating_point():
+        return _classes(x.contiguous(), target, weight, reduction, ignore_index), x.new_empty(0)
     dense = x.contiguous()
     q = _Target(dense, target, weight, reduction, ignore_index, smoothing)
     kept = _kept(dense, keep)
@@ -249,7 +250,7 @@ def _formula_backward(*args: Any) -> tuple[Tensor, Tensor]:
 nll_forward = primitive(
     f"nll_loss_forward(Tensor x, {_TARGET}, int reduction, int ignore_index) -> (Tensor loss, Tensor total)",
     formula=formula.nll_forward,
-    aten=_nll_forward,
+    aten=nll_forward_aten,
     triton=launcher("cross_entropy", "nll_forward"),
     fake=lambda x, target, weight, reduction, ignore_index: (
         x.new_empty(target.shape if reduction == NONE else ()),
@@ -259,14 +260,14 @@ nll_forward = primitive(
 nll_backward = primitive(
     f"nll_loss_backward(Tensor dy, Tensor x, {_TARGET}, Tensor total, int reduction, int ignore_index) -> Tensor",
     formula=formula.nll_backward,
-    aten=_nll_backward,
+    aten=nll_backward_aten,
     triton=launcher("cross_entropy", "nll_backward"),
     fake=lambda dy, x, target, weight, total, reduction, ignore_index: x.new_empty(x.shape),
 )
 forward = primitive(
     f"cross_entropy_forward(Tensor x, {_TARGET}, int reduction, int ignore_index, float smoothing, int keep) -> (Tensor loss, Tensor kept)",
     formula=_formula_forward,
-    aten=_forward,
+    aten=forward_aten,
     triton=launcher("cross_entropy", "forward"),
     fake=_fake_forward,
 )

@@ -86,27 +86,43 @@ def primitive(
     by_aten = implementations["aten"]
 
     def call(*args: Any) -> Any:
-        if is_compiling() or _modes() or _functorch_active() or _autocast_active():
+        if not _unobserved(args):
             return operator(*args)
-        for a in args:
-            if type(a) not in _PLAIN and isinstance(a, torch.Tensor):
-                return operator(*args)
-        if is_batched(
-            args[0]
-        ):  # a batch of gradients, which come first: by is_grads_batched, or by a torch.vmap that autograd does not know of
-            return operator(*args) if _legacy_batched(args[0]) else formula(*args)
-        if args[0].is_cpu:
-            return by_aten(*args) if selection._forced is None else on_cpu(*args)
-        return on_cuda(*args) if args[0].is_cuda else operator(*args)
+        first = args[0]
+        # a batch of gradients, which come first: by is_grads_batched, or by a torch.vmap that autograd does not know of
+        if is_batched(first):
+            return operator(*args) if _legacy_batched(first) else formula(*args)
+        if first.is_cpu:
+            return by_aten(*args) if selection._forced in _BY_ATEN else on_cpu(*args)
+        return on_cuda(*args) if first.is_cuda else operator(*args)
 
     return call
 
 
-_PLAIN = frozenset({torch.Tensor, torch.nn.Parameter})
+#: what a subclass of Tensor is not
+_PLAIN = frozenset({torch.Tensor, torch.nn.Parameter, type(None), bool, int, float, str, tuple, list, torch.dtype})
+#: settings that leave CPU tensors to ATen
+_BY_ATEN = (None, "aten")
 _modes = torch._C._len_torch_dispatch_stack
 _functorch_active = torch._C._are_functorch_transforms_active
 _autocast_active = torch._C._is_any_autocast_enabled
 _batched, _legacy_batched = torch._C._functorch.is_batchedtensor, torch._C._functorch.is_legacy_batchedtensor
+
+
+def _unobserved(args: tuple[Any, ...]) -> bool:
+    """Whether nobody could tell an operator of ours from the calls that it makes: neither subclass nor mode nor transformation."""
+    return not (is_compiling() or _modes() or _functorch_active() or _autocast_active()) and _PLAIN.issuperset(map(type, args))
+
+
+def is_direct(args: tuple[Any, ...]) -> bool:
+    """Whether a call with such arguments, a floating-point tensor first, may go to ATen on the CPU without asking the dispatcher."""
+    return (
+        not (is_compiling() or _modes() or _functorch_active() or _autocast_active())
+        and selection._forced in _BY_ATEN
+        and _PLAIN.issuperset(map(type, args))
+        and (first := args[0]).is_cpu
+        and first.is_floating_point()
+    )
 
 
 def is_batched(dy: torch.Tensor) -> bool:

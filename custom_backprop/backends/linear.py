@@ -16,12 +16,25 @@ from .kernels import kernels
 from .library import primitive
 
 
-def _backward(dy: Tensor, x: Tensor, weight: Tensor, need_x: bool, need_weight: bool, need_bias: bool) -> tuple[Tensor, Tensor, Tensor]:
+def gradients(
+    dy: Tensor, x: Tensor | None, weight: Tensor | None, need_x: bool, need_weight: bool, need_bias: bool
+) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
+    """dx = dy W, dW = dyᵀ x, db = Σ_rows dy by ATen; None for each that is not needed. dx needs the weight alone, dW the input."""
     flat = dy if dy.dim() == 2 else rows(dy)
-    dx = torch.mm(flat, weight) if need_x else dy.new_empty(0)
-    dw = torch.mm(flat.t(), x if x.dim() == 2 else rows(x)) if need_weight else dy.new_empty(0)
-    db = flat.sum(0) if need_bias else dy.new_empty(0)
-    return dx if flat is dy or not need_x else dx.view(*dy.shape[:-1], weight.shape[1]), dw, db
+    dx = dw = db = None
+    if need_x:
+        dx = torch.mm(flat, weight)  # type: ignore[arg-type]
+        if flat is not dy:
+            dx = dx.view(*dy.shape[:-1], weight.shape[1])  # type: ignore[union-attr]
+    if need_weight:
+        dw = torch.mm(flat.t(), x if x.dim() == 2 else rows(x))  # type: ignore[union-attr, arg-type]
+    if need_bias:
+        db = flat.sum(0)
+    return dx, dw, db
+
+
+def _backward(dy: Tensor, x: Tensor, weight: Tensor, *needs: bool) -> tuple[Tensor, ...]:
+    return tuple(dy.new_empty(0) if g is None else g for g in gradients(dy, x, weight, *needs))
 
 
 def _activation_forward(x: Tensor, weight: Tensor, bias: Tensor | None, activation: str, parameters: list[float]) -> tuple[Tensor, Tensor]:
@@ -33,7 +46,7 @@ def _activation_forward(x: Tensor, weight: Tensor, bias: Tensor | None, activati
 
 def _activation_backward(
     dy: Tensor, x: Tensor, weight: Tensor, saved: Tensor, activation: str, parameters: list[float], *needs: bool
-) -> tuple[Tensor, Tensor, Tensor]:
+) -> tuple[Tensor, ...]:
     return _backward(ATEN[activation][1](dy, saved, *parameters), x, weight, *needs)
 
 

@@ -244,22 +244,26 @@ def _define(loss: Loss) -> tuple[Callable[..., Any], Callable[..., Any]]:
         y = torch.empty_like(x) if reduction == NONE else x.new_empty(())
         return y, torch.empty_like(x) if hold else x.new_empty(0)
 
+    forward_aten, backward_aten = ATEN[loss.name]
     forward = primitive(
         f"{loss.name}_forward({tensors}, bool hold{parameters}) -> (Tensor loss, Tensor dx)",
         formula=_checked(loss, loss.forward),
-        aten=_forward_aten(loss),
+        aten=forward_aten,
         triton=_checked(loss, lambda *args: kernels("loss").forward(loss.name, *args)),
         fake=fake_forward,
     )
     backward = primitive(
         f"{loss.name}_backward(Tensor dy, {tensors}, bool[] needs{parameters}) -> (Tensor dx, Tensor dt, Tensor dv, Tensor dw)",
         formula=loss.backward,
-        aten=_backward_aten(loss),
+        aten=backward_aten,
         triton=lambda *args: kernels("loss").backward(loss.name, *args),
         fake=lambda dy, x, t, v, w, reduction, needs, *parameters: _gradients(x, needs),
     )
     return forward, backward
 
+
+#: name -> (forward, backward) by PyTorch's operators, chunk by chunk
+ATEN = {loss.name: (_forward_aten(loss), _backward_aten(loss)) for loss in LOSSES.values()}
 
 #: name -> (forward, backward)
 primitives = {loss.name: _define(loss) for loss in LOSSES.values()}

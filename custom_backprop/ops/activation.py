@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 from torch.autograd import forward_ad
 
-from ..backends.activation import in_place, primitives
+from ..backends.activation import ATEN, in_place, primitives
 from ..formulas.activation import ACTIVATIONS, Activation
 from .function import differentiable
 
@@ -27,6 +27,7 @@ def check(name: str, x: Any) -> None:
 
 def _function(a: Activation) -> Callable[..., Tensor]:
     run_forward, run_backward = primitives[a.name]
+    aten_forward, aten_backward = ATEN[a.name]
     derivative, formula_backward, saves_output = a.derivative, a.backward, a.saves_output
     no_gradients = (None,) * len(a.parameters)
 
@@ -56,6 +57,18 @@ def _function(a: Activation) -> Callable[..., Tensor]:
         def jvp(ctx: Any, tangent: Tensor, *_: None) -> Tensor:
             (saved,) = ctx.saved_tensors
             return tangent * derivative(saved, *ctx.parameters)
+
+        @staticmethod
+        def direct_forward(ctx: Any, x: Tensor, *parameters: float) -> Tensor:
+            y = aten_forward(x, *parameters)
+            ctx.save_for_backward(y if saves_output else x)
+            ctx.set_materialize_grads(False)
+            ctx.parameters = parameters
+            return y
+
+        @staticmethod
+        def direct_backward(ctx: Any, dy: Tensor) -> Any:
+            return aten_backward(dy, *ctx.saved_tensors, *ctx.parameters), *no_gradients
 
     Definition.__name__ = a.name
     Definition.__doc__ = a.formula

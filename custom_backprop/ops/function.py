@@ -2,6 +2,9 @@
 
 ``torch.compile`` refuses a Function that defines ``jvp``; forward-mode AD and ``torch.func`` need one with ``setup_context``, which
 costs three times the overhead. So each op is written once, and :func:`differentiable` makes both.
+
+Where an op is called often on small tensors, a third face is worth writing: on plain CPU tensors in eager mode, which need none of the
+rest, ``direct_forward`` and ``direct_backward`` go to ATen in the fewest calls.
 """
 
 from __future__ import annotations
@@ -13,16 +16,27 @@ from typing import Any
 import torch
 from torch.autograd import forward_ad
 
+from ..backends.library import is_batched, is_direct
+
+_TENSORS = frozenset({torch.Tensor, torch.nn.Parameter})
+_grad_enabled = torch.is_grad_enabled
 _functorch_active = torch._C._are_functorch_transforms_active
 _autocast_active = torch._C._is_any_autocast_enabled
 
 
-def differentiable(*, autocast_cpu: str | None = None, autocast_cuda: str | None = None) -> Callable[[type], Callable[..., Any]]:
+def differentiable(
+    *, autocast_cpu: str | None = None, autocast_cuda: str | None = None, keeps: bool = False
+) -> Callable[[type], Callable[..., Any]]:
     """Class decorator: a definition (static methods ``forward``, ``setup_context``, ``backward``, ``jvp``) -> the callable op.
+
+    A definition may also have ``direct_forward(ctx, *args)``, which computes y and fills the context for ``backward``, and with it
+    ``direct_backward(ctx, dy)``, for a dy that is a plain CPU tensor and will not be differentiated again.
 
     Args:
         autocast_cpu, autocast_cuda: what autocast does to the op's floating-point inputs on that device, as torch does to its own:
             ``"lower"`` casts float32 to the autocast dtype, ``"float32"`` casts float16 and bfloat16 up, None leaves them.
+        keeps: ``forward`` returns ``(y, kept)`` and the op y alone: ``kept`` is for ``setup_context`` to save. Only where a
+            transformation must see it is it an output of the Function, to which autograd would attach as much as to y.
     """
     policies = {"cpu": autocast_cpu, "cuda": autocast_cuda}
 
@@ -32,7 +46,19 @@ def differentiable(*, autocast_cpu: str | None = None, autocast_cuda: str | None
         def eager_forward(ctx: Any, *args: Any) -> Any:
             output = forward(*args)
             setup_context(ctx, args, output)
-            return output
+            return output[0] if keeps else output
+
+        def open_context(ctx: Any, args: tuple[Any, ...], output: Any) -> None:
+            if keeps:
+                ctx.mark_non_differentiable(output[1])
+            setup_context(ctx, args, output)
+
+        def open_backward(ctx: Any, *grads: Any) -> Any:
+            return backward(ctx, grads[0]) if keeps else backward(ctx, *grads)
+
+        def open_jvp(ctx: Any, *tangents: Any) -> Any:
+            tangent = definition.jvp(ctx, *tangents)  # type: ignore[attr-defined]
+            return (tangent, None) if keeps else tangent
 
         # where nothing wants a gradient, Dynamo counts the parameters of forward, and leaves out ctx if there are as many as arguments
         eager_forward.__signature__ = inspect.Signature()  # type: ignore[attr-defined]
@@ -50,9 +76,9 @@ def differentiable(*, autocast_cpu: str | None = None, autocast_cuda: str | None
                 **members,
                 "generate_vmap_rule": True,
                 "forward": staticmethod(forward),
-                "setup_context": staticmethod(setup_context),
-                "backward": staticmethod(backward),
-                "jvp": staticmethod(definition.jvp),  # type: ignore[attr-defined]
+                "setup_context": staticmethod(open_context),
+                "backward": staticmethod(open_backward),
+                "jvp": staticmethod(open_jvp),
             },
         )
 
@@ -61,18 +87,38 @@ def differentiable(*, autocast_cpu: str | None = None, autocast_cuda: str | None
         # Function.apply in Python only guards against functorch, which is ruled out below: a third of the overhead
         eager_apply = super(torch.autograd.Function, eager).apply  # type: ignore[misc]
 
+        direct_forward = getattr(definition, "direct_forward", None)
+        direct_backward = getattr(definition, "direct_backward", None)
+        if direct_forward is not None:
+
+            def chosen_backward(ctx: Any, dy: torch.Tensor | None) -> Any:
+                if dy is None or _grad_enabled() or not is_direct((dy,)) or is_batched(dy):
+                    return backward(ctx, dy)
+                return direct_backward(ctx, dy)  # type: ignore[misc]
+
+            faces = {"forward": staticmethod(direct_forward), "backward": staticmethod(chosen_backward if direct_backward else backward)}
+            direct: Any = type(definition.__name__, (torch.autograd.Function,), {**members, **faces})
+            direct._backward_cls.save_for_forward = _nothing
+            direct_apply = super(torch.autograd.Function, direct).apply  # type: ignore[misc]
+
         def call(*args: Any) -> Any:
+            if direct_forward is not None and is_direct(args) and forward_ad._current_level < 0:
+                if _grad_enabled():
+                    for a in args:
+                        if type(a) in _TENSORS and a.requires_grad:
+                            return direct_apply(*args)
+                return direct_forward(_Nowhere(), *args)
             if torch.compiler.is_compiling():
                 return eager.apply(*_cast(args, policies))
             if _autocast_active():
                 args = _cast(args, policies)
             if _functorch_active() or forward_ad._current_level >= 0:
-                return transformable.apply(*args)
+                return transformable.apply(*args)[0] if keeps else transformable.apply(*args)
             if torch.is_grad_enabled():
                 for a in args:
                     if isinstance(a, torch.Tensor) and a.requires_grad:
                         return eager_apply(*args)
-            return forward(*args)
+            return forward(*args)[0] if keeps else forward(*args)
 
         call.__name__ = call.__qualname__ = definition.__name__
         call.__doc__ = definition.__doc__
@@ -84,6 +130,20 @@ def differentiable(*, autocast_cpu: str | None = None, autocast_cuda: str | None
 def wanted(needs: Sequence[bool], grads: Sequence[torch.Tensor | None]) -> tuple[torch.Tensor | None, ...]:
     """The gradients, None for one that nobody needs (a primitive returns an empty tensor there)."""
     return tuple([g if need else None for g, need in zip(grads, needs, strict=True)])
+
+
+class _Nowhere:
+    """The context of a forward that no backward will follow."""
+
+    needs_input_grad = (False,) * 16
+
+    def save_for_backward(self, *tensors: torch.Tensor | None) -> None:
+        pass
+
+    save_for_forward = save_for_backward
+
+    def set_materialize_grads(self, value: bool) -> None:
+        pass
 
 
 def _nothing(ctx: Any, *tensors: torch.Tensor | None) -> None:

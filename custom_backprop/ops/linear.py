@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from ..backends import linear as primitives
+from ..backends.activation import ATEN, ATEN_IN_PLACE
 from ..formulas import linear as formula
 from ..formulas.activation import ACTIVATIONS
 from .function import differentiable, wanted
@@ -53,6 +54,17 @@ class Linear:
         x, weight = ctx.saved_tensors
         return formula.linear_jvp(x, weight, tx, tw, tb)
 
+    @staticmethod
+    def direct_forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+        need_x, need_weight, *_ = ctx.needs_input_grad
+        ctx.save_for_backward(x if need_weight else None, weight if need_x else None)
+        ctx.set_materialize_grads(False)
+        return torch.nn.functional.linear(x, weight, bias)
+
+    @staticmethod
+    def direct_backward(ctx: Any, dy: Tensor) -> Any:
+        return primitives.gradients(dy, *ctx.saved_tensors, *ctx.needs_input_grad)
+
 
 linear = differentiable(autocast_cpu="lower", autocast_cuda="lower")(Linear)
 
@@ -67,17 +79,27 @@ class OfInput:
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
-        y, z = output
-        ctx.mark_non_differentiable(z)
-        _keep(ctx, inputs, y, z)
+        _keep(ctx, inputs, *output)
 
     @staticmethod
-    def backward(ctx: Any, dy: Tensor | None, _: None) -> Any:
+    def backward(ctx: Any, dy: Tensor | None) -> Any:
         return _activation_backward(ctx, dy)
 
     @staticmethod
     def jvp(ctx: Any, *tangents: Tensor | None) -> Any:
-        return _activation_jvp(ctx, tangents), None
+        return _activation_jvp(ctx, tangents)
+
+    @staticmethod
+    def direct_forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None, activation: str, parameters: tuple[float, ...]) -> Tensor:
+        z = torch.nn.functional.linear(x, weight, bias)
+        ctx.save_for_backward(x, weight, bias, z)
+        ctx.function = activation, parameters
+        ctx.set_materialize_grads(False)
+        return ATEN[activation][0](z, *parameters)
+
+    @staticmethod
+    def direct_backward(ctx: Any, dy: Tensor) -> Any:
+        return _direct_backward(ctx, dy)
 
 
 class OfOutput:
@@ -100,9 +122,22 @@ class OfOutput:
     def jvp(ctx: Any, *tangents: Tensor | None) -> Any:
         return _activation_jvp(ctx, tangents)
 
+    @staticmethod
+    def direct_forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None, activation: str, parameters: tuple[float, ...]) -> Tensor:
+        y = ATEN_IN_PLACE[activation](torch.nn.functional.linear(x, weight, bias), *parameters)
+        ctx.save_for_backward(x, weight, None, y)
+        ctx.function = activation, parameters
+        ctx.set_materialize_grads(False)
+        return y
+
+    @staticmethod
+    def direct_backward(ctx: Any, dy: Tensor) -> Any:
+        return _direct_backward(ctx, dy)
+
 
 def _keep(ctx: Any, inputs: tuple[Any, ...], y: Tensor, saved: Tensor) -> None:
-    x, weight, bias, ctx.activation, ctx.parameters = inputs
+    x, weight, bias, *function = inputs
+    ctx.function = function
     ctx.save_for_backward(x, weight, bias, saved)
     ctx.save_for_forward(x, weight, bias, y)
     ctx.set_materialize_grads(False)
@@ -114,26 +149,35 @@ def _activation_backward(ctx: Any, dy: Tensor | None) -> Any:
     x, weight, bias, saved = ctx.saved_tensors
     needs = ctx.needs_input_grad[:3]
     if torch.is_grad_enabled():
-        saved = formula.saved_for(ctx.activation, x, weight, bias, saved)
-        grads = formula.linear_activation_backward(dy, x, weight, saved, ctx.activation, ctx.parameters, *needs)
+        saved = formula.saved_for(ctx.function[0], x, weight, bias, saved)
+        grads = formula.linear_activation_backward(dy, x, weight, saved, *ctx.function, *needs)
     else:
-        grads = primitives.activation_backward(dy, x, weight, saved, ctx.activation, ctx.parameters, *needs)
+        grads = primitives.activation_backward(dy, x, weight, saved, *ctx.function, *needs)
     return *wanted(needs, grads), None, None
+
+
+def _direct_backward(ctx: Any, dy: Tensor) -> Any:
+    x, weight, _, saved = ctx.saved_tensors
+    activation, parameters = ctx.function
+    dz = ATEN[activation][1](dy, saved, *parameters)
+    return *primitives.gradients(dz, x, weight, *ctx.needs_input_grad[:3]), None, None
 
 
 def _activation_jvp(ctx: Any, tangents: tuple[Tensor | None, ...]) -> Tensor | None:
     tx, tw, tb, *_ = tangents
     x, weight, bias, y = ctx.saved_tensors
     tz = formula.linear_jvp(x, weight, tx, tw, tb)
-    saved = formula.saved_for(ctx.activation, x, weight, bias, y)
-    return None if tz is None else ACTIVATIONS[ctx.activation].backward(tz, saved, *ctx.parameters)
+    activation, parameters = ctx.function
+    saved = formula.saved_for(activation, x, weight, bias, y)
+    return None if tz is None else ACTIVATIONS[activation].backward(tz, saved, *parameters)
 
 
-_of_input, _of_output = (differentiable(autocast_cpu="lower", autocast_cuda="lower")(c) for c in (OfInput, OfOutput))
+_of_input = differentiable(autocast_cpu="lower", autocast_cuda="lower", keeps=True)(OfInput)
+_of_output = differentiable(autocast_cpu="lower", autocast_cuda="lower")(OfOutput)
 
 
 def linear_activation(x: Tensor, weight: Tensor, bias: Tensor | None, activation: str, parameters: tuple[float, ...]) -> Tensor:
     """f(x Wᵀ + b) in one Function."""
     if ACTIVATIONS[activation].saves_output:
         return _of_output(x, weight, bias, activation, parameters)
-    return _of_input(x, weight, bias, activation, parameters)[0]
+    return _of_input(x, weight, bias, activation, parameters)

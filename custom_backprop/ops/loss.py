@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from ..backends.library import is_batched
-from ..backends.loss import primitives
+from ..backends.loss import ATEN, primitives
 from ..formulas.loss import LOSSES, NONE, Loss
 from .function import differentiable, wanted
 from .held import holds, release
@@ -20,6 +20,7 @@ from .held import holds, release
 
 def _definition(loss: Loss) -> type:
     run_forward, run_backward = primitives[loss.name]
+    aten_forward, _ = ATEN[loss.name]
     no_gradients = (None,) * (2 + len(loss.parameters))
 
     class Definition:
@@ -33,13 +34,12 @@ def _definition(loss: Loss) -> type:
         def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
             *tensors, ctx.reduction, ctx.hold = inputs[:6]
             ctx.parameters = inputs[6:]
-            ctx.mark_non_differentiable(output[1])
             ctx.set_materialize_grads(False)
             ctx.save_for_backward(*tensors, output[1] if ctx.hold else None)
             ctx.save_for_forward(*tensors)
 
         @staticmethod
-        def backward(ctx: Any, dy: Tensor | None, _: None) -> Any:
+        def backward(ctx: Any, dy: Tensor | None) -> Any:
             if dy is None:
                 return (None,) * 4 + no_gradients
             *tensors, held = ctx.saved_tensors
@@ -58,7 +58,13 @@ def _definition(loss: Loss) -> type:
 
         @staticmethod
         def jvp(ctx: Any, *tangents: Any) -> Any:
-            return loss.jvp(tangents[:4], *ctx.saved_tensors[:4], ctx.reduction, *ctx.parameters), None
+            return loss.jvp(tangents[:4], *ctx.saved_tensors[:4], ctx.reduction, *ctx.parameters)
+
+        @staticmethod
+        def direct_forward(ctx: Any, *args: Any) -> Tensor:
+            output = aten_forward(*args)
+            Definition.setup_context(ctx, args, output)
+            return output[0]
 
     Definition.__name__ = loss.name
     Definition.__doc__ = loss.formula
@@ -67,7 +73,7 @@ def _definition(loss: Loss) -> type:
 
 def _function(loss: Loss, composed: bool) -> Callable[..., Any]:
     """``composed``: what stock puts together of plain arithmetic, which autocast leaves in the lower dtype on a CPU."""
-    return differentiable(autocast_cpu=None if composed else "float32", autocast_cuda="float32")(_definition(loss))
+    return differentiable(autocast_cpu=None if composed else "float32", autocast_cuda="float32", keeps=True)(_definition(loss))
 
 
 _PLAIN = {name: _function(loss, composed=name == "gaussian_nll_loss") for name, loss in LOSSES.items()}
@@ -83,4 +89,4 @@ def pointwise(name: str, x: Tensor, t: Tensor, v: Tensor | None, w: Tensor | Non
         parameters: the loss's own, in order.
     """
     op = _PLAIN[name] if w is None else _WEIGHTED[name]
-    return op(x, t, v, w, reduction, holds(x, reduction != NONE), *parameters)[0]
+    return op(x, t, v, w, reduction, holds(x, reduction != NONE), *parameters)

@@ -9,13 +9,14 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..backends.softmax import primitives
+from ..backends.softmax import ATEN, primitives
 from ..formulas.softmax import SOFTMAXES, Softmax
 from .function import differentiable
 
 
 def _function(s: Softmax) -> Callable[..., Tensor]:
     run_forward, run_backward = primitives[s.name]
+    aten_forward, aten_backward = ATEN[s.name]
     formula_backward, jvp_of = s.backward, s.jvp
 
     class Definition:
@@ -43,6 +44,18 @@ def _function(s: Softmax) -> Callable[..., Tensor]:
         def jvp(ctx: Any, tangent: Tensor, *_: None) -> Tensor:
             (y,) = ctx.saved_tensors
             return jvp_of(tangent.to(y.dtype), y, ctx.dim)
+
+        @staticmethod
+        def direct_forward(ctx: Any, x: Tensor, dim: int, dtype: torch.dtype | None) -> Tensor:
+            y = aten_forward(x, dim, dtype)
+            ctx.save_for_backward(y)
+            ctx.set_materialize_grads(False)
+            ctx.dim, ctx.dtype = dim, x.dtype
+            return y
+
+        @staticmethod
+        def direct_backward(ctx: Any, dy: Tensor) -> Any:
+            return aten_backward(dy, *ctx.saved_tensors, ctx.dim, ctx.dtype), None, None
 
     Definition.__name__ = s.name
     Definition.__doc__ = s.formula
