@@ -1,0 +1,34 @@
+"""Clipping of gradients and of weights. The gradient functions are PyTorch's own: there is nothing to add to them."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+
+import torch
+from torch import Tensor
+from torch.nn.utils import clip_grad_norm_, clip_grad_value_, clip_grads_with_norm_, get_total_norm
+
+__all__ = ["clip_grad_norm_", "clip_grad_value_", "clip_grads_with_norm_", "clip_weights_", "get_total_norm"]
+
+
+@torch.no_grad()
+def clip_weights_(parameters: Tensor | Iterable[Tensor], clip_value: float) -> None:
+    r"""Clips the parameters themselves, in place: :math:`W \leftarrow \min(\max(W, -c), c)`.
+
+    Weight clipping bounds the largest factor by which a layer multiplies what passes through it, and with it the product of factors that
+    makes a gradient explode. A NaN stays NaN.
+
+    Args:
+        parameters: an iterable of Tensors or a single Tensor, of any shapes and real dtypes.
+        clip_value: c, at least 0.
+
+    Raises:
+        ValueError: ``clip_value`` is negative or NaN.
+    """
+    clip_value = float(clip_value)
+    if not clip_value >= 0:
+        raise ValueError(f"clip_value should not be negative, but got {clip_value}")
+    parameters = [parameters] if isinstance(parameters, Tensor) else list(parameters)
+    if parameters:
+        torch._foreach_clamp_min_(parameters, -clip_value)
+        torch._foreach_clamp_max_(parameters, clip_value)
