@@ -1,4 +1,4 @@
-"""The command line: ``python -m custom_backprop {check,info,kernels}``."""
+"""The command line: ``python -m custom_backprop {check,cost,info,kernels}``."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ import sys
 from collections.abc import Sequence
 
 from . import __version__
-from .cli import check, info, kernels
+from .cli import check, cost, info, kernels
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -15,7 +15,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m custom_backprop", description="Backpropagation written out, proved, and looked into.")
     parser.add_argument("--version", action="version", version=__version__)
     subparsers = parser.add_subparsers(required=True, metavar="COMMAND")
-    for command in (check, info, kernels):
+    for command in (check, cost, info, kernels):
         command.add_parser(subparsers).set_defaults(run=command.run)
     args = parser.parse_args(arguments)
     return args.run(args)

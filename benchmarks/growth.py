@@ -1,0 +1,171 @@
+"""``python -m benchmarks.growth``: how the time of forward + backward grows with depth, width, batch and length of the sequence.
+
+One table, one plot of four panels and the figures, in ``benchmarks/results/growth.{md,png,json}``. Each slope is that of log(time) by
+log(size), by least squares over the upper half of the sizes: 1 is linear, 2 quadratic.
+"""
+
+from __future__ import annotations
+
+import argparse
+import copy
+import json
+import math
+import sys
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+import custom_backprop
+from custom_backprop.cli.progress import progress
+from custom_backprop.cost import cost
+
+from .measure import compare
+from .report import RESULTS, _machine
+
+
+class Attention(nn.Module):
+    """Self-attention of 4 heads over (batch, length, features)."""
+
+    def __init__(self, features: int) -> None:
+        super().__init__()
+        self.into, self.out = nn.Linear(features, 3 * features), nn.Linear(features, features)
+
+    def forward(self, x: Tensor) -> Tensor:
+        q, k, v = self.into(x).unflatten(-1, (3, 4, -1)).permute(2, 0, 3, 1, 4)
+        y = nn.functional.scaled_dot_product_attention(q, k, v)
+        return self.out(y.transpose(1, 2).flatten(2))
+
+
+def mlp(depth: int, width: int) -> nn.Module:
+    return nn.Sequential(*(layer for _ in range(depth) for layer in (nn.Linear(width, width), nn.ReLU())))
+
+
+@dataclass(frozen=True)
+class Axis:
+    """What grows: the sizes, and the model and input of one size."""
+
+    name: str
+    fixed: str
+    sizes: tuple[int, ...]
+    build: Callable[[int], tuple[nn.Module, Tensor]]
+
+
+AXES = (
+    Axis("depth", "width 256, batch 64", (1, 2, 4, 8, 16, 32), lambda n: (mlp(n, 256), torch.rand(64, 256))),
+    Axis("width", "depth 4, batch 64", (32, 64, 128, 256, 512, 1024), lambda n: (mlp(4, n), torch.rand(64, n))),
+    Axis("batch", "depth 4, width 256", (64, 128, 256, 512, 1024, 2048), lambda n: (mlp(4, 256), torch.rand(n, 256))),
+    Axis("sequence", "attention, 64 features, batch 1", (64, 128, 256, 512, 1024, 2048), lambda n: (Attention(64), torch.rand(1, n, 64))),
+)
+#: what is fitted, and the heading of its column
+FIGURES = {"stock": "time, stock", "ours": "time, ours", "flops": "flops", "saved": "bytes saved"}
+
+
+def slope(sizes: Sequence[float], values: Sequence[float]) -> float:
+    """Of log(value) by log(size), by least squares over the upper half of the sizes, which ascend."""
+    half = len(sizes) // 2
+    x, y = ([math.log(v) for v in numbers[half:]] for numbers in (sizes, values))
+    mean_x, mean_y = sum(x) / len(x), sum(y) / len(y)
+    return sum((a - mean_x) * (b - mean_y) for a, b in zip(x, y, strict=True)) / sum((a - mean_x) ** 2 for a in x)
+
+
+def slopes(rows: list[dict[str, Any]]) -> dict[str, float]:
+    """The slope of each figure, of the rows of one axis."""
+    return {figure: slope([r["size"] for r in rows], [r[figure] for r in rows]) for figure in FIGURES}
+
+
+def point(axis: Axis, size: int, device: str, seconds: float) -> dict[str, Any]:
+    """One size: seconds of forward + backward, stock and ours in turns, and what the step costs by count."""
+    built, x = axis.build(size)
+    model, x = built.to(device), x.to(device)
+    report = cost(model, x)
+    total, our_total = report.stock.total, report.ours.total
+    row = {"axis": axis.name, "size": size, "flops": total.forward_flops + total.backward_flops, "saved": total.saved_bytes}
+    row |= {"parameters": total.parameters, "ours_saved": our_total.saved_bytes}
+    ours = custom_backprop.convert(copy.deepcopy(model))
+    return row | asdict(compare(step(ours, x), step(model, x), seconds, device))
+
+
+def step(model: nn.Module, x: Tensor) -> Callable[[], None]:
+    dy = torch.ones_like(model(x))
+
+    def run() -> None:
+        model.zero_grad()
+        model(x).backward(dy)
+
+    return run
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(prog="python -m benchmarks.growth", description=__doc__)
+    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    parser.add_argument("--seconds", type=float, default=0.5, help="for each size; default: %(default)s")
+    parser.add_argument("--out", type=Path, default=RESULTS, metavar="DIR")
+    args = parser.parse_args()
+    torch.manual_seed(0)
+    rows = []
+    with progress(sum(len(axis.sizes) for axis in AXES), "size") as bar:
+        for axis in AXES:
+            for size in axis.sizes:
+                bar.set_postfix_str(f"{axis.name} {size}")
+                rows.append(point(axis, size, args.device, args.seconds))
+                bar.update()
+    args.out.mkdir(parents=True, exist_ok=True)
+    machine = _machine(args.device)
+    fitted = {axis.name: slopes([r for r in rows if r["axis"] == axis.name]) for axis in AXES}
+    (args.out / "growth.json").write_text(json.dumps({"machine": machine, "slopes": fitted, "rows": rows}, indent=1) + "\n")
+    page = markdown(machine, fitted)
+    (args.out / "growth.md").write_text(page)
+    plot(rows, fitted, args.out / "growth.png")
+    print(page)
+    print(f"wrote {', '.join(str(args.out / f'growth.{kind}') for kind in ('json', 'md', 'png'))}", file=sys.stderr)
+    return 0
+
+
+def markdown(machine: dict[str, Any], fitted: dict[str, dict[str, float]]) -> str:
+    lines = [
+        "# How a step grows: slopes of log by log",
+        "",
+        "; ".join(f"{k}: {v}" for k, v in machine.items()) + ".",
+        "",
+        "Forward + backward, stock and ours alternating in one process; by least squares over the upper half of the sizes. 1 is linear, 2",
+        "quadratic. Flops and bytes are counts (`custom_backprop.cost`, stock). Written by `python -m benchmarks.growth`.",
+        "",
+        f"| what grows | sizes | the rest | {' | '.join(FIGURES.values())} |",
+        "|---" * (len(FIGURES) + 3) + "|",
+    ]
+    for axis in AXES:
+        values = " | ".join(f"{fitted[axis.name][figure]:.2f}" for figure in FIGURES)
+        lines.append(f"| {axis.name} | {axis.sizes[0]} to {axis.sizes[-1]} | {axis.fixed} | {values} |")
+    return "\n".join([*lines, "", "![time by size](growth.png)", ""])
+
+
+def plot(rows: list[dict[str, Any]], fitted: dict[str, dict[str, float]], file: Path) -> None:
+    import matplotlib
+
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+
+    figure, panels = plt.subplots(1, len(AXES), figsize=(4 * len(AXES), 3.8), layout="constrained")
+    for axis, panel in zip(AXES, panels, strict=True):
+        found = [r for r in rows if r["axis"] == axis.name]
+        scale = found[-1]["stock"] / found[-1]["flops"]
+        exponents = fitted[axis.name]
+        panel.plot(axis.sizes, [1e3 * scale * r["flops"] for r in found], "k:", label=f"flops, scaled: slope {exponents['flops']:.2f}")
+        for side, look in (("stock", {"linewidth": 5, "alpha": 0.35}), ("ours", {"linewidth": 1.3})):
+            times = [1e3 * r[side] for r in found]
+            panel.plot(axis.sizes, times, "o-", color="C0", markersize=3, label=f"{side}: slope {exponents[side]:.2f}", **look)
+        panel.set(xscale="log", yscale="log", xlabel=axis.name, title=axis.fixed)
+        panel.set_xticks(axis.sizes, axis.sizes)
+        panel.minorticks_off()
+        panel.legend(frameon=False)
+    panels[0].set_ylabel("forward + backward, ms")
+    figure.savefig(file, dpi=110)
+    plt.close(figure)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,331 @@
+"""What backpropagation costs, layer by layer: products, bytes moved, bytes kept for backward; of a model's stock layers against ours.
+
+``flops`` are those of products (matrices, convolutions, attention; a multiplication and an addition are two), by the formulas of
+``torch.utils.flop_counter``, to which this module adds those of our primitives. ``bytes`` are what the operators called read and write,
+each argument and each result once, nothing for a view. An operator of ours that a Triton kernel runs is one operator; one that ATen runs
+is the calls beneath it. ``saved`` is what autograd keeps between forward and backward: each storage once, whole, in the layer that saves it
+first, without parameters and buffers, which stay anyway.
+
+Flops and bytes are seen by a dispatch mode, before which our Functions take the dispatcher's way: on small CPU tensors it may make other
+calls than the shortcut that is taken where nobody looks on. What is saved is seen without one.
+"""
+
+from __future__ import annotations
+
+import copy
+import json
+from bisect import bisect_right
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass, field
+from math import prod
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch._C import DispatchKey
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves, tree_map_only
+from torch.utils.flop_counter import flop_registry, register_flop_formula
+
+from .backends.library import LAUNCHERS, PRIMITIVES
+from .backends.selection import backend_for
+from .convert import convert, revert
+
+__all__ = ["Cost", "CostReport", "Layer", "cost", "measure"]
+
+#: what a layer costs, and the heading of its columns
+FIGURES = {
+    "forward_flops": "flops forward",
+    "backward_flops": "flops backward",
+    "forward_bytes": "bytes forward",
+    "backward_bytes": "bytes backward",
+    "saved_bytes": "bytes saved",
+}
+LEGEND = "flops: of products; bytes: read and written by the operators; saved: kept for backward, each storage once, without parameters"
+MODEL, LOSS, OUTSIDE = "(model)", "(loss)", "(outside)"
+
+
+@dataclass
+class Layer:
+    """One module's own cost, without that of the modules in it. ``kind`` is its class."""
+
+    name: str
+    kind: str = ""
+    parameters: int = 0
+    forward_flops: int = 0
+    backward_flops: int = 0
+    forward_bytes: int = 0
+    backward_bytes: int = 0
+    saved_bytes: int = 0
+
+    def costs(self) -> bool:
+        """Whether it has a figure at all: containers and what is never called have none."""
+        return any(getattr(self, f) for f in ("parameters", *FIGURES))
+
+
+@dataclass
+class Cost:
+    """The cost of one forward and one backward."""
+
+    layers: list[Layer] = field(default_factory=list)
+
+    @property
+    def total(self) -> Layer:
+        sums = {f: sum(getattr(layer, f) for layer in self.layers) for f in ("parameters", *FIGURES)}
+        return Layer("total", **sums)
+
+    def __getitem__(self, name: str) -> Layer:
+        return next(layer for layer in self.layers if layer.name == name)
+
+    def to_dict(self) -> dict[str, Any]:
+        return {"layers": [asdict(layer) for layer in self.layers], "total": asdict(self.total)}
+
+
+@dataclass
+class CostReport:
+    """What :func:`cost` found. Prints as a table."""
+
+    name: str
+    device: str
+    stock: Cost
+    ours: Cost
+
+    def to_dict(self) -> dict[str, Any]:
+        return {"name": self.name, "device": self.device, "stock": self.stock.to_dict(), "ours": self.ours.to_dict()}
+
+    def to_json(self, **options: Any) -> str:
+        return json.dumps(self.to_dict(), **options)
+
+    def __str__(self) -> str:
+        pairs = [pair for pair in zip(self.stock.layers, self.ours.layers, strict=True) if any(layer.costs() for layer in pair)]
+        pairs.append((self.stock.total, self.ours.total))
+        name, kind = (max(len(getattr(stock, of)) for stock, _ in pairs) for of in ("name", "kind"))
+        start = f"{{:<{max(name, 5)}}}  {{:<{max(kind, 4)}}}  {{:>10}}"
+        lines = [f"{self.name} on {self.device}"]
+        lines.append(start.format("", "", "") + "".join(f"{title:>18}" for title in FIGURES.values()))
+        lines.append(start.format("layer", "kind", "parameters") + f"{'stock':>11}{'ours':>7}" * len(FIGURES))
+        for stock, ours in pairs:
+            figures = "".join(f"{_short(getattr(stock, f)):>11}{_short(getattr(ours, f)):>7}" for f in FIGURES)
+            lines.append(start.format(stock.name, stock.kind, _short(stock.parameters)) + figures)
+        return "\n".join([*lines, LEGEND])
+
+
+def cost(
+    model: nn.Module, *inputs: Any, loss: Callable[..., Any] | None = None, targets: Sequence[Any] = (), name: str | None = None
+) -> CostReport:
+    """The cost of ``model`` with torch's layers and with ours: what :func:`custom_backprop.revert` and :func:`custom_backprop.convert`
+    make of a copy. The model itself is left as it is.
+
+    Args:
+        model, inputs, loss, targets: as in :func:`measure`.
+        name: the report's title. Default: the model's class.
+
+    Raises:
+        TypeError: ``model`` is not a module.
+        ValueError: nothing in the result requires grad.
+    """
+    sides = [_measure(*_copied(model, inputs, loss, targets, change)) for change in (revert, convert)]
+    device = _tensors([inputs, list(model.parameters())])[0].device.type
+    return CostReport(name or type(model).__name__, device, *sides)
+
+
+def measure(model: nn.Module, *inputs: Any, loss: Callable[..., Any] | None = None, targets: Sequence[Any] = ()) -> Cost:
+    """The cost of one forward and one backward of ``model`` as it is. They run on a copy, twice forward and once backward.
+
+    Args:
+        model: a module, on any device; on "meta" nothing is computed and nothing allocated.
+        inputs: its positional arguments.
+        loss: called as ``loss(output, *targets)``. A module's cost stands under "(loss)", a function's under "(outside)". Default: none,
+            and backward starts with ones at every output that requires grad.
+        targets: see ``loss``.
+
+    Raises:
+        TypeError: ``model`` is not a module.
+        ValueError: nothing in the result requires grad.
+    """
+    return _measure(*_copied(model, inputs, loss, targets, lambda module: module))
+
+
+def _copied(model: nn.Module, inputs: Any, loss: Any, targets: Any, change: Callable[[Any], Any]) -> tuple[Any, ...]:
+    if not isinstance(model, nn.Module):
+        raise TypeError(f"expected a torch.nn.Module, got {type(model).__name__}")
+    model, loss = copy.deepcopy((model, loss))  # together: what they share stays shared
+    inputs, targets = tree_map_only(Tensor, lambda t: t.detach().requires_grad_(t.requires_grad), (inputs, targets))
+    return change(model), inputs, change(loss) if isinstance(loss, nn.Module) else loss, targets
+
+
+def _measure(model: nn.Module, inputs: Sequence[Any], loss: Callable[..., Any] | None, targets: Sequence[Any]) -> Cost:
+    where = _Where(model, loss)
+
+    def forward() -> list[Tensor]:
+        output = model(*inputs)
+        output = output if loss is None else loss(output, *targets)
+        return [t for t in _tensors(output) if t.requires_grad]
+
+    # without a mode, as in training: where nothing looks on, our Functions may keep other tensors
+    saved = {_address(t): t.untyped_storage() for t in (*model.parameters(), *model.buffers())}
+
+    def pack(t: Tensor) -> Tensor:
+        if _address(t) not in saved:
+            saved[_address(t)] = t.untyped_storage()  # held, so that no other storage takes its address
+            where.layer().saved_bytes += t.untyped_storage().nbytes()
+        return t
+
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda t: t):
+        if not forward():
+            raise ValueError("nothing to differentiate: no output requires grad")
+    with _Counter(where) as counter:
+        roots = forward()
+    ones = [torch.ones_like(root) for root in roots]
+    with counter:
+        torch.autograd.backward(roots, ones)
+    return Cost(list(where.layers.values()))
+
+
+class _Where:
+    """Which layer is at work.
+
+    In forward the modules' hooks say. A node of the graph draws a number when forward makes it, so the number of the node that backward is
+    at says whose forward made it; unlike hooks on a module's output and input, also where a tensor is used twice or needs no gradient.
+    """
+
+    def __init__(self, model: nn.Module, loss: Any) -> None:
+        self.layers: dict[str, Layer] = {}
+        self._owner: dict[int, str] = {}
+        self._stack = [OUTSIDE]
+        self._starts, self._names = [0], [OUTSIDE]  # from this number of a node on, this layer
+        seen: set[nn.Module] = set()
+        named = [(name or MODEL, module) for name, module in model.named_modules(seen)]
+        named += loss.named_modules(seen, LOSS) if isinstance(loss, nn.Module) else []
+        for name, module in named:
+            layer = self.layers[name] = Layer(name, type(module).__name__)
+            for p in module.parameters(recurse=False):
+                layer.parameters += 0 if id(p) in self._owner else p.numel()
+                self._owner.setdefault(id(p), name)
+            module.register_forward_pre_hook(lambda *_, name=name: self._enter(name))
+            module.register_forward_hook(lambda *_: self._leave(), always_call=True)  # a checkpoint stops its second forward by raising
+        self.layers[OUTSIDE] = Layer(OUTSIDE)
+
+    def _enter(self, name: str) -> None:
+        self._stack.append(name)
+        self._mark()
+
+    def _leave(self) -> None:
+        self._stack.pop()
+        self._mark()
+
+    def _mark(self) -> None:
+        if not self.in_backward():  # where a checkpoint computes again, on a thread with numbers of its own
+            self._starts.append(torch.autograd._get_sequence_nr())
+            self._names.append(self._stack[-1])
+
+    @staticmethod
+    def in_backward() -> bool:
+        return torch._C._current_graph_task_id() != -1
+
+    def layer(self) -> Layer:
+        node = torch._C._current_autograd_node()
+        if node is None or len(self._stack) > 1:
+            name = self._stack[-1]
+        elif hasattr(node, "variable"):  # the gradient arrives at a leaf
+            name = self._owner.get(id(node.variable), OUTSIDE)
+        else:
+            name = self._names[bisect_right(self._starts, node._sequence_nr()) - 1]
+        return self.layers[name]
+
+
+class _Counter(TorchDispatchMode):
+    """Adds every operator's flops and bytes to the layer at work."""
+
+    def __init__(self, where: _Where) -> None:
+        super().__init__()
+        self.where = where
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = kwargs or {}
+        with self:
+            if (key := _beneath(func, args)) is not None:
+                return func._op_dk(key, *args, **kwargs)
+            if (out := func.decompose(*args, **kwargs)) is not NotImplemented:
+                return out
+        out = func(*args, **kwargs)
+        formula = FORMULAS.get(func._overloadpacket) or flop_registry.get(func._overloadpacket)
+        flops = formula(*args, **kwargs, out_val=out) if formula else 0
+        direction = "backward" if self.where.in_backward() else "forward"
+        layer = self.where.layer()
+        for figure, value in ((f"{direction}_flops", flops), (f"{direction}_bytes", _moved(func, args, kwargs, out))):
+            setattr(layer, figure, getattr(layer, figure) + value)
+        return out
+
+
+def _beneath(func: Any, args: tuple[Any, ...]) -> DispatchKey | None:
+    """The key of the implementation whose calls are to be counted in place of ``func``, an operator of ours; None if it counts itself."""
+    if func not in LAUNCHERS:
+        return None
+    device = next(a for a in args if isinstance(a, Tensor)).device.type
+    key = {"cpu": DispatchKey.CPU, "cuda": DispatchKey.CUDA}.get(device)
+    return None if key is None or backend_for(device) == "triton" else key
+
+
+def _moved(func: Any, args: Any, kwargs: Any, out: Any) -> int:
+    """Bytes read and written."""
+    schema = func._schema
+    if schema.name.startswith(("aten::empty", "aten::new_empty")):
+        return 0
+    only_shape = schema.name.startswith("aten::new_") or schema.name.endswith("_like")
+    given = dict(zip((a.name for a in schema.arguments), args, strict=False)) | kwargs
+    read = _tensors(given)
+    written = _tensors([given.get(a.name) for a in schema.arguments if a.alias_info is not None and a.alias_info.is_write])
+    known = set(map(_address, read))
+    written += [t for t in _tensors(out) if _address(t) not in known]
+    if not written:  # a view
+        return 0
+    return sum(map(_bytes, written if only_shape else read + written))
+
+
+def _tensors(tree: Any) -> list[Tensor]:
+    """Each once."""
+    return list({id(t): t for t in tree_leaves(tree) if isinstance(t, Tensor)}.values())
+
+
+def _address(t: Tensor) -> int:
+    return t.untyped_storage()._cdata
+
+
+def _bytes(t: Tensor) -> int:
+    """Those of the elements that are there: an expanded dimension is one element."""
+    return t.element_size() * prod(n for n, stride in zip(t.shape, t.stride(), strict=True) if stride or not n)
+
+
+def _short(n: float) -> str:
+    """Four digits at most, and the prefix of a power of 1000."""
+    for prefix in ("", "k", "M", "G", "T"):
+        if n < 999.5:
+            return f"{n:.3g}{prefix}" if n < 99.5 else f"{n:.0f}{prefix}"
+        n /= 1000
+    return f"{n:.3g}P"
+
+
+def _packets(*names: str) -> list[Any]:
+    return [PRIMITIVES[name]._overloadpacket for name in names]
+
+
+@register_flop_formula(_packets("linear_forward", "linear_activation_forward"))
+def _linear(x: Sequence[int], weight: Sequence[int], *_: Any, **__: Any) -> int:
+    """x Wᵀ."""
+    return 2 * prod(x) * weight[0]
+
+
+@register_flop_formula(_packets("linear_backward", "linear_activation_backward"))
+def _linear_backward(dy: Sequence[int], x: Any, weight: Any, *rest: Any, **_: Any) -> int:
+    """dy W and dyᵀ x, those that are wanted: what the other one needs may be a stand-in."""
+    need_x, need_weight, _ = rest[-3:]
+    return 2 * prod(dy) * ((weight[-1] if need_x else 0) + (x[-1] if need_weight else 0))
+
+
+_aten = torch.ops.aten
+#: attention on a CPU, of which torch's counter has no formula of its own (torch 2.13)
+FORMULAS = {
+    _aten._scaled_dot_product_flash_attention_for_cpu: flop_registry[_aten._scaled_dot_product_flash_attention],
+    _aten._scaled_dot_product_flash_attention_for_cpu_backward: flop_registry[_aten._scaled_dot_product_flash_attention_backward],
+}
