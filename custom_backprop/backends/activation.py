@@ -103,6 +103,15 @@ ATEN_IN_PLACE: dict[str, Callable[..., Tensor]] = {
     "threshold": aten.threshold_.default,
 }
 
+#: name -> the backward that writes dx over the saved output
+ATEN_OVER_OUTPUT: dict[str, Callable[..., Tensor]] = {
+    "relu": lambda dy, y: aten.threshold_backward.grad_input(dy, y, 0, grad_input=y),
+    "relu6": lambda dy, y: aten.hardtanh_backward.grad_input(dy, y, 0, 6, grad_input=y),
+    "hardtanh": lambda dy, y, low, high: aten.hardtanh_backward.grad_input(dy, y, low, high, grad_input=y),
+    "sigmoid": lambda dy, y: aten.sigmoid_backward.grad_input(dy, y, grad_input=y),
+    "tanh": lambda dy, y: aten.tanh_backward.grad_input(dy, y, grad_input=y),
+}
+
 
 def _define(a: Activation) -> tuple[Callable[..., Tensor], Callable[..., Tensor]]:
     parameters = "".join(f", float {name}" for name in a.parameters)

@@ -40,6 +40,18 @@ ATEN: dict[str, tuple[Callable[..., Tensor], Callable[..., Tensor]]] = {
 }
 
 
+def _over_softmax(dy: Tensor, y: Tensor, dim: int) -> Tensor:
+    return torch.ops.aten._softmax_backward_data.out(dy, y, dim, y.dtype, grad_input=y)
+
+
+#: name -> the backward of the same dtype that writes dx over the saved output: a row is read whole before it is written
+ATEN_OVER_OUTPUT: dict[str, Callable[..., Tensor]] = {
+    "softmax": _over_softmax,
+    "softmin": lambda dy, y, dim: _over_softmax(dy, y, dim).neg_(),
+    "log_softmax": lambda dy, y, dim: torch.ops.aten._log_softmax_backward_data.out(dy, y, dim, y.dtype, out=y),
+}
+
+
 def _define(s: Softmax) -> tuple[Callable[..., Tensor], Callable[..., Tensor]]:
     forward_aten, backward_aten = ATEN[s.name]
 

@@ -37,7 +37,8 @@ def number(name: str, p: Any) -> float:
 
 
 def _apply(name: str, inplace: bool, x: Tensor, *parameters: float) -> Tensor:
-    parameters = tuple([p if type(p) is float else number(name, p) for p in parameters])
+    if parameters:
+        parameters = tuple([p if type(p) is float else number(name, p) for p in parameters])
     return activate_(name, x, *parameters) if inplace else activations[name](x, *parameters)
 
 

@@ -9,9 +9,10 @@ import torch
 from torch import Tensor
 from torch.autograd import forward_ad
 
-from ..backends.activation import ATEN, in_place, primitives
+from ..backends.activation import ATEN, ATEN_OVER_OUTPUT, in_place, primitives
 from ..formulas.activation import ACTIVATIONS, Activation
 from .function import differentiable
+from .reuse import is_spare, reusable
 
 #: activations that torch's autocast computes in float32 on a GPU
 _FLOAT32_ON_CUDA = {"softplus"}
@@ -28,6 +29,7 @@ def check(name: str, x: Any) -> None:
 def _function(a: Activation) -> Callable[..., Tensor]:
     run_forward, run_backward = primitives[a.name]
     aten_forward, aten_backward = ATEN[a.name]
+    over_output = ATEN_OVER_OUTPUT.get(a.name)
     derivative, formula_backward, saves_output = a.derivative, a.backward, a.saves_output
     no_gradients = (None,) * len(a.parameters)
 
@@ -58,17 +60,22 @@ def _function(a: Activation) -> Callable[..., Tensor]:
             (saved,) = ctx.saved_tensors
             return tangent * derivative(saved, *ctx.parameters)
 
+        direct_value = staticmethod(aten_forward)
+
         @staticmethod
         def direct_forward(ctx: Any, x: Tensor, *parameters: float) -> Tensor:
             y = aten_forward(x, *parameters)
             ctx.save_for_backward(y if saves_output else x)
             ctx.set_materialize_grads(False)
             ctx.parameters = parameters
+            ctx.reusable = over_output is not None and reusable(y)
             return y
 
         @staticmethod
         def direct_backward(ctx: Any, dy: Tensor) -> Any:
-            return aten_backward(dy, *ctx.saved_tensors, *ctx.parameters), *no_gradients
+            (saved,) = ctx.saved_tensors
+            run: Any = over_output if ctx.reusable and is_spare(saved) else aten_backward
+            return run(dy, saved, *ctx.parameters), *no_gradients
 
     Definition.__name__ = a.name
     Definition.__doc__ = a.formula

@@ -54,6 +54,11 @@ class NLLLoss:
         return formula.nll_forward(tx, target, weight, *ctx.options)[0]
 
     @staticmethod
+    def direct_value(x: Tensor, target: Tensor, weight: Tensor | None, reduction: int, ignore_index: int) -> Tensor:
+        _check_dtype("nll_loss", x, weight)
+        return primitives.nll_forward_aten(x, target, weight, reduction, ignore_index)[0]
+
+    @staticmethod
     def direct_forward(ctx: Any, x: Tensor, target: Tensor, weight: Tensor | None, reduction: int, ignore_index: int) -> Tensor:
         _check_dtype("nll_loss", x, weight)
         loss, total = primitives.nll_forward_aten(x, target, weight, reduction, ignore_index)
@@ -104,11 +109,16 @@ class CrossEntropy:
         return formula.jvp(x, target, weight, reduction, ignore_index, smoothing, tx, ttarget)
 
     @staticmethod
+    def direct_value(x: Tensor, target: Tensor, weight: Tensor | None, *options: Any) -> Tensor:
+        _check_dtype("cross_entropy", x, weight)
+        return primitives.forward_aten(x, target, weight, *options)[0]
+
+    @staticmethod
     def direct_forward(
         ctx: Any, x: Tensor, target: Tensor, weight: Tensor | None, reduction: int, ignore_index: int, smoothing: float, keep: int
     ) -> Tensor:
         _check_dtype("cross_entropy", x, weight)
-        if keep == NOTHING or not primitives.is_small(x, target, smoothing):
+        if not primitives.is_small(x, target, smoothing):
             output = primitives.forward_aten(x, target, weight, reduction, ignore_index, smoothing, keep)
             CrossEntropy.setup_context(ctx, (x, target, weight, reduction, ignore_index, smoothing, keep), output)
             return output[0]

@@ -4,7 +4,7 @@
 costs three times the overhead. So each op is written once, and :func:`differentiable` makes both.
 
 Where an op is called often on small tensors, a third face is worth writing: on plain CPU tensors in eager mode, which need none of the
-rest, ``direct_forward`` and ``direct_backward`` go to ATen in the fewest calls.
+rest, ``direct_value``, ``direct_forward`` and ``direct_backward`` go to ATen in the fewest calls.
 """
 
 from __future__ import annotations
@@ -29,8 +29,8 @@ def differentiable(
 ) -> Callable[[type], Callable[..., Any]]:
     """Class decorator: a definition (static methods ``forward``, ``setup_context``, ``backward``, ``jvp``) -> the callable op.
 
-    A definition may also have ``direct_forward(ctx, *args)``, which computes y and fills the context for ``backward``, and with it
-    ``direct_backward(ctx, dy)``, for a dy that is a plain CPU tensor and will not be differentiated again.
+    A definition may also have ``direct_value(*args)``, which computes y, ``direct_forward(ctx, *args)``, which fills the context for
+    ``backward`` as well, and with them ``direct_backward(ctx, dy)``, for a dy that is a plain CPU tensor and will not be differentiated.
 
     Args:
         autocast_cpu, autocast_cuda: what autocast does to the op's floating-point inputs on that device, as torch does to its own:
@@ -90,6 +90,7 @@ def differentiable(
         direct_forward = getattr(definition, "direct_forward", None)
         direct_backward = getattr(definition, "direct_backward", None)
         if direct_forward is not None:
+            direct_value = definition.direct_value  # type: ignore[attr-defined]
 
             def chosen_backward(ctx: Any, dy: torch.Tensor | None) -> Any:
                 if dy is None or _grad_enabled() or not is_direct((dy,)) or is_batched(dy):
@@ -107,7 +108,7 @@ def differentiable(
                     for a in args:
                         if type(a) in _TENSORS and a.requires_grad:
                             return direct_apply(*args)
-                return direct_forward(_Nowhere(), *args)
+                return direct_value(*args)
             if torch.compiler.is_compiling():
                 return eager.apply(*_cast(args, policies))
             if _autocast_active():
@@ -130,20 +131,6 @@ def differentiable(
 def wanted(needs: Sequence[bool], grads: Sequence[torch.Tensor | None]) -> tuple[torch.Tensor | None, ...]:
     """The gradients, None for one that nobody needs (a primitive returns an empty tensor there)."""
     return tuple([g if need else None for g, need in zip(grads, needs, strict=True)])
-
-
-class _Nowhere:
-    """The context of a forward that no backward will follow."""
-
-    needs_input_grad = (False,) * 16
-
-    def save_for_backward(self, *tensors: torch.Tensor | None) -> None:
-        pass
-
-    save_for_forward = save_for_backward
-
-    def set_materialize_grads(self, value: bool) -> None:
-        pass
 
 
 def _nothing(ctx: Any, *tensors: torch.Tensor | None) -> None:

@@ -8,10 +8,11 @@ import torch
 from torch import Tensor
 
 from ..backends import linear as primitives
-from ..backends.activation import ATEN, ATEN_IN_PLACE
+from ..backends.activation import ATEN, ATEN_IN_PLACE, ATEN_OVER_OUTPUT
 from ..formulas import linear as formula
 from ..formulas.activation import ACTIVATIONS
 from .function import differentiable, wanted
+from .reuse import is_spare, reusable
 
 
 def check(x: Tensor, weight: Tensor, bias: Tensor | None) -> None:
@@ -54,6 +55,8 @@ class Linear:
         x, weight = ctx.saved_tensors
         return formula.linear_jvp(x, weight, tx, tw, tb)
 
+    direct_value = staticmethod(torch.nn.functional.linear)
+
     @staticmethod
     def direct_forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
         need_x, need_weight, *_ = ctx.needs_input_grad
@@ -90,6 +93,10 @@ class OfInput:
         return _activation_jvp(ctx, tangents)
 
     @staticmethod
+    def direct_value(x: Tensor, weight: Tensor, bias: Tensor | None, activation: str, parameters: tuple[float, ...]) -> Tensor:
+        return ATEN[activation][0](torch.nn.functional.linear(x, weight, bias), *parameters)
+
+    @staticmethod
     def direct_forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None, activation: str, parameters: tuple[float, ...]) -> Tensor:
         z = torch.nn.functional.linear(x, weight, bias)
         ctx.save_for_backward(x, weight, bias, z)
@@ -99,7 +106,10 @@ class OfInput:
 
     @staticmethod
     def direct_backward(ctx: Any, dy: Tensor) -> Any:
-        return _direct_backward(ctx, dy)
+        x, weight, _, z = ctx.saved_tensors
+        activation, parameters = ctx.function
+        dz = ATEN[activation][1](dy, z, *parameters)
+        return *primitives.gradients(dz, x, weight, *ctx.needs_input_grad[:3]), None, None
 
 
 class OfOutput:
@@ -123,16 +133,24 @@ class OfOutput:
         return _activation_jvp(ctx, tangents)
 
     @staticmethod
+    def direct_value(x: Tensor, weight: Tensor, bias: Tensor | None, activation: str, parameters: tuple[float, ...]) -> Tensor:
+        return ATEN_IN_PLACE[activation](torch.nn.functional.linear(x, weight, bias), *parameters)
+
+    @staticmethod
     def direct_forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None, activation: str, parameters: tuple[float, ...]) -> Tensor:
-        y = ATEN_IN_PLACE[activation](torch.nn.functional.linear(x, weight, bias), *parameters)
+        y = OfOutput.direct_value(x, weight, bias, activation, parameters)
         ctx.save_for_backward(x, weight, None, y)
         ctx.function = activation, parameters
+        ctx.reusable = reusable(y)
         ctx.set_materialize_grads(False)
         return y
 
     @staticmethod
     def direct_backward(ctx: Any, dy: Tensor) -> Any:
-        return _direct_backward(ctx, dy)
+        x, weight, _, y = ctx.saved_tensors
+        activation, parameters = ctx.function
+        run = ATEN_OVER_OUTPUT[activation] if ctx.reusable and is_spare(y) else ATEN[activation][1]
+        return *primitives.gradients(run(dy, y, *parameters), x, weight, *ctx.needs_input_grad[:3]), None, None
 
 
 def _keep(ctx: Any, inputs: tuple[Any, ...], y: Tensor, saved: Tensor) -> None:
@@ -154,13 +172,6 @@ def _activation_backward(ctx: Any, dy: Tensor | None) -> Any:
     else:
         grads = primitives.activation_backward(dy, x, weight, saved, *ctx.function, *needs)
     return *wanted(needs, grads), None, None
-
-
-def _direct_backward(ctx: Any, dy: Tensor) -> Any:
-    x, weight, _, saved = ctx.saved_tensors
-    activation, parameters = ctx.function
-    dz = ATEN[activation][1](dy, saved, *parameters)
-    return *primitives.gradients(dz, x, weight, *ctx.needs_input_grad[:3]), None, None
 
 
 def _activation_jvp(ctx: Any, tangents: tuple[Tensor | None, ...]) -> Tensor | None:

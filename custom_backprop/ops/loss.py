@@ -61,6 +61,10 @@ def _definition(loss: Loss) -> type:
             return loss.jvp(tangents[:4], *ctx.saved_tensors[:4], ctx.reduction, *ctx.parameters)
 
         @staticmethod
+        def direct_value(*args: Any) -> Tensor:
+            return aten_forward(*args)[0]
+
+        @staticmethod
         def direct_forward(ctx: Any, *args: Any) -> Tensor:
             output = aten_forward(*args)
             Definition.setup_context(ctx, args, output)

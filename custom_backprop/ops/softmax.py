@@ -9,14 +9,16 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..backends.softmax import ATEN, primitives
+from ..backends.softmax import ATEN, ATEN_OVER_OUTPUT, primitives
 from ..formulas.softmax import SOFTMAXES, Softmax
 from .function import differentiable
+from .reuse import is_spare, reusable
 
 
 def _function(s: Softmax) -> Callable[..., Tensor]:
     run_forward, run_backward = primitives[s.name]
     aten_forward, aten_backward = ATEN[s.name]
+    over_output = ATEN_OVER_OUTPUT[s.name]
     formula_backward, jvp_of = s.backward, s.jvp
 
     class Definition:
@@ -45,17 +47,23 @@ def _function(s: Softmax) -> Callable[..., Tensor]:
             (y,) = ctx.saved_tensors
             return jvp_of(tangent.to(y.dtype), y, ctx.dim)
 
+        direct_value = staticmethod(aten_forward)
+
         @staticmethod
         def direct_forward(ctx: Any, x: Tensor, dim: int, dtype: torch.dtype | None) -> Tensor:
             y = aten_forward(x, dim, dtype)
             ctx.save_for_backward(y)
             ctx.set_materialize_grads(False)
             ctx.dim, ctx.dtype = dim, x.dtype
+            ctx.reusable = y.dtype == x.dtype and reusable(y)
             return y
 
         @staticmethod
         def direct_backward(ctx: Any, dy: Tensor) -> Any:
-            return aten_backward(dy, *ctx.saved_tensors, ctx.dim, ctx.dtype), None, None
+            (y,) = ctx.saved_tensors
+            if ctx.reusable and is_spare(y):
+                return over_output(dy, y, ctx.dim), None, None
+            return aten_backward(dy, y, ctx.dim, ctx.dtype), None, None
 
     Definition.__name__ = s.name
     Definition.__doc__ = s.formula

@@ -1,0 +1,134 @@
+"""A gradient written over the saved output: when it is, and that whoever still holds the output never sees it."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+import custom_backprop.functional as F
+from custom_backprop.ops.reuse import LEAST
+
+ROWS, COLUMNS = 129, LEAST // 128
+
+#: name -> op(x), each of which saves its output
+OPS = {
+    "relu": F.relu,
+    "relu6": F.relu6,
+    "hardtanh": lambda x: F.hardtanh(x, -0.5, 0.7),
+    "sigmoid": F.sigmoid,
+    "tanh": F.tanh,
+    "softmax": lambda x: F.softmax(x, 1),
+    "softmax of columns": lambda x: F.softmax(x, 0),
+    "softmin": lambda x: F.softmin(x, 1),
+    "log_softmax": lambda x: F.log_softmax(x, 1),
+    **{f"linear and {f}": lambda x, f=f: F.linear_activation(x, WEIGHT, None, f) for f in ("relu", "relu6", "hardtanh", "sigmoid", "tanh")},
+}
+WEIGHT = torch.eye(COLUMNS)
+
+
+@pytest.fixture(params=OPS)
+def op(request):
+    return OPS[request.param]
+
+
+@pytest.fixture
+def x():
+    return torch.randn(ROWS, COLUMNS, requires_grad=True)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("layout", ["contiguous", "transposed", "stride 0"])
+def test_same_bits_in_the_place_of_the_output(op, dtype, layout, monkeypatch):
+    x = torch.randn(ROWS, COLUMNS, dtype=dtype, requires_grad=True)
+    monkeypatch.setitem(globals(), "WEIGHT", torch.eye(COLUMNS, dtype=dtype))
+    made = {"contiguous": (ROWS, COLUMNS), "transposed": (COLUMNS, ROWS), "stride 0": (ROWS, 1)}[layout]
+    dy = torch.randn(made, dtype=dtype)
+    dy = dy.t() if layout == "transposed" else dy.expand(ROWS, COLUMNS)
+    before = dy.clone()
+    y = op(x)
+    (expected,) = torch.autograd.grad(y, x, dy)  # y is held here
+    (dx,) = torch.autograd.grad(op(x), x, dy)
+    assert torch.equal(dx, expected)
+    assert dx.stride() == expected.stride()
+    assert torch.equal(dy, before)
+
+
+@pytest.mark.parametrize("name", ["relu", "sigmoid", "softmax", "log_softmax"])
+def test_the_gradient_takes_the_place_of_an_output_nobody_holds(name, x):
+    y = OPS[name](x)
+    place = y.data_ptr()
+    loss = y.sum()
+    del y
+    (dx,) = torch.autograd.grad(loss, x)
+    assert dx.data_ptr() == place
+
+
+def test_a_small_output_is_left_alone():
+    x = torch.randn(LEAST - 1, requires_grad=True)
+    y = F.relu(x)
+    place = y.data_ptr()
+    loss = y.sum()
+    del y
+    (dx,) = torch.autograd.grad(loss, x)
+    assert dx.data_ptr() != place
+
+
+#: how somebody may still hold the memory of an output: what is kept of y, and how to look at it again
+HOLDERS = {
+    "itself": (lambda y: y, lambda y: y),
+    "a view": (lambda y: y[1:], lambda v: v),
+    "detached": (lambda y: y.detach(), lambda d: d),
+    "numpy": (lambda y: y.detach().numpy(), torch.from_numpy),
+    "a storage": (lambda y: y.untyped_storage(), lambda s: torch.empty(0).set_(s, 0, (ROWS, COLUMNS))),
+    "dlpack": (lambda y: torch.from_dlpack(y.detach()), lambda d: d),
+    "a saved tensor": (lambda y: y.grad_fn.saved_tensors, lambda s: s[-1]),
+    "another graph": (lambda y: y**3, lambda z: z.grad_fn._saved_self),
+}
+
+
+@pytest.mark.parametrize("holder", HOLDERS)
+def test_an_output_that_is_held_keeps_its_values(op, x, holder):
+    keep, look = HOLDERS[holder]
+    y = op(x)
+    kept = keep(y)
+    values = look(kept).detach().clone()
+    loss = (y * torch.randn(ROWS, COLUMNS)).sum()
+    del y
+    loss.backward()
+    assert torch.equal(look(kept).detach(), values)
+
+
+def test_a_hook_that_keeps_saved_tensors_keeps_their_values(op, x):
+    stash = []
+
+    def pack(t):
+        stash.append(t)
+        return t
+
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda t: t):
+        loss = (op(x) * 2).sum()
+    values = [t.clone() for t in stash]
+    loss.backward()
+    assert all(map(torch.equal, stash, values))
+
+
+def test_a_graph_that_is_kept_gives_the_same_again(op, x):
+    loss = (op(x) * torch.randn(ROWS, COLUMNS)).sum()
+    grads = [torch.autograd.grad(loss, x, retain_graph=keep)[0] for keep in (True, True, False)]
+    assert torch.equal(grads[0], grads[1])
+    assert torch.equal(grads[0], grads[2])
+
+
+def test_a_chain_of_layers_keeps_what_the_next_one_needs():
+    """dW of the second layer reads the output of the first, whose own backward comes after."""
+    w = torch.randn(COLUMNS, COLUMNS, dtype=torch.float64).div_(16).requires_grad_()
+    x = torch.randn(ROWS, COLUMNS, dtype=torch.float64, requires_grad=True)
+
+    def run(layer):
+        loss = layer(layer(layer(x))).square().sum()
+        return torch.autograd.grad(loss, (x, w))
+
+    ours = run(lambda t: F.linear_activation(t, w, None, "tanh"))
+    stock = run(lambda t: torch.tanh(torch.nn.functional.linear(t, w)))
+    for mine, theirs in zip(ours, stock, strict=True):
+        torch.testing.assert_close(mine, theirs, rtol=1e-12, atol=1e-12)
