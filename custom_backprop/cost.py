@@ -132,6 +132,8 @@ def cost(
 def measure(model: nn.Module, *inputs: Any, loss: Callable[..., Any] | None = None, targets: Sequence[Any] = ()) -> Cost:
     """The cost of one forward and one backward of ``model`` as it is. They run on a copy, twice forward and once backward.
 
+    What a checkpoint computes again counts as backward's. Backward of a reentrant one is nobody's: it stands under "(outside)".
+
     Args:
         model: a module, on any device; on "meta" nothing is computed and nothing allocated.
         inputs: its positional arguments.
@@ -215,7 +217,7 @@ class _Where:
         self._mark()
 
     def _mark(self) -> None:
-        if not self.in_backward():  # where a checkpoint computes again, on a thread with numbers of its own
+        if not self.in_backward():  # there a checkpoint computes again, maybe on a thread with numbers of its own
             self._starts.append(torch.autograd._get_sequence_nr())
             self._names.append(self._stack[-1])
 
@@ -267,20 +269,25 @@ def _beneath(func: Any, args: tuple[Any, ...]) -> DispatchKey | None:
     return None if key is None or backend_for(device) == "triton" else key
 
 
+#: operators that write their first argument without reading it
+OVERWRITES = ("aten::copy_", "aten::fill_", "aten::zero_")
+
+
 def _moved(func: Any, args: Any, kwargs: Any, out: Any) -> int:
     """Bytes read and written."""
     schema = func._schema
     if schema.name.startswith(("aten::empty", "aten::new_empty")):
         return 0
-    only_shape = schema.name.startswith("aten::new_") or schema.name.endswith("_like")
     given = dict(zip((a.name for a in schema.arguments), args, strict=False)) | kwargs
-    read = _tensors(given)
-    written = _tensors([given.get(a.name) for a in schema.arguments if a.alias_info is not None and a.alias_info.is_write])
-    known = set(map(_address, read))
-    written += [t for t in _tensors(out) if _address(t) not in known]
+    mutated = [a for a in schema.arguments if a.alias_info is not None and a.alias_info.is_write]
+    known = set(map(_address, _tensors(given)))
+    written = _tensors([given.get(a.name) for a in mutated]) + [t for t in _tensors(out) if _address(t) not in known]
     if not written:  # a view
         return 0
-    return sum(map(_bytes, written if only_shape else read + written))
+    if schema.name.startswith("aten::new_") or schema.name.endswith("_like"):  # of its argument it takes the shape
+        return sum(map(_bytes, written))
+    unread = {a.name for a in mutated if a.kwarg_only or schema.name in OVERWRITES}
+    return sum(map(_bytes, written + _tensors([value for name, value in given.items() if name not in unread])))
 
 
 def _tensors(tree: Any) -> list[Tensor]:
