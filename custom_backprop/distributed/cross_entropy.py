@@ -55,7 +55,7 @@ class _VocabParallelCrossEntropy(torch.autograd.Function):
         x, target, here, index, largest, log_z, w = ctx.saved_tensors
         classes, ignore_index, reduction, smoothing = ctx.options
         d = torch.sub(widen(x), largest.unsqueeze(1)).sub_(log_z.unsqueeze(1)).exp_()
-        d.scatter_add_(1, index, ((smoothing - 1) * here).to(d.dtype).unsqueeze(1))
+        d.scatter_add_(1, index, here.to(d.dtype).unsqueeze(1).mul_(smoothing - 1))
         if smoothing:
             d -= smoothing / classes
         d *= (w * of_rows(dy, target, w, reduction, ignore_index)).unsqueeze(1)
@@ -74,8 +74,7 @@ def vocab_parallel_cross_entropy(
 ) -> Tensor:
     """The loss that ``cross_entropy`` gives of the whole rows, on every rank; the gradient of this rank's logits.
 
-    Every rank of the group must call it. In the gradient each rank's loss counts once, not once a rank: as where the loss is one number that
-    all of them hold. It is not differentiable twice.
+    Every rank of the group must call it. All ranks hold the same loss; in the gradient it counts once. It is not differentiable twice.
 
     Args:
         logits: this rank's classes, of shape (N, C_r) or (N, C_r, d1, ..., dK), floating-point: in the order of the ranks of the group, as

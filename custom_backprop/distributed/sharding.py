@@ -1,9 +1,9 @@
 """What each primitive does with DTensors: which placements of its inputs give which of its outputs, computed shard by shard.
 
 A *way* holds for one dimension of the mesh: the placements of the outputs, and those of the tensors that go in (None: not looked at). All
-replicated is a way of every op. Of an op's ways :func:`_dispatch` takes the one that moves the fewest bytes. It sums partial inputs and cuts
-replicated ones, as PyTorch's own operators do, but it gathers no sharded input of a forward pass: what was sharded might not fit on one
-rank. It raises, and names the workaround.
+replicated is a way of every op. Of an op's ways :func:`_dispatch` takes the one that moves the fewest bytes. It sums partial inputs and
+cuts replicated ones, as PyTorch's own operators do, but it gathers no sharded input of a forward pass: what was sharded might not fit on
+one rank. It raises, and names the workaround.
 
 With S(i) sharded along dimension i, R replicated, P a partial sum, and W (out, in), the linear layer y = x Wᵀ + b goes three ways:
 

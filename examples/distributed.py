@@ -1,0 +1,202 @@
+"""Handwritten digits, learned by many processes with our layers and PyTorch's own engine.
+
+    torchrun --standalone --nproc-per-node 4 --max-restarts 2 examples/distributed.py --strategy fsdp2
+
+--strategy ddp: each rank holds the whole model, and gradients are averaged. fsdp2: each rank holds a part of every parameter, gradient and
+momentum. gloo on a CPU, NCCL on GPUs; without torchrun, one process. Every batch is dealt out to the ranks as DistributedSampler deals, and
+cut further by --accumulate, so that any number of processes computes the gradient of one: the loss is the same but for rounding.
+
+Every --interval steps the ranks write a checkpoint, each its own part, under a name that it bears only when it is whole. When a rank dies,
+torchrun's agent starts all of them again, and they go on from the last one; so does the same command after all have died, with any number
+of processes and either strategy. A finished run leaves its weights and its picture, and no checkpoint: the same command then starts anew.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import shutil
+import sys
+from argparse import Namespace
+from collections.abc import Iterator
+from contextlib import AbstractContextManager, nullcontext
+from pathlib import Path
+from typing import Any
+
+try:
+    import torch
+    import torch.distributed as dist
+    import torch.distributed.checkpoint as dcp
+    from common import options, plt, save, write
+    from digits import MOMENTUM, RATE, data, our_model
+    from torch import Tensor
+    from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict, get_state_dict, set_state_dict
+    from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
+    from torch.distributed.fsdp import FSDPModule, fully_shard
+    from torch.nn.parallel import DistributedDataParallel
+    from tqdm import tqdm
+
+    from custom_backprop import nn
+except ImportError as error:
+    sys.exit(f"{error}; the examples need: pip install -e '.[demo]'")
+
+BATCH = 128  # of all ranks together
+
+
+def join(device: str) -> DeviceMesh:
+    """All ranks in one row: those of torchrun, or this process alone."""
+    backend = "cpu:gloo,cuda:nccl" if device.startswith("cuda") else "gloo"
+    if dist.is_torchelastic_launched():
+        dist.init_process_group(backend)
+    else:
+        dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1)
+    return init_device_mesh(torch.device(device).type, (dist.get_world_size(),))
+
+
+def spread(model: torch.nn.Module, strategy: str, mesh: DeviceMesh) -> torch.nn.Module:
+    """The model on the ranks of the mesh, all of which have drawn the same weights."""
+    if strategy == "ddp":
+        return DistributedDataParallel(model, device_mesh=mesh)
+    for layer in model:
+        fully_shard(layer, mesh=mesh)
+    return fully_shard(model, mesh=mesh)
+
+
+def syncing(model: torch.nn.Module, last: bool) -> AbstractContextManager[Any]:
+    """Gradients travel in the backward of a step's last part; before, they add up where they are."""
+    if isinstance(model, FSDPModule):
+        model.set_requires_gradient_sync(last)
+        return nullcontext()
+    return nullcontext() if last else model.no_sync()
+
+
+class Learner:
+    """The model in training: what a checkpoint keeps of it."""
+
+    def __init__(self, model: torch.nn.Module, settings: dict[str, Any]) -> None:
+        self.model, self.settings = model, settings
+        self.loss = nn.CrossEntropyLoss(reduction="sum")
+        self.optimizer = torch.optim.SGD(model.parameters(), lr=RATE, momentum=MOMENTUM)
+        self.losses: list[float] = []  # one a step, of all ranks
+
+    def step(self, x: Tensor, y: Tensor, parts: int) -> Tensor:
+        """One update by a batch, of which this rank takes its share in ``parts``. Returns the share's part of the mean loss."""
+        rank, ranks = dist.get_rank(), dist.get_world_size()
+        self.optimizer.zero_grad()
+        total = torch.zeros((), dtype=x.dtype, device=x.device)
+        shares = (t[rank::ranks].tensor_split(parts) for t in (x, y))
+        for i, (inputs, targets) in enumerate(zip(*shares, strict=True)):
+            with syncing(self.model, last=i == parts - 1):
+                loss = self.loss(self.model(inputs), targets) / len(x)
+                (loss * ranks).backward()  # the ranks' gradients are averaged, and the losses are parts of a sum
+            total += loss.detach()
+        self.optimizer.step()
+        return total
+
+    @torch.no_grad()
+    def accuracy(self, x: Tensor, y: Tensor) -> float:
+        return (self.model(x).argmax(dim=1) == y).double().mean().item()
+
+    def state_dict(self) -> dict[str, Any]:
+        model, optimizer = get_state_dict(self.model, self.optimizer)
+        return {"model": model, "optimizer": optimizer, "losses": self.losses, "settings": dict(self.settings)}
+
+    def save(self, folder: Path) -> None:
+        """A checkpoint of this step in the folder, which then holds no other. Called by every rank."""
+        whole = folder / f"step-{len(self.losses):06d}"
+        dcp.save(self.state_dict(), checkpoint_id=folder / "unfinished")
+        if dist.get_rank() == 0:
+            os.rename(folder / "unfinished", whole)
+            for other in folder.glob("step-*"):
+                if other != whole:
+                    shutil.rmtree(other)
+
+    def load(self, folder: Path) -> Path | None:
+        """Goes back to the folder's last checkpoint, if there is one. Called by every rank."""
+        checkpoint = max(folder.glob("step-*"), default=None)
+        dist.barrier()  # all have looked
+        if dist.get_rank() == 0:
+            shutil.rmtree(folder / "unfinished", ignore_errors=True)
+        dist.barrier()
+        if checkpoint is None:
+            return None
+        state = self.state_dict()
+        dcp.load(state, checkpoint_id=checkpoint)
+        if state["settings"] != self.settings:
+            sys.exit(f"{checkpoint} is of a run with the settings {state['settings']}, not {self.settings}: repeat those, or delete it")
+        set_state_dict(self.model, self.optimizer, model_state_dict=state["model"], optim_state_dict=state["optimizer"])
+        self.losses = state["losses"]
+        return checkpoint
+
+
+def batches(count: int, seed: int, epochs: int) -> Iterator[Tensor]:
+    """The rows of each batch. Every epoch's order follows from its number: to go on at any step, nothing must have been kept."""
+    for epoch in range(epochs):
+        yield from torch.randperm(count, generator=torch.Generator().manual_seed(seed + epoch)).split(BATCH)
+
+
+def train(learner: Learner, x: Tensor, y: Tensor, args: Namespace) -> None:
+    """Trains from the last checkpoint, where there is one, to the end."""
+    first = dist.get_rank() == 0
+    if (checkpoint := learner.load(args.checkpoints)) is not None and first:
+        print(f"going on after step {len(learner.losses)}, from {checkpoint}", flush=True)
+    steps = list(batches(len(x), args.seed, args.epochs))
+    since: list[Tensor] = []
+    start = len(learner.losses)
+    for i, rows in enumerate(tqdm(steps[start:], initial=start, total=len(steps), unit="step", disable=not first), start + 1):
+        rows = rows.to(x.device)
+        since.append(learner.step(x[rows], y[rows], args.accumulate))
+        if i % args.interval == 0 or i == len(steps):
+            losses = torch.stack(since)
+            dist.all_reduce(losses)
+            learner.losses += losses.tolist()
+            since.clear()
+            learner.save(args.checkpoints)
+
+
+def draw(losses: list[float], ranks: int, args: Namespace) -> None:
+    figure, axes = plt.subplots(figsize=(6, 3.8))
+    axes.plot(range(1, len(losses) + 1), losses, linewidth=1)
+    axes.set(xlabel="step", ylabel="cross-entropy", yscale="log", title=f"Training loss, {args.strategy}, processes: {ranks}")
+    write(figure, args.out / "distributed.png")
+
+
+def arguments() -> Namespace:
+    """The options of every example, and --strategy."""
+    parser = argparse.ArgumentParser(add_help=False)
+    parser.add_argument("--strategy", choices=("ddp", "fsdp2"), default="ddp")
+    own, sys.argv[1:] = parser.parse_known_args()
+    args = options("distributed", __doc__, epochs=20, interval=50, accumulate=2)
+    args.strategy, args.checkpoints = own.strategy, args.out / "checkpoints"
+    args.checkpoints.mkdir(exist_ok=True)
+    return args
+
+
+def main() -> None:
+    args = arguments()
+    torch.set_num_threads(1)  # matrices this small gain nothing from a second thread
+    if args.device == "cuda":
+        torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", 0)))
+    mesh = join(args.device)
+    try:
+        x, test_x, y, test_y = data(args.seed, args.device)
+        torch.manual_seed(args.seed)
+        settings = {"seed": args.seed, "epochs": args.epochs, "batch": BATCH, "rate": RATE, "momentum": MOMENTUM}
+        learner = Learner(spread(our_model().to(args.device), args.strategy, mesh), settings)
+        if dist.get_rank() == 0:
+            print(f"{len(x)} digits to learn from; {args.strategy}, {mesh.size()} x {args.device}, {dist.get_backend()}", flush=True)
+        train(learner, x, y, args)
+        accuracy = learner.accuracy(test_x, test_y)
+        weights = get_model_state_dict(learner.model, options=StateDictOptions(full_state_dict=True, cpu_offload=True))
+        if dist.get_rank() == 0:
+            draw(learner.losses, mesh.size(), args)
+            save(weights, args.out / "weights.pt")
+            print(f"wrote {args.out / 'weights.pt'}")
+            shutil.rmtree(args.checkpoints)
+            print(f"test accuracy: {100 * accuracy:.2f} %, last loss {learner.losses[-1]:.6f}")
+    finally:
+        dist.destroy_process_group()
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,33 @@
+"""examples/distributed.py, of which rank 1 dies once: killed while the second checkpoint is being written."""
+
+from __future__ import annotations
+
+import os
+import signal
+import sys
+from pathlib import Path
+
+from torch.distributed.checkpoint import FileSystemWriter
+
+sys.path.insert(0, str(Path(__file__).parents[1] / "examples"))
+
+import distributed as example
+
+write_data, written = FileSystemWriter.write_data, []
+
+
+def write_or_die(self, *args):
+    written.append(self)
+    if len(written) == 2:
+        os.kill(os.getpid(), signal.SIGKILL)
+    return write_data(self, *args)
+
+
+if os.environ["RANK"] == "1":
+    if os.environ["TORCHELASTIC_RESTART_COUNT"] == "0":
+        FileSystemWriter.write_data = write_or_die
+    else:
+        folder = Path(sys.argv[sys.argv.index("--out") + 1], "checkpoints")
+        print("found", *sorted(p.name for p in folder.iterdir()), flush=True)
+
+example.main()

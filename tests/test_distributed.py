@@ -1,0 +1,84 @@
+"""Many processes, real ones, over gloo. What each rank checks stands in distributed_checks.py."""
+
+from __future__ import annotations
+
+import importlib
+import os
+import re
+import signal
+import subprocess
+import sys
+from contextlib import contextmanager, suppress
+from pathlib import Path
+
+import pytest
+import torch
+import torch.distributed as dist
+
+import custom_backprop
+
+TESTS = Path(__file__).parent
+SECONDS = 300  # after which a launch is taken for hung
+
+pytestmark = pytest.mark.skipif(not dist.is_available() or not dist.is_gloo_available(), reason="torch was built without gloo")
+
+
+@contextmanager
+def started(*command):
+    """A process without what tests/conftest.py sets for Triton. It does not outlive the block, nor do its children."""
+    path = os.pathsep.join(filter(None, [str(TESTS.parent), os.environ.get("PYTHONPATH")]))
+    environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
+    environment |= {"PYTHONPATH": path, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": "", "PYTHONWARNINGS": "error::UserWarning"}
+    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "text": True, "start_new_session": True}
+    with subprocess.Popen([sys.executable, *map(str, command)], env=environment, **pipes) as process:
+        try:
+            yield process
+        finally:
+            with suppress(ProcessLookupError):
+                os.killpg(process.pid, signal.SIGKILL)
+
+
+def output_of(process):
+    output, _ = process.communicate(timeout=SECONDS)
+    assert process.returncode == 0, output
+    return output
+
+
+CHECKS = {
+    "training", "accumulation", "checkpoint", "tensor_parallel", "placements", "vocabulary_parallel", "edges_of_vocabulary_parallel",
+}  # fmt: skip
+
+
+def test_two_and_four_ranks(tmp_path):
+    with started(TESTS / "distributed_checks.py", tmp_path, 2, 4) as ranks:
+        passed = re.findall(r"^ok (\d) check_(\w+)$", output_of(ranks), re.MULTILINE)
+    assert set(passed) == {(n, name) for n in "24" for name in CHECKS} | {("2", "ops_of_the_database")}
+
+
+def test_killed_and_restarted(monkeypatch, tmp_path):
+    """A rank dies while the second checkpoint is being written: the agent starts all again, and they go on from the first."""
+    options = "--epochs", "1", "--interval", "4", "--device", "cpu"
+    torchrun = "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", 2, "--max-restarts", 1, "--monitor-interval", 0.1
+    with started(*torchrun, TESTS / "distributed_killed.py", "--out", tmp_path / "killed", *options) as agent:
+        one_process(monkeypatch, "--out", str(tmp_path / "alone"), *options)
+        output = output_of(agent)
+    assert "found step-000004 unfinished" in output
+    assert re.findall(r"^going on after step (\d+)", output, re.MULTILINE) == ["4"]
+    weights = [torch.load(tmp_path / name / "weights.pt", weights_only=True) for name in ("killed", "alone")]
+    torch.testing.assert_close(*weights, rtol=0, atol=1e-6)
+    for name in ("killed", "alone"):
+        assert sorted(p.name for p in (tmp_path / name).iterdir()) == ["distributed.png", "weights.pt"]
+
+
+def one_process(monkeypatch, *options):
+    """The example in this process, without torchrun."""
+    monkeypatch.syspath_prepend(TESTS.parent / "examples")
+    monkeypatch.setattr(sys, "argv", ["distributed", *options])
+    threads = torch.get_num_threads()
+    try:
+        with custom_backprop.use_backend(None):
+            importlib.import_module("distributed").main()
+    finally:
+        torch.set_num_threads(threads)
+        for name in ("common", "digits", "distributed"):
+            sys.modules.pop(name, None)
