@@ -11,8 +11,9 @@ import copy
 import json
 import math
 import sys
+import time
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -23,7 +24,7 @@ import custom_backprop
 from custom_backprop.cli.progress import progress
 from custom_backprop.cost import cost
 
-from .measure import compare
+from .measure import _cuda_seconds
 from .report import RESULTS, _machine
 
 
@@ -77,16 +78,36 @@ def slopes(rows: list[dict[str, Any]]) -> dict[str, float]:
     return {figure: slope([r["size"] for r in rows], [r[figure] for r in rows]) for figure in FIGURES}
 
 
-def point(axis: Axis, size: int, device: str, seconds: float) -> dict[str, Any]:
-    """One size: seconds of forward + backward, stock and ours in turns, and what the step costs by count."""
-    built, x = axis.build(size)
-    model, x = built.to(device), x.to(device)
-    report = cost(model, x)
-    total, our_total = report.stock.total, report.ours.total
-    row = {"axis": axis.name, "size": size, "flops": total.forward_flops + total.backward_flops, "saved": total.saved_bytes}
-    row |= {"parameters": total.parameters, "ours_saved": our_total.saved_bytes}
-    ours = custom_backprop.convert(copy.deepcopy(model))
-    return row | asdict(compare(step(ours, x), step(model, x), seconds, device))
+def measured(axis: Axis, device: str, seconds: float) -> list[dict[str, Any]]:
+    """One row a size: what a step costs by count, and its seconds, stock and ours: the fastest of rounds that each time every size."""
+    rows: list[dict[str, Any]] = []
+    steps: list[tuple[dict[str, Any], str, Callable[[], None]]] = []
+    for size in axis.sizes:
+        built, x = axis.build(size)
+        model, x = built.to(device), x.to(device)
+        report = cost(model, x)
+        total = report.stock.total
+        row = {"axis": axis.name, "size": size, "parameters": total.parameters, "flops": total.forward_flops + total.backward_flops}
+        rows.append(row | {"saved": total.saved_bytes, "ours_saved": report.ours.total.saved_bytes})
+        ours = custom_backprop.convert(copy.deepcopy(model))
+        steps += [(rows[-1], "stock", step(model, x)), (rows[-1], "ours", step(ours, x))]
+    timer = _cuda_seconds if device == "cuda" else processor_seconds
+    calls = [max(1, int(2e-3 / timer(run, 3))) for _, _, run in steps]
+    end = time.perf_counter() + seconds * len(axis.sizes)
+    rounds = 0
+    while rounds < 5 or time.perf_counter() < end:
+        for (row, side, run), count in zip(steps, calls, strict=True):
+            row[side] = min(row.get(side, math.inf), timer(run, count))
+        rounds += 1
+    return rows
+
+
+def processor_seconds(run: Callable[[], None], calls: int) -> float:
+    """Of one call, in processor time: what other programs take is not in it."""
+    start = time.process_time()
+    for _ in range(calls):
+        run()
+    return (time.process_time() - start) / calls
 
 
 def step(model: nn.Module, x: Tensor) -> Callable[[], None]:
@@ -107,12 +128,11 @@ def main() -> int:
     args = parser.parse_args()
     torch.manual_seed(0)
     rows = []
-    with progress(sum(len(axis.sizes) for axis in AXES), "size") as bar:
+    with progress(len(AXES), "axis") as bar:
         for axis in AXES:
-            for size in axis.sizes:
-                bar.set_postfix_str(f"{axis.name} {size}")
-                rows.append(point(axis, size, args.device, args.seconds))
-                bar.update()
+            bar.set_postfix_str(axis.name)
+            rows += measured(axis, args.device, args.seconds)
+            bar.update()
     args.out.mkdir(parents=True, exist_ok=True)
     machine = _machine(args.device)
     fitted = {axis.name: slopes([r for r in rows if r["axis"] == axis.name]) for axis in AXES}
@@ -131,8 +151,9 @@ def markdown(machine: dict[str, Any], fitted: dict[str, dict[str, float]]) -> st
         "",
         "; ".join(f"{k}: {v}" for k, v in machine.items()) + ".",
         "",
-        "Forward + backward, stock and ours alternating in one process; by least squares over the upper half of the sizes. 1 is linear, 2",
-        "quadratic. Flops and bytes are counts (`custom_backprop.cost`, stock). Written by `python -m benchmarks.growth`.",
+        "Forward + backward: the fastest of rounds, each of which times every size, stock and ours, once; on a CPU in processor time, in",
+        "which other programs have no part but by the caches they share. Slopes by least squares over the upper half of the sizes: 1 is",
+        "linear, 2 quadratic. Flops and bytes are counts (`custom_backprop.cost`, stock). Written by `python -m benchmarks.growth`.",
         "",
         f"| what grows | sizes | the rest | {' | '.join(FIGURES.values())} |",
         "|---" * (len(FIGURES) + 3) + "|",

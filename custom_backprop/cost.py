@@ -248,7 +248,7 @@ class _Counter(TorchDispatchMode):
         with self:
             if (key := _beneath(func, args)) is not None:
                 return func._op_dk(key, *args, **kwargs)
-            if (out := func.decompose(*args, **kwargs)) is not NotImplemented:
+            if _composite(func) and (out := func.decompose(*args, **kwargs)) is not NotImplemented:
                 return out
         out = func(*args, **kwargs)
         formula = FORMULAS.get(func._overloadpacket) or flop_registry.get(func._overloadpacket)
@@ -258,6 +258,11 @@ class _Counter(TorchDispatchMode):
         for figure, value in ((f"{direction}_flops", flops), (f"{direction}_bytes", _moved(func, args, kwargs, out))):
             setattr(layer, figure, getattr(layer, figure) + value)
         return out
+
+
+def _composite(func: Any) -> bool:
+    """Whether it may be no more than the calls that it makes; silu_backward, say, could be written so and yet is one operator."""
+    return not torch._C._dispatch_has_kernel_for_dispatch_key(func.name(), "CPU")
 
 
 def _beneath(func: Any, args: tuple[Any, ...]) -> DispatchKey | None:
@@ -328,6 +333,12 @@ def _linear_backward(dy: Sequence[int], x: Any, weight: Any, *rest: Any, **_: An
     """dy W and dyᵀ x, those that are wanted: what the other one needs may be a stand-in."""
     need_x, need_weight, _ = rest[-3:]
     return 2 * prod(dy) * ((weight[-1] if need_x else 0) + (x[-1] if need_weight else 0))
+
+
+@register_flop_formula(_packets("info_nce"))
+def _info_nce(q: Sequence[int], k: Any, n: Sequence[int] | None, *_: Any, **__: Any) -> int:
+    """q kᵀ, or q times the negatives."""
+    return 2 * prod(q) * (q[0] if n is None else n[-2])
 
 
 _aten = torch.ops.aten
