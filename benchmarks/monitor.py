@@ -1,6 +1,6 @@
-"""``python -m benchmarks.monitor``: what :class:`custom_backprop.monitor.GradientMonitor` adds to a training step, at its default interval.
+"""``python -m benchmarks.monitor``: what ``custom_backprop.monitor.GradientMonitor`` adds to a training step at its default interval.
 
-Whole windows of steps, with the monitor and without it, in turns in one process, by the processor's time of the process (on a GPU by the clock).
+Whole windows of steps, with the monitor and without it, in turns in one process, by the processor's time (on a GPU by the clock).
 """
 
 from __future__ import annotations

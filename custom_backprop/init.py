@@ -4,10 +4,10 @@ A layer z' = W f(z) with independent weights of mean 0 has E z'² = fan_in · Va
 
     Var w = g² / fan_in,    g = E[f(z)²]^(-1/2),  z ~ N(0, 1)
 
-which is what :func:`gain` computes from the activation's own formula. Backward, δ = f'(z) Wᵀ δ' has E δ² = fan_out · Var w · E f'(z)² · E δ'².
-With this gain and fan_in = fan_out a gradient is multiplied, each layer, by b = g E[f'(z)²]^(1/2). And a variance q next to 1 goes to
-1 + s (q - 1), s = ½ g² E[f(z)² (z² - 1)] (the density of variance q, differentiated by q): it comes back if s < 1, stays if s = 1, drifts away if
-s > 1.
+which is what :func:`gain` computes from the activation's own formula. Backward, δ = f'(z) Wᵀ δ' has E δ² = fan_out · Var w ·
+E f'(z)² · E δ'². With this gain and fan_in = fan_out a gradient is multiplied, each layer, by b = g E[f'(z)²]^(1/2). And a variance q next to 1 goes
+to 1 + s (q - 1), s = ½ g² E[f(z)² (z² - 1)] (the density of variance q, differentiated by q): it comes back if s < 1, stays if s = 1,
+drifts away if s > 1.
 
 ================  ======  ======  ======
 activation         g       b       s
@@ -37,8 +37,8 @@ hardshrink        1.0158  0.7979  1.0454
 relu_squared      0.8165  1.1547  2.0000
 ================  ======  ======  ======
 
-A gradient keeps its length where b is 1; below it shrinks by b a layer, whatever the initialisation: 20 layers of sigmoid leave b²⁰ of it.
-The first layer's input is data, f is not in front of it: with inputs of unit variance its gain is 1.
+A gradient keeps its length where b is 1; below it shrinks by b a layer, whatever the initialisation: 20 layers of sigmoid leave b²⁰ of
+it. The first layer's input is data, f is not in front of it: with inputs of unit variance its gain is 1.
 """
 
 from __future__ import annotations
@@ -106,8 +106,8 @@ def propagation(activation: str, **parameters: float) -> Propagation:
 def gain(activation: str, **parameters: float) -> float:
     """g = E[f(z)²]^(-1/2) for z ~ N(0, 1): the standard deviation of √fan_in · w that keeps the variance.
 
-    Arguments and errors: :func:`propagation`. For relu and leaky_relu it is ``torch.nn.init.calculate_gain``, which has 5/3 for tanh, 1 for
-    sigmoid and 3/4 for selu: found in other ways, and keeping other things.
+    Arguments and errors: :func:`propagation`. For relu and leaky_relu it is ``torch.nn.init.calculate_gain``, which has 5/3 for tanh, 1
+    for sigmoid and 3/4 for selu: found in other ways, and keeping other things.
     """
     return propagation(activation, **parameters).gain
 
@@ -124,11 +124,13 @@ def init_for(
     """Draws the weights of a model anew, in place, such that unit variance passes through its depth; biases become 0.
 
     - ``kaiming``: Var w = g² / fan_in, normal. Keeps the variance forward, for any widths.
-    - ``xavier``: Var w = 2 g² / (fan_in + fan_out), normal. The mean of what forward and backward ask for; the same where widths are equal.
+    - ``xavier``: Var w = 2 g² / (fan_in + fan_out), normal. The mean of what forward and backward ask for.
     - ``orthogonal``: WᵀW or WWᵀ = g² max(1, fan_out / fan_in). As kaiming, with no chance in the lengths: less drift.
-    - ``lsuv``: orthogonal, then each layer's weight is divided by the deviation of its output on ``batch``. Needs no gain and no assumption.
+    - ``lsuv``: orthogonal, then each layer's weight is divided by the deviation of its output on ``batch``. Needs no gain and no
+      assumption.
 
-    Linear layers and convolutions are drawn, ours (``LinearActivation``: one layer) and torch's, in the order of registration; all else is left.
+    Linear layers and convolutions are drawn, ours (``LinearActivation``: one layer) and torch's, in the order of registration; all else
+    is left.
 
     Args:
         activation: what stands between the layers, as in :func:`gain`; where they are ``LinearActivation``, theirs.
@@ -142,7 +144,8 @@ def init_for(
     Raises:
         TypeError: ``model`` is not a module, or the activation has no such parameter.
         ValueError: no such activation or method; an activation that no gain carries through depth (s > 1.15), in a model that does not
-            normalise; a ``LinearActivation`` of another one; no layer; a batch missing, unused, without variance, or that does not reach a layer.
+            normalise; a ``LinearActivation`` of another one; no layer; a batch missing, unused, without variance, or that does not reach
+            a layer.
     """
     if not isinstance(model, torch.nn.Module):
         raise TypeError(f"expected a torch.nn.Module, got {type(model).__name__}")

@@ -210,14 +210,16 @@ class GradientMonitor:
     - *dead units*: three quarters of a layer's units get no gradient at all in a window, or a quarter more than once did;
     - *non-finite*: NaN or infinity, in the layer where it begins.
 
-    One step down to rounding noise between two layers is no vanishing: the gradient of the sum of a normalised output is zero, and rightly.
+    One step down to rounding noise between two layers is no vanishing: the gradient of the sum of a normalised output is zero, and
+    rightly.
 
     Args:
         model: the module in training, plain, wrapped by DDP, sharded by ``fully_shard``, or compiled.
         every: steps between two readings.
-        measure: how many of them are measured, evenly spread, the last among them; of a small network, a measured step takes twice the time.
-            ``every=1`` measures all.
-        activations: whether to measure the modules' outputs, by forward hooks that stand in measured steps only. None: where it can be done.
+        measure: how many of them are measured, evenly spread, the last among them; of a small network, a measured step takes twice the
+            time. ``every=1`` measures all.
+        activations: whether to measure the modules' outputs, by forward hooks that stand in measured steps only. None: where it can be
+            done.
         updates: whether to measure ‖Δw‖ / ‖w‖. It keeps a copy of the weights from a measured step to the next.
         scaler: the ``torch.amp.GradScaler`` of the run.
         writer: gets each reading: :class:`JSONLines`, :class:`TensorBoard`, or anything with ``write(reading)``.
@@ -328,7 +330,7 @@ class GradientMonitor:
         figure.savefig(path)
 
     def draw(self, axes: Any, **options: Any) -> Any:
-        """Draws the heat map into matplotlib ``axes``. ``options`` go to ``pcolormesh`` (vmin and vmax in decades). 0 and NaN are blank."""
+        """Draws the heat map into matplotlib ``axes``. ``options`` go to ``pcolormesh`` (vmin, vmax: decades). 0 and NaN are blank."""
         steps, names, table = self.norms()
         if not steps:
             raise ValueError(f"nothing has been read yet: a window ends every {self.every} steps")
@@ -502,7 +504,7 @@ def judge(reading: Reading, history: Iterable[Reading], normalised: Collection[s
     """
     layers = [layer for layer in reading.layers if layer.norm is not None and layer.nonfinite is not None]
     if found := _non_finite(reading, layers, overflows):
-        return [found]
+        return [v for v in (found, _too_far(reading)) if v]
     old = list(history)
     old = old[: len(old) // 2] if len(old) >= OLD else []
     verdicts = [_exploding(reading, layers, old), _vanishing(reading, layers, old), *_dead(reading, layers, list(history), normalised)]
@@ -528,14 +530,20 @@ def _exploding(reading: Reading, layers: list[Layer], old: list[Reading]) -> Ver
         return Verdict(
             "exploding", worst.name, f"the gradient's norm is {reading.norm:.3g}, {reading.norm / most:.3g} times the most of the past"
         )
-    if reading.update is not None and reading.update > 1:
-        worst = max(reading.layers, key=lambda layer: layer.update or 0)
-        return Verdict("exploding", worst.name, f"an update is {worst.update:.3g} times as large as the weights")
+    if found := _too_far(reading):
+        return found
     for what, values in (("gradient", _norms(layers)), ("activation", _deviations(reading)[::-1])):
         if values and (fall := max(falls([v for _, v in values]))) >= FALL:
             largest = max(values, key=lambda v: v[1])
             return Verdict("exploding", largest[0], f"its {what} ({largest[1]:.3g}) has grown by {fall:.1f} decades through the network")
     return None
+
+
+def _too_far(reading: Reading) -> Verdict | None:
+    if reading.update is None or not reading.update > 1:
+        return None
+    worst = max(reading.layers, key=lambda layer: layer.update or 0)
+    return Verdict("exploding", worst.name, f"an update is {worst.update:.3g} times as large as the weights")
 
 
 def _vanishing(reading: Reading, layers: list[Layer], old: list[Reading]) -> Verdict | None:
@@ -641,8 +649,8 @@ def _hook(row: int, seen: list[tuple[int, list[Tensor]]]) -> Any:
 def _sums(x: Tensor, by_unit: Tensor | None = None) -> list[Tensor]:
     """‖x‖ (squared later, all at once), Σx, how many are not 0, how many are not finite, how many there are.
 
-    x is divided by its largest element first (``by_unit``: the largest of each row, where that is known): the squares of a vanished gradient are
-    no numbers of float32, and float64 takes ten times as long on a CPU.
+    x is divided by its largest element first (``by_unit``: the largest of each row, where that is known): the squares of a vanished
+    gradient are no numbers of float32, and float64 takes ten times as long on a CPU.
     """
     elements = x.new_full((), x.numel(), dtype=_wide(x), layout=torch.strided)
     if x.is_sparse:
