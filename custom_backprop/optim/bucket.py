@@ -1,18 +1,21 @@
 """Parameters that one call updates together, and what must still hold for last step's lists to be used again.
 
-Asking Python for a hundred parameters, gradients and states takes longer than updating them. So the lists are kept, and each step looks only
-whether they are still the truth: the same parameters at the same addresses, gradients of the same kind.
+Asking Python for a hundred parameters, gradients and states takes longer than updating them. So the lists are kept, and each step looks
+only whether they are still the truth: the same parameters at the same addresses, gradients of the same kind.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from functools import cached_property
 from operator import attrgetter
 from typing import Any
 
 import torch
 from torch import Tensor
+
+from ..backends.kernels import kernels
+from ..formulas.precision import HALF
 
 #: a tensor of more elements is updated in pieces of as many a thread, which stay in a core's cache; smaller ones share a piece
 PIECE = 2**18
@@ -26,6 +29,19 @@ def flat(t: Tensor) -> Tensor:
     return t.view(-1) if t.is_contiguous() else t.as_strided((t.numel(),), (1,))
 
 
+def local(t: Tensor) -> Tensor:
+    """What a DTensor holds on this rank; any other tensor itself."""
+    return t.to_local() if hasattr(t, "to_local") else t
+
+
+def norm(grad: Tensor) -> Tensor:
+    """The 2-norm of one gradient of any kind: sparse, complex, or spread over ranks."""
+    if grad.is_sparse:
+        grad = grad.coalesce().values()
+    total = torch.linalg.vector_norm(grad, dtype=torch.float32 if grad.dtype in HALF else None)
+    return total.full_tensor() if hasattr(total, "full_tensor") else total
+
+
 class Piece:
     """A part of a bucket small enough for the cache: several whole tensors, or a part of one.
 
@@ -36,42 +52,54 @@ class Piece:
     """
 
     def __init__(self, params: list[Tensor], states: dict[str, list[Tensor]], tensors: slice, elements: slice | None) -> None:
-        self.params, self.states = params, states
         self._tensors, self._elements = tensors, elements
-        self._sizes = list(map(Tensor.numel, params))
-        self.homes = {name: _home(tensors) for name, tensors in states.items()}
+        self.params = self.part(params)
+        self.states = {name: t[self._tensors] if name == "step" else self.part(t) for name, t in states.items()}
+        self.homes = {name: _home(t) for name, t in self.states.items() if _adjacent(t)}
+        self._sizes = list(map(Tensor.numel, self.params))
 
-    def list(self, of_bucket: list[Tensor]) -> list[Tensor]:
-        """This piece's part of a list with one tensor a parameter."""
-        mine = of_bucket[self._tensors]
+    def part(self, tensors: list[Tensor]) -> list[Tensor]:
+        """This piece's part of a list with one contiguous tensor a parameter."""
+        mine = tensors[self._tensors]
         return mine if self._elements is None else [mine[0].view(-1)[self._elements]]
 
-    def flat(self, of_bucket: list[Tensor]) -> Tensor:
+    def joined(self, tensors: list[Tensor]) -> Tensor:
         """The same as one flat tensor: a copy where there are several, else a view."""
-        mine = self.list(of_bucket)
-        return mine[0].view(-1) if len(mine) == 1 else torch.cat([t.view(-1) for t in mine])
+        mine = self.part(tensors)
+        return mine[0].view(-1) if len(mine) == 1 else torch._C._nn.flatten_dense_tensors(mine)
 
-    def add_(self, update: Tensor, alpha: float) -> None:
-        """p += alpha u for a flat ``update``."""
-        if len(self.params) == 1:
-            self.params[0].add_(update, alpha=alpha)
-        else:
-            torch._foreach_add_(self.params, update.split(self._sizes), alpha=alpha)
+    def scaled(self, tensors: list[Tensor], factor: float) -> list[Tensor]:
+        """This piece's part, every element times ``factor``, in new memory."""
+        mine = self.part(tensors)
+        return [mine[0] * factor] if len(mine) == 1 else list(torch._C._nn.flatten_dense_tensors(mine).mul_(factor).split(self._sizes))
+
+    def subtract(self, update: Tensor, lr: float, weight_decay: float = 0.0) -> None:
+        """θ -= γ (u + λ θ) for a flat ``update`` u."""
+        if len(self.params) == 1 and not weight_decay:
+            self.params[0].add_(update, alpha=-lr)
+        else:  # of a step without momentum, torch's fused kernel rounds as add_ does
+            torch._fused_sgd_(
+                self.params, list(update.split(self._sizes)), [], weight_decay=weight_decay, momentum=0.0, lr=lr, dampening=0.0,
+                nesterov=False, maximize=False, is_first_step=False,
+            )  # fmt: skip
 
 
 def _home(tensors: list[Tensor]) -> Tensor:
     """The tensor over ``tensors``, which lie one behind the other in one storage."""
-    return tensors[0].as_strided((sum(map(Tensor.numel, tensors)),), (1,))
+    first = next((t for t in tensors if t.numel()), tensors[0])
+    return first.as_strided((sum(map(Tensor.numel, tensors)),), (1,))
 
 
-def _adjacent(tensors: Sequence[Tensor]) -> bool:
-    """Whether dense tensors lie one behind the other in one storage."""
-    first = tensors[0]
-    storage, end = first.untyped_storage().data_ptr(), first.data_ptr()
+def _adjacent(tensors: list[Tensor]) -> bool:
+    """Whether dense tensors lie one behind the other in one storage. (Empty ones have no address.)"""
+    storage, end = 0, 0
     for t in tensors:
-        if t.untyped_storage().data_ptr() != storage or t.data_ptr() != end:
-            return False
-        end += t.numel() * t.element_size()
+        if t.numel():
+            if not storage:
+                storage, end = t.untyped_storage().data_ptr(), t.data_ptr()
+            if t.untyped_storage().data_ptr() != storage or t.data_ptr() != end:
+                return False
+            end += t.numel() * t.element_size()
     return True
 
 
@@ -87,16 +115,16 @@ def gathered(tensors: list[Tensor]) -> list[Tensor]:
     return views
 
 
-def runs(params: list[Tensor]) -> Iterator[tuple[slice, slice | None]]:
+def runs(tensors: list[Tensor], together: bool) -> Iterator[tuple[slice, slice | None]]:
     """How a list of tensors is cut into pieces: (which tensors, which elements of the one that is too large for one piece).
 
     Half precision is not put together: ATen computes the last few elements of a tensor, those that fill no vector, with other roundings.
     """
-    together = PIECE if params[0].dtype in (torch.float32, torch.float64) else 0
+    limit = PIECE if together and tensors[0].dtype in (torch.float32, torch.float64) else 0
     begin, total = 0, 0
-    for i, p in enumerate(params):
-        n = p.numel()
-        if total and total + n > together:
+    for i, t in enumerate(tensors):
+        n = t.numel()
+        if begin < i and total + n > limit:
             yield slice(begin, i), None
             begin, total = i, 0
         if n > PIECE:
@@ -106,39 +134,63 @@ def runs(params: list[Tensor]) -> Iterator[tuple[slice, slice | None]]:
             begin = i + 1
         else:
             total += n
-    if begin < len(params):
-        yield slice(begin, len(params)), None
+    if begin < len(tensors):
+        yield slice(begin, len(tensors)), None
 
 
 class Bucket:
     """Parameters alike in kind, device and dtypes.
 
     Attributes:
-        params: the parameters.
-        flats: the same, flat.
+        params: the parameters, of ``dtype``.
+        flats: the flat tensors that are updated: the parameters, or their float32 masters.
+        rounded: the flat parameters that are rounded from the masters; None where there are none.
         states: by name, the flat state of each parameter.
+        steps: how many steps each has made, one tensor over ``states["step"]``; None if no state counts them.
         fresh: the states were made for this step and hold nothing yet.
-        pieces: the same once more, cut for the cache (on a CPU).
     """
 
-    def __init__(self, params: list[Tensor], grads: list[Tensor], states: dict[str, list[Tensor]], fresh: bool) -> None:
-        self.params, self.fresh = params, fresh
-        self.flats = list(map(flat, params))
-        self.states = {name: list(map(flat, tensors)) for name, tensors in states.items()}
-        self.device, self.dtype = params[0].device, params[0].dtype
-        self._pointers = list(map(Tensor.data_ptr, params))
+    def __init__(
+        self,
+        params: list[Tensor],
+        grads: list[Tensor],
+        states: dict[str, list[Tensor]],
+        masters: list[Tensor] | None,
+        fresh: bool,
+        together: bool,
+    ) -> None:
+        self.params, self.fresh, self._together = params, fresh, together
+        shards = list(map(local, params))
+        self.device, self.dtype = shards[0].device, shards[0].dtype
+        self.flats = list(map(flat, shards))
+        self.rounded = None
+        if masters is not None:
+            self.rounded, self.flats = self.flats, [flat(local(m)) for m in masters]
+        self.states = {name: [flat(local(t)) for t in tensors] for name, tensors in states.items()}
+        self.steps = _home(self.states["step"]) if "step" in states else None
+        self._table: Any = None
+        self._sharded = shards[0] is not params[0]
+        self._type = type(grads[0])
         self._dtypes = {grads[0].dtype}
-        self._contiguous = all(map(Tensor.is_contiguous, params))
-        self._strides = list(map(Tensor.stride, params))
+        self._placements = [getattr(p, "placements", None) for p in params]
+        self._pointers = list(map(Tensor.data_ptr, shards))
+        self._contiguous = all(map(Tensor.is_contiguous, shards))
+        self._strides = list(map(Tensor.stride, shards))
 
     def grads(self) -> list[Tensor] | None:
         """This step's gradients, contiguous; None if they or the parameters are not of the kind that this bucket was made for."""
         grads: list[Any] = [p.grad for p in self.params]
+        if {*map(type, grads)} != {self._type}:
+            return None
+        params = self.params
+        if self._sharded:
+            if [g.placements for g in grads] != self._placements:
+                return None
+            params, grads = list(map(local, params)), list(map(local, grads))
         if (
-            {*map(type, grads)} != {Tensor}
-            or {*map(_dtype, grads)} != self._dtypes
+            {*map(_dtype, grads)} != self._dtypes
             or {*map(_layout, grads)} != {torch.strided}
-            or list(map(Tensor.data_ptr, self.params)) != self._pointers
+            or list(map(Tensor.data_ptr, params)) != self._pointers
         ):
             return None
         if self._contiguous and all(map(Tensor.is_contiguous, grads)):
@@ -148,17 +200,26 @@ class Bucket:
     @cached_property
     def pieces(self) -> list[Piece]:
         """The same cut for the cache. States of parameters that share a piece must have been :func:`gathered`."""
-        return [
-            Piece(
-                _part(self.flats, tensors, elements),
-                {name: _part(states, tensors, elements) for name, states in self.states.items() if name != "step"},
-                tensors,
-                elements,
-            )
-            for tensors, elements in runs(self.flats)
-        ]
+        return [Piece(self.flats, self.states, tensors, elements) for tensors, elements in runs(self.flats, self._together)]
 
+    def scaled(self, grads: list[Tensor], factor: float) -> Iterator[tuple[list[Tensor], list[Tensor], dict[str, list[Tensor]]]]:
+        """(parameters, gradients times ``factor``, states) for torch's fused kernels: all at once, or in pieces where they are scaled."""
+        if factor == 1:
+            yield self.flats, grads, self.states
+        else:
+            for piece in self.pieces:
+                yield piece.params, piece.scaled(grads, factor), piece.states
 
-def _part(tensors: list[Tensor], which: slice, elements: slice | None) -> list[Tensor]:
-    mine = tensors[which]
-    return mine if elements is None else [mine[0][elements]]
+    def norms(self, grads: list[Tensor]) -> list[Tensor]:
+        """2-norms whose 2-norm is that of all gradients together."""
+        if self._sharded:
+            return [norm(p.grad) for p in self.params if p.grad is not None]
+        return list(torch._foreach_norm(grads, 2.0, dtype=torch.float32 if self.dtype in HALF else None))
+
+    def table(self, slots: tuple[str, ...]) -> Any:
+        """The kernels' table of this bucket, with states in the order of ``slots``."""
+        if self._table is None:
+            states = [self.states.get(name) for name in slots]
+            masters = None if self.rounded is None else self.flats
+            self._table = kernels("optim").Table(self.rounded or self.flats, states, masters)
+        return self._table

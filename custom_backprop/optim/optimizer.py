@@ -1,14 +1,15 @@
 """What the optimizers share: torch.optim's own class underneath, and a step that updates many parameters at once.
 
-Constructor, groups, state, checkpoints, hooks and schedulers are inherited. Replaced is the update alone, and only of what it is written for:
-dense real tensors. What else torch.optim takes (sparse, complex, ``capturable``, ``differentiable``, ...) goes to torch's own update.
+Constructor, groups, state, checkpoints, hooks and schedulers are inherited. Replaced is the update alone, and only of what it is written
+for: dense real tensors. What else torch.optim takes (sparse, complex, ``capturable``, ``differentiable``, ...) goes to torch's own update.
 """
 
 from __future__ import annotations
 
+import inspect
+import operator
 from collections.abc import Callable
 from itertools import chain
-from operator import is_
 from typing import Any, ClassVar
 
 import torch
@@ -16,92 +17,192 @@ from torch import Tensor
 from torch.optim import Optimizer
 
 from ..backends import selection
-from .bucket import Bucket, gathered, runs
+from ..backends.kernels import kernels
+from ..formulas.optim import clip_factor, stochastically_rounded
+from ..formulas.precision import HALF, widen
+from .bucket import Bucket, gathered, local, norm, runs
 
 Group = dict[str, Any]
 
-_PLAIN = (Tensor, torch.nn.Parameter)
-
 
 class Plan:
-    """How one group is updated: in buckets, and the rest one by one."""
+    """How one group is updated: in buckets, and the rest by torch."""
 
     def __init__(self, group: Group, buckets: list[Bucket], rest: list[Tensor]) -> None:
         self.buckets, self.rest = buckets, rest
         self._members = tuple(group["params"])
         self._without = [p for p in self._members if p.grad is None]
+        self._backend = selection.get_backend()
 
     def grads(self, group: Group) -> list[list[Tensor]] | None:
         """This step's gradients, a list for each bucket; None if the plan no longer fits."""
         members = group["params"]
-        if len(members) != len(self._members) or not all(map(is_, members, self._members)):
+        if (
+            len(members) != len(self._members)
+            or not all(map(operator.is_, members, self._members))
+            or self._backend != selection.get_backend()
+        ):
             return None
         if any(p.grad is not None for p in self._without) or any(p.grad is None for p in self.rest):
             return None
         grads = []
         for bucket in self.buckets:
-            mine = bucket.grads()
-            if mine is None:
+            if (mine := bucket.grads()) is None:
                 return None
             grads.append(mine)
         return grads
 
 
 class MultiTensor(Optimizer):
-    """Mixed in before a class of torch.optim: ``class SGD(MultiTensor, torch.optim.SGD)``."""
+    """Mixed in before a class of torch.optim: ``class SGD(MultiTensor, torch.optim.SGD)``. It adds three arguments to the constructor.
 
+    Args:
+        max_grad_norm: all gradients of this optimizer are multiplied by :func:`~custom_backprop.formulas.optim.clip_factor` of their total
+            2-norm, as ``clip_grad_norm_`` would do before the step, but on the way: ``.grad`` itself is not changed.
+        master_weights: float16 and bfloat16 parameters are updated in a float32 copy, kept as ``master_param`` in their state, and rounded
+            from it. Their other state is float32 too.
+        bf16_stochastic_round: bfloat16 parameters are updated in float32 and rounded up or down at random, the nearer the likelier; no
+            copy is kept. Their state is float32. The noise follows ``torch.manual_seed``.
+
+    Raises:
+        ValueError: ``max_grad_norm`` is negative or NaN, two of the ways to round are asked for, or one of these arguments is combined
+            with ``differentiable=True``.
+    """
+
+    #: ``step`` applies the attributes ``grad_scale`` and ``found_inf`` that a GradScaler sets; on a GPU without reading them
+    _step_supports_amp_scaling = True
+
+    #: torch's class, whose ``step`` takes what ours is not written for
     _torch: ClassVar[Any]
+    #: the update rule: its name in ``triton_kernels/optim.py``, its formula and the hyperparameters that this takes
+    _rule: ClassVar[str]
+    _formula: ClassVar[Callable[..., Any]]
+    _takes: ClassVar[tuple[str, ...]]
+    _hyper: ClassVar[tuple[str, ...]]
     #: the lists that ``_init_group`` fills after parameters and gradients, by the name of the state they hold
-    _states: ClassVar[tuple[str, ...]]
-    #: those that the CPU's update wants one behind the other
-    _flat: ClassVar[tuple[str, ...]] = ()
+    _state_names: ClassVar[tuple[str, ...]]
+    #: the states in the order of the kernels
+    _slots: ClassVar[tuple[str, ...]]
+    #: the states that the CPU's update wants one behind the other
+    _adjacent: ClassVar[tuple[str, ...]] = ()
+
+    def __init_subclass__(cls, **kwargs: Any) -> None:
+        super().__init_subclass__(**kwargs)
+        if "_formula" in vars(cls):
+            takes = inspect.signature(cls._formula).parameters.values()
+            cls._takes = tuple(p.name for p in takes if p.kind is p.KEYWORD_ONLY)
+            cls._hyper = tuple(name for name in cls._takes if name not in ("t", "fresh"))
+        if "_torch" in vars(cls):
+            ours = list(inspect.signature(MultiTensor.__init__).parameters.values())[3:-1]
+            theirs = inspect.signature(cls._torch.__init__)
+            cls.__signature__ = theirs.replace(parameters=[*list(theirs.parameters.values())[1:], *ours])  # type: ignore[attr-defined]
+
+    def __init__(
+        self,
+        params: Any,
+        *args: Any,
+        max_grad_norm: float | None = None,
+        master_weights: bool = False,
+        bf16_stochastic_round: bool = False,
+        **kwargs: Any,
+    ) -> None:
+        if max_grad_norm is not None and not max_grad_norm >= 0:
+            raise ValueError(f"Invalid max_grad_norm value: {max_grad_norm}")
+        if master_weights and bf16_stochastic_round:
+            raise ValueError("master_weights and bf16_stochastic_round are two ways to round: choose one")
+        if kwargs.get("differentiable") and (max_grad_norm is not None or master_weights or bf16_stochastic_round):
+            raise ValueError(
+                "differentiable=True runs torch's own update, which has no max_grad_norm, master_weights or bf16_stochastic_round"
+            )
+        self.max_grad_norm, self.master_weights, self.bf16_stochastic_round = max_grad_norm, master_weights, bf16_stochastic_round
+        super().__init__(params, *args, **kwargs)
+
+    def __getstate__(self) -> dict[str, Any]:
+        mine = ("max_grad_norm", "master_weights", "bf16_stochastic_round")
+        return {**super().__getstate__(), **{name: getattr(self, name) for name in mine}}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        super().__setstate__(state)
+        self.__dict__.pop("_kept", None)
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """As torch's, which would cast the state of a half-precision parameter to its dtype: where ours is float32, it stays so."""
+        if not (self.master_weights or self.bf16_stochastic_round):
+            super().load_state_dict(state_dict)
+            return
+        loaded: dict[str, Any] = {}
+        with_hooks = self.register_load_state_dict_pre_hook(lambda optimizer, seen: loaded.update(seen))
+        try:
+            super().load_state_dict(state_dict)
+        finally:
+            with_hooks.remove()
+        ids = chain.from_iterable(group["params"] for group in loaded["param_groups"])
+        for i, p in zip(ids, chain.from_iterable(group["params"] for group in self.param_groups), strict=True):
+            if self._is_wide(p):
+                for name, value in loaded["state"].get(i, {}).items():
+                    if name != "step" and isinstance(value, Tensor):
+                        self.state[p][name] = value.to(device=p.device, dtype=torch.float32, copy=True)
 
     def step(self, closure: Callable[[], Any] | None = None) -> Any:
-        """One step. ``closure``, if given, computes the loss again (and its gradients), which is returned."""
-        if self.defaults["differentiable"] or torch.compiler.is_compiling():
-            return _plain_step(self._torch)(self, closure)
+        """One step. ``closure``, if given, computes the loss again (and its gradients), and the loss is returned."""
+        if torch.compiler.is_compiling():
+            extra = self.max_grad_norm is not None or self.master_weights or self.bf16_stochastic_round
+            return torch.compiler.disable(self._eager)(closure) if extra else _plain_step(self._torch)(self, closure)
+        return _plain_step(self._torch)(self, closure) if self.defaults["differentiable"] else self._eager(closure)
+
+    def _eager(self, closure: Callable[[], Any] | None) -> Any:
         loss = None
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
         with torch.no_grad():
-            self._update()
+            self._step()
         return loss
 
-    def _update(self) -> None:
+    def _step(self) -> None:
+        found: Tensor | None = self.__dict__.get("found_inf")
+        if found is not None and self._reads(found) and found.item():
+            return
         plans = self._plans()
+        work: list[tuple[Group, Plan, list[list[Tensor]]]] = []
         for group in self.param_groups:
             plan: Plan | None = plans.get(id(group))
-            grads = plan and plan.grads(group)
-            if grads is None:
-                plans[id(group)] = plan = self._plan(group)
+            grads = plan.grads(group) if plan is not None else None
+            if plan is None or grads is None:
+                plan = plans[id(group)] = self._plan(group)
                 grads = plan.grads(group)
-            assert plan is not None
-            assert grads is not None
+                assert grads is not None
+            work.append((group, plan, grads))
+        factor = self._factor(work)
+        for group, plan, grads in work:
             for bucket, mine in zip(plan.buckets, grads, strict=True):
-                self._aten(bucket, mine, group)
-            if plan.rest:
-                self._update_by_torch(group, plan.rest)
+                self._update(bucket, mine, self._numbers(group), factor, found)
+            if plan.rest and not (found is not None and found.item()):
+                self._by_torch(group, plan.rest, factor)
         self.__dict__["_known"] = list(chain.from_iterable(s.values() for s in self.state.values()))
+
+    def _reads(self, found: Tensor) -> bool:
+        """Whether ``found_inf`` is read before anything is done. The kernels read it themselves, but for a state that they would begin."""
+        return selection.backend_for(found.device.type) != "triton" or any(group.get("dampening") for group in self.param_groups)
 
     def _plans(self) -> dict[int, Plan]:
         """Last step's plans, if every state is still what it was, else none."""
         known: list[Any] = self.__dict__.get("_known", [])
         values = list(chain.from_iterable(s.values() for s in self.state.values()))
         plans: dict[int, Plan] = self.__dict__.setdefault("_kept", {})
-        if len(values) != len(known) or not all(map(is_, values, known)):
+        if len(values) != len(known) or not all(map(operator.is_, values, known)):
             plans.clear()
         return plans
 
     def _plan(self, group: Group) -> Plan:
         params: list[Tensor] = []
         grads: list[Tensor] = []
-        lists: list[list[Any]] = [[] for _ in self._states]
-        self._init_group(group, params, grads, *lists)
-        states = {name: tensors for name, tensors in zip(self._states, lists, strict=True) if tensors}
+        lists: list[list[Any]] = [[] for _ in self._state_names]
+        self._init_group(group, params, grads, *lists)  # type: ignore[attr-defined]
+        states = {name: tensors for name, tensors in zip(self._state_names, lists, strict=True) if tensors}
         alike: dict[Any, list[int]] = {}
         for i, (p, g) in enumerate(zip(params, grads, strict=True)):
-            alike.setdefault(self._kind(group, p, g, [s[i] for s in states.values()]), []).append(i)
+            alike.setdefault(self._kind(group, p, g, {name: tensors[i] for name, tensors in states.items()}), []).append(i)
         rest = [params[i] for i in alike.pop(None, [])]
         buckets = [
             self._bucket([params[i] for i in which], [grads[i] for i in which], {n: [s[i] for i in which] for n, s in states.items()})
@@ -109,49 +210,149 @@ class MultiTensor(Optimizer):
         ]
         return Plan(group, buckets, rest)
 
-    def _kind(self, group: Group, p: Tensor, g: Tensor, states: list[Tensor | None]) -> Any:
+    def _kind(self, group: Group, p: Tensor, g: Tensor, states: dict[str, Tensor | None]) -> Any:
         """What parameters of one bucket have in common; None for one that torch updates."""
+        placements = getattr(p, "placements", None)  # of a DTensor, whose shards are updated like any tensor
+        plain = type(p) in (Tensor, torch.nn.Parameter) and type(g) is Tensor
+        held = [s for name, s in states.items() if name != "step" and s is not None]
+        numbers = chain(group.values(), group.get("betas", ()))
         if (
-            type(p) not in _PLAIN
-            or type(g) is not Tensor
-            or not p.is_cpu
+            group.get("capturable")
+            or any(isinstance(v, Tensor) and (v.requires_grad or not v.is_cpu) for v in numbers)
+            or any(t.layout != torch.strided for t in (p, g, *held))
             or not p.is_floating_point()
-            or p.layout != torch.strided
-            or g.layout != torch.strided
-            or group.get("capturable")
-            or any(isinstance(v, Tensor) and v.requires_grad for v in group.values())
+            or not (plain or (placements and all(getattr(t, "placements", None) == placements for t in (g, *held))))
         ):
             return None
-        shaped = [s for s in states if s is not None and s.dim() == p.dim() and s.numel() == p.numel()]
-        dense = torch.empty_like(p, device="meta").stride()
-        if any(t.stride() != dense for t in (p, g, *shaped)) or any(s.dtype != p.dtype for s in shaped):
+        here, wide = local(p), self._is_wide(p)
+        if here.device.type not in ("cpu", "cuda", "meta"):
             return None
-        return p.device, p.dtype, g.dtype, p.is_contiguous(), tuple(s is None for s in states)
+        backend = selection.backend_for(here.device.type)
+        strides = torch.empty_like(here, device="meta").stride()
+        if (
+            any(local(t).stride() != strides for t in (p, g, *held))  # a tensor that is not dense, or two in different order
+            or any(s.dtype != p.dtype for s in held if not wide)
+            or (backend == "aten" and not (here.is_cpu and (wide or g.dtype == p.dtype)))
+        ):
+            return None
+        return backend, here.device, p.dtype, g.dtype, placements is not None, here.is_contiguous(), [*states.values()].count(None)
 
-    def _bucket(self, params: list[Tensor], grads: list[Tensor], states: dict[str, list[Tensor]]) -> Bucket:
-        fresh = any(s[0] is None for s in states.values())
+    def _is_wide(self, p: Tensor) -> bool:
+        """Whether the state of ``p`` is float32 though it is not."""
+        return (self.master_weights and p.dtype in HALF) or (self.bf16_stochastic_round and p.dtype == torch.bfloat16)
+
+    def _bucket(self, params: list[Tensor], grads: list[Tensor], states: dict[str, list[Any]]) -> Bucket:
+        device, wide = local(params[0]).device, self._is_wide(params[0])
+        backend = selection.backend_for(device.type)
+        together = backend == "aten" and not hasattr(params[0], "placements")
+        fresh = False
         for name, tensors in states.items():
-            if fresh:
-                states[name] = tensors = list(map(torch.zeros_like, params))
+            if tensors[0] is None:
+                fresh, tensors = True, list(map(torch.zeros_like, params))
             if name == "step":
-                states[name] = gathered(tensors)
-            elif name in self._flat:
-                for which, elements in runs(params):
-                    if elements is None:
-                        tensors[which] = gathered(tensors[which])
-            for p, t in zip(params, states[name], strict=True):
+                tensors = gathered([t.to(device, torch.float32) for t in tensors] if backend == "triton" else tensors)
+            else:
+                tensors = [t.float() for t in tensors] if wide else tensors
+                if together and name in self._adjacent:
+                    for which, elements in runs(tensors, together):
+                        if elements is None:
+                            tensors[which] = gathered(tensors[which])
+            states[name] = tensors
+            for p, t in zip(params, tensors, strict=True):
                 self.state[p][name] = t
-        return Bucket(params, grads, states, fresh)
+        masters = None
+        if wide and self.master_weights:
+            masters = [self.state[p].setdefault("master_param", p.detach().float()) for p in params]
+        return Bucket(params, grads, states, masters, fresh=fresh, together=together)
 
-    def _update_by_torch(self, group: Group, params: list[Tensor]) -> None:
+    def _numbers(self, group: Group) -> dict[str, Any]:
+        """A group's hyperparameters as the formula takes them, all of them numbers."""
+        return {
+            name: value if isinstance(value, bool) else tuple(map(float, value)) if isinstance(value, tuple) else float(value)
+            for name, value in ((name, group[name]) for name in self._hyper)
+        }
+
+    def _factor(self, work: list[tuple[Group, Plan, list[list[Tensor]]]]) -> Tensor | None:
+        """What every gradient is multiplied by: the inverse of the GradScaler's scale, and what clipping asks for."""
+        scale: Tensor | None = self.__dict__.get("grad_scale")
+        factor = None if scale is None else scale.double().reciprocal()
+        if self.max_grad_norm is None:
+            return factor
+        norms: list[Tensor] = []
+        for _, plan, grads in work:
+            norms += chain.from_iterable(bucket.norms(mine) for bucket, mine in zip(plan.buckets, grads, strict=True))
+            norms += [norm(p.grad) for p in plan.rest if p.grad is not None]
+        if not norms:
+            return factor
+        total = torch.linalg.vector_norm(torch.stack([n.to(norms[0].device) for n in norms]))
+        if factor is None:
+            return clip_factor(total, self.max_grad_norm)
+        factor = factor.to(total.device)
+        return factor * clip_factor(total * factor, self.max_grad_norm)
+
+    def _update(self, bucket: Bucket, grads: list[Tensor], hyper: dict[str, Any], factor: Tensor | None, found: Tensor | None) -> None:
+        backend = selection.backend_for(bucket.device.type)
+        stochastic = self.bf16_stochastic_round and bucket.dtype == torch.bfloat16
+        if backend == "triton":
+            if found is not None:
+                found = found.to(bucket.device, non_blocking=True)
+            if bucket.steps is not None:
+                bucket.steps.add_(1 if found is None else 1 - found)
+            if factor is not None:
+                factor = factor.to(bucket.device, torch.float64 if bucket.dtype == torch.float64 else torch.float32, non_blocking=True)
+            kernels("optim").update(
+                self._rule, bucket.table(self._slots), grads, bucket.steps, hyper, scale=factor, found_inf=found,
+                fresh=bucket.fresh and bool(hyper.get("dampening")), seed=int(torch.randint(2**40, ())) if stochastic else None,
+            )  # fmt: skip
+        else:
+            if bucket.steps is not None:
+                bucket.steps.add_(1)
+            if backend == "formula" or stochastic:
+                self._by_formula(bucket, grads, hyper, factor, stochastic)
+            else:
+                multiplier = 1.0 if factor is None else factor.item()
+                self._aten(bucket, grads if bucket.rounded is None else [g.float() for g in grads], hyper, multiplier)
+                if bucket.rounded is not None:
+                    torch._foreach_copy_(bucket.rounded, bucket.flats)
+        bucket.fresh = False
+
+    def _by_formula(self, bucket: Bucket, grads: list[Tensor], hyper: dict[str, Any], factor: Tensor | None, stochastic: bool) -> None:
+        for i, (p, g) in enumerate(zip(bucket.flats, grads, strict=True)):
+            here: dict[str, Any] = {name: widen(tensors[i]) for name, tensors in bucket.states.items() if name != "step"}
+            if bucket.steps is not None and "t" in self._takes:
+                here["t"] = bucket.steps[i].item()
+            if bucket.fresh:
+                here["fresh"] = True
+            g = widen(g.view(-1))
+            new, states = type(self)._formula(widen(p), g if factor is None else g * factor.to(g.device), **here, **hyper)
+            p.copy_(stochastically_rounded(new, torch.randint_like(new, 2**16, dtype=torch.int32)) if stochastic else new)
+            if bucket.rounded is not None:
+                bucket.rounded[i].copy_(new)
+            for name, state in states.items():
+                bucket.states[name][i].copy_(state)
+
+    def _by_torch(self, group: Group, params: list[Tensor], factor: Tensor | None) -> None:
         """torch's own update of some parameters of a group."""
-        groups, self.param_groups = self.param_groups, [{**group, "params": params}]
+        groups, grads = self.param_groups, [p.grad for p in params]
+        scaler: dict[str, Any] = {name: self.__dict__.pop(name) for name in ("grad_scale", "found_inf") if name in self.__dict__}
+        own = {**group, "params": params}
+        if group.get("fused") and all(g is not None and g.layout == torch.strided for g in grads):
+            own["fused"] = False  # torch's fused kernels take tensors of different strides for alike (torch 2.13, on a CPU)
+        self.param_groups = [own]
         try:
+            if factor is not None:
+                by = factor if group.get("capturable") else factor.item()
+                for p, g in zip(params, grads, strict=True):
+                    p.grad = None if g is None else g * by
             _plain_step(self._torch)(self)
         finally:
             self.param_groups = groups
+            self.__dict__.update(scaler)
+            for p, g in zip(params, grads, strict=True):
+                p.grad = g
 
-    def _aten(self, bucket: Bucket, grads: list[Tensor], group: Group) -> None:
+    def _aten(self, bucket: Bucket, grads: list[Tensor], hyper: dict[str, Any], factor: float) -> None:
+        """The update of ``bucket.flats`` by PyTorch's operators, on a CPU."""
         raise NotImplementedError
 
 

@@ -1,0 +1,277 @@
+"""One launch that updates any number of tensors, whatever the rule.
+
+The addresses of parameters, gradients and states stand in a table on the device, made once. Gradients that come back at other addresses
+cost one small asynchronous copy. Each program looks up its tensor and updates ROUNDS blocks of it. Nothing is read back.
+
+Rules: ``custom_backprop/formulas/optim.py``. A device function takes θ, g, three states and numbers, all in the accumulator's dtype. The
+hyperparameters come in float64, and 1 - β is taken before it is rounded: in float32, 1 - 0.999 would be off by 5e-5.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+from triton.runtime.jit import JITFunction
+
+from .activation import expm1
+from .launch import accumulator, cdiv, launch
+
+BLOCK, ROUNDS = 1024, 4
+
+_TYPES = {torch.float64: tl.float64, torch.float32: tl.float32, torch.float16: tl.float16, torch.bfloat16: tl.bfloat16}
+
+
+@triton.jit
+def sgd(p, g, m, s1, s2, t, bias_a, bias_b, lr, decay, momentum, dampening, rest_a, undamped, eps,
+        NESTEROV: tl.constexpr, STATES: tl.constexpr, FRESH: tl.constexpr):  # fmt: skip
+    g = g + decay * p
+    d = g
+    if STATES:
+        m = g if FRESH else momentum * m + undamped * g
+        d = g + momentum * m if NESTEROV else m
+    return p - lr * d, m, s1, s2
+
+
+@triton.jit
+def adagrad(p, g, s, s1, s2, t, bias_a, bias_b, lr, decay, lr_decay, b, rest_a, rest_b, eps,
+            FLAG: tl.constexpr, STATES: tl.constexpr, FRESH: tl.constexpr):  # fmt: skip
+    g = g + decay * p
+    s = s + g * g
+    return p - lr / (1 + (t - 1) * lr_decay) * g / (tl.sqrt(s) + eps), s, s1, s2
+
+
+@triton.jit
+def rmsprop(p, g, v, m, a, t, bias_a, bias_b, lr, decay, alpha, momentum, rest, rest_b, eps,
+            CENTERED: tl.constexpr, STATES: tl.constexpr, FRESH: tl.constexpr):  # fmt: skip
+    g = g + decay * p
+    v = alpha * v + rest * g * g
+    w = v
+    if CENTERED:
+        a = a + rest * (g - a)
+        w = v - a * a
+    u = g / (tl.sqrt(w) + eps)
+    if STATES & 2:
+        m = momentum * m + u
+        u = m
+    return p - lr * u, v, m, a
+
+
+@triton.jit
+def adam(p, g, m, v, w, t, bias_a, bias_b, lr, decay, beta1, beta2, rest1, rest2, eps,
+         DECOUPLED: tl.constexpr, STATES: tl.constexpr, FRESH: tl.constexpr):  # fmt: skip
+    if DECOUPLED:
+        p = p - lr * decay * p
+    else:
+        g = g + decay * p
+    m = m + rest1 * (g - m)
+    v = beta2 * v + rest2 * g * g
+    w = tl.where((v > w) | (v != v), v, w) if STATES & 4 else v
+    return p - lr / bias_a * m / (tl.sqrt(w) / tl.sqrt(bias_b) + eps), m, v, w
+
+
+@triton.jit
+def lion(p, g, m, s1, s2, t, bias_a, bias_b, lr, decay, beta1, beta2, rest1, rest2, eps,
+         FLAG: tl.constexpr, STATES: tl.constexpr, FRESH: tl.constexpr):  # fmt: skip
+    c = m + rest1 * (g - m)
+    sign = (c > 0).to(p.dtype) - (c < 0).to(p.dtype)
+    return p - lr * decay * p - lr * sign, m + rest2 * (g - m), s1, s2
+
+
+@triton.jit
+def _block(
+    ENTRY, TENSORS, start, inside, offsets, key, scale, t, bias_a, bias_b, lr, decay, a, b, rest_a, rest_b, eps,
+    RULE: tl.constexpr, P: tl.constexpr, G: tl.constexpr, S: tl.constexpr, ACC: tl.constexpr, STATES: tl.constexpr, MASTER: tl.constexpr,
+    FLAG: tl.constexpr, FRESH: tl.constexpr, MAXIMIZE: tl.constexpr, STOCHASTIC: tl.constexpr, ALIGNED: tl.constexpr,
+):  # fmt: skip
+    """Updates one block of one tensor; ``inside`` is None where all of the block is. ALIGNED, which the compiler cannot see in a table,
+    makes loads and stores 128 bits wide."""
+    param = tl.multiple_of(tl.load(ENTRY + 2 * TENSORS).to(tl.pointer_type(P)), ALIGNED) + start + offsets
+    grad = tl.multiple_of(tl.load(ENTRY + 3 * TENSORS).to(tl.pointer_type(G)), ALIGNED) + start + offsets
+    g = tl.load(grad, inside).to(ACC)
+    if MASTER:
+        master = tl.multiple_of(tl.load(ENTRY + 4 * TENSORS).to(tl.pointer_type(ACC)), ALIGNED) + start + offsets
+        p = tl.load(master, inside)
+    else:
+        p = tl.load(param, inside).to(ACC)
+    if scale is not None:
+        g = g * scale
+    if MAXIMIZE:
+        g = -g
+    s0, s1, s2 = p, p, p
+    if STATES & 1:
+        S0 = tl.multiple_of(tl.load(ENTRY + 5 * TENSORS).to(tl.pointer_type(S)), ALIGNED) + start + offsets
+        s0 = tl.load(S0, inside).to(ACC)
+    if STATES & 2:
+        S1 = tl.multiple_of(tl.load(ENTRY + 6 * TENSORS).to(tl.pointer_type(S)), ALIGNED) + start + offsets
+        s1 = tl.load(S1, inside).to(ACC)
+    if STATES & 4:
+        S2 = tl.multiple_of(tl.load(ENTRY + 7 * TENSORS).to(tl.pointer_type(S)), ALIGNED) + start + offsets
+        s2 = tl.load(S2, inside).to(ACC)
+    p, s0, s1, s2 = RULE(p, g, s0, s1, s2, t, bias_a, bias_b, lr, decay, a, b, rest_a, rest_b, eps, FLAG, STATES, FRESH)
+    if MASTER:
+        tl.store(master, p, inside)
+    if STOCHASTIC:  # float32 rounded up or down to bfloat16's bits
+        bits = p.to(tl.int32, bitcast=True) + (tl.randint(key, offsets) & 0xFFFF)
+        p = tl.where(tl.abs(p) < float("inf"), (bits & -65536).to(tl.float32, bitcast=True), p)
+    tl.store(param, p.to(P), inside)
+    if STATES & 1:
+        tl.store(S0, s0.to(S), inside)
+    if STATES & 2:
+        tl.store(S1, s1.to(S), inside)
+    if STATES & 4:
+        tl.store(S2, s2.to(S), inside)
+
+
+@triton.jit
+def _update(
+    TABLE, WHICH, STEPS, SCALE, FOUND, TENSORS, seed,
+    lr: tl.float64, decay: tl.float64, a: tl.float64, b: tl.float64, eps: tl.float64, log_a: tl.float64, log_b: tl.float64,
+    RULE: tl.constexpr, P: tl.constexpr, G: tl.constexpr, S: tl.constexpr, ACC: tl.constexpr, STATES: tl.constexpr, MASTER: tl.constexpr,
+    FLAG: tl.constexpr, FRESH: tl.constexpr, MAXIMIZE: tl.constexpr, STOCHASTIC: tl.constexpr, BIAS: tl.constexpr, ALIGNED: tl.constexpr,
+    ROUNDS: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
+    """WHICH names a program's tensor; the table holds a column for each: elements, first program, addresses of θ, g, master, states.
+
+    FOUND (not 0: do nothing) and SCALE (of the gradients) are numbers on the device, or None. BIAS: the rule divides by 1 - βᵗ, which
+    is -expm1(t log β), so that no digits are lost where βᵗ is near 1.
+    """
+    program = tl.program_id(0)
+    i = tl.load(WHICH + program)
+    ENTRY = TABLE + i
+    left = tl.load(ENTRY)
+    start = (program - tl.load(ENTRY + TENSORS)) * (BLOCK * ROUNDS)
+    if FOUND is not None:
+        left = tl.where(tl.load(FOUND) != 0, 0, left)
+    rest_a, rest_b = tl.full((), 1 - a, ACC), tl.full((), 1 - b, ACC)
+    lr, decay, a, b, eps = (tl.full((), lr, ACC), tl.full((), decay, ACC), tl.full((), a, ACC), tl.full((), b, ACC), tl.full((), eps, ACC))
+    scale = None if SCALE is None else tl.load(SCALE).to(ACC)
+    t = eps if STEPS is None else tl.load(STEPS + i).to(ACC)
+    bias_a, bias_b = t, t
+    if BIAS:
+        bias_a = -expm1(t * tl.full((), log_a, ACC))
+        bias_b = -expm1(t * tl.full((), log_b, ACC))
+    offsets = tl.arange(0, BLOCK)
+    for k in range(ROUNDS):
+        key = seed + program.to(tl.int64) * ROUNDS + k
+        if start + BLOCK <= left:
+            _block(ENTRY, TENSORS, start, None, offsets, key, scale, t, bias_a, bias_b, lr, decay, a, b, rest_a, rest_b, eps,
+                   RULE, P, G, S, ACC, STATES, MASTER, FLAG, FRESH, MAXIMIZE, STOCHASTIC, ALIGNED)  # fmt: skip
+        elif start < left:
+            inside = offsets < left - start
+            _block(ENTRY, TENSORS, start, inside, offsets, key, scale, t, bias_a, bias_b, lr, decay, a, b, rest_a, rest_b, eps,
+                   RULE, P, G, S, ACC, STATES, MASTER, FLAG, FRESH, MAXIMIZE, STOCHASTIC, ALIGNED)  # fmt: skip
+        start += BLOCK
+
+
+#: rule -> (device function, the hyperparameters it calls a and b, its flag); ``betas`` fill both
+_RULES: dict[str, tuple[Any, str, str, str]] = {
+    "sgd": (sgd, "momentum", "dampening", "nesterov"),
+    "adagrad": (adagrad, "lr_decay", "", ""),
+    "rmsprop": (rmsprop, "alpha", "momentum", "centered"),
+    "adam": (adam, "betas", "betas", "decoupled_weight_decay"),
+    "lion": (lion, "betas", "betas", ""),
+}
+
+
+class Table:
+    """The tensors that one launch updates, as the kernel finds them.
+
+    Args:
+        params: flat parameters of one dtype and device.
+        states: up to three lists of flat states, None in the place of one that is absent; all of one dtype, that of ``params`` or float32.
+        masters: float32 copies of ``params``, which are then rounded from them.
+    """
+
+    def __init__(self, params: list[Tensor], states: list[list[Tensor] | None], masters: list[Tensor] | None) -> None:
+        self.params, self.states, self.masters = params, states, masters
+        self.device, self.tensors = params[0].device, len(params)
+        self.programs = 0
+        which: list[int] = []
+        first: list[int] = []
+        for i, p in enumerate(params):
+            first.append(len(which))
+            which += [i] * cdiv(p.numel(), BLOCK * ROUNDS)
+        self.programs = len(which)
+        absent = [0] * self.tensors
+        rows = [[p.numel() for p in params], first]
+        rows += [
+            absent if t is None else list(map(Tensor.data_ptr, t)) for t in (params, None, masters, *states, *[None] * (3 - len(states)))
+        ]
+        self._aligned = not any(address % 16 for row in rows[2:] for address in row)
+        self.table = self._sent(rows, torch.int64)
+        self.which = self._sent(which, torch.int32)
+        self._grads: list[int] = []
+
+    def _sent(self, values: list[Any], dtype: torch.dtype) -> Tensor:
+        """Values on the device, without waiting for it. Pinned memory is freed only when the copy is done."""
+        return torch.tensor(values, dtype=dtype, pin_memory=self.device.type == "cuda").to(self.device, non_blocking=True)
+
+    def see(self, grads: list[Tensor]) -> bool:
+        """Enters this step's gradients. Returns whether every address is a multiple of 16."""
+        addresses = list(map(Tensor.data_ptr, grads))
+        if addresses != self._grads:
+            self.table[3].copy_(self._sent(addresses, torch.int64))
+            self._grads = addresses
+        return self._aligned and not any(a % 16 for a in addresses)
+
+
+def update(
+    rule: str,
+    table: Table,
+    grads: list[Tensor],
+    steps: Tensor | None,
+    hyper: dict[str, Any],
+    *,
+    scale: Tensor | None = None,
+    found_inf: Tensor | None = None,
+    fresh: bool = False,
+    seed: int | None = None,
+) -> None:
+    """One step of ``rule`` for all tensors of a table, in place.
+
+    Args:
+        grads: contiguous gradients, of one dtype.
+        steps: the number of this step for each tensor, where the rule asks for it.
+        hyper: the rule's hyperparameters, as in its formula.
+        scale: what gradients are multiplied by, one element on their device.
+        found_inf: one element on their device; nothing is done unless it is 0.
+        fresh: the states hold nothing yet (SGD's first step).
+        seed: round bfloat16 parameters at random, by this seed.
+    """
+    if not isinstance(_update, JITFunction) and table.device.type != "meta":
+        tensors = [*table.params, *grads, *(t for s in table.states if s for t in s)]
+        if any(t.dtype == torch.bfloat16 for t in tensors):  # see launch.py: the interpreter cannot compute with it
+            _in_float32(rule, table, grads, steps, hyper, scale=scale, found_inf=found_inf, fresh=fresh, seed=seed)
+            return
+    function, first, second, flag = _RULES[rule]
+    a, b = hyper["betas"] if first == "betas" else (hyper[first], hyper.get(second, 0.0))
+    states = [s for s in table.states if s is not None]
+    dtype = table.params[0].dtype
+    launch(
+        _update, table.programs, table.table, table.which, steps, scale, found_inf, table.tensors, (seed or 0) | 1 | 2**40,
+        *(float(x) for x in (hyper["lr"], hyper["weight_decay"], a, b, hyper.get("eps", 0.0), *_logarithms(a, b))),
+        num_warps=8 if accumulator(dtype) == torch.float64 else 4,
+        RULE=function, P=_TYPES[dtype], G=_TYPES[grads[0].dtype], S=_TYPES[states[0][0].dtype if states else accumulator(dtype)],
+        ACC=_TYPES[accumulator(dtype)], STATES=sum(2**i for i, s in enumerate(table.states) if s is not None),
+        MASTER=table.masters is not None,
+        FLAG=bool(hyper.get(flag, False)), FRESH=fresh, MAXIMIZE=hyper["maximize"], STOCHASTIC=seed is not None, BIAS=rule == "adam",
+        ALIGNED=16 if table.see(grads) else 1, ROUNDS=ROUNDS, BLOCK=BLOCK,
+    )  # fmt: skip
+
+
+def _logarithms(*values: float) -> list[float]:
+    return [math.log(v) if v > 0 else -math.inf for v in values]
+
+
+def _in_float32(rule: str, table: Table, grads: list[Tensor], *args: Any, **kwargs: Any) -> None:
+    """The same on float32 copies, rounded back."""
+    wide = Table([p.float() for p in table.params], [s and [t.float() for t in s] for s in table.states], table.masters)
+    update(rule, wide, [g.float() for g in grads], *args, **kwargs)
+    for ours, theirs in zip([table.params, *table.states], [wide.params, *wide.states], strict=True):
+        if ours is not None and theirs is not None:
+            torch._foreach_copy_(ours, theirs)
