@@ -23,17 +23,39 @@ class Pair:
     stock: Callable[[], Any]
 
 
+class _RestOfNetwork(torch.autograd.Function):
+    """A number whose gradient with respect to the outputs of a layer is given, and which keeps none of them.
+
+    In a network nobody holds a layer's output any more when the layer's backward runs; autograd.grad's caller, as the root, would.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, dys: tuple[torch.Tensor, ...], *outputs: torch.Tensor) -> torch.Tensor:
+        ctx.dys = dys
+        return outputs[0].new_zeros(())
+
+    @staticmethod
+    def backward(ctx: Any, *_: torch.Tensor) -> Any:
+        return None, *ctx.dys
+
+
 def pair(spec: OpSpec, size: str, direction: str, device: str = "cpu", dtype: torch.dtype = torch.float32) -> Pair:
-    """Both calls of one op. A loss is followed by backward() of 1, as in training; another op by a random gradient."""
+    """Both calls of one op. A loss is followed by a gradient of 1, as in training; another op by random ones."""
     sample = spec.large(Make(device, dtype), size)
     if direction == "forward":
         args = tuple(a.detach() if isinstance(a, torch.Tensor) else a for a in sample.args)
         return Pair(lambda: spec.function(*args, **sample.kwargs), lambda: spec.reference(*args, **sample.kwargs))
     leaves = [a for a in sample.args if is_float(a) and a.requires_grad]
     results = outputs(spec.reference(*sample.args, **sample.kwargs))
-    dys = [torch.ones_like(r) if r.dim() == 0 else w for r, w in zip(results, weights_for(results), strict=True)]
+    dys = tuple(weights_for(results))
 
     def step(function: Callable[..., Any]) -> Callable[[], Any]:
-        return lambda: torch.autograd.grad(outputs(function(*sample.args, **sample.kwargs)), leaves, dys)
+        def run() -> Any:
+            results = outputs(function(*sample.args, **sample.kwargs))
+            loss = results[0] if results[0].dim() == 0 else _RestOfNetwork.apply(dys, *results)
+            del results
+            return torch.autograd.grad(loss, leaves)
+
+        return run
 
     return Pair(step(spec.function), step(spec.reference))

@@ -21,8 +21,8 @@ from .library import primitive
 
 aten = torch.ops.aten
 
-#: elements of a chunk: 1 MiB of float32, beside which the cost of the calls is small
-CHUNK = 2**18
+#: elements of a chunk: 2 MiB of float32, beside which the cost of the calls is small
+CHUNK = 2**19
 
 
 def _l1_loss(x: Tensor, t: Tensor, v: None, k: Tensor, y: Tensor | None, g: Tensor | None) -> None:
@@ -105,6 +105,9 @@ FILL: dict[str, Callable[..., None]] = {
 }
 
 
+#: losses whose l and l_x are made one after the other: l stands for a moment where l_x will, and no other memory is touched
+OVER_GRADIENT = {"mse_loss", "smooth_l1_loss", "huber_loss", "binary_cross_entropy", "binary_cross_entropy_with_logits"}
+
 #: name -> PyTorch's own operator, which is as quick while its temporary fits in cache, and has nothing to hold
 WHOLE: dict[str, Callable[..., Tensor]] = {
     "mse_loss": aten.mse_loss.default,
@@ -163,14 +166,21 @@ def _forward_aten(loss: Loss) -> Callable[..., tuple[Tensor, Tensor]]:
         if x.device.type != "cpu":
             return loss.forward(x, t, v, w, reduction, hold, *parameters)
         n = x.numel()
-        if not hold and n <= 4 * CHUNK and loss.name in WHOLE and _plain(loss, x, v, w, parameters):
+        plain = _plain(loss, x, v, w, parameters)
+        if not hold and n <= CHUNK and plain and loss.name in WHOLE:
             return WHOLE[loss.name](x, t, reduction, *parameters), x.new_empty(0)
         wide = torch.float32 if x.dtype in HALF else x.dtype
         k = torch.full((), 1 / max(n, 1) if reduction == MEAN else 1, dtype=wide)
         y = torch.empty_like(x) if reduction == NONE else None
         dx = torch.empty_like(x) if hold else None
         fill, total, scratch = _filler(loss, x, v, w, parameters), 0.0, None
+        over_gradient = hold and y is None and plain and loss.name in OVER_GRADIENT
         for xs, ts, vs, ws, ys, gs in _chunks(x, t, v, w, y, dx):
+            if over_gradient:
+                fill(xs, ts, vs, ws, k, gs, None, *parameters)
+                total += gs.sum().item()
+                fill(xs, ts, vs, ws, k, None, gs, *parameters)
+                continue
             if y is None and (scratch is None or scratch.shape != xs.shape):
                 scratch = torch.empty_like(xs, dtype=wide)
             fill(xs, ts, vs, ws, k, scratch if y is None else ys, gs, *parameters)
