@@ -96,8 +96,8 @@ def measured(axis: Axis, device: str, seconds: float) -> list[dict[str, Any]]:
     end = time.perf_counter() + seconds * len(axis.sizes)
     rounds = 0
     while rounds < 5 or time.perf_counter() < end:
-        for (row, side, run), count in zip(steps, calls, strict=True):
-            row[side] = min(row.get(side, math.inf), timer(run, count))
+        for (found, side, run), count in zip(steps, calls, strict=True):
+            found[side] = min(found.get(side, math.inf), timer(run, count))
         rounds += 1
     return rows
 

@@ -302,6 +302,8 @@ MODULE = """
 import torch
 def net(batch=3):
     return torch.nn.Linear(2, 5), torch.ones(batch, 2)
+def large():
+    return torch.nn.Linear(2**20, 2**20), torch.ones(1, 2**20)
 def fixed():
     return torch.nn.Linear(2, 5), [torch.ones(3, 2)], torch.nn.MSELoss(), torch.ones(3, 5)
 def bare():
@@ -322,6 +324,11 @@ def module(tmp_path, monkeypatch):
 def test_a_callable_of_the_users(module, name, options, flops, tmp_path):
     assert main(["cost", f"built_for_cost:{name}", "--device", "cpu", "--json", str(tmp_path / "f.json"), *options]) == 0
     assert json.loads((tmp_path / "f.json").read_text())["ours"]["total"]["forward_flops"] == flops
+
+
+def test_a_model_larger_than_the_memory(module, capsys):
+    assert main(["cost", "built_for_cost:large", "--device", "meta"]) == 0
+    assert "1.1T" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize(

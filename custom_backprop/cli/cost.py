@@ -43,7 +43,8 @@ def run(args: argparse.Namespace) -> int:
         inspect.signature(build).bind(**arguments)
     except (TypeError, ValueError) as error:  # ValueError: something built in, without a signature
         refuse(f"cannot call {args.model}: {error}")
-    built = build(**arguments)
+    with torch.device(args.device):  # made there: on meta, a model larger than the memory too
+        built = build(**arguments)
     if not (isinstance(built, tuple) and len(built) >= 2 and isinstance(built[0], nn.Module)):
         refuse(f"{args.model} must return (model, inputs), (model, inputs, loss) or (model, inputs, loss, *targets)")
     model, inputs, loss, *targets = (*built, None)[: max(3, len(built))]
