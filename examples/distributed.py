@@ -9,6 +9,7 @@ cut further by --accumulate, so that any number of processes computes the gradie
 Every --interval steps the ranks write a checkpoint, each its own part, under a name that it bears only when it is whole. When a rank dies,
 torchrun's agent starts all of them again, and they go on from the last one; so does the same command after all have died, with any number
 of processes and either strategy. A finished run leaves its weights and its picture, and no checkpoint: the same command then starts anew.
+On several machines set TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1 (PyTorch issue 135712), and let --out be on a disk that all of them see.
 """
 
 from __future__ import annotations
@@ -46,10 +47,15 @@ BATCH = 128  # of all ranks together
 def join(device: str) -> DeviceMesh:
     """All ranks in one row: those of torchrun, or this process alone."""
     backend = "cpu:gloo,cuda:nccl" if device.startswith("cuda") else "gloo"
-    if dist.is_torchelastic_launched():
-        dist.init_process_group(backend)
-    else:
+    if not dist.is_torchelastic_launched():
         dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1)
+    elif os.environ["GROUP_WORLD_SIZE"] == "1":
+        # the agent's store outlives the ranks: under the old names a restarted rank may find a dead one's address, and wait for it
+        store, rank, ranks = next(dist.rendezvous("env://"))
+        store = dist.PrefixStore(os.environ["TORCHELASTIC_RESTART_COUNT"], store)
+        dist.init_process_group(backend, store=store, rank=rank, world_size=ranks)
+    else:  # machines need not agree on the count of restarts
+        dist.init_process_group(backend)
     return init_device_mesh(torch.device(device).type, (dist.get_world_size(),))
 
 
@@ -57,9 +63,10 @@ def spread(model: torch.nn.Module, strategy: str, mesh: DeviceMesh) -> torch.nn.
     """The model on the ranks of the mesh, all of which have drawn the same weights."""
     if strategy == "ddp":
         return DistributedDataParallel(model, device_mesh=mesh)
-    for layer in model:
+    for layer in model.children():
         fully_shard(layer, mesh=mesh)
-    return fully_shard(model, mesh=mesh)
+    fully_shard(model, mesh=mesh)
+    return model
 
 
 def syncing(model: torch.nn.Module, last: bool) -> AbstractContextManager[Any]:
@@ -67,7 +74,7 @@ def syncing(model: torch.nn.Module, last: bool) -> AbstractContextManager[Any]:
     if isinstance(model, FSDPModule):
         model.set_requires_gradient_sync(last)
         return nullcontext()
-    return nullcontext() if last else model.no_sync()
+    return nullcontext() if last else model.no_sync()  # type: ignore[operator]
 
 
 class Learner:

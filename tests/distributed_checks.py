@@ -213,7 +213,8 @@ def check_tensor_parallel(mesh):
         share = slice(0, 2) if grid.get_local_rank("data") == 0 else slice(2, 3)
         ours_x = torch.randn(3, 6, dtype=torch.float64, generator=torch.Generator().manual_seed(2))
         stock = stock_model().double()
-        (ours(ours_x[share]) ** 2).sum().backward()
+        with warnings.catch_warnings(action="ignore"):  # FSDP2 warns that the local part of a DTensor is a view
+            (ours(ours_x[share]) ** 2).sum().backward()
         (stock(ours_x) ** 2).sum().backward()
         for p, q in zip(ours.parameters(), stock.parameters(), strict=True):
             assert_close(whole(p.grad), q.grad, rtol=0, atol=1e-12)
@@ -363,7 +364,7 @@ def check_placements(mesh):
     with pytest.raises(RuntimeError, match=r"torch\.Tensor beside DTensor"):
         functional.cross_entropy(d, target)
     with pytest.raises(NotImplementedError, match="full_tensor"):
-        functional.relu(parts.clone(), inplace=True)
+        functional.relu(parts, inplace=True)
 
 
 def main(rank, ranks):

@@ -82,7 +82,8 @@ def _prelu(x: Tensor, weight: Tensor) -> Iterable[Way]:
 
 def _prelu_backward(dy: Tensor, x: Tensor, weight: Tensor, need_x: bool, need_weight: bool) -> Iterable[Way]:
     for (s,), (_, w) in _prelu(x, weight):
-        yield [s if need_x else R, (P if w == R else w) if need_weight else R], [s, s, w]
+        dw = S(0) if w == S(0) else P
+        yield [s if need_x else R, dw if need_weight else R], [s, s, w]
 
 
 def _like(t: Tensor | None, x: Tensor, i: int) -> Placement:
@@ -177,14 +178,14 @@ WAYS: dict[str, Ways] = {
     "cross_entropy_forward": _cross_entropy,
     "cross_entropy_backward": _cross_entropy_backward,
     "scale": _scale,
-    "scale_": lambda grad, dy: ([[], inputs] for _, inputs in _scale(grad, dy)),
+    "scale_": lambda grad, dy: (([], inputs) for _, inputs in _scale(grad, dy)),
 }
 
 
 def _dispatch(cls: type, operator: Any, types: Any, args: tuple[Any, ...], kwargs: Any = None) -> Any:
     """The rule of every primitive for DTensor: the inputs placed, the operator on the shards, the outputs put together."""
-    tensors = [a for a in args if isinstance(a, Tensor)]
-    if not all(isinstance(t, DTensor) for t in tensors):
+    tensors = [a for a in args if isinstance(a, DTensor)]
+    if any(isinstance(a, Tensor) and not isinstance(a, DTensor) for a in args):
         raise RuntimeError(f"{operator}: got torch.Tensor beside DTensor: make a DTensor of each (DTensor.from_local, distribute_tensor)")
     mesh = tensors[0].device_mesh
     if any(t.device_mesh != mesh for t in tensors):

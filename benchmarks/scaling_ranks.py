@@ -1,0 +1,230 @@
+"""``python -m benchmarks.scaling_ranks``: the model of docs/scaling.md against 1, 2 and 4 processes of this machine.
+
+Latency and bandwidth are fitted to small all-reduces of two processes. With them, and with the time that the same processes take to
+compute without talking, the model predicts larger collectives and whole training steps by DDP, FSDP2 and tensor parallelism, which are
+measured too. ``--table`` prints instead what it says of 8 to 1024 GPUs. The figures of docs/scaling.md come from both.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import platform
+import statistics
+import tempfile
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+import torch.distributed as dist
+from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
+from torch.distributed.fsdp import fully_shard
+from torch.distributed.tensor.parallel import ColwiseParallel, RowwiseParallel, parallelize_module
+from torch.multiprocessing import start_processes
+from torch.nn.parallel import DistributedDataParallel
+
+import custom_backprop.distributed  # noqa: F401 (for its sharding rules)
+from custom_backprop import nn
+
+RESULTS = Path(__file__).parent / "results"
+WIDTH, LAYERS, ROWS = 512, 4, 256  # of the network, and of the batch of all ranks together
+FITTED, CHECKED = (1 << 10, 1 << 13, 1 << 16, 1 << 18), (1 << 20, 1 << 22)  # bytes
+ROUNDS = 7
+
+
+@dataclass(frozen=True)
+class Link:
+    """Between neighbours of a ring: seconds a message, and bytes a second."""
+
+    latency: float
+    bandwidth: float
+
+    def pass_on(self, size: float, n: int) -> float:
+        """All-gather, or reduce-scatter, of ``size`` bytes in all: n - 1 turns, in each a message of size / n."""
+        return (n - 1) * (self.latency + size / n / self.bandwidth)
+
+    def all_reduce(self, size: float, n: int) -> float:
+        """A reduce-scatter and an all-gather; or, where that is quicker, down and up a tree."""
+        tree = 2 * np.log2(n) * self.latency + 2 * size / self.bandwidth
+        return float(min(2 * self.pass_on(size, n), tree)) if n > 1 else 0.0
+
+
+def network(width: int = WIDTH) -> torch.nn.Sequential:
+    """Alternately WIDTH -> width -> WIDTH: with a smaller width, what one rank of a tensor-parallel network holds."""
+    torch.manual_seed(0)
+    ends = [(WIDTH, width), (width, WIDTH)] * (LAYERS // 2)
+    return torch.nn.Sequential(*(nn.LinearActivation(i, o, activation="relu") for i, o in ends))
+
+
+def step(model: torch.nn.Module, rows: int) -> Callable[[], None]:
+    x = torch.randn(rows, WIDTH)
+    optimizer = torch.optim.SGD(model.parameters(), lr=1e-3)
+
+    def run() -> None:
+        optimizer.zero_grad()
+        model(x).square().mean().backward()
+        optimizer.step()
+
+    return run
+
+
+def parallel(strategy: str, mesh: DeviceMesh) -> torch.nn.Module:
+    model = network()
+    if strategy == "ddp":
+        return DistributedDataParallel(model, bucket_cap_mb=1024)
+    if strategy == "tensor":
+        plan: dict[str, Any] = {str(i): RowwiseParallel() if i % 2 else ColwiseParallel() for i in range(LAYERS)}
+        return parallelize_module(model, mesh, plan)
+    for layer in model:
+        fully_shard(layer, mesh=mesh)
+    fully_shard(model, mesh=mesh)
+    return model
+
+
+def seconds(run: Callable[[], Any], budget: float = 0.15) -> float:
+    """A call, all ranks at once: the median of rounds, in each the slowest rank's mean."""
+    run()
+    start = time.perf_counter()
+    run()
+    calls = torch.tensor(max(1.0, budget / (time.perf_counter() - start)))
+    dist.broadcast(calls, 0)
+    rounds = []
+    for _ in range(ROUNDS):
+        dist.barrier()
+        start = time.perf_counter()
+        for _ in range(int(calls)):
+            run()
+        taken = torch.tensor((time.perf_counter() - start) / int(calls), dtype=torch.float64)
+        dist.all_reduce(taken, dist.ReduceOp.MAX)
+        rounds.append(taken.item())
+    return statistics.median(rounds)
+
+
+def measure(rank: int, n: int, folder: str) -> None:
+    """What n ranks take, written down by the first."""
+    torch.set_num_threads(1)
+    dist.init_process_group("gloo", init_method=f"file://{folder}/store-{n}", rank=rank, world_size=n)
+    mesh = init_device_mesh("cpu", (n,))
+    found: dict[str, Any] = {"collectives": {}, "compute": {}, "step": {}}
+    for size in FITTED + CHECKED:
+        whole = torch.zeros(size // 4)
+        part = torch.zeros(size // 4 // n)
+        found["collectives"][size] = {
+            "all_reduce": seconds(partial(dist.all_reduce, whole)),
+            "all_gather": seconds(partial(dist.all_gather_into_tensor, whole, part)),
+            "reduce_scatter": seconds(partial(dist.reduce_scatter_tensor, part, whole)),
+        }
+    found["compute"]["ddp"] = found["compute"]["fsdp2"] = seconds(step(network(), ROWS // n))
+    found["compute"]["tensor"] = seconds(step(network(WIDTH // n), ROWS))
+    for strategy in ("ddp", "fsdp2", "tensor"):
+        found["step"][strategy] = seconds(step(parallel(strategy, mesh), ROWS if strategy == "tensor" else ROWS // n))
+    if rank == 0:
+        Path(folder, f"{n}.json").write_text(json.dumps(found))
+    dist.destroy_process_group()
+
+
+def fit(all_reduces: dict[int, float], n: int) -> Link:
+    """Least squares, relative errors, of t = 2 (n - 1) (latency + size / n / bandwidth)."""
+    sizes, times = (np.array(v) for v in zip(*all_reduces.items(), strict=True))
+    terms = 2 * (n - 1) * np.stack([np.ones_like(times), sizes / n], axis=1)
+    (latency, inverse), *_ = np.linalg.lstsq(terms / times[:, None], np.ones_like(times), rcond=None)
+    return Link(float(latency), float(1 / inverse))
+
+
+def communication(strategy: str, link: Link, n: int) -> float:
+    """Of a step, seconds. DDP: one all-reduce of the gradients. FSDP2: of each layer two gathers and a reduce-scatter. Tensor parallel: an
+    all-reduce of activations for each pair of layers forward, and backward but for the first, whose input asks for no gradient."""
+    layer = 4 * WIDTH * (WIDTH + 1)
+    if strategy == "ddp":
+        return link.all_reduce(LAYERS * layer, n)
+    if strategy == "fsdp2":
+        return LAYERS * 3 * link.pass_on(layer, n)
+    return (LAYERS - 1) * link.all_reduce(4 * ROWS * WIDTH, n)
+
+
+def compare() -> dict[str, Any]:
+    found = {}
+    with tempfile.TemporaryDirectory() as folder:
+        for n in (1, 2, 4):
+            start_processes(measure, (n, folder), nprocs=n, start_method="fork")
+            found[n] = json.loads(Path(folder, f"{n}.json").read_text())
+    link = fit({size: found[2]["collectives"][str(size)]["all_reduce"] for size in FITTED}, 2)
+    rows = []
+    for n in (2, 4):
+        for size in CHECKED:
+            for name, measured in found[n]["collectives"][str(size)].items():
+                predicted = link.all_reduce(size, n) if name == "all_reduce" else link.pass_on(size, n)
+                rows.append({"what": f"{name}, {size >> 20} MiB", "n": n, "measured": measured, "predicted": predicted})
+        for strategy, measured in found[n]["step"].items():
+            compute = found[n]["compute"][strategy]
+            rows.append(
+                {"what": f"step, {strategy}", "n": n, "measured": measured, "predicted": compute + communication(strategy, link, n)}
+            )
+            rows[-1] |= {"compute": compute, "speedup": found[1]["compute"][strategy] / measured}
+    machine = f"torch {torch.__version__}, {os.cpu_count()} cores ({platform.machine()}), load {os.getloadavg()[0]:.1f} at the end"
+    return {"machine": machine, "latency": link.latency, "bandwidth": link.bandwidth, "one": found[1]["compute"], "rows": rows}
+
+
+def report(result: dict[str, Any]) -> str:
+    lines = [
+        f"{result['machine']}; processes on the same cores. Fitted to small all-reduces of two: "
+        f"{1e6 * result['latency']:.0f} us a message, {result['bandwidth'] / 1e9:.2f} GB/s. "
+        f"A step of one process: {1e3 * result['one']['ddp']:.1f} ms.",
+        "",
+        "| | processes | measured, ms | predicted, ms | predicted / measured | computing alone, ms | speed-up over one |",
+        "|---|---|---|---|---|---|---|",
+    ]
+    for r in result["rows"]:
+        own = f"{1e3 * r['compute']:.2f} | {r['speedup']:.2f}" if "compute" in r else "|"
+        times = f"{1e3 * r['measured']:.2f} | {1e3 * r['predicted']:.2f} | {r['predicted'] / r['measured']:.2f}"
+        lines.append(f"| {r['what']} | {r['n']} | {times} | {own} |")
+    return "\n".join(lines) + "\n"
+
+
+def table() -> str:
+    """A step of a transformer of 7e9 parameters, 32 layers of width 4096, 8192 tokens a GPU, in bf16 with AdamW in float32."""
+    parameters, layers, width, tokens = 7e9, 32, 4096, 8192
+    inside, between = Link(5e-6, 350e9), Link(15e-6, 45e9)
+    compute, size = 6 * parameters * tokens / 400e12, 2 * parameters
+    lines = ["| GPUs | DDP | FSDP2 | FSDP2 + TP 8 | memory a GPU: DDP, FSDP2, FSDP2 + TP 8 |", "|---|---|---|---|---|"]
+    for n in (8, 32, 128, 512, 1024):
+        link = inside if n == 8 else between
+        ddp = link.all_reduce(size, n)
+        fsdp = 3 * layers * link.pass_on(size / layers, n)
+        groups = n // 8
+        tensor = 4 * layers * inside.all_reduce(2 * width * 8 * tokens, 8) + 3 * layers * between.pass_on(size / 8 / layers, groups)
+        activations = 34 * tokens * width * layers  # bytes of a layer with attention that keeps no scores
+        memory = [16 * parameters + activations, 16 * parameters / n + 2 * size / layers + activations]
+        memory.append(16 * parameters / n + 2 * size / 8 / layers + activations)
+        times = " | ".join(
+            f"{compute:.2f} + {t:.2f} s ({compute / max(compute, t):.0%}, {compute / (compute + t):.0%})" for t in (ddp, fsdp, tensor)
+        )
+        lines.append(f"| {n} | {times} | {', '.join(f'{m / 2**30:.0f}' for m in memory)} GiB |")
+    return "\n".join(lines) + "\n"
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(
+        prog="python -m benchmarks.scaling_ranks", description=__doc__, formatter_class=argparse.RawTextHelpFormatter
+    )
+    parser.add_argument("--table", action="store_true", help="what the model says of many GPUs; measures nothing")
+    parser.add_argument("--out", type=Path, default=RESULTS, metavar="DIR")
+    args = parser.parse_args()
+    if args.table:
+        print(table())
+        return
+    result = compare()
+    args.out.mkdir(parents=True, exist_ok=True)
+    (args.out / "scaling.json").write_text(json.dumps(result, indent=1) + "\n")
+    (args.out / "scaling.md").write_text(text := report(result))
+    print(text)
+
+
+if __name__ == "__main__":
+    main()
