@@ -4,10 +4,10 @@ A layer z' = W f(z) with independent weights of mean 0 has E z'² = fan_in · Va
 
     Var w = g² / fan_in,    g = E[f(z)²]^(-1/2),  z ~ N(0, 1)
 
-which is what :func:`gain` computes from the activation's own formula. Backward, δ = f'(z) Wᵀ δ' has E δ² = fan_out · Var w ·
-E f'(z)² · E δ'². With this gain and fan_in = fan_out a gradient is multiplied, each layer, by b = g E[f'(z)²]^(1/2). And a variance q next to 1 goes
-to 1 + s (q - 1), s = ½ g² E[f(z)² (z² - 1)] (the density of variance q, differentiated by q): it comes back if s < 1, stays if s = 1,
-drifts away if s > 1.
+which is what :func:`gain` computes from the activation's own formula. Backward, δ = f'(z) Wᵀ δ' has
+E δ² = fan_out · Var w · E f'(z)² · E δ'². With this gain and fan_in = fan_out a gradient is multiplied, each layer, by
+b = g E[f'(z)²]^(1/2). And a variance q next to 1 goes to 1 + s (q - 1), s = ½ g² E[f(z)² (z² - 1)] (the density of variance q,
+differentiated by q): it comes back if s < 1, stays if s = 1, drifts away if s > 1.
 
 ================  ======  ======  ======
 activation         g       b       s
