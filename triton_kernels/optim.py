@@ -116,7 +116,7 @@ def _block(
     if MASTER:
         tl.store(master, p, inside)
     if STOCHASTIC:  # float32 rounded up or down to bfloat16's bits
-        bits = p.to(tl.int32, bitcast=True) + (tl.randint(key, offsets) & 0xFFFF)
+        bits = p.to(tl.int32, bitcast=True) + (tl.randint(key, offsets) & 0xFFFF).to(tl.int32)
         p = tl.where(tl.abs(p) < float("inf"), (bits & -65536).to(tl.float32, bitcast=True), p)
     tl.store(param, p.to(P), inside)
     if STATES & 1:
