@@ -2,6 +2,8 @@
 
 from .activation import *
 from .activation import __all__ as _activation
+from .contrastive import *
+from .contrastive import __all__ as _contrastive
 from .cross_entropy import *
 from .cross_entropy import __all__ as _cross_entropy
 from .linear import *
@@ -13,4 +15,4 @@ from .prelu import __all__ as _prelu
 from .softmax import *
 from .softmax import __all__ as _softmax
 
-__all__ = [*_activation, *_cross_entropy, *_linear, *_loss, *_prelu, *_softmax]
+__all__ = [*_activation, *_contrastive, *_cross_entropy, *_linear, *_loss, *_prelu, *_softmax]

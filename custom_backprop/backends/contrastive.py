@@ -1,0 +1,162 @@
+"""Primitives of the triplet margin, of InfoNCE and of the division by the norm, on rows of vectors.
+
+On a CPU they walk in chunks of rows that stay in cache: the differences and the similarities of a chunk are never seen by memory.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ..formulas import contrastive as formula
+from ..formulas.linear import rows
+from ..formulas.loss import MEAN, NONE, SUM, reduced
+from ..formulas.precision import HALF, widen
+from .library import launcher, primitive
+
+aten = torch.ops.aten
+
+#: elements of a chunk: half a MiB of float32
+CHUNK = 2**17
+
+
+def _chunks(count: int, width: int) -> Iterator[slice]:
+    """``count`` rows of ``width`` numbers, a chunk at a time."""
+    step = max(1, CHUNK // max(width, 1))
+    return (slice(i, i + step) for i in range(0, count, step))
+
+
+def wide(dtype: torch.dtype) -> torch.dtype:
+    """What numbers of ``dtype`` are computed in."""
+    return torch.float32 if dtype in HALF else dtype
+
+
+def _triplet_forward(
+    a: Tensor, p: Tensor, n: Tensor, margin: float, order: float, eps: float, swap: bool, reduction: int
+) -> tuple[Tensor, Tensor]:
+    flat = [rows(t) for t in (a, p, n)]
+    d = a.new_empty((3 if swap else 2, len(flat[0])), dtype=wide(a.dtype))
+    for part in _chunks(*flat[0].shape):
+        a_, p_, n_ = (widen(t[part]) for t in flat)
+        for (x, y), out in zip(formula.pairs(a_, p_, n_, swap), d, strict=True):
+            out[part] = torch.linalg.vector_norm(torch.sub(x, y).add_(eps), order, dim=-1)
+    loss = reduced(formula.hinge(d, margin).clamp_min_(0), reduction).to(a.dtype)
+    shape = a.shape[:-1]
+    return loss.view(shape) if reduction == NONE else loss, d.view(len(d), *shape)
+
+
+def _triplet_backward(
+    dy: Tensor, a: Tensor, p: Tensor, n: Tensor, d: Tensor, margin: float, order: float, eps: float, swap: bool, reduction: int, needs: Any
+) -> tuple[Tensor, ...]:
+    flat = [rows(t) for t in (a, p, n)]
+    grads = [a.new_empty(a.shape) if need else a.new_empty(0) for need in needs]
+    dy = dy.reshape(-1) if reduction == NONE else dy / len(flat[0]) if reduction == MEAN else dy
+    d = d.reshape(len(d), -1)
+    for part in _chunks(*flat[0].shape):
+        share, which = (dy[part], NONE) if reduction == NONE else (dy, SUM)
+        a_, p_, n_ = (t[part] for t in flat)
+        found = formula.triplet_backward(share, a_, p_, n_, d[:, part], margin, order, eps, swap, which, needs)
+        for grad, result in zip(grads, found, strict=True):
+            if result.numel():
+                grad.view(flat[0].shape)[part] = result
+    return tuple(grads)
+
+
+def _fake_triplet(
+    a: Tensor, p: Tensor, n: Tensor, margin: float, order: float, eps: float, swap: bool, reduction: int
+) -> tuple[Tensor, Tensor]:
+    shape = a.shape[:-1]
+    return a.new_empty(shape if reduction == NONE else ()), a.new_empty((3 if swap else 2, *shape), dtype=wide(a.dtype))
+
+
+def _fake_triplet_backward(dy: Tensor, a: Tensor, *rest: Any) -> tuple[Tensor, ...]:
+    return tuple(a.new_empty(a.shape if need else 0) for need in rest[-1])
+
+
+def _formula_triplet_backward(*args: Any) -> tuple[Tensor, ...]:
+    return tuple(g.contiguous() for g in formula.triplet_backward(*args))
+
+
+def _info_nce(
+    q: Tensor, k: Tensor, n: Tensor | None, temperature: float, symmetric: bool, reduction: int, keep: bool
+) -> tuple[Tensor, Tensor]:
+    if symmetric:
+        return formula.info_nce(q, k, n, temperature, symmetric, reduction, keep)
+    q_, k_, n_ = widen(q), widen(k), widen(n)
+    count = len(q)
+    width = count if n is None else 1 + n.shape[-2]
+    index = (torch.arange(count, device=q.device) if n is None else q.new_zeros(count, dtype=torch.int64)).unsqueeze(1)
+    G = q.new_empty((count, width) if keep else 0)
+    losses = q_.new_empty(count)
+    for part in _chunks(count, width):
+        # the keys are everyone's; positives and negatives of one's own are of this chunk
+        keys, negatives = (k_, None) if n_ is None else (k_[part], n_ if n_.dim() == 2 else n_[part])
+        s, t = formula.logits(q_[part], keys, negatives, temperature), index[part]
+        if not keep:
+            losses[part] = -torch.log_softmax(s, 1).gather(1, t).squeeze(1)
+            continue
+        P = torch.softmax(s, 1)
+        # the largest of a row is e^0 / Σ e^(s - m): its logarithm is exact where that of a small P_t is not
+        losses[part] = (s.amax(1, True) - s.gather(1, t) - P.amax(1, True).log_()).squeeze(1)
+        G[part] = P.scatter_add_(1, t, P.new_full((), -1).expand_as(t)).div_(temperature)
+    return reduced(losses, reduction).to(q.dtype), G
+
+
+def _fake_info_nce(
+    q: Tensor, k: Tensor, n: Tensor | None, temperature: float, symmetric: bool, reduction: int, keep: bool
+) -> tuple[Tensor, Tensor]:
+    count = len(q)
+    kept = (count, count if n is None else 1 + n.shape[-2]) if keep else (0,)
+    return q.new_empty(count if reduction == NONE else ()), q.new_empty(kept)
+
+
+def _unit(x: Tensor, eps: float) -> tuple[Tensor, Tensor]:
+    if x.dtype in HALF:
+        return formula.unit(x, eps)
+    r = torch.linalg.vector_norm(x, 2, -1, keepdim=True).clamp_min_(eps)
+    return x / r, r.squeeze(-1)
+
+
+def _unit_backward(dy: Tensor, y: Tensor, r: Tensor, eps: float) -> Tensor:
+    return formula.unit_backward(dy, y, r, eps).contiguous()
+
+
+_OPTIONS = "float margin, float order, float eps, bool swap, int reduction"
+
+triplet_forward = primitive(
+    f"triplet_forward(Tensor a, Tensor p, Tensor n, {_OPTIONS}) -> (Tensor loss, Tensor d)",
+    formula=formula.triplet,
+    aten=_triplet_forward,
+    triton=launcher("contrastive", "triplet_forward"),
+    fake=_fake_triplet,
+)
+triplet_backward = primitive(
+    f"triplet_backward(Tensor dy, Tensor a, Tensor p, Tensor n, Tensor d, {_OPTIONS}, bool[3] needs) -> (Tensor da, Tensor dp, Tensor dn)",
+    formula=_formula_triplet_backward,
+    aten=_triplet_backward,
+    triton=launcher("contrastive", "triplet_backward"),
+    fake=_fake_triplet_backward,
+)
+info_nce = primitive(
+    "info_nce(Tensor q, Tensor k, Tensor? n, float temperature, bool symmetric, int reduction, bool keep) -> (Tensor loss, Tensor G)",
+    formula=formula.info_nce,
+    aten=_info_nce,
+    triton=launcher("contrastive", "info_nce"),
+    fake=_fake_info_nce,
+)
+unit_forward = primitive(
+    "unit_forward(Tensor x, float eps) -> (Tensor y, Tensor r)",
+    formula=formula.unit,
+    aten=_unit,
+    triton=launcher("contrastive", "unit_forward"),
+    fake=lambda x, eps: (x.new_empty(x.shape), x.new_empty(x.shape[:-1], dtype=wide(x.dtype))),
+)
+unit_backward = primitive(
+    "unit_backward(Tensor dy, Tensor y, Tensor r, float eps) -> Tensor",
+    formula=_unit_backward,
+    triton=launcher("contrastive", "unit_backward"),
+    fake=lambda dy, y, r, eps: y.new_empty(y.shape),
+)

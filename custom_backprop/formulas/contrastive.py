@@ -1,0 +1,208 @@
+"""Losses that compare whole vectors: the triplet margin and InfoNCE, and the division by the norm that often comes before them.
+
+Rows are the vectors, of D components; L_r is the loss of row r, and dy_r the gradient of it (dy / rows for a mean). A sum is over what
+it names. A loss of distances or of inner products meets each vector only through these, so that each gradient is a product with them.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from .loss import MEAN, NONE, reduced
+from .precision import widen
+from .softmax import log_softmax, softmax
+
+
+def pairs(a: Tensor, p: Tensor, n: Tensor, swap: bool) -> tuple[tuple[Tensor, Tensor], ...]:
+    """What the triplet margin takes the distances of."""
+    return ((a, p), (a, n), (p, n)) if swap else ((a, p), (a, n))
+
+
+def direction(v: Tensor, d: Tensor, order: float) -> Tensor:
+    """u = ∂d/∂v of d = ‖v‖_p: sign(v) (|v| / d)^(p-1), and 0 where d is 0.
+
+    d^p = Σ |v_i|^p gives p d^(p-1) ∂d/∂v_i = p |v_i|^(p-1) sign(v_i). For p = 2 that is v / d, for p = 1 sign(v); for p = ∞ only the
+    largest component counts, and several that are equal share. Where p < 2, a component of 0 is a kink or a cusp, and its slope is 0.
+    """
+    d = d.unsqueeze(-1)
+    if order == 1:
+        return torch.sign(v)
+    if order == math.inf:
+        hit = (v.abs() == d).to(v.dtype)
+        return torch.sign(v) * (hit / hit.sum(-1, keepdim=True))
+    d = torch.where(d == 0, math.inf, d)
+    if order == 2:
+        return v / d
+    return torch.sign(v) * (torch.where(v == 0, 1, v).abs() / d) ** (order - 1)
+
+
+def hinge(d: Tensor, margin: float) -> Tensor:
+    """h = m + d_ap - min(d_an, d_pn): how far the negative is from being as much farther than the positive as the margin asks."""
+    return margin + d[0] - (torch.minimum(d[1], d[2]) if len(d) == 3 else d[1])
+
+
+def distances(a: Tensor, p: Tensor, n: Tensor, order: float, eps: float, swap: bool) -> Tensor:
+    """‖x - y + ε‖ of each pair, stacked."""
+    return torch.stack([torch.linalg.vector_norm(x - y + eps, order, dim=-1) for x, y in pairs(a, p, n, swap)])
+
+
+def triplet(a: Tensor, p: Tensor, n: Tensor, margin: float, order: float, eps: float, swap: bool, reduction: int) -> tuple[Tensor, Tensor]:
+    """L = max(0, m + d(a, p) - d(a, n)), d(x, y) = ‖x - y + ε‖_p (Weinberger and Saul, 2009), and the distances.
+
+    With ``swap`` the nearer of d(a, n) and d(p, n) stands for d(a, n) (Balntas et al., 2016). a, p, n: (..., D), of one shape.
+    """
+    d = distances(widen(a), widen(p), widen(n), order, eps, swap)
+    return reduced(hinge(d, margin).clamp_min(0), reduction).to(a.dtype), d
+
+
+def triplet_slopes(
+    a: Tensor, p: Tensor, n: Tensor, d: Tensor, margin: float, order: float, eps: float, swap: bool
+) -> tuple[Tensor, Tensor, Tensor]:
+    """∂L/∂a, ∂L/∂p and ∂L/∂n of each row.
+
+    With u the direction of each pair's distance, s = [h >= 0], and e the share of d_an in min(d_an, d_pn): 1, 0, or 1/2 if equal,
+
+        ∂L/∂a = s (u_ap - e u_an)
+        ∂L/∂p = -s (u_ap + (1-e) u_pn)
+        ∂L/∂n = s (e u_an + (1-e) u_pn)
+
+    since ∂d(x, y)/∂x = u and ∂d(x, y)/∂y = -u. They sum to zero: to move all three alike changes nothing.
+    """
+    active = (hinge(d, margin) >= 0).to(d.dtype).unsqueeze(-1)
+    u = [direction(x - y + eps, of, order) for (x, y), of in zip(pairs(a, p, n, swap), d, strict=True)]
+    to_p, to_n = active * u[0], active * u[1]
+    if not swap:
+        return to_p - to_n, -to_p, to_n
+    e = ((d[1] < d[2]).to(d.dtype) + (d[1] <= d[2]).to(d.dtype)).unsqueeze(-1) / 2
+    to_n, between = e * to_n, (1 - e) * (active * u[2])
+    return to_p - to_n, -(to_p + between), to_n + between
+
+
+def triplet_backward(
+    dy: Tensor, a: Tensor, p: Tensor, n: Tensor, d: Tensor, margin: float, order: float, eps: float, swap: bool, reduction: int, needs: Any
+) -> tuple[Tensor, ...]:
+    """da, dp and dn, for the distances that :func:`triplet` gave; an empty tensor for each that ``needs`` does not ask for."""
+    share = widen(dy) / a.shape[:-1].numel() if reduction == MEAN else widen(dy)
+    share = share.unsqueeze(-1) if reduction == NONE else share
+    slopes = triplet_slopes(widen(a), widen(p), widen(n), d, margin, order, eps, swap)
+    return tuple((share * slope).to(a.dtype) if need else a.new_empty(0) for slope, need in zip(slopes, needs, strict=True))
+
+
+def triplet_jvp(
+    tangents: Any, a: Tensor, p: Tensor, n: Tensor, margin: float, order: float, eps: float, swap: bool, reduction: int
+) -> Tensor:
+    """tL = Σ ∂L/∂a ta + ∂L/∂p tp + ∂L/∂n tn, along the components."""
+    a, p, n = map(widen, (a, p, n))
+    slopes = triplet_slopes(a, p, n, distances(a, p, n, order, eps, swap), margin, order, eps, swap)
+    parts = [(slope * t).sum(-1) for slope, t in zip(slopes, tangents, strict=True) if t is not None]
+    return reduced(sum(parts[1:], parts[0]), reduction)
+
+
+def unit(x: Tensor, eps: float) -> tuple[Tensor, Tensor]:
+    """y = x / r with r = max(‖x‖, ε), along the last dimension; and r."""
+    wide = widen(x)
+    square = wide.square().sum(-1, keepdim=True)
+    long = square > eps * eps
+    r = torch.where(long, torch.where(long, square, 1).sqrt(), eps)
+    return (wide / r).to(x.dtype), r.squeeze(-1)
+
+
+def unit_backward(dy: Tensor, y: Tensor, r: Tensor, eps: float) -> Tensor:
+    """dx = (dy - y Σ y dy) / r, and dy / ε where ‖x‖ <= ε.
+
+    ∂y_j/∂x_i = [i = j] / r - x_j x_i / r³ = ([i = j] - y_j y_i) / r: what points along x would only change its length, and is taken out.
+    """
+    wide, y, r = widen(dy), widen(y), r.unsqueeze(-1)
+    along = torch.where(r > eps, (wide * y).sum(-1, keepdim=True), 0)
+    return ((wide - y * along) / r).to(dy.dtype)
+
+
+def logits(q: Tensor, k: Tensor, n: Tensor | None, temperature: float) -> Tensor:
+    """s_ij = q_i · k_j / τ (N, N); with negatives s_i = (q_i · k_i, q_i · n_1, ..., q_i · n_M) / τ (N, 1 + M)."""
+    if n is None:
+        return q @ k.transpose(0, 1) / temperature
+    of_negatives = q @ n.transpose(0, 1) if n.dim() == 2 else (n @ q.unsqueeze(2)).squeeze(2)
+    return torch.cat([(q * k).sum(1, keepdim=True), of_negatives], 1) / temperature
+
+
+def positives(s: Tensor, among_keys: bool) -> Tensor:
+    """The logit of each row's positive: on the diagonal, or first."""
+    return s.diagonal() if among_keys else s[:, 0]
+
+
+def info_nce(
+    q: Tensor, k: Tensor, n: Tensor | None, temperature: float, symmetric: bool, reduction: int, keep: bool
+) -> tuple[Tensor, Tensor]:
+    """L_i = -log(e^(s_it) / Σ_j e^(s_ij)): cross-entropy that tells the positive t from the rest (van den Oord, Li and Vinyals, 2018).
+
+    And G = ∂L/∂s / τ where ``keep`` asks for it (else an empty tensor). ``symmetric`` is the mean of this and of what k finds among q
+    (Radford et al., 2021): of the rows and of the columns of s.
+    """
+    q_, k_, n_ = map(widen, (q, k, n))
+    s = logits(q_, k_, n_, temperature)
+    loss = -positives(log_softmax(s, 1), n is None)
+    if symmetric:
+        loss = (loss - log_softmax(s, 0).diagonal()) / 2
+    return reduced(loss, reduction).to(q.dtype), (slope(s, n is None, symmetric) / temperature).to(q.dtype) if keep else q.new_empty(0)
+
+
+def slope(s: Tensor, among_keys: bool, symmetric: bool) -> Tensor:
+    """∂L_i/∂s_ij = P_ij - [j = t], P the softmax of the row; for the mean of both, P is the mean of the softmax of row and column.
+
+    The latter is the gradient of the sum (and, divided, of the mean) of the losses, not of each.
+    """
+    P = (softmax(s, 1) + softmax(s, 0)) / 2 if symmetric else softmax(s, 1)
+    is_positive = (
+        torch.eye(len(s), dtype=s.dtype, device=s.device) if among_keys else (torch.arange(s.shape[1], device=s.device) == 0).to(s.dtype)
+    )
+    return P - is_positive
+
+
+def info_nce_gradients(
+    dy: Tensor, q: Tensor, k: Tensor, n: Tensor | None, G: Tensor, reduction: int, needs: Any
+) -> tuple[Tensor | None, ...]:
+    """dq, dk and dn, None for each that ``needs`` does not ask for.
+
+    s is linear in q and in the keys, so with G of :func:`info_nce`, whose columns G⁺ and G⁻ belong to the positives and the negatives,
+
+        dq_i = dy_i Σ_j G_ij k_j                     dk_j = Σ_i G_ij dy_i q_i
+        dq_i = dy_i (G⁺_i k_i + Σ_j G⁻_ij n_j)       dk_i = G⁺_i dy_i q_i        dn_j = Σ_i G⁻_ij dy_i q_i
+
+    dy only scales rows of G, from its left, and is given to the small matrices: G is never written again.
+    """
+    dy = widen(dy) / len(q) if reduction == MEAN else widen(dy)
+    before, after = (dy.unsqueeze(1), 1) if reduction == NONE else (1, dy)
+    q_, k_ = q.to(G.dtype), k.to(G.dtype)
+    weighted = (before * widen(q)).to(G.dtype) if reduction == NONE else q_
+    need_q, need_k, need_n = needs
+    dq = dk = dn = None
+    if n is None:
+        dq = G @ k_ if need_q else None
+        dk = G.transpose(0, 1) @ weighted if need_k else None
+    else:
+        n_ = n.to(G.dtype)
+        first, rest = G[:, :1], G[:, 1:]
+        if need_q:
+            dq = first * k_ + (rest @ n_ if n_.dim() == 2 else (rest.unsqueeze(1) @ n_).squeeze(1))
+        dk = first * weighted if need_k else None
+        if need_n:
+            dn = rest.transpose(0, 1) @ weighted if n_.dim() == 2 else rest.unsqueeze(2) * weighted.unsqueeze(1)
+    factors = (before * after, after, after)
+    return tuple(None if d is None else (factor * widen(d)).to(q.dtype) for d, factor in zip((dq, dk, dn), factors, strict=True))
+
+
+def info_nce_jvp(tangents: Any, q: Tensor, k: Tensor, n: Tensor | None, temperature: float, symmetric: bool, reduction: int) -> Tensor:
+    """tL = Σ_j ∂L_i/∂s_ij ts_ij, where ts = s(tq, k) + s(q, tk): s is linear in q, and in the keys."""
+    tq, tk, tn = tangents
+    ts = torch.zeros((), dtype=q.dtype, device=q.device)
+    if tq is not None:
+        ts = ts + logits(tq, k, n, temperature)
+    if tk is not None or tn is not None:
+        ts = ts + logits(
+            q, torch.zeros_like(k) if tk is None else tk, torch.zeros_like(n) if n is not None and tn is None else tn, temperature
+        )
+    return reduced((slope(logits(q, k, n, temperature), n is None, symmetric) * ts).sum(1), reduction)
