@@ -319,7 +319,7 @@ def _short(n: float) -> str:
 
 
 def _packets(*names: str) -> list[Any]:
-    return [PRIMITIVES[name]._overloadpacket for name in names if name in PRIMITIVES]
+    return [PRIMITIVES[name]._overloadpacket for name in names]
 
 
 @register_flop_formula(_packets("linear_forward", "linear_activation_forward"))
