@@ -261,10 +261,12 @@ def both_ways(spec: OpSpec, sample: Sample) -> None:
 
 
 def compile_op(spec: OpSpec, target: str) -> list[Resources]:
-    """Every kernel that an op launches in each of :data:`REGIMES`, compiled."""
+    """Every kernel that an op launches in each of :data:`REGIMES` and of the spec's own, compiled."""
     compiled: dict[Any, Launch] = {}
-    for dtype, size in REGIMES:
-        sample = spec.large(Make("meta", dtype), size)
+    samples = [spec.large(Make("meta", dtype), size) for dtype, size in REGIMES]
+    for dtype in (torch.float64, torch.float32):  # half precision computes in float32
+        samples += spec.regimes(Make("meta", dtype))
+    for sample in samples:
         for launch in launches(lambda sample=sample: both_ways(spec, sample)):  # type: ignore[misc]
             compiled.setdefault(_compile(launch, target), launch)
     return [_resources(launch, kernel, target) for kernel, launch in compiled.items()]

@@ -62,6 +62,7 @@ class OpSpec:
         samples: small inputs that meet every argument and awkward sizes, smooth at the values drawn: valid for gradcheck.
         large: ``large(make, size)`` with size "small" (about 4k elements), "medium" (about 64k) or "large" (1M and more): what the
             benchmarks run, and what ``kernels`` compiles for on meta tensors.
+        regimes: large inputs that only ``kernels`` compiles for: with ``large``, they meet every way that the launchers take.
         module: (our class, torch's class, constructor's arguments, the modules' inputs from a ``Make``), for the tests of drop-in modules.
         double_backward: False if the op has no second derivative; then create_graph raises.
         low_precision: the reduced dtypes that torch itself supports for this op on this device.
@@ -77,6 +78,7 @@ class OpSpec:
     large: Callable[[Make, str], Sample]
     module: tuple[type, type, dict[str, Any], Callable[[Make], tuple[Any, ...]]] | None = None
     double_backward: bool = True
+    regimes: Callable[[Make], Iterable[Sample]] = lambda make: ()
     low_precision: tuple[torch.dtype, ...] = (torch.float32, torch.bfloat16, torch.float16)
     batched: bool = True
 

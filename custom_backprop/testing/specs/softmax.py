@@ -22,6 +22,12 @@ def _samples(make: Make) -> Iterator[Sample]:
     yield Sample((make.tensor(0, 3), 1), name="no rows")
 
 
+def _regimes(make: Make) -> Iterator[Sample]:
+    yield Sample((make.tensor(16, 2**18), -1), name="rows in a loop")
+    yield Sample((make.tensor(64, 512, 64), 1), name="rows side by side")
+    yield Sample((make.tensor(4, 2**16, 64), 1), name="rows side by side, in a loop")
+
+
 def _spec(name: str, module: str) -> OpSpec:
     return OpSpec(
         name=name,
@@ -31,6 +37,7 @@ def _spec(name: str, module: str) -> OpSpec:
         reference=getattr(F, name),
         samples=_samples,
         large=lambda make, size: Sample((make.tensor(*SIZES[size]), -1)),
+        regimes=_regimes,
         module=(getattr(nn, module), getattr(torch.nn, module), {"dim": 1}, lambda make: (make.tensor(3, 5, 2),)),
     )
 
