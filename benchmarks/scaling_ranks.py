@@ -1,8 +1,8 @@
 """``python -m benchmarks.scaling_ranks``: the model of docs/scaling.md against 1, 2 and 4 processes of this machine.
 
-Latency and bandwidth are fitted to small all-reduces of two processes. With them, and with the time that the same processes take to
-compute without talking, the model predicts larger collectives and whole training steps by DDP, FSDP2 and tensor parallelism, which are
-measured too. ``--table`` prints instead what it says of 8 to 1024 GPUs. The figures of docs/scaling.md come from both.
+Latency and bandwidth are fitted to small messages of two processes. With them, with the time that the same processes take to compute
+without talking, and with what DDP, FSDP2 or tensor parallelism costs one process, the model predicts larger collectives and whole training
+steps, which are measured too. ``--table`` prints instead what it says of 8 to 1024 GPUs. The figures of docs/scaling.md come from both.
 """
 
 from __future__ import annotations
@@ -11,11 +11,10 @@ import argparse
 import json
 import os
 import platform
-import statistics
 import tempfile
 import time
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -35,7 +34,10 @@ from custom_backprop import nn
 RESULTS = Path(__file__).parent / "results"
 WIDTH, LAYERS, ROWS = 512, 4, 256  # of the network, and of the batch of all ranks together
 FITTED, CHECKED = (1 << 10, 1 << 13, 1 << 16, 1 << 18), (1 << 20, 1 << 22)  # bytes
-ROUNDS = 7
+
+#: of the names that torch 2.13 gave to both
+GATHER = getattr(dist, "all_gather_single", dist.all_gather_into_tensor)
+REDUCE_SCATTER = getattr(dist, "reduce_scatter_single", dist.reduce_scatter_tensor)
 
 
 @dataclass(frozen=True)
@@ -87,23 +89,24 @@ def parallel(strategy: str, mesh: DeviceMesh) -> torch.nn.Module:
     return model
 
 
-def seconds(run: Callable[[], Any], budget: float = 0.15) -> float:
-    """A call, all ranks at once: the median of rounds, in each the slowest rank's mean."""
+def seconds(run: Callable[[], Any]) -> float:
+    """A call, all ranks at once: the quickest of many short rounds, in each the slowest rank. What else the machine does only adds."""
     run()
     start = time.perf_counter()
     run()
-    calls = torch.tensor(max(1.0, budget / (time.perf_counter() - start)))
-    dist.broadcast(calls, 0)
+    once = torch.tensor(time.perf_counter() - start)
+    dist.broadcast(once, 0)
+    calls = max(1, int(0.02 / once.item()))
     rounds = []
-    for _ in range(ROUNDS):
+    for _ in range(min(25, max(6, int(1 / (calls * once.item()))))):
         dist.barrier()
         start = time.perf_counter()
-        for _ in range(int(calls)):
+        for _ in range(calls):
             run()
-        taken = torch.tensor((time.perf_counter() - start) / int(calls), dtype=torch.float64)
+        taken = torch.tensor((time.perf_counter() - start) / calls, dtype=torch.float64)
         dist.all_reduce(taken, dist.ReduceOp.MAX)
         rounds.append(taken.item())
-    return statistics.median(rounds)
+    return min(rounds)
 
 
 def measure(rank: int, n: int, folder: str) -> None:
@@ -117,8 +120,8 @@ def measure(rank: int, n: int, folder: str) -> None:
         part = torch.zeros(size // 4 // n)
         found["collectives"][size] = {
             "all_reduce": seconds(partial(dist.all_reduce, whole)),
-            "all_gather": seconds(partial(dist.all_gather_into_tensor, whole, part)),
-            "reduce_scatter": seconds(partial(dist.reduce_scatter_tensor, part, whole)),
+            "all_gather": seconds(partial(GATHER, whole, part)),
+            "reduce_scatter": seconds(partial(REDUCE_SCATTER, part, whole)),
         }
     found["compute"]["ddp"] = found["compute"]["fsdp2"] = seconds(step(network(), ROWS // n))
     found["compute"]["tensor"] = seconds(step(network(WIDTH // n), ROWS))
@@ -129,23 +132,27 @@ def measure(rank: int, n: int, folder: str) -> None:
     dist.destroy_process_group()
 
 
-def fit(all_reduces: dict[int, float], n: int) -> Link:
-    """Least squares, relative errors, of t = 2 (n - 1) (latency + size / n / bandwidth)."""
-    sizes, times = (np.array(v) for v in zip(*all_reduces.items(), strict=True))
-    terms = 2 * (n - 1) * np.stack([np.ones_like(times), sizes / n], axis=1)
-    (latency, inverse), *_ = np.linalg.lstsq(terms / times[:, None], np.ones_like(times), rcond=None)
+def fit(times: dict[int, float], turns: int) -> Link:
+    """Of two ranks: least squares, relative errors, of t = turns (latency + size / 2 / bandwidth)."""
+    sizes, taken = (np.array(v) for v in zip(*times.items(), strict=True))
+    terms = turns * np.stack([np.ones_like(taken), sizes / 2], axis=1)
+    (latency, inverse), *_ = np.linalg.lstsq(terms / taken[:, None], np.ones_like(taken), rcond=None)
     return Link(float(latency), float(1 / inverse))
 
 
-def communication(strategy: str, link: Link, n: int) -> float:
+def collective(name: str, links: dict[str, Link], size: float, n: int) -> float:
+    return links[name].all_reduce(size, n) if name == "all_reduce" else links[name].pass_on(size, n)
+
+
+def communication(strategy: str, links: dict[str, Link], n: int) -> float:
     """Of a step, seconds. DDP: one all-reduce of the gradients. FSDP2: of each layer two gathers and a reduce-scatter. Tensor parallel: an
     all-reduce of activations for each pair of layers forward, and backward but for the first, whose input asks for no gradient."""
     layer = 4 * WIDTH * (WIDTH + 1)
     if strategy == "ddp":
-        return link.all_reduce(LAYERS * layer, n)
+        return collective("all_reduce", links, LAYERS * layer, n)
     if strategy == "fsdp2":
-        return LAYERS * 3 * link.pass_on(layer, n)
-    return (LAYERS - 1) * link.all_reduce(4 * ROWS * WIDTH, n)
+        return LAYERS * (2 * collective("all_gather", links, layer, n) + collective("reduce_scatter", links, layer, n))
+    return (LAYERS - 1) * collective("all_reduce", links, 4 * ROWS * WIDTH, n)
 
 
 def compare() -> dict[str, Any]:
@@ -154,34 +161,37 @@ def compare() -> dict[str, Any]:
         for n in (1, 2, 4):
             start_processes(measure, (n, folder), nprocs=n, start_method="fork")
             found[n] = json.loads(Path(folder, f"{n}.json").read_text())
-    link = fit({size: found[2]["collectives"][str(size)]["all_reduce"] for size in FITTED}, 2)
+    links = {}
+    for name, turns in (("all_reduce", 2), ("all_gather", 1), ("reduce_scatter", 1)):
+        links[name] = fit({size: found[2]["collectives"][str(size)][name] for size in FITTED}, turns)
     rows = []
     for n in (2, 4):
         for size in CHECKED:
             for name, measured in found[n]["collectives"][str(size)].items():
-                predicted = link.all_reduce(size, n) if name == "all_reduce" else link.pass_on(size, n)
+                predicted = collective(name, links, size, n)
                 rows.append({"what": f"{name}, {size >> 20} MiB", "n": n, "measured": measured, "predicted": predicted})
         for strategy, measured in found[n]["step"].items():
-            compute = found[n]["compute"][strategy]
-            rows.append(
-                {"what": f"step, {strategy}", "n": n, "measured": measured, "predicted": compute + communication(strategy, link, n)}
-            )
-            rows[-1] |= {"compute": compute, "speedup": found[1]["compute"][strategy] / measured}
+            alone, compute = found[1]["compute"][strategy], found[n]["compute"][strategy]
+            engine = max(0.0, found[1]["step"][strategy] - alone) * max(1.0, n * compute / alone)
+            row = {"what": f"step, {strategy}", "n": n, "measured": measured, "compute": compute, "engine": engine}
+            row["predicted"] = compute + engine + communication(strategy, links, n)
+            rows.append(row | {"speedup": found[1]["step"][strategy] / measured})
     machine = f"torch {torch.__version__}, {os.cpu_count()} cores ({platform.machine()}), load {os.getloadavg()[0]:.1f} at the end"
-    return {"machine": machine, "latency": link.latency, "bandwidth": link.bandwidth, "one": found[1]["compute"], "rows": rows}
+    return {"machine": machine, "links": {k: asdict(v) for k, v in links.items()}, "one": found[1], "rows": rows}
 
 
 def report(result: dict[str, Any]) -> str:
+    fitted = ", ".join(f"{k} {1e6 * v['latency']:.0f} us and {v['bandwidth'] / 1e9:.2f} GB/s" for k, v in result["links"].items())
+    one = ", ".join(f"{k} {1e3 * v:.1f} ms" for k, v in result["one"]["step"].items())
     lines = [
-        f"{result['machine']}; processes on the same cores. Fitted to small all-reduces of two: "
-        f"{1e6 * result['latency']:.0f} us a message, {result['bandwidth'] / 1e9:.2f} GB/s. "
-        f"A step of one process: {1e3 * result['one']['ddp']:.1f} ms.",
+        f"{result['machine']}; all processes on the same cores. Fitted to 1 KiB to 256 KiB of two processes: {fitted}. "
+        f"A step of one process: {one}; without an engine {1e3 * result['one']['compute']['ddp']:.1f} ms.",
         "",
-        "| | processes | measured, ms | predicted, ms | predicted / measured | computing alone, ms | speed-up over one |",
-        "|---|---|---|---|---|---|---|",
+        "| | processes | measured, ms | predicted, ms | predicted / measured | of it computing, ms | engine, ms | speed-up over one |",
+        "|---|---|---|---|---|---|---|---|",
     ]
     for r in result["rows"]:
-        own = f"{1e3 * r['compute']:.2f} | {r['speedup']:.2f}" if "compute" in r else "|"
+        own = f"{1e3 * r['compute']:.2f} | {1e3 * r['engine']:.2f} | {r['speedup']:.2f}" if "compute" in r else "| |"
         times = f"{1e3 * r['measured']:.2f} | {1e3 * r['predicted']:.2f} | {r['predicted'] / r['measured']:.2f}"
         lines.append(f"| {r['what']} | {r['n']} | {times} | {own} |")
     return "\n".join(lines) + "\n"
