@@ -6,11 +6,11 @@ from collections.abc import Callable
 
 import torch
 
-from custom_backprop import nn
+from custom_backprop import nn, optim
 
 
 def training_step(ours: bool, device: str = "cpu") -> Callable[[], None]:
-    """Forward, loss, backward and update, with our layers or stock's, from one seed."""
+    """Forward, loss, backward and update, with our layers, loss and optimizer or stock's, from one seed."""
     generator = torch.Generator().manual_seed(0)
     x = torch.rand(128, 64, generator=generator).to(device)
     target = torch.randint(0, 10, (128,), generator=generator).to(device)
@@ -22,7 +22,7 @@ def training_step(ours: bool, device: str = "cpu") -> Callable[[], None]:
         stock = torch.nn
         layers = (stock.Linear(64, 256), stock.ReLU(), stock.Linear(256, 128), stock.ReLU(), stock.Linear(128, 10))
         model, loss_function = stock.Sequential(*layers).to(device), stock.CrossEntropyLoss()
-    optimizer = torch.optim.SGD(model.parameters(), lr=0.05, momentum=0.9)
+    optimizer = (optim.SGD if ours else torch.optim.SGD)(model.parameters(), lr=0.05, momentum=0.9)
 
     def step() -> None:
         optimizer.zero_grad()

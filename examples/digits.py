@@ -1,4 +1,4 @@
-"""Handwritten digits, learned by our layers and by stock torch.nn side by side: one seed, one loop, the same batches.
+"""Handwritten digits, learned with our layers, loss and optimizer and with stock PyTorch's: one seed, one loop, the same batches.
 
 1797 scans of 8 x 8 pixels (scikit-learn's load_digits), a fifth of them kept for the test; 64 -> 256 -> 128 -> 10 units, ReLU,
 cross-entropy, SGD with momentum, float32. On a CPU both end with the same weights. Where sums are taken in another order (--backend
@@ -25,7 +25,7 @@ try:
     from torch import Tensor
     from tqdm import tqdm
 
-    from custom_backprop import nn
+    from custom_backprop import nn, optim
     from custom_backprop.testing import peak_memory
 except ImportError as error:
     sys.exit(f"{error}; the examples need: pip install -e '.[demo]'")
@@ -54,9 +54,9 @@ def stock_model() -> torch.nn.Module:
 class Learner:
     """A model in training: its loss, its optimizer, and what is told of it."""
 
-    def __init__(self, model: torch.nn.Module, loss: torch.nn.Module, device: str) -> None:
+    def __init__(self, model: torch.nn.Module, loss: torch.nn.Module, sgd: type[torch.optim.SGD], device: str) -> None:
         self.model, self.loss, self.device = model.to(device), loss, device
-        self.optimizer = torch.optim.SGD(self.model.parameters(), lr=RATE, momentum=MOMENTUM)
+        self.optimizer = sgd(self.model.parameters(), lr=RATE, momentum=MOMENTUM)
         self.seconds = 0.0
         self.history: dict[str, list[Any]] = {"loss": [], "accuracy": [], "norms": []}  # one entry an epoch
 
@@ -169,9 +169,13 @@ def main() -> None:
     torch.set_num_threads(1)  # matrices this small gain nothing from a second thread, and lose much where the cores are busy
     parts = data(args.seed, args.device)
     learners = {}
-    for name, model, loss in (("ours", our_model, nn.CrossEntropyLoss()), ("stock", stock_model, torch.nn.CrossEntropyLoss())):
+    parts_of = {
+        "ours": (our_model, nn.CrossEntropyLoss(), optim.SGD),
+        "stock": (stock_model, torch.nn.CrossEntropyLoss(), torch.optim.SGD),
+    }
+    for name, (model, loss, sgd) in parts_of.items():
         torch.manual_seed(args.seed)
-        learners[name] = Learner(model(), loss, args.device)
+        learners[name] = Learner(model(), loss, sgd, args.device)
     ours, stock = learners["ours"], learners["stock"]
     print(f"{len(parts[0])} digits to learn from, {len(parts[1])} for the test; on {args.device}, backend {args.backend or 'by device'}")
     print(f"ours: {ours.model}\nstock: {stock.model}")
