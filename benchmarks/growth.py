@@ -24,8 +24,8 @@ import custom_backprop
 from custom_backprop.cli.progress import progress
 from custom_backprop.cost import cost
 
-from .measure import _cuda_seconds
-from .report import RESULTS, _machine
+from .measure import cuda_seconds
+from .report import RESULTS, machine_of
 
 
 class Attention(nn.Module):
@@ -91,7 +91,7 @@ def measured(axis: Axis, device: str, seconds: float) -> list[dict[str, Any]]:
         rows.append(row | {"saved": total.saved_bytes, "ours_saved": report.ours.total.saved_bytes})
         ours = custom_backprop.convert(copy.deepcopy(model))
         steps += [(rows[-1], "stock", step(model, x)), (rows[-1], "ours", step(ours, x))]
-    timer = _cuda_seconds if device == "cuda" else processor_seconds
+    timer = cuda_seconds if device == "cuda" else processor_seconds
     calls = [max(1, int(2e-3 / timer(run, 3))) for _, _, run in steps]
     end = time.perf_counter() + seconds * len(axis.sizes)
     rounds = 0
@@ -134,7 +134,7 @@ def main() -> int:
             rows += measured(axis, args.device, args.seconds)
             bar.update()
     args.out.mkdir(parents=True, exist_ok=True)
-    machine = _machine(args.device)
+    machine = machine_of(args.device)
     fitted = {axis.name: slopes([r for r in rows if r["axis"] == axis.name]) for axis in AXES}
     (args.out / "growth.json").write_text(json.dumps({"machine": machine, "slopes": fitted, "rows": rows}, indent=1) + "\n")
     page = markdown(machine, fitted)

@@ -24,7 +24,7 @@ class Comparison:
 
 def compare(ours: Callable[[], Any], stock: Callable[[], Any], seconds: float = 1.0, device: str = "cpu") -> Comparison:
     """Times both for about ``seconds`` in all, at least seven pairs, each turn of a pair long enough for the clock."""
-    timer = _cuda_seconds if device == "cuda" else _cpu_seconds
+    timer = cuda_seconds if device == "cuda" else _cpu_seconds
     once = max(timer(stock, 3), timer(ours, 3))
     calls = max(1, int(2e-3 / once))
     pairs = max(7, min(200, int(seconds / (2 * calls * once))))
@@ -45,7 +45,7 @@ def _cpu_seconds(call: Callable[[], Any], calls: int) -> float:
     return (time.perf_counter() - start) / calls
 
 
-def _cuda_seconds(call: Callable[[], Any], calls: int) -> float:
+def cuda_seconds(call: Callable[[], Any], calls: int) -> float:
     """By events, the L2 cache overwritten before each call."""
     flush = torch.empty(256 * 2**20, dtype=torch.int8, device="cuda")
     total = 0.0

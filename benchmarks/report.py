@@ -47,7 +47,7 @@ def main() -> int:
         bar.update()
     name = "cpu" if args.device == "cpu" else torch.cuda.get_device_name().lower().replace(" ", "-")
     args.out.mkdir(parents=True, exist_ok=True)
-    machine = _machine(args.device)
+    machine = machine_of(args.device)
     (args.out / f"{name}.json").write_text(json.dumps({"machine": machine, "rows": rows}, indent=1) + "\n")
     (args.out / f"{name}.md").write_text(_markdown(machine, rows, name))
     _plot(rows, args.out / f"{name}.png")
@@ -70,7 +70,7 @@ def _training(device: str, seconds: float) -> dict[str, Any]:
     return {"op": "digits training step", "family": "training", "size": "batch 128", "direction": "step"} | asdict(result)
 
 
-def _machine(device: str) -> dict[str, Any]:
+def machine_of(device: str) -> dict[str, Any]:
     return {
         "processor": torch.cuda.get_device_name() if device == "cuda" else torch.backends.cpu.get_cpu_capability(),
         "threads": torch.get_num_threads(),
