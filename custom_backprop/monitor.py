@@ -13,6 +13,7 @@ import statistics
 from collections import Counter, deque
 from collections.abc import Collection, Iterable, Iterator, Sequence
 from dataclasses import asdict, dataclass, fields, replace
+from functools import cached_property
 from itertools import accumulate, pairwise
 from pathlib import Path
 from typing import Any, Protocol
@@ -100,11 +101,14 @@ class Reading:
     layers: tuple[Layer, ...]
     verdicts: tuple[Verdict, ...] = ()
 
+    @cached_property
+    def _by_name(self) -> dict[str, Layer]:
+        return {layer.name: layer for layer in self.layers}
+
     def __getitem__(self, name: str) -> Layer:
-        for layer in self.layers:
-            if layer.name == name:
-                return layer
-        raise KeyError(f"no layer {name!r}; there are: {', '.join(layer.name for layer in self.layers)}")
+        if name not in self._by_name:
+            raise KeyError(f"no layer {name!r}; there are: {', '.join(self._by_name)}")
+        return self._by_name[name]
 
     def __str__(self) -> str:
         update = "" if self.update is None else f", update / weight {self.update:.1e}"
@@ -223,7 +227,7 @@ class GradientMonitor:
         updates: whether to measure ‖Δw‖ / ‖w‖. It keeps a copy of the weights from a measured step to the next.
         scaler: the ``torch.amp.GradScaler`` of the run.
         writer: gets each reading: :class:`JSONLines`, :class:`TensorBoard`, or anything with ``write(reading)``.
-        keep: how many readings ``history`` holds.
+        keep: how many readings ``history`` holds (some 40 KB each for a hundred modules).
 
     Raises:
         TypeError: ``model`` is not a module.
@@ -241,7 +245,7 @@ class GradientMonitor:
         updates: bool = True,
         scaler: torch.amp.GradScaler | None = None,
         writer: Writer | None = None,
-        keep: int = 1000,
+        keep: int = 300,
     ) -> None:
         if not isinstance(model, nn.Module):
             raise TypeError(f"expected a torch.nn.Module, got {type(model).__name__}")
@@ -267,11 +271,9 @@ class GradientMonitor:
         self._hooks: list[Any] = []
         self._normalised = {n for n, m in zip(self.names, self._modules, strict=True) if NORMALISED.search(type(m).__name__)}
         self._seen: list[tuple[int, list[Tensor]]] = []  # row and sums of an output
-        self._before: list[
-            tuple[int, nn.Parameter, Tensor, float]
-        ] = []  # row, parameter, its value before the update, its part among the ranks
+        self._before: list[tuple[int, nn.Parameter, Tensor, float]] = []  # row, parameter, its value before the update, part
         self._table: Tensor | None = None  # the sums of the open window, a row a module
-        self._alive: dict[int, tuple[Tensor, float]] = {}  # row -> nonzero gradients of each output unit, their part among the ranks
+        self._alive: dict[int, tuple[Tensor, float]] = {}  # row -> the largest gradient of each output unit, part
         self._kept: dict[Any, tuple[Tensor, Tensor, Tensor]] = {}
         self._mesh: Any = None
         self._watch()
@@ -347,7 +349,7 @@ class GradientMonitor:
 
     def state_dict(self) -> dict[str, Any]:
         """For a checkpoint: the steps counted, the history and the open window, without the update that follows a step just measured."""
-        window = {"table": self._table, "alive": dict(self._alive)}
+        window = {"table": None if self._table is None else self._table.clone(), "alive": dict(self._alive)}
         return {"steps": self.steps, "history": [asdict(r) for r in self.history], "window": window}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
@@ -358,7 +360,9 @@ class GradientMonitor:
         for r in state["history"]:
             layers, verdicts = tuple(Layer(**x) for x in r["layers"]), tuple(Verdict(**v) for v in r["verdicts"])
             self.history.append(Reading(**{**r, "layers": layers, "verdicts": verdicts}))
-        self._table, self._alive = state["window"]["table"], dict(state["window"]["alive"])
+        table, device = state["window"]["table"], next(p.device for m in self._modules for p in m.parameters())
+        self._table = None if table is None else table.to(device)
+        self._alive = {row: (alive.to(device), part) for row, (alive, part) in state["window"]["alive"].items()}
         self._watch()
 
     def _measured(self, place: int) -> bool:
@@ -514,11 +518,11 @@ def judge(reading: Reading, history: Iterable[Reading], normalised: Collection[s
 def _non_finite(reading: Reading, layers: list[Layer], overflows: bool) -> Verdict | None:
     bad = [layer for layer in layers if layer.nonfinite and (not overflows or math.isnan(layer.norm or 0))]
     outputs = [layer for layer in reading.layers if layer.activation_nonfinite]
-    if outputs and (bad or not overflows):
-        evidence = f"{outputs[0].activation_nonfinite:.2g} of its output is NaN or infinite, the first in the network"
-        return Verdict("non-finite", outputs[0].name, evidence)
     if not bad:
         return None
+    if outputs:
+        evidence = f"{outputs[0].activation_nonfinite:.2g} of its output is NaN or infinite, the first in the network"
+        return Verdict("non-finite", outputs[0].name, evidence)
     where = ", and the loss may be" if bad[-1] is layers[-1] else ", while that of the layers after it is finite"
     return Verdict("non-finite", bad[-1].name, f"{bad[-1].nonfinite:.2g} of its gradient is NaN or infinite{where}")
 

@@ -77,7 +77,7 @@ def learn(way: str, parts: tuple[Tensor, Tensor, Tensor, Tensor], args: Namespac
         clip_weights_(model.parameters(), WEIGHT)
     optimizer = torch.optim.SGD(model.parameters(), lr=RATE, momentum=MOMENTUM)
     loss_of = nn.CrossEntropyLoss()
-    monitor = GradientMonitor(model, every=1)
+    monitor = GradientMonitor(model, every=1, keep=args.epochs * (len(x) // BATCH))
     losses = []
     for _ in range(args.epochs):
         for batch in torch.randperm(len(x))[: len(x) // BATCH * BATCH].to(x.device).split(BATCH):

@@ -108,7 +108,7 @@ def in_turn(
 
 def seen(model: torch.nn.Module, result: Result) -> GradientMonitor:
     """The monitor as it was when the run ended."""
-    monitor = GradientMonitor(model, activations=False)
+    monitor = GradientMonitor(model, activations=False, keep=len(result["monitor"]["history"]))
     monitor.load_state_dict(result["monitor"])
     return monitor
 
