@@ -38,8 +38,12 @@ def norm(grad: Tensor) -> Tensor:
     """The 2-norm of one gradient of any kind: sparse, complex, or spread over ranks."""
     if grad.is_sparse:
         grad = grad.coalesce().values()
-    total = torch.linalg.vector_norm(grad, dtype=torch.float32 if grad.dtype in HALF else None)
+    total = torch.linalg.vector_norm(grad, dtype=_norm_dtype(grad.dtype))
     return total.full_tensor() if hasattr(total, "full_tensor") else total
+
+
+def _norm_dtype(dtype: torch.dtype) -> torch.dtype | None:
+    return torch.float32 if dtype in HALF else None
 
 
 class Piece:
@@ -48,40 +52,46 @@ class Piece:
     Attributes:
         params: flat parameters.
         states: by name, flat state of each parameter.
-        homes: by name, one tensor over all of ``states[name]``.
+        homes: by name, one tensor over all of ``states[name]``, where they are adjacent.
+        scratch: two flat tensors to compute in, which all pieces of a bucket share.
     """
 
-    def __init__(self, params: list[Tensor], states: dict[str, list[Tensor]], tensors: slice, elements: slice | None) -> None:
+    def __init__(
+        self, params: list[Tensor], states: dict[str, list[Tensor]], tensors: slice, elements: slice | None, scratch: list[Tensor]
+    ) -> None:
         self._tensors, self._elements = tensors, elements
         self.params = self.part(params)
         self.states = {name: t[self._tensors] if name == "step" else self.part(t) for name, t in states.items()}
         self.homes = {name: _home(t) for name, t in self.states.items() if _adjacent(t)}
-        self._sizes = list(map(Tensor.numel, self.params))
+        sizes = list(map(Tensor.numel, self.params))
+        self.scratch = [t[: sum(sizes)] for t in scratch]
+        self._views = list(self.scratch[0].split(sizes))
 
     def part(self, tensors: list[Tensor]) -> list[Tensor]:
         """This piece's part of a list with one contiguous tensor a parameter."""
         mine = tensors[self._tensors]
         return mine if self._elements is None else [mine[0].view(-1)[self._elements]]
 
-    def joined(self, tensors: list[Tensor]) -> Tensor:
-        """The same as one flat tensor: a copy where there are several, else a view."""
+    def joined(self, tensors: list[Tensor], scratch: int = 0) -> Tensor:
+        """The same as one flat tensor, not to be written: of several a copy in ``scratch``, of one a view."""
         mine = self.part(tensors)
-        return mine[0].view(-1) if len(mine) == 1 else torch._C._nn.flatten_dense_tensors(mine)
+        return mine[0].view(-1) if len(mine) == 1 else torch.cat([t.view(-1) for t in mine], out=self.scratch[scratch])
 
     def scaled(self, tensors: list[Tensor], factor: float) -> list[Tensor]:
-        """This piece's part, every element times ``factor``, in new memory."""
-        mine = self.part(tensors)
-        return [mine[0] * factor] if len(mine) == 1 else list(torch._C._nn.flatten_dense_tensors(mine).mul_(factor).split(self._sizes))
+        """This piece's part in ``scratch[0]``, every element times ``factor``."""
+        torch.mul(self.joined(tensors), factor, out=self.scratch[0])
+        return self._views
 
     def subtract(self, update: Tensor, lr: float, weight_decay: float = 0.0) -> None:
-        """θ -= γ (u + λ θ) for a flat ``update`` u."""
+        """θ -= γ (u + λ θ), where u is ``scratch[0]`` or the home of a state."""
         if len(self.params) == 1 and not weight_decay:
             self.params[0].add_(update, alpha=-lr)
-        else:  # of a step without momentum, torch's fused kernel rounds as add_ does
-            torch._fused_sgd_(
-                self.params, list(update.split(self._sizes)), [], weight_decay=weight_decay, momentum=0.0, lr=lr, dampening=0.0,
-                nesterov=False, maximize=False, is_first_step=False,
-            )  # fmt: skip
+            return
+        views = next((self.states[name] for name, home in self.homes.items() if home is update), self._views)
+        torch._fused_sgd_(  # of a step without momentum, torch's fused kernel rounds as add_ does
+            self.params, views, [], weight_decay=weight_decay, momentum=0.0, lr=lr, dampening=0.0, nesterov=False, maximize=False,
+            is_first_step=False,
+        )  # fmt: skip
 
 
 def _home(tensors: list[Tensor]) -> Tensor:
@@ -200,7 +210,10 @@ class Bucket:
     @cached_property
     def pieces(self) -> list[Piece]:
         """The same cut for the cache. States of parameters that share a piece must have been :func:`gathered`."""
-        return [Piece(self.flats, self.states, tensors, elements) for tensors, elements in runs(self.flats, self._together)]
+        cuts = list(runs(self.flats, self._together))
+        sizes = [sum(t.numel() for t in self.flats[which]) if part is None else part.stop - part.start for which, part in cuts]
+        scratch = [torch.empty(max(sizes), dtype=self.flats[0].dtype) for _ in range(2)]
+        return [Piece(self.flats, self.states, which, part, scratch) for which, part in cuts]
 
     def scaled(self, grads: list[Tensor], factor: float) -> Iterator[tuple[list[Tensor], list[Tensor], dict[str, list[Tensor]]]]:
         """(parameters, gradients times ``factor``, states) for torch's fused kernels: all at once, or in pieces where they are scaled."""
@@ -214,7 +227,9 @@ class Bucket:
         """2-norms whose 2-norm is that of all gradients together."""
         if self._sharded:
             return [norm(p.grad) for p in self.params if p.grad is not None]
-        return list(torch._foreach_norm(grads, 2.0, dtype=torch.float32 if self.dtype in HALF else None))
+        if self.device.type == "cpu" and self._dtypes == {self.flats[0].dtype}:
+            return [torch.linalg.vector_norm(piece.joined(grads), dtype=_norm_dtype(self.dtype)) for piece in self.pieces]
+        return list(torch._foreach_norm(grads, 2.0, dtype=_norm_dtype(self.dtype)))
 
     def table(self, slots: tuple[str, ...]) -> Any:
         """The kernels' table of this bucket, with states in the order of ``slots``."""

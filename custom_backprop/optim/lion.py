@@ -96,10 +96,10 @@ class Lion(MultiTensor, _Loop):
         beta1, beta2 = hyper["betas"]
         factor = -factor if hyper["maximize"] else factor
         for piece in bucket.pieces:
-            d = piece.joined(grads)
+            d, (out, c) = piece.joined(grads), piece.scratch
             if factor != 1:
-                d = d * factor
+                d = torch.mul(d, factor, out=out)
             m = piece.homes["exp_avg"]
-            sign = m.lerp(d, 1 - beta1).sign_()
+            torch.lerp(m, d, 1 - beta1, out=c)
             m.lerp_(d, 1 - beta2)
-            piece.subtract(sign, hyper["lr"], hyper["weight_decay"])
+            piece.subtract(torch.sign(c, out=out), hyper["lr"], hyper["weight_decay"])

@@ -165,12 +165,13 @@ class MultiTensor(Optimizer):
             return
         plans = self._plans()
         work: list[tuple[Group, Plan, list[list[Tensor]]]] = []
+        moved = not plans
         for group in self.param_groups:
             plan: Plan | None = plans.get(id(group))
             grads = plan.grads(group) if plan is not None else None
             if plan is None or grads is None:
                 plan = plans[id(group)] = self._plan(group)
-                grads = plan.grads(group)
+                grads, moved = plan.grads(group), True
                 assert grads is not None
             work.append((group, plan, grads))
         factor = self._factor(work)
@@ -179,7 +180,9 @@ class MultiTensor(Optimizer):
                 self._update(bucket, mine, self._numbers(group), factor, found)
             if plan.rest and not (found is not None and found.item()):
                 self._by_torch(group, plan.rest, factor)
-        self.__dict__["_known"] = list(chain.from_iterable(s.values() for s in self.state.values()))
+                moved = True
+        if moved:
+            self.__dict__["_known"] = list(chain.from_iterable(s.values() for s in self.state.values()))
 
     def _reads(self, found: Tensor) -> bool:
         """Whether ``found_inf`` is read before anything is done. The kernels read it themselves, but for a state that they would begin."""

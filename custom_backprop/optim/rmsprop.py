@@ -25,18 +25,18 @@ class RMSprop(MultiTensor, torch.optim.RMSprop):
         lr, alpha, weight_decay, momentum = hyper["lr"], hyper["alpha"], hyper["weight_decay"], hyper["momentum"]
         factor = -factor if hyper["maximize"] else factor
         for piece in bucket.pieces:
-            d = piece.joined(grads)
+            d, (out, root) = piece.joined(grads), piece.scratch
             if factor != 1:
-                d = d * factor
+                d = torch.mul(d, factor, out=out)
             if weight_decay:
-                d = d.add(piece.joined(bucket.flats), alpha=weight_decay)
+                d = torch.add(d, piece.joined(bucket.flats, 1), alpha=weight_decay, out=out)
             v = piece.homes["square_avg"].mul_(alpha).addcmul_(d, d, value=1 - alpha)
             if hyper["centered"]:
                 a = piece.homes["grad_avg"].lerp_(d, 1 - alpha)
-                root = v.addcmul(a, a, value=-1).sqrt_().add_(hyper["eps"])
+                torch.addcmul(v, a, a, value=-1, out=root).sqrt_().add_(hyper["eps"])
             else:
-                root = v.sqrt().add_(hyper["eps"])
+                torch.sqrt(v, out=root).add_(hyper["eps"])
             if momentum > 0:
                 piece.subtract(piece.homes["momentum_buffer"].mul_(momentum).addcdiv_(d, root), lr)
             else:
-                piece.subtract(torch.div(d, root, out=root), lr)
+                piece.subtract(torch.div(d, root, out=out), lr)

@@ -37,18 +37,18 @@ class SGD(MultiTensor, torch.optim.SGD):
                     torch._fused_sgd_(piece.params, piece.part(grads), buffers, momentum=1.0, is_first_step=False, **same)
             return
         for piece in bucket.pieces:
-            d = piece.joined(grads)
+            d, out = piece.joined(grads), piece.scratch[0]
             if factor != 1:
-                d = d * factor
+                d = torch.mul(d, factor, out=out)
             if maximize:
-                d = -d
+                d = torch.neg(d, out=out)
             if weight_decay:
-                d = d.add(piece.joined(bucket.flats), alpha=weight_decay)
+                d = torch.add(d, piece.joined(bucket.flats, 1), alpha=weight_decay, out=out)
             if momentum:
                 b = piece.homes["momentum_buffer"]
                 if bucket.fresh:
                     b.copy_(d)
                 else:
                     b.mul_(momentum).add_(d, alpha=1 - dampening)
-                d = d.add(b, alpha=momentum) if nesterov else b
+                d = torch.add(d, b, alpha=momentum, out=out) if nesterov else b
             piece.subtract(d, lr)
