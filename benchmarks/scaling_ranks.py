@@ -89,24 +89,29 @@ def parallel(strategy: str, mesh: DeviceMesh) -> torch.nn.Module:
     return model
 
 
-def seconds(run: Callable[[], Any]) -> float:
-    """A call, all ranks at once: the quickest of many short rounds, in each the slowest rank. What else the machine does only adds."""
-    run()
+def seconds(*runs: Callable[[], Any]) -> list[float]:
+    """Of a call of each, all ranks at once and the calls in turns: the quickest of many short rounds, in each the slowest rank. What else
+    the machine does only adds."""
+    for run in runs:
+        run()
     start = time.perf_counter()
-    run()
-    once = torch.tensor(time.perf_counter() - start)
+    for run in runs:
+        run()
+    once = torch.tensor((time.perf_counter() - start) / len(runs))
     dist.broadcast(once, 0)
     calls = max(1, int(0.02 / once.item()))
     rounds = []
     for _ in range(min(25, max(6, int(1 / (calls * once.item()))))):
-        dist.barrier()
-        start = time.perf_counter()
-        for _ in range(calls):
-            run()
-        taken = torch.tensor((time.perf_counter() - start) / calls, dtype=torch.float64)
+        taken = torch.empty(len(runs), dtype=torch.float64)
+        for i, run in enumerate(runs):
+            dist.barrier()
+            start = time.perf_counter()
+            for _ in range(calls):
+                run()
+            taken[i] = (time.perf_counter() - start) / calls
         dist.all_reduce(taken, dist.ReduceOp.MAX)
-        rounds.append(taken.item())
-    return min(rounds)
+        rounds.append(taken)
+    return torch.stack(rounds).amin(0).tolist()
 
 
 def measure(rank: int, n: int, folder: str) -> None:
@@ -118,15 +123,16 @@ def measure(rank: int, n: int, folder: str) -> None:
     for size in FITTED + CHECKED:
         whole = torch.zeros(size // 4)
         part = torch.zeros(size // 4 // n)
-        found["collectives"][size] = {
-            "all_reduce": seconds(partial(dist.all_reduce, whole)),
-            "all_gather": seconds(partial(GATHER, whole, part)),
-            "reduce_scatter": seconds(partial(REDUCE_SCATTER, part, whole)),
+        calls: dict[str, Any] = {
+            "all_reduce": (dist.all_reduce, whole),
+            "all_gather": (GATHER, whole, part),
+            "reduce_scatter": (REDUCE_SCATTER, part, whole),
         }
-    found["compute"]["ddp"] = found["compute"]["fsdp2"] = seconds(step(network(), ROWS // n))
-    found["compute"]["tensor"] = seconds(step(network(WIDTH // n), ROWS))
+        found["collectives"][size] = dict(zip(calls, seconds(*(partial(*call) for call in calls.values())), strict=True))
     for strategy in ("ddp", "fsdp2", "tensor"):
-        found["step"][strategy] = seconds(step(parallel(strategy, mesh), ROWS if strategy == "tensor" else ROWS // n))
+        rows, width = (ROWS, WIDTH // n) if strategy == "tensor" else (ROWS // n, WIDTH)
+        alone, together = seconds(step(network(width), rows), step(parallel(strategy, mesh), rows))
+        found["compute"][strategy], found["step"][strategy] = alone, together
     if rank == 0:
         Path(folder, f"{n}.json").write_text(json.dumps(found))
     dist.destroy_process_group()
