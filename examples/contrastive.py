@@ -1,0 +1,205 @@
+"""Handwritten digits told apart before anyone says what they are: two losses that compare vectors, from our formulas.
+
+1797 scans of 8 x 8 pixels (scikit-learn's load_digits), a fifth of them kept for the test. Two encoders of one shape, 64 -> 256 -> 64:
+
+InfoNCE sees no label. Each digit is shown twice, shifted by up to one pixel and with noise, and its two views must find each other among
+those of all other digits of the batch (van den Oord et al., 2018, symmetric as in CLIP). It compares what one more linear layer makes of a
+representation, which is thrown away after training (Chen et al., 2020).
+Triplet margin sees labels: a view of a digit must lie nearer to one of its own class than to one of another, by a margin.
+
+Then the representations are judged with the pixels beside them: how many test digits are of the class of their five nearest neighbours
+among the others, and of the class that a linear probe reads from them, given all labels or five of each class.
+
+Each epoch ends with a checkpoint. After Ctrl-C the same command goes on from the last one, to the very weights of a run that was not
+interrupted. A finished run leaves its weights and its picture, and no checkpoint: the same command then starts anew.
+"""
+
+from __future__ import annotations
+
+import sys
+from argparse import Namespace
+from typing import Any
+
+try:
+    import numpy as np
+    import torch
+    from common import load, options, plt, save, write
+    from digits import data
+    from sklearn.linear_model import LogisticRegression
+    from sklearn.neighbors import KNeighborsClassifier
+    from threadpoolctl import threadpool_limits
+    from torch import Tensor
+    from tqdm import tqdm
+
+    from custom_backprop import nn
+except ImportError as error:
+    sys.exit(f"{error}; the examples need: pip install -e '.[demo]'")
+
+BATCH, RATE = 256, 1e-3
+TEMPERATURE, MARGIN = 0.2, 1.0
+NOISE = 0.3
+NEIGHBOURS, FEW = 5, 5
+
+
+def view(x: Tensor, generator: torch.Generator) -> Tensor:
+    """Each digit shifted by -1, 0 or 1 pixel either way, and noise upon it."""
+    images = torch.nn.functional.pad(x.view(-1, 8, 8), (1, 1, 1, 1))
+    down, right = torch.randint(3, (2, len(x), 1), generator=generator).to(x.device)
+    pixel = torch.arange(8, device=x.device)
+    row, column = (down + pixel).unsqueeze(2), (right + pixel).unsqueeze(1)
+    shifted = images[torch.arange(len(x), device=x.device).view(-1, 1, 1), row, column].flatten(1)
+    return shifted + NOISE * torch.randn(x.shape, generator=generator).to(x.device)
+
+
+def partners(labels: Tensor, same: bool, generator: torch.Generator) -> Tensor:
+    """For each digit of a batch one that is of its class, or is not; itself where there is none."""
+    fits = (labels.unsqueeze(1) == labels) if same else (labels.unsqueeze(1) != labels)
+    fits = fits & ~torch.eye(len(labels), dtype=torch.bool)
+    alone = ~fits.any(dim=1, keepdim=True)
+    return torch.multinomial((fits | (alone & torch.eye(len(labels), dtype=torch.bool))).float(), 1, generator=generator).squeeze(1)
+
+
+class Learner:
+    """An encoder in training. ``head`` is what only the loss sees of its representation."""
+
+    def __init__(self, loss: torch.nn.Module, head: torch.nn.Module, device: str) -> None:
+        self.encoder = torch.nn.Sequential(nn.LinearActivation(64, 256, activation="relu"), nn.Linear(256, 64)).to(device)
+        self.loss, self.head = loss, head.to(device)
+        self.optimizer = torch.optim.Adam([*self.encoder.parameters(), *self.head.parameters()], lr=RATE)
+        self.history: list[float] = []  # the loss, one entry an epoch
+
+    def step(self, views: list[Tensor]) -> Tensor:
+        """Forward, backward, update. Returns the loss."""
+        self.optimizer.zero_grad()
+        loss = self.loss(*self.head(self.encoder(torch.cat(views))).chunk(len(views)))
+        loss.backward()
+        self.optimizer.step()
+        return loss.detach()
+
+    @torch.no_grad()
+    def represent(self, x: Tensor) -> Tensor:
+        """What the encoder makes of digits as they are, of length 1."""
+        return torch.nn.functional.normalize(self.encoder(x))
+
+    def state_dict(self) -> dict[str, Any]:
+        own = {"optimizer": self.optimizer.state_dict(), "history": self.history}
+        return {"encoder": self.encoder.state_dict(), "head": self.head.state_dict(), **own}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        self.encoder.load_state_dict(state["encoder"])
+        self.head.load_state_dict(state["head"])
+        self.optimizer.load_state_dict(state["optimizer"])
+        self.history = state["history"]
+
+
+def learners_of(device: str) -> dict[str, Learner]:
+    """Both learners."""
+    head = torch.nn.Sequential(torch.nn.ReLU(), nn.Linear(64, 32))
+    return {
+        "InfoNCE": Learner(nn.InfoNCELoss(TEMPERATURE, symmetric=True), head, device),
+        "triplet": Learner(nn.TripletMarginLoss(MARGIN, swap=True), torch.nn.Identity(), device),
+    }
+
+
+def train(learners: dict[str, Learner], x: Tensor, labels: Tensor, args: Namespace) -> None:
+    """Trains both, from the checkpoint where there is one."""
+    settings = {"seed": args.seed, "epochs": args.epochs, "device": args.device, "backend": args.backend}
+    settings |= {
+        "batch": BATCH,
+        "rate": RATE,
+        "temperature": TEMPERATURE,
+        "margin": MARGIN,
+        "noise": NOISE,
+        "torch": str(torch.__version__),
+    }
+    chance = torch.Generator().manual_seed(args.seed)  # the only one left once the weights are drawn
+    done = 0
+    if (state := load(args.checkpoint, settings)) is not None:
+        done = state["epoch"]
+        chance.set_state(state["chance"])
+        for name, learner in learners.items():
+            learner.load_state_dict(state["learners"][name])
+        print(f"going on after epoch {done} of {args.epochs}, from {args.checkpoint}")
+
+    batches = -(-len(x) // BATCH)
+    with tqdm(total=args.epochs * batches, initial=done * batches, unit="step", mininterval=0.5, dynamic_ncols=True) as bar:
+        for epoch in range(done + 1, args.epochs + 1):
+            losses: dict[str, list[Tensor]] = {name: [] for name in learners}
+            for batch in torch.randperm(len(x), generator=chance).split(BATCH):
+                digits, classes = x[batch.to(x.device)], labels[batch]
+                twice = [view(digits, chance) for _ in range(2)]
+                others = [view(digits[partners(classes, same, chance).to(x.device)], chance) for same in (True, False)]
+                losses["InfoNCE"].append(learners["InfoNCE"].step(twice))
+                losses["triplet"].append(learners["triplet"].step([twice[0], *others]))
+                bar.update()
+            for name, learner in learners.items():
+                learner.history.append(torch.stack(losses[name]).mean().item())
+            state = {"settings": settings, "epoch": epoch, "chance": chance.get_state()}
+            save({**state, "learners": {name: learner.state_dict() for name, learner in learners.items()}}, args.checkpoint)
+            bar.set_postfix_str(", ".join(f"{name} {learner.history[-1]:.3f}" for name, learner in learners.items()), refresh=False)
+
+
+def judge(z: np.ndarray, labels: np.ndarray, test_z: np.ndarray, test_labels: np.ndarray) -> tuple[float, ...]:
+    """Test accuracy of the nearest neighbours and of a linear probe, given all labels; and of both given FEW of each class."""
+    few = np.concatenate([np.flatnonzero(labels == digit)[:FEW] for digit in range(10)])
+    scale = z.std(axis=0).mean()  # so that the probe's regularisation weighs the same on each
+    found = []
+    for rows in (np.arange(len(z)), few):
+        for reader in (KNeighborsClassifier(min(NEIGHBOURS, FEW)), LogisticRegression(max_iter=1000)):
+            with threadpool_limits(1):
+                found.append(reader.fit(z[rows] / scale, labels[rows]).score(test_z / scale, test_labels))
+    return tuple(found)
+
+
+def draw(spaces: dict[str, Tensor], labels: Tensor, learners: dict[str, Learner], args: Namespace) -> None:
+    """The test digits along the first two principal components of each space, and the losses."""
+    figure, axes = plt.subplots(1, len(spaces) + 1, figsize=(4 * (len(spaces) + 1), 3.9))
+    for plot, (name, z) in zip(axes, spaces.items(), strict=False):
+        centred = z - z.mean(dim=0)
+        plane = centred @ torch.linalg.svd(centred, full_matrices=False)[2][:2].t()
+        points = plot.scatter(*plane.t().cpu().numpy(), c=labels.cpu().numpy(), cmap="tab10", vmin=-0.5, vmax=9.5, s=10)
+        plot.set(title=name, xlabel="first principal component", ylabel="second")
+    figure.colorbar(points, ax=axes[-2], ticks=range(10), label="digit")
+    for name, learner in learners.items():
+        axes[-1].plot(range(1, args.epochs + 1), learner.history, label=name)
+    axes[-1].set(xlabel="epoch", ylabel="loss", yscale="log", title="Training loss")
+    axes[-1].legend()
+    write(figure, args.out / "contrastive.png")
+
+
+def main() -> None:
+    args = options("contrastive", __doc__, epochs=60)
+    args.checkpoint = args.out / "checkpoint.pt"
+    torch.set_num_threads(1)  # matrices this small gain nothing from a second thread, and lose much where the cores are busy
+    torch.manual_seed(args.seed)
+    x, test_x, labels, test_labels = data(args.seed, args.device)
+    learners = learners_of(args.device)
+    untrained = learners["InfoNCE"].represent
+    spaces = {"pixels": (x, test_x), "untrained": (untrained(x), untrained(test_x))}
+    print(f"{len(x)} digits to learn from, {len(test_x)} for the test; on {args.device}, backend {args.backend or 'by device'}")
+    for name, learner in learners.items():
+        print(f"{name}: {learner.loss} of {learner.encoder}")
+    try:
+        train(learners, x, labels.cpu(), args)
+    except KeyboardInterrupt:
+        kept = f"the last whole epoch is kept in {args.checkpoint}; the same command goes on from there"
+        print("\ninterrupted:", kept if args.checkpoint.exists() else "no epoch is complete yet, nothing is kept", file=sys.stderr)
+        sys.exit(130)
+
+    spaces |= {name: (learner.represent(x), learner.represent(test_x)) for name, learner in learners.items()}
+    draw({name: test for name, (_, test) in spaces.items()}, test_labels, learners, args)
+    save({name: learner.encoder.state_dict() for name, learner in learners.items()}, args.out / "weights.pt")
+    print(f"wrote {args.out / 'weights.pt'}")
+    args.checkpoint.unlink()
+    print(f"{'test accuracy, %':18}{'neighbours':>12}{'probe':>12}{f'neighbours, {FEW} labels a class':>34}{'probe':>12}")
+    accuracies = {}
+    for name, (z, test_z) in spaces.items():
+        accuracies[name] = judge(z.cpu().numpy(), labels.cpu().numpy(), test_z.cpu().numpy(), test_labels.cpu().numpy())
+        all_neighbours, all_probe, few_neighbours, few_probe = (100 * a for a in accuracies[name])
+        print(f"{name:18}{all_neighbours:12.2f}{all_probe:12.2f}{few_neighbours:34.2f}{few_probe:12.2f}")
+    told = ", ".join(f"{name} {100 * accuracies[name][1]:.2f} %" for name in ("InfoNCE", "triplet", "pixels"))
+    print(f"test accuracy of a linear probe: {told}")
+
+
+if __name__ == "__main__":
+    main()
