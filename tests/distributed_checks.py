@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import sys
 import warnings
+from contextlib import contextmanager
 from datetime import timedelta
 from pathlib import Path
 
@@ -36,6 +37,13 @@ from custom_backprop.testing.spec import Make
 RANK, RANKS, FOLDER = 0, 1, Path(sys.argv[1])  # the first two are set by main
 SIZES = [13, 8, 1, 11, 13]  # rows of each step's batch: not always one for every rank
 PARTS = 2
+
+
+@contextmanager
+def quiet():
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        yield
 
 
 def our_model():
@@ -169,7 +177,7 @@ def check_checkpoint(mesh):
         alone = our_model().to(dtype)  # on another number of processes: one
         optimizer = torch.optim.SGD(alone.parameters(), lr=example.RATE, momentum=example.MOMENTUM)
         model_state, optimizer_state = get_state_dict(alone, optimizer)
-        with warnings.catch_warnings(action="ignore", category=UserWarning):  # torch says that it loads in one process: that is asked for
+        with quiet():  # torch says that it loads in one process: that is asked for
             dcp.load({"model": model_state, "optimizer": optimizer_state}, checkpoint_id=folder / "step-000003", no_dist=True)
         assert all(map(torch.equal, weights(alone), at))
 
@@ -213,7 +221,7 @@ def check_tensor_parallel(mesh):
         share = slice(0, 2) if grid.get_local_rank("data") == 0 else slice(2, 3)
         ours_x = torch.randn(3, 6, dtype=torch.float64, generator=torch.Generator().manual_seed(2))
         stock = stock_model().double()
-        with warnings.catch_warnings(action="ignore"):  # FSDP2 warns that the local part of a DTensor is a view
+        with quiet():  # FSDP2 warns that the local part of a DTensor is a view
             (ours(ours_x[share]) ** 2).sum().backward()
         (stock(ours_x) ** 2).sum().backward()
         for p, q in zip(ours.parameters(), stock.parameters(), strict=True):
@@ -242,7 +250,7 @@ def check_ops_of_the_database(mesh):
                 label = f"{name} {sample.name} {[tuple(t.shape) for t in tensors]} {placements}"
                 refusal = None
                 try:
-                    with warnings.catch_warnings(action="ignore"):  # of shapes that broadcast
+                    with quiet():  # of shapes that broadcast
                         off = difference(spec, sample, placements, mesh)
                 except (NotImplementedError, RuntimeError) as error:  # ours, or torch's of an operator that comes before the op
                     refusal = str(error)
