@@ -54,7 +54,7 @@ def rows(table, names):
 
 def test_vanishing_gradients(example, tmp_path, capsys):
     module, main = example("vanishing_gradients")
-    main("--epochs", 1, "--depth", 10, "--out", tmp_path)
+    main("--epochs", 1, "--depth", 14, "--out", tmp_path)
     out, table = capsys.readouterr().out, (tmp_path / "table.txt").read_text()
     assert sorted(os.listdir(tmp_path)) == ["table.txt", "vanishing_gradients.png"], "a finished run leaves no checkpoint"
     assert all(f"wrote {tmp_path / name}" in out for name in os.listdir(tmp_path))
