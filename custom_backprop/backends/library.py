@@ -10,6 +10,7 @@ it is not asked.
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Callable
 from typing import Any
 
@@ -87,6 +88,8 @@ def primitive(
 
     def call(*args: Any) -> Any:
         if not _unobserved(args):
+            if "torch.distributed.tensor" in sys.modules and not is_compiling():
+                from .. import distributed  # noqa: F401 (its rules for DTensor are registered at the first use)
             return operator(*args)
         first = args[0]
         # a batch of gradients, which come first: by is_grads_batched, or by a torch.vmap that autograd does not know of
