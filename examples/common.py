@@ -34,8 +34,8 @@ def at_least(least: int) -> Callable[[str], int]:
     return whole_number
 
 
-def options(name: str, description: str | None, **counts: int) -> argparse.Namespace:
-    """The command line of the example ``name``: --out, --device, --backend, --seed, and one option for each of ``counts``.
+def options(name: str, description: str | None, **own: int | tuple[str, ...]) -> argparse.Namespace:
+    """The command line of the example ``name``: --out, --device, --backend, --seed, and its ``own``: a count's default, or the choices.
 
     Makes the output folder and sets the backend.
     """
@@ -44,8 +44,11 @@ def options(name: str, description: str | None, **counts: int) -> argparse.Names
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu", help="default here: %(default)s")
     parser.add_argument("--backend", help="aten, triton or formula: what runs our layers (default: chosen by device)")
     parser.add_argument("--seed", type=at_least(0), default=0, metavar="N", help="of all that is random (default: %(default)s)")
-    for option, default in counts.items():
-        parser.add_argument(f"--{option}", type=at_least(1), default=default, metavar="N", help="default: %(default)s")
+    for option, default in own.items():
+        kind: dict[str, Any] = {"type": at_least(1), "default": default, "metavar": "N"}
+        if isinstance(default, tuple):
+            kind = {"choices": default, "default": default[0]}
+        parser.add_argument(f"--{option}", help="default: %(default)s", **kind)
     args = parser.parse_args()
     try:
         torch.empty(0, device=args.device)

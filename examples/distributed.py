@@ -14,7 +14,6 @@ On several machines set TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1 (PyTorch issue 1357
 
 from __future__ import annotations
 
-import argparse
 import os
 import shutil
 import sys
@@ -168,19 +167,10 @@ def draw(losses: list[float], ranks: int, args: Namespace) -> None:
     write(figure, args.out / "distributed.png")
 
 
-def arguments() -> Namespace:
-    """The options of every example, and --strategy."""
-    parser = argparse.ArgumentParser(add_help=False)
-    parser.add_argument("--strategy", choices=("ddp", "fsdp2"), default="ddp")
-    own, sys.argv[1:] = parser.parse_known_args()
-    args = options("distributed", __doc__, epochs=20, interval=50, accumulate=2)
-    args.strategy, args.checkpoints = own.strategy, args.out / "checkpoints"
-    args.checkpoints.mkdir(exist_ok=True)
-    return args
-
-
 def main() -> None:
-    args = arguments()
+    args = options("distributed", __doc__, strategy=("ddp", "fsdp2"), epochs=20, interval=50, accumulate=2)
+    args.checkpoints = args.out / "checkpoints"
+    args.checkpoints.mkdir(exist_ok=True)
     torch.set_num_threads(1)  # matrices this small gain nothing from a second thread
     if args.device == "cuda":
         torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", 0)))
