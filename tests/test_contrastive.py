@@ -48,9 +48,10 @@ def test_triplet_in_chunks(monkeypatch, backend):
     """Of a CPU: forward and backward walk in parts, whatever the reduction."""
     monkeypatch.setattr(primitives, "CHUNK", 16)
     for reduction in ("none", "mean", "sum"):
-        options = {"swap": True, "margin": 2.0, "reduction": reduction}
-        ours, stock = triplets(functional.triplet_margin_loss, **options), triplets(F.triplet_margin_loss, **options)
-        compare(ours, stock, [normal(3, 3, 5) for _ in range(3)])
+        for swap in (False, True):
+            options = {"swap": swap, "margin": 2.0, "reduction": reduction}
+            ours, stock = triplets(functional.triplet_margin_loss, **options), triplets(F.triplet_margin_loss, **options)
+            compare(ours, stock, [normal(3, 3, 5) for _ in range(3)])
 
 
 @pytest.mark.parametrize(
