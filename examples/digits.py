@@ -56,7 +56,8 @@ class Learner:
 
     def __init__(self, model: torch.nn.Module, loss: torch.nn.Module, sgd: type[torch.optim.SGD], device: str) -> None:
         self.model, self.loss, self.device = model.to(device), loss, device
-        self.optimizer = sgd(self.model.parameters(), lr=RATE, momentum=MOMENTUM)
+        # fused=False: the roundings of a plain loop over the parameters, which is what stock does by default
+        self.optimizer = sgd(self.model.parameters(), lr=RATE, momentum=MOMENTUM, fused=False)
         self.seconds = 0.0
         self.history: dict[str, list[Any]] = {"loss": [], "accuracy": [], "norms": []}  # one entry an epoch
 

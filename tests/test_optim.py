@@ -137,8 +137,19 @@ def test_awkward_shapes(name: str, kwargs: dict[str, Any], backend: str, device:
 @pytest.mark.parametrize("kwargs", [k for n, k in OPTIONS if n == "SGD"], ids=lambda k: "-".join(list(k)[1:]))
 def test_sgd_gives_the_bits_of_torchs_loop(kwargs: dict[str, Any], dtype: torch.dtype) -> None:
     mine, theirs = parameters(dtype=dtype), parameters(dtype=dtype)
-    train(optim.SGD(mine, **kwargs), mine, 7)
+    train(optim.SGD(mine, fused=False, **kwargs), mine, 7)
     train(torch.optim.SGD(theirs, foreach=False, **kwargs), theirs, 7)
+    for a, b in zip(mine, theirs, strict=True):
+        assert torch.equal(a, b)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("kwargs", [k for n, k in OPTIONS if n == "SGD"], ids=lambda k: "-".join(list(k)[1:]))
+def test_sgd_gives_the_bits_of_torchs_fused_kernel(kwargs: dict[str, Any], dtype: torch.dtype) -> None:
+    shapes = [(5, 3), (1000,)]
+    mine, theirs = parameters(dtype=dtype, shapes=shapes), parameters(dtype=dtype, shapes=shapes)
+    train(optim.SGD(mine, **kwargs), mine, 7)
+    train(torch.optim.SGD(theirs, fused=True, **kwargs), theirs, 7)
     for a, b in zip(mine, theirs, strict=True):
         assert torch.equal(a, b)
 

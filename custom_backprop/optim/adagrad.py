@@ -9,7 +9,7 @@ from torch import Tensor
 
 from ..formulas import optim as formulas
 from .bucket import Bucket
-from .optimizer import MultiTensor
+from .optimizer import Group, MultiTensor
 
 
 class Adagrad(MultiTensor, torch.optim.Adagrad):
@@ -21,7 +21,7 @@ class Adagrad(MultiTensor, torch.optim.Adagrad):
     _state_names = ("sum", "step")
     _slots = ("sum",)
 
-    def _aten(self, bucket: Bucket, grads: list[Tensor], hyper: dict[str, Any], factor: float) -> None:
+    def _aten(self, group: Group, bucket: Bucket, grads: list[Tensor], hyper: dict[str, Any], factor: float) -> None:
         for params, d, states in bucket.scaled(grads, factor):
             torch._fused_adagrad_(
                 params, d, states["sum"], states["step"], lr=hyper["lr"], lr_decay=hyper["lr_decay"], weight_decay=hyper["weight_decay"],

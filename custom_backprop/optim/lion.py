@@ -92,7 +92,7 @@ class Lion(MultiTensor, _Loop):
     _formula = formulas.lion
     _state_names = _slots = _adjacent = ("exp_avg",)
 
-    def _aten(self, bucket: Bucket, grads: list[Tensor], hyper: dict[str, Any], factor: float) -> None:
+    def _aten(self, group: Group, bucket: Bucket, grads: list[Tensor], hyper: dict[str, Any], factor: float) -> None:
         beta1, beta2 = hyper["betas"]
         factor = -factor if hyper["maximize"] else factor
         for piece in bucket.pieces:

@@ -177,7 +177,7 @@ class MultiTensor(Optimizer):
         factor = self._factor(work)
         for group, plan, grads in work:
             for bucket, mine in zip(plan.buckets, grads, strict=True):
-                self._update(bucket, mine, self._numbers(group), factor, found)
+                self._update(group, bucket, mine, factor, found)
             if plan.rest and not (found is not None and found.item()):
                 self._by_torch(group, plan.rest, factor)
                 moved = True
@@ -293,7 +293,8 @@ class MultiTensor(Optimizer):
         factor = factor.to(total.device)
         return factor * clip_factor(total * factor, self.max_grad_norm)
 
-    def _update(self, bucket: Bucket, grads: list[Tensor], hyper: dict[str, Any], factor: Tensor | None, found: Tensor | None) -> None:
+    def _update(self, group: Group, bucket: Bucket, grads: list[Tensor], factor: Tensor | None, found: Tensor | None) -> None:
+        hyper = self._numbers(group)
         backend = selection.backend_for(bucket.device.type)
         stochastic = self.bf16_stochastic_round and bucket.dtype == torch.bfloat16
         if backend == "triton":
@@ -314,7 +315,7 @@ class MultiTensor(Optimizer):
                 self._by_formula(bucket, grads, hyper, factor, stochastic)
             else:
                 multiplier = 1.0 if factor is None else factor.item()
-                self._aten(bucket, grads if bucket.rounded is None else [g.float() for g in grads], hyper, multiplier)
+                self._aten(group, bucket, grads if bucket.rounded is None else [g.float() for g in grads], hyper, multiplier)
                 if bucket.rounded is not None:
                     torch._foreach_copy_(bucket.rounded, bucket.flats)
         bucket.fresh = False
@@ -354,7 +355,7 @@ class MultiTensor(Optimizer):
             for p, g in zip(params, grads, strict=True):
                 p.grad = g
 
-    def _aten(self, bucket: Bucket, grads: list[Tensor], hyper: dict[str, Any], factor: float) -> None:
+    def _aten(self, group: Group, bucket: Bucket, grads: list[Tensor], hyper: dict[str, Any], factor: float) -> None:
         """The update of ``bucket.flats`` by PyTorch's operators, on a CPU."""
         raise NotImplementedError
 

@@ -9,32 +9,38 @@ from torch import Tensor
 
 from ..formulas import optim as formulas
 from .bucket import Bucket
-from .optimizer import MultiTensor
+from .optimizer import Group, MultiTensor
 
 
 class SGD(MultiTensor, torch.optim.SGD):
-    """:class:`torch.optim.SGD`, a step for all parameters at once. On a CPU it gives the bits of torch's plain loop over parameters."""
+    """:class:`torch.optim.SGD`, a step for all parameters at once.
+
+    On a CPU it gives the bits of ``torch.optim.SGD(fused=True)``, where μ b + d is rounded once; with ``fused=False``, at some cost, those
+    of torch's plain loop over parameters, where it is rounded twice.
+    """
 
     _torch = torch.optim.SGD
     _rule = "sgd"
     _formula = formulas.sgd
     _state_names = _slots = _adjacent = ("momentum_buffer",)
 
-    def _aten(self, bucket: Bucket, grads: list[Tensor], hyper: dict[str, Any], factor: float) -> None:
+    def _aten(self, group: Group, bucket: Bucket, grads: list[Tensor], hyper: dict[str, Any], factor: float) -> None:
         lr, weight_decay, momentum, maximize = hyper["lr"], hyper["weight_decay"], hyper["momentum"], hyper["maximize"]
         dampening, nesterov = hyper["dampening"], hyper["nesterov"]
-        fused = bucket.flats[0].dtype in (torch.float32, torch.float64)  # where torch's fused kernel rounds as its loop does
-        if fused and not nesterov and factor == 1 and (bucket.fresh or not momentum or not dampening):
-            same = {"weight_decay": weight_decay, "lr": lr, "dampening": 0.0, "nesterov": False, "maximize": maximize}
-            if not momentum:
-                torch._fused_sgd_(bucket.flats, grads, [], momentum=0.0, is_first_step=False, **same)
-            elif bucket.fresh:
-                torch._fused_sgd_(bucket.flats, grads, bucket.states["momentum_buffer"], momentum=momentum, is_first_step=True, **same)
-            else:  # μ b + d rounds twice in the loop, once in the fused kernel: multiplied apart, it remains to add d
-                for piece in bucket.pieces:
+        same: dict[str, Any] = {"weight_decay": weight_decay, "lr": lr, "nesterov": nesterov, "maximize": maximize}
+        if group["fused"] is not False:
+            for params, scaled, states in bucket.scaled(grads, factor):
+                buffers = states["momentum_buffer"] if momentum else []
+                torch._fused_sgd_(params, scaled, buffers, momentum=momentum, dampening=dampening, is_first_step=bucket.fresh, **same)
+            return
+        wide = bucket.flats[0].dtype in (torch.float32, torch.float64)  # in half precision the kernel's other sums differ too
+        if wide and factor == 1 and not (momentum and (dampening or nesterov)):
+            for piece in bucket.pieces:  # μ b by itself, and then the kernel adds d
+                buffers = piece.states["momentum_buffer"] if momentum else []
+                if momentum and not bucket.fresh:
                     piece.homes["momentum_buffer"].mul_(momentum)
-                    buffers = piece.states["momentum_buffer"]
-                    torch._fused_sgd_(piece.params, piece.part(grads), buffers, momentum=1.0, is_first_step=False, **same)
+                once: dict[str, Any] = {"momentum": 1.0 if momentum else 0.0, "dampening": 0.0, "is_first_step": bucket.fresh}
+                torch._fused_sgd_(piece.params, piece.part(grads), buffers, **once, **same)
             return
         for piece in bucket.pieces:
             d, out = piece.joined(grads), piece.scratch[0]
