@@ -18,7 +18,7 @@ from custom_backprop.testing import OpSpec, database, peak_memory
 
 from .cases import DIRECTIONS, SIZES, pair
 from .measure import compare
-from .training import training_step
+from .training import HIDDEN, training_step
 
 RESULTS = Path(__file__).parent / "results"
 
@@ -35,16 +35,17 @@ def main() -> int:
     if not specs:
         parser.error(f"no op or family {' '.join(args.ops)}; there are: {', '.join(database())}")
     rows: list[dict[str, Any]] = []
-    with progress(len(specs) * len(args.sizes) * len(DIRECTIONS) + 1, "ratio") as bar:
+    with progress(len(specs) * len(args.sizes) * len(DIRECTIONS) + len(HIDDEN), "ratio") as bar:
         for spec in specs:
             for size in args.sizes:
                 for direction in DIRECTIONS:
                     bar.set_postfix_str(f"{spec.name} {size}")
                     rows.append(_row(spec, size, direction, args.device, args.seconds))
                     bar.update()
-        bar.set_postfix_str("digits training step")
-        rows.append(_training(args.device, args.seconds * 5))
-        bar.update()
+        for hidden in HIDDEN:
+            bar.set_postfix_str("digits training step")
+            rows.append(_training(args.device, hidden, args.seconds * 5))
+            bar.update()
     name = "cpu" if args.device == "cpu" else torch.cuda.get_device_name().lower().replace(" ", "-")
     args.out.mkdir(parents=True, exist_ok=True)
     machine = machine_of(args.device)
@@ -65,9 +66,10 @@ def _row(spec: OpSpec, size: str, direction: str, device: str, seconds: float) -
     return row
 
 
-def _training(device: str, seconds: float) -> dict[str, Any]:
-    result = compare(training_step(True, device), training_step(False, device), seconds, device)
-    return {"op": "digits training step", "family": "training", "size": "batch 128", "direction": "step"} | asdict(result)
+def _training(device: str, hidden: tuple[int, int], seconds: float) -> dict[str, Any]:
+    result = compare(training_step(True, device, hidden), training_step(False, device, hidden), seconds, device)
+    size = " -> ".join(map(str, (64, *hidden, 10)))
+    return {"op": "digits training step", "family": "training", "size": size, "direction": "step"} | asdict(result)
 
 
 def machine_of(device: str) -> dict[str, Any]:

@@ -179,7 +179,7 @@ def main() -> None:
         x, test_x, y, test_y = data(args.seed, args.device)
         torch.manual_seed(args.seed)
         settings = {"seed": args.seed, "epochs": args.epochs, "batch": BATCH, "rate": RATE, "momentum": MOMENTUM}
-        learner = Learner(spread(our_model().to(args.device), args.strategy, mesh), settings)
+        learner = Learner(spread(our_model(256, 128).to(args.device), args.strategy, mesh), settings)
         if dist.get_rank() == 0:
             print(f"{len(x)} digits to learn from; {args.strategy}, {mesh.size()} x {args.device}, {dist.get_backend()}", flush=True)
         train(learner, x, y, args)

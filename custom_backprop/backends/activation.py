@@ -13,6 +13,7 @@ from .kernels import kernels
 from .library import fold_batch, primitive
 
 aten = torch.ops.aten
+_threshold_backward = aten.threshold_backward.default._op  # without the Python of an OpOverload's call
 
 
 def _softsign(x: Tensor) -> Tensor:
@@ -57,7 +58,7 @@ _LOGSIGMOID = (-1.0, 40.0)
 
 #: name -> (forward, backward) by PyTorch's operators
 ATEN: dict[str, tuple[Callable[..., Tensor], Callable[..., Tensor]]] = {
-    "relu": (torch.relu, lambda dy, y: aten.threshold_backward.default(dy, y, 0)),
+    "relu": (torch.relu, lambda dy, y: _threshold_backward(dy, y, 0)),
     "relu6": (lambda x: aten.hardtanh.default(x, 0, 6), lambda dy, y: aten.hardtanh_backward.default(dy, y, 0, 6)),
     "leaky_relu": (aten.leaky_relu.default, lambda dy, x, slope: aten.leaky_relu_backward.default(dy, x, slope, False)),
     "elu": (aten.elu.default, lambda dy, x, alpha: aten.elu_backward.default(dy, alpha, 1, 1, False, x)),

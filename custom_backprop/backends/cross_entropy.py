@@ -18,6 +18,7 @@ from ..formulas.precision import HALF, widen
 from .library import launcher, primitive
 
 aten = torch.ops.aten
+_nll_forward, _nll_backward = aten.nll_loss_forward.default._op, aten.nll_loss_backward.default._op  # without an OpOverload's Python
 
 #: elements of a chunk: 2 MiB of float32
 CHUNK = 2**19
@@ -33,7 +34,7 @@ def is_small(x: Tensor, target: Tensor, smoothing: float) -> bool:
 
 def nll_forward_aten(x: Tensor, target: Tensor, weight: Tensor | None, reduction: int, ignore_index: int) -> tuple[Tensor, Tensor]:
     if x.dim() == 2:
-        return aten.nll_loss_forward.default(x, target, weight, reduction, ignore_index)
+        return _nll_forward(x, target, weight, reduction, ignore_index)
     loss, total = aten.nll_loss2d_forward.default(x.unsqueeze(3), target.unsqueeze(2), weight, reduction, ignore_index)
     return loss.squeeze(2) if reduction == NONE else loss, total
 
@@ -42,7 +43,7 @@ def nll_backward_aten(
     dy: Tensor, x: Tensor, target: Tensor, weight: Tensor | None, total: Tensor, reduction: int, ignore_index: int
 ) -> Tensor:
     if x.dim() == 2:
-        return aten.nll_loss_backward.default(dy, x, target, weight, reduction, ignore_index, total)
+        return _nll_backward(dy, x, target, weight, reduction, ignore_index, total)
     dy, x = dy.unsqueeze(2) if reduction == NONE else dy, x.contiguous().unsqueeze(3)
     return aten.nll_loss2d_backward.default(dy, x, target.unsqueeze(2), weight, reduction, ignore_index, total).squeeze(3)
 

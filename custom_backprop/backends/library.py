@@ -96,16 +96,16 @@ def primitive(
         if is_batched(first):
             return operator(*args) if _legacy_batched(first) else formula(*args)
         if first.is_cpu:
-            return by_aten(*args) if selection._forced in _BY_ATEN else on_cpu(*args)
+            return by_aten(*args) if selection._forced in BY_ATEN else on_cpu(*args)
         return on_cuda(*args) if first.is_cuda else operator(*args)
 
     return call
 
 
 #: what a subclass of Tensor is not
-_PLAIN = frozenset({torch.Tensor, torch.nn.Parameter, type(None), bool, int, float, str, tuple, list, torch.dtype})
+PLAIN = frozenset({torch.Tensor, torch.nn.Parameter, type(None), bool, int, float, str, tuple, list, torch.dtype})
 #: settings that leave CPU tensors to ATen
-_BY_ATEN = (None, "aten")
+BY_ATEN = (None, "aten")
 _modes = torch._C._len_torch_dispatch_stack
 _functorch_active = torch._C._are_functorch_transforms_active
 _autocast_active = torch._C._is_any_autocast_enabled
@@ -114,18 +114,7 @@ _batched, _legacy_batched = torch._C._functorch.is_batchedtensor, torch._C._func
 
 def _unobserved(args: tuple[Any, ...]) -> bool:
     """Whether nobody could tell an operator of ours from the calls that it makes: neither subclass nor mode nor transformation."""
-    return not (is_compiling() or _modes() or _functorch_active() or _autocast_active()) and _PLAIN.issuperset(map(type, args))
-
-
-def is_direct(args: tuple[Any, ...]) -> bool:
-    """Whether a call with such arguments, a floating-point tensor first, may go to ATen on the CPU without asking the dispatcher."""
-    return (
-        not (is_compiling() or _modes() or _functorch_active() or _autocast_active())
-        and selection._forced in _BY_ATEN
-        and _PLAIN.issuperset(map(type, args))
-        and (first := args[0]).is_cpu
-        and first.is_floating_point()
-    )
+    return not (is_compiling() or _modes() or _functorch_active() or _autocast_active()) and PLAIN.issuperset(map(type, args))
 
 
 def is_batched(dy: torch.Tensor) -> bool:

@@ -75,6 +75,8 @@ def cross_entropy(
     """
     reduction = reduction_of(size_average, reduce, reduction)
     number = _Reduction.get_enum(reduction)
+    if weight is None and not label_smoothing and _is_common(input, target):
+        return ops.cross_entropy(input, target, None, number, ignore_index, 0.0)
     if _without_rows(input):
         options: Any = {"ignore_index": ignore_index, "reduction": reduction, "label_smoothing": label_smoothing}
         return torch.nn.functional.cross_entropy(input, target, weight, **options)
@@ -95,6 +97,19 @@ def cross_entropy(
         of_class = weight.view(-1, *[1] * (input.dim() - 2))
         target, weight, smoothing = of_class * ((1 - smoothing) * target + smoothing / weight.numel()), None, 0.0
     return _by_rows(ops.cross_entropy, input, target, weight, number, ignore_index, smoothing)
+
+
+def _is_common(input: Tensor, target: Tensor) -> bool:
+    """Whether these are logits (N, C) and classes (N), as nearly always: then nothing else is left to check."""
+    return (
+        target.dtype is torch.int64
+        and target.dim() == 1
+        and input.dim() == 2
+        and input.is_floating_point()
+        and input.shape[0] == target.shape[0]
+        and input.shape[1] > 0
+        and input.device == target.device
+    )
 
 
 def _without_rows(input: Tensor) -> bool:

@@ -7,8 +7,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .. import functional as F
 from ..functional.linear import activation_parameters
+from ..ops import linear as ops
 
 __all__ = ["Linear", "LinearActivation"]
 
@@ -17,7 +17,7 @@ class Linear(torch.nn.Linear):
     """See :func:`custom_backprop.functional.linear`."""
 
     def forward(self, input: Tensor) -> Tensor:
-        return F.linear(input, self.weight, self.bias)
+        return ops.linear(input, self.weight, self.bias)
 
 
 class LinearActivation(torch.nn.Linear):
@@ -38,13 +38,14 @@ class LinearActivation(torch.nn.Linear):
         dtype: torch.dtype | None = None,
         **parameters: float,
     ) -> None:
-        activation_parameters(activation, parameters)
+        values = activation_parameters(activation, parameters)
         super().__init__(in_features, out_features, bias, device, dtype)
         self.activation = activation
         self.parameters_of_activation = parameters
+        self._values = values
 
     def forward(self, input: Tensor) -> Tensor:
-        return F.linear_activation(input, self.weight, self.bias, self.activation, **self.parameters_of_activation)
+        return ops.linear_activation(input, self.weight, self.bias, self.activation, self._values)
 
     def extra_repr(self) -> str:
         own = [f"activation={self.activation!r}", *(f"{k}={v}" for k, v in self.parameters_of_activation.items())]

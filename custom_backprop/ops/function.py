@@ -16,9 +16,12 @@ from typing import Any
 import torch
 from torch.autograd import forward_ad
 
-from ..backends.library import is_batched, is_direct
+from ..backends import selection
+from ..backends.library import BY_ATEN, PLAIN, is_batched
 
 _TENSORS = frozenset({torch.Tensor, torch.nn.Parameter})
+_tracing = torch.compiler.is_dynamo_compiling  # which Dynamo answers; what follows it cannot trace
+_modes = torch._C._len_torch_dispatch_stack
 _grad_enabled = torch.is_grad_enabled
 _functorch_active = torch._C._are_functorch_transforms_active
 _autocast_active = torch._C._is_any_autocast_enabled
@@ -93,17 +96,32 @@ def differentiable(
             direct_value = definition.direct_value  # type: ignore[attr-defined]
 
             def chosen_backward(ctx: Any, dy: torch.Tensor | None) -> Any:
-                if dy is None or _grad_enabled() or not is_direct((dy,)) or is_batched(dy):
-                    return backward(ctx, dy)
-                return direct_backward(ctx, dy)  # type: ignore[misc]
+                if (
+                    type(dy) is torch.Tensor
+                    and not (_tracing() or _grad_enabled() or _modes() or _functorch_active() or _autocast_active())
+                    and selection._forced in BY_ATEN
+                    and dy.is_cpu
+                    and not is_batched(dy)
+                ):
+                    return direct_backward(ctx, dy)  # type: ignore[misc]
+                return backward(ctx, dy)
 
             faces = {"forward": staticmethod(direct_forward), "backward": staticmethod(chosen_backward if direct_backward else backward)}
             direct: Any = type(definition.__name__, (torch.autograd.Function,), {**members, **faces})
             direct._backward_cls.save_for_forward = _nothing
+            direct._backward_cls.apply = faces["backward"].__func__  # as Function's own apply does, one Python call sooner
             direct_apply = super(torch.autograd.Function, direct).apply  # type: ignore[misc]
 
         def call(*args: Any) -> Any:
-            if direct_forward is not None and is_direct(args) and forward_ad._current_level < 0:
+            if (
+                direct_forward is not None
+                and not (_tracing() or _modes() or _functorch_active() or _autocast_active())
+                and selection._forced in BY_ATEN
+                and forward_ad._current_level < 0
+                and PLAIN.issuperset(map(type, args))
+                and args[0].is_cpu
+                and args[0].is_floating_point()
+            ):
                 if _grad_enabled():
                     for a in args:
                         if type(a) in _TENSORS and a.requires_grad:

@@ -14,6 +14,8 @@ from ..formulas.activation import ACTIVATIONS
 from .function import differentiable, wanted
 from .reuse import is_spare, reusable
 
+_product = torch.nn.functional.linear
+
 
 def check(x: Tensor, weight: Tensor, bias: Tensor | None) -> None:
     """Raises TypeError for what is no tensor, NotImplementedError for complex numbers. The product refuses what does not fit."""
@@ -55,14 +57,14 @@ class Linear:
         x, weight = ctx.saved_tensors
         return formula.linear_jvp(x, weight, tx, tw, tb)
 
-    direct_value = staticmethod(torch.nn.functional.linear)
+    direct_value = staticmethod(_product)
 
     @staticmethod
     def direct_forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
         need_x, need_weight, *_ = ctx.needs_input_grad
         ctx.save_for_backward(x if need_weight else None, weight if need_x else None)
         ctx.set_materialize_grads(False)
-        return torch.nn.functional.linear(x, weight, bias)
+        return _product(x, weight, bias)
 
     @staticmethod
     def direct_backward(ctx: Any, dy: Tensor) -> Any:
@@ -94,11 +96,11 @@ class OfInput:
 
     @staticmethod
     def direct_value(x: Tensor, weight: Tensor, bias: Tensor | None, activation: str, parameters: tuple[float, ...]) -> Tensor:
-        return ATEN[activation][0](torch.nn.functional.linear(x, weight, bias), *parameters)
+        return ATEN[activation][0](_product(x, weight, bias), *parameters)
 
     @staticmethod
     def direct_forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None, activation: str, parameters: tuple[float, ...]) -> Tensor:
-        z = torch.nn.functional.linear(x, weight, bias)
+        z = _product(x, weight, bias)
         ctx.save_for_backward(x, weight, bias, z)
         ctx.function = activation, parameters
         ctx.set_materialize_grads(False)
@@ -134,11 +136,11 @@ class OfOutput:
 
     @staticmethod
     def direct_value(x: Tensor, weight: Tensor, bias: Tensor | None, activation: str, parameters: tuple[float, ...]) -> Tensor:
-        return ATEN_IN_PLACE[activation](torch.nn.functional.linear(x, weight, bias), *parameters)
+        return ATEN_IN_PLACE[activation](_product(x, weight, bias), *parameters)
 
     @staticmethod
     def direct_forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None, activation: str, parameters: tuple[float, ...]) -> Tensor:
-        y = OfOutput.direct_value(x, weight, bias, activation, parameters)
+        y = ATEN_IN_PLACE[activation](_product(x, weight, bias), *parameters)
         ctx.save_for_backward(x, weight, None, y)
         ctx.function = activation, parameters
         ctx.reusable = reusable(y)
@@ -156,7 +158,7 @@ class OfOutput:
 def _keep(ctx: Any, inputs: tuple[Any, ...], y: Tensor, saved: Tensor) -> None:
     x, weight, bias, *function = inputs
     ctx.function = function
-    ctx.save_for_backward(x, weight, bias, saved)
+    ctx.save_for_backward(x, weight, None if saved is y else bias, saved)  # with the bias z could be derived again
     ctx.save_for_forward(x, weight, bias, y)
     ctx.set_materialize_grads(False)
 
