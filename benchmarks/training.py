@@ -8,7 +8,6 @@ import torch
 
 from custom_backprop import nn, optim
 
-
 #: units of the two inner layers: those of the example, and some so few that the host's calls take as long as the arithmetic
 HIDDEN = ((1024, 512), (256, 128))
 
