@@ -1,5 +1,6 @@
 """Compiles every kernel for GPUs that need not be here, and prints what it takes; or, with --audit, what it touches in the interpreter.
 
+Beside the ops' kernels those of the optimizers are compiled; the audit leaves them out, since they follow pointers of a table.
 The exit code is 1 if a kernel spills, is atomic or takes more shared memory than a block has; in the audit, if it touches what it must not.
 """
 
@@ -15,7 +16,8 @@ from typing import Any
 
 from ..testing import TARGETS, Audit, AuditedLaunch, Resources, database
 from ..testing.audit import audit_op
-from ..testing.offline import compile_op
+from ..testing.offline import compile_calls, compile_op
+from ..testing.optimizers import OPTIMIZERS, steps
 from .work import add_common, in_processes, interpreter, refuse, select, table
 
 
@@ -32,7 +34,10 @@ def run(args: argparse.Namespace) -> int:
     """Returns 1 if a kernel has a fault."""
     if find_spec("triton") is None:
         refuse("the package triton is not installed")
-    names, targets = select(args.ops), args.target.split(",")
+    optimizers = [] if args.audit else [n for n in OPTIMIZERS if not args.ops or n in args.ops or "optim" in args.ops]
+    ops = [n for n in args.ops if n not in optimizers and not (optimizers and n == "optim")]
+    names = [*(select(ops) if ops or not args.ops or not optimizers else []), *optimizers]
+    targets = args.target.split(",")
     if unknown := [t for t in targets if t not in TARGETS]:
         refuse(f"no target {', '.join(unknown)}; there are {', '.join(TARGETS)}")
     start = time.perf_counter()
@@ -51,7 +56,9 @@ def run(args: argparse.Namespace) -> int:
     faults += [f"{f['op']}: {_label(f)}: {fault}" for f in found for fault in f["faults"]]
     for fault in dict.fromkeys(faults):
         print(f"FAULT {fault}")
-    what = f"{len(found)} {'launches' if args.audit else 'kernels'} of {len(names)} ops"
+    what = f"{len(found)} {'launches' if args.audit else 'kernels'} of {len(names) - len(optimizers)} ops"
+    if optimizers:
+        what += f" and {len(optimizers)} optimizers"
     print(f"\n{what}, {len(faults)} faults, in {time.perf_counter() - start:.0f} s")
     if args.json:
         Path(args.json).write_text(json.dumps(found, indent=1) + "\n")
@@ -60,7 +67,7 @@ def run(args: argparse.Namespace) -> int:
 
 
 def _compile(name: str, target: str) -> list[Resources]:
-    return compile_op(database()[name], target)
+    return compile_calls(steps(name), target) if name in OPTIMIZERS else compile_op(database()[name], target)
 
 
 def _audit(name: str) -> Audit:

@@ -9,9 +9,10 @@ from __future__ import annotations
 import re
 import subprocess
 import tempfile
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
+from functools import partial
 from types import SimpleNamespace
 from typing import Any
 
@@ -262,11 +263,16 @@ def both_ways(spec: OpSpec, sample: Sample) -> None:
 
 def compile_op(spec: OpSpec, target: str) -> list[Resources]:
     """Every kernel that an op launches in each of :data:`REGIMES` and of the spec's own, compiled."""
-    compiled: dict[Any, Launch] = {}
     samples = [spec.large(Make("meta", dtype), size) for dtype, size in REGIMES]
     for dtype in (torch.float64, torch.float32):  # half precision computes in float32
         samples += spec.regimes(Make("meta", dtype))
-    for sample in samples:
-        for launch in launches(lambda sample=sample: both_ways(spec, sample)):  # type: ignore[misc]
+    return compile_calls((partial(both_ways, spec, sample) for sample in samples), target)
+
+
+def compile_calls(calls: Iterable[Callable[[], Any]], target: str) -> list[Resources]:
+    """Every kernel that these calls, on meta tensors, launch, compiled."""
+    compiled: dict[Any, Launch] = {}
+    for call in calls:
+        for launch in launches(call):
             compiled.setdefault(_compile(launch, target), launch)
     return [_resources(launch, kernel, target) for kernel, launch in compiled.items()]
