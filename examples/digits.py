@@ -41,13 +41,13 @@ def our_model(first: int = 1024, second: int = 512) -> torch.nn.Module:
     )
 
 
-def stock_model() -> torch.nn.Module:
+def stock_model(first: int = 1024, second: int = 512) -> torch.nn.Module:
     return torch.nn.Sequential(
-        torch.nn.Linear(64, 1024),
+        torch.nn.Linear(64, first),
         torch.nn.ReLU(),
-        torch.nn.Linear(1024, 512),
+        torch.nn.Linear(first, second),
         torch.nn.ReLU(),
-        torch.nn.Linear(512, 10),
+        torch.nn.Linear(second, 10),
     )
 
 

@@ -295,7 +295,7 @@ def test_the_examples_of_the_command_have_losses_and_batches(name, capsys):
 
 def test_the_digits_are_those_of_the_example(monkeypatch):
     monkeypatch.syspath_prepend(Path(__file__).parents[1] / "examples")
-    assert repr(importlib.import_module("digits").stock_model()) == repr(command.digits()[0])
+    assert repr(importlib.import_module("digits").stock_model(256, 128)) == repr(command.digits()[0])
 
 
 MODULE = """

@@ -86,7 +86,7 @@ def count(text: str) -> int:
 
 
 def digits(batch: int = 32) -> tuple[Any, ...]:
-    """The network of examples/digits.py."""
+    """The network of examples/digits.py, with 256 and 128 units."""
     layers = (nn.Linear(64, 256), nn.ReLU(), nn.Linear(256, 128), nn.ReLU(), nn.Linear(128, 10))
     return nn.Sequential(*layers), torch.rand(batch, 64), nn.CrossEntropyLoss(), torch.randint(10, (batch,))
 

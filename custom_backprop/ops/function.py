@@ -119,6 +119,7 @@ def differentiable(
                 and selection._forced in BY_ATEN
                 and forward_ad._current_level < 0
                 and PLAIN.issuperset(map(type, args))
+                and type(args[0]) in _TENSORS
                 and args[0].is_cpu
                 and args[0].is_floating_point()
             ):
