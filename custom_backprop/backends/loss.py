@@ -145,17 +145,18 @@ def _plain(loss: Loss, x: Tensor, v: Tensor | None, w: Tensor | None, parameters
     return loss.name != "poisson_nll_loss" or parameters[:2] == (True, False)
 
 
-def _chunks(x: Tensor, *others: Tensor | None) -> Iterable[tuple[Any, ...]]:
-    """The tensors, all of the shape of x, cut alike; beside them numbers (0-D) and None stay whole."""
+def _chunks(x: Tensor, *others: Tensor | None, size: int | None = None) -> Iterable[tuple[Any, ...]]:
+    """The tensors, all of the shape of x, cut alike, CHUNK elements or ``size``; beside them numbers (0-D) and None stay whole."""
+    size = CHUNK if size is None else size
     tensors = (x, *others)
     n = x.numel()
-    if n <= CHUNK:
+    if n <= size:
         return (tensors,)
     cut = [t if t is not None and t.dim() else None for t in tensors]
     rows = x.shape[0]
     if all(t is None or t.is_contiguous() for t in cut):
         cut, rows = [None if t is None else t.view(-1) for t in cut], n
-    step = max(1, CHUNK * rows // n)
+    step = max(1, size * rows // n)
     return zip(*(itertools.repeat(t) if c is None else c.split(step) for t, c in zip(tensors, cut, strict=True)), strict=False)
 
 
@@ -167,7 +168,7 @@ def _forward_aten(loss: Loss) -> Callable[..., tuple[Tensor, Tensor]]:
             return loss.forward(x, t, v, w, reduction, hold, *parameters)
         n = x.numel()
         plain = _plain(loss, x, v, w, parameters)
-        if not hold and n <= CHUNK and plain and loss.name in WHOLE:
+        if not hold and n <= 2 * CHUNK and plain and loss.name in WHOLE:
             return WHOLE[loss.name](x, t, reduction, *parameters), x.new_empty(0)
         wide = torch.float32 if x.dtype in HALF else x.dtype
         k = torch.full((), 1 / max(n, 1) if reduction == MEAN else 1, dtype=wide)
@@ -175,7 +176,8 @@ def _forward_aten(loss: Loss) -> Callable[..., tuple[Tensor, Tensor]]:
         dx = torch.empty_like(x) if hold else None
         fill, total, scratch = _filler(loss, x, v, w, parameters), 0.0, None
         over_gradient = hold and y is None and plain and loss.name in OVER_GRADIENT
-        for xs, ts, vs, ws, ys, gs in _chunks(x, t, v, w, y, dx):
+        size = 2 * CHUNK if over_gradient else CHUNK  # no scratch beside it
+        for xs, ts, vs, ws, ys, gs in _chunks(x, t, v, w, y, dx, size=size):
             if over_gradient:
                 fill(xs, ts, vs, ws, k, gs, None, *parameters)
                 total += gs.sum().item()
