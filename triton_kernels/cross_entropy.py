@@ -256,7 +256,7 @@ def _shape(x: Tensor, soft: bool) -> dict[str, Any]:
     words = max(x.dtype.itemsize // 4, 1)
     held = (HELD // (1 + soft) if last else SIDE_BY_SIDE) // words
     block = min(next_power_of_2(classes), held)
-    rows = min(max(1024 // block, 1) if last else 64, next_power_of_2(max(inner, 1)))
+    rows = min(max(1024 // words // block, 1) if last else 64, next_power_of_2(max(inner, 1)))
     block = min(block, held // rows)
     # 8 warps at most: at 16 ptxas spills a few registers to fit two programs on a multiprocessor
     return {"WIDE": _wide(x), "ROWS": rows, "BLOCK": block, "num_warps": min(max(rows * block * words // 256, 1), 8)}
