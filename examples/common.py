@@ -82,6 +82,23 @@ def load(path: Path, settings: dict[str, Any]) -> dict[str, Any] | None:
     return state
 
 
+def resume(path: Path, settings: dict[str, Any], learners: dict[str, Any], chance: torch.Generator, epochs: int) -> int:
+    """How many epochs are done. Puts learners and ``chance`` back to where the checkpoint at ``path``, if there is one, left them."""
+    if (state := load(path, settings)) is None:
+        return 0
+    chance.set_state(state["chance"])
+    for name, learner in learners.items():
+        learner.load_state_dict(state["learners"][name])
+    print(f"going on after epoch {state['epoch']} of {epochs}, from {path}")
+    return state["epoch"]
+
+
+def keep(path: Path, settings: dict[str, Any], learners: dict[str, Any], chance: torch.Generator, epoch: int) -> None:
+    """Writes the checkpoint that :func:`resume` reads."""
+    states = {name: learner.state_dict() for name, learner in learners.items()}
+    save({"settings": settings, "epoch": epoch, "chance": chance.get_state(), "learners": states}, path)
+
+
 def write(figure: Figure, path: Path) -> None:
     """Writes a picture and says so."""
     figure.savefig(path)

@@ -23,7 +23,7 @@ from typing import Any
 try:
     import numpy as np
     import torch
-    from common import load, options, plt, save, write
+    from common import keep, options, plt, resume, save, write
     from digits import data
     from sklearn.linear_model import LogisticRegression
     from sklearn.neighbors import KNeighborsClassifier
@@ -113,14 +113,7 @@ def train(learners: dict[str, Learner], x: Tensor, labels: Tensor, args: Namespa
         "torch": str(torch.__version__),
     }
     chance = torch.Generator().manual_seed(args.seed)  # the only one left once the weights are drawn
-    done = 0
-    if (state := load(args.checkpoint, settings)) is not None:
-        done = state["epoch"]
-        chance.set_state(state["chance"])
-        for name, learner in learners.items():
-            learner.load_state_dict(state["learners"][name])
-        print(f"going on after epoch {done} of {args.epochs}, from {args.checkpoint}")
-
+    done = resume(args.checkpoint, settings, learners, chance, args.epochs)
     batches = -(-len(x) // BATCH)
     with tqdm(total=args.epochs * batches, initial=done * batches, unit="step", mininterval=0.5, dynamic_ncols=True) as bar:
         for epoch in range(done + 1, args.epochs + 1):
@@ -134,8 +127,7 @@ def train(learners: dict[str, Learner], x: Tensor, labels: Tensor, args: Namespa
                 bar.update()
             for name, learner in learners.items():
                 learner.history.append(torch.stack(losses[name]).mean().item())
-            state = {"settings": settings, "epoch": epoch, "chance": chance.get_state()}
-            save({**state, "learners": {name: learner.state_dict() for name, learner in learners.items()}}, args.checkpoint)
+            keep(args.checkpoint, settings, learners, chance, epoch)
             bar.set_postfix_str(", ".join(f"{name} {learner.history[-1]:.3f}" for name, learner in learners.items()), refresh=False)
 
 

@@ -19,7 +19,7 @@ from typing import Any
 
 try:
     import torch
-    from common import load, options, plt, save, write
+    from common import keep, options, plt, resume, save, write
     from sklearn.datasets import load_digits
     from sklearn.model_selection import train_test_split
     from torch import Tensor
@@ -104,14 +104,7 @@ def train(learners: dict[str, Learner], parts: tuple[Tensor, Tensor, Tensor, Ten
     settings = {"seed": args.seed, "epochs": args.epochs, "device": args.device, "backend": args.backend}
     settings |= {"batch": BATCH, "rate": RATE, "momentum": MOMENTUM, "torch": str(torch.__version__)}
     shuffle = torch.Generator().manual_seed(args.seed)  # the only chance left once the weights are drawn
-    done = 0
-    if (state := load(args.checkpoint, settings)) is not None:
-        done = state["epoch"]
-        shuffle.set_state(state["shuffle"])
-        for name, learner in learners.items():
-            learner.load_state_dict(state["learners"][name])
-        print(f"going on after epoch {done} of {args.epochs}, from {args.checkpoint}")
-
+    done = resume(args.checkpoint, settings, learners, shuffle, args.epochs)
     batches = -(-len(x) // BATCH)
     with tqdm(total=args.epochs * batches, initial=done * batches, unit="step", mininterval=0.5, dynamic_ncols=True) as bar:
         for epoch in range(done + 1, args.epochs + 1):
@@ -127,8 +120,7 @@ def train(learners: dict[str, Learner], parts: tuple[Tensor, Tensor, Tensor, Ten
                 learner.history["loss"].append(torch.stack(losses[name]).mean().item())
                 learner.history["norms"].append(torch.stack(norms[name]).mean(dim=0).tolist())
                 learner.history["accuracy"].append(learner.accuracy(test_x, test_y))
-            state = {"settings": settings, "epoch": epoch, "shuffle": shuffle.get_state()}
-            save({**state, "learners": {name: learner.state_dict() for name, learner in learners.items()}}, args.checkpoint)
+            keep(args.checkpoint, settings, learners, shuffle, epoch)
             bar.set_postfix_str(
                 ", ".join(f"{name} {learner.history['accuracy'][-1]:.2%}" for name, learner in learners.items()), refresh=False
             )
@@ -170,11 +162,11 @@ def main() -> None:
     torch.set_num_threads(1)  # matrices this small gain nothing from a second thread, and lose much where the cores are busy
     parts = data(args.seed, args.device)
     learners = {}
-    parts_of = {
+    sides = {
         "ours": (our_model, nn.CrossEntropyLoss(), optim.SGD),
         "stock": (stock_model, torch.nn.CrossEntropyLoss(), torch.optim.SGD),
     }
-    for name, (model, loss, sgd) in parts_of.items():
+    for name, (model, loss, sgd) in sides.items():
         torch.manual_seed(args.seed)
         learners[name] = Learner(model(), loss, sgd, args.device)
     ours, stock = learners["ours"], learners["stock"]

@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
+import importlib
 import os
-from collections.abc import Iterator
+import sys
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -17,6 +21,7 @@ if "PYTEST_XDIST_WORKER" in os.environ:
 import custom_backprop
 from custom_backprop.backends import BACKENDS, why_not
 
+EXAMPLES = Path(__file__).parents[1] / "examples"
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 
 
@@ -35,3 +40,34 @@ def device() -> str:
 @pytest.fixture(autouse=True)
 def _seeded() -> None:
     torch.manual_seed(0)
+
+
+@pytest.fixture
+def example(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[Callable[[str], tuple[Any, Callable[..., None]]]]:
+    """Imports an example, and runs its main() in this process with the options given; results under tmp_path unless they say."""
+    monkeypatch.syspath_prepend(EXAMPLES)
+    threads = torch.get_num_threads()
+
+    def load(name: str) -> tuple[Any, Callable[..., None]]:
+        module = importlib.import_module(name)
+
+        def main(*options: Any) -> None:
+            monkeypatch.setattr(sys, "argv", [name, "--out", str(tmp_path), "--device", "cpu", *map(str, options)])
+            module.main()
+
+        return module, main
+
+    with custom_backprop.use_backend(None):
+        yield load
+    torch.set_num_threads(threads)
+    for file in EXAMPLES.glob("*.py"):
+        sys.modules.pop(file.stem, None)
+
+
+def assert_is_a_picture(path: Path) -> None:
+    from matplotlib.image import imread
+
+    height, width = imread(path).shape[:2]
+    assert 300 < height < 2000
+    assert 600 < width < 3000
+    assert imread(path).std() > 0.05

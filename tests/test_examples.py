@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib
 import os
 import re
 import signal
@@ -13,7 +12,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from matplotlib.image import imread
+from conftest import assert_is_a_picture
 
 import custom_backprop
 
@@ -36,35 +35,6 @@ def run(name, *options, cwd):
     done = subprocess.run(command(name, *options), cwd=cwd, env=environment(), capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
     return done
-
-
-def assert_is_a_picture(path):
-    height, width = imread(path).shape[:2]
-    assert 300 < height < 2000
-    assert 600 < width < 3000
-    assert imread(path).std() > 0.05
-
-
-@pytest.fixture
-def example(monkeypatch, tmp_path):
-    """Imports an example, and runs its main() in this process with the options given, results under tmp_path."""
-    monkeypatch.syspath_prepend(EXAMPLES)
-    threads = torch.get_num_threads()
-
-    def load(name):
-        module = importlib.import_module(name)
-
-        def main(*options):
-            monkeypatch.setattr(sys, "argv", [name, "--out", str(tmp_path), *map(str, options)])
-            module.main()
-
-        return module, main
-
-    with custom_backprop.use_backend(None):
-        yield load
-    torch.set_num_threads(threads)
-    for name in ("common", "digits", "linear_regression"):
-        sys.modules.pop(name, None)
 
 
 def rows(text):

@@ -2,50 +2,16 @@
 
 from __future__ import annotations
 
-import importlib
 import os
 import re
 import sys
-from pathlib import Path
 
 import pytest
 import torch
-from matplotlib.image import imread
+from conftest import assert_is_a_picture
 from sklearn.cluster import KMeans
 
-import custom_backprop
-
-EXAMPLES = Path(__file__).parents[1] / "examples"
 NAMES = ("autoencoder", "contrastive")
-
-
-@pytest.fixture
-def example(monkeypatch, tmp_path):
-    """Imports an example, and runs its main() in this process with the options given, results under tmp_path."""
-    monkeypatch.syspath_prepend(EXAMPLES)
-    threads = torch.get_num_threads()
-
-    def load(name):
-        module = importlib.import_module(name)
-
-        def main(*options):
-            monkeypatch.setattr(sys, "argv", [name, "--out", str(tmp_path), "--device", "cpu", *map(str, options)])
-            module.main()
-
-        return module, main
-
-    with custom_backprop.use_backend(None):
-        yield load
-    torch.set_num_threads(threads)
-    for name in ("common", "digits", *NAMES):
-        sys.modules.pop(name, None)
-
-
-def assert_is_a_picture(path):
-    height, width = imread(path).shape[:2]
-    assert 300 < height < 2000
-    assert 600 < width < 3000
-    assert imread(path).std() > 0.05
 
 
 def test_a_linear_autoencoder_spans_the_space_of_pca(example):
@@ -140,7 +106,8 @@ def test_an_interrupted_run_goes_on_to_the_same_bits(name, example, tmp_path, ca
         if saved == [1, 2]:
             raise KeyboardInterrupt
 
-    monkeypatch.setattr(module, "save", interrupting)
+    for writer in (module, sys.modules["common"]):
+        monkeypatch.setattr(writer, "save", interrupting)
     with pytest.raises(SystemExit) as error:
         main("--epochs", 3, "--seed", 3)
     assert error.value.code == 130

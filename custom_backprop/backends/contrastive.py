@@ -14,10 +14,8 @@ from torch import Tensor
 from ..formulas import contrastive as formula
 from ..formulas.linear import rows
 from ..formulas.loss import MEAN, NONE, SUM, reduced
-from ..formulas.precision import HALF, widen
+from ..formulas.precision import HALF, wide, widen
 from .library import launcher, primitive
-
-aten = torch.ops.aten
 
 #: elements of a chunk: half a MiB of float32
 CHUNK = 2**17
@@ -27,11 +25,6 @@ def _chunks(count: int, width: int) -> Iterator[slice]:
     """``count`` rows of ``width`` numbers, a chunk at a time."""
     step = max(1, CHUNK // max(width, 1))
     return (slice(i, i + step) for i in range(0, count, step))
-
-
-def wide(dtype: torch.dtype) -> torch.dtype:
-    """What numbers of ``dtype`` are computed in."""
-    return torch.float32 if dtype in HALF else dtype
 
 
 def _triplet_forward(

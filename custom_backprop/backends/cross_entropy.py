@@ -14,7 +14,7 @@ from torch import Tensor
 from ..formulas import cross_entropy as formula
 from ..formulas.cross_entropy import GRADIENT, NOTHING, STATISTICS, along_classes
 from ..formulas.loss import MEAN, NONE, SUM
-from ..formulas.precision import HALF, widen
+from ..formulas.precision import HALF, wide, widen
 from .library import launcher, primitive
 
 aten = torch.ops.aten
@@ -52,9 +52,9 @@ class _Target:
     """The distribution q of each row: ``hard`` on the class ``index``, and ``soft`` over all (see the formula). (N, 1) or (N, 1, D)."""
 
     def __init__(self, x: Tensor, target: Tensor, weight: Tensor | None, reduction: int, ignore_index: int, smoothing: float) -> None:
-        wide = torch.float32 if x.dtype in HALF else x.dtype
+        dtype = wide(x.dtype)
         self.target, self.smoothing, self.reduction, self.classes = target, smoothing, reduction, x.shape[1]
-        self.weight = None if weight is None else along_classes(weight.to(wide), x)
+        self.weight = None if weight is None else along_classes(weight.to(dtype), x)
         self.probabilities = target.is_floating_point()
         self.is_soft = self.probabilities or smoothing > 0
         self.total: Tensor | int = x.shape[0] * x.shape[2:].numel()
@@ -63,9 +63,9 @@ class _Target:
         self.counted = (target != ignore_index).unsqueeze(1)
         self.index = torch.where(self.counted, target.unsqueeze(1), 0)
         _check(self.index, x)
-        w = self.counted.to(wide) if weight is None else torch.where(self.counted, weight.to(wide)[self.index], 0)
+        w = self.counted.to(dtype) if weight is None else torch.where(self.counted, weight.to(dtype)[self.index], 0)
         self.hard = (1 - smoothing) * w if smoothing > 0 else w
-        self.uniform: Any = self.counted.to(wide) * (smoothing / x.shape[1]) if smoothing > 0 else None
+        self.uniform: Any = self.counted.to(dtype) * (smoothing / x.shape[1]) if smoothing > 0 else None
         self.total = w.sum() if reduction == MEAN else 1
 
     def shares(self, dy: Tensor) -> Tensor:
@@ -109,9 +109,9 @@ def _walk(
     dtarget: Tensor | None,
 ) -> None:
     """Fills what is not None: of each row its loss, m and log Σ e^(x - m), dx and the gradient of class probabilities."""
-    wide = torch.float32 if x.dtype in HALF else x.dtype
+    dtype = wide(x.dtype)
     step = _step(x)
-    scratch = torch.empty_like(x[:step], dtype=wide) if dx is None or dx.dtype != wide else None
+    scratch = torch.empty_like(x[:step], dtype=dtype) if dx is None or dx.dtype != dtype else None
     rowwise = dy is not None and dy.dim() > 0 and dy.shape[0] > 1
     by_logarithm = q.is_soft or dtarget is not None
     softmax = aten._log_softmax.out if by_logarithm else aten._softmax.out
@@ -157,7 +157,7 @@ def _classes(x: Tensor, target: Tensor, weight: Tensor | None, reduction: int, i
     if x.dtype not in HALF and x.numel() <= 2 * CHUNK:
         return torch._C._nn.cross_entropy_loss(x, target, weight, reduction, ignore_index)  # type: ignore[arg-type]
     step = _step(x)
-    scratch = torch.empty_like(x[:step], dtype=torch.float32 if x.dtype in HALF else x.dtype)
+    scratch = torch.empty_like(x[:step], dtype=wide(x.dtype))
     parts = []
     for rows in (slice(i, i + step) for i in range(0, x.shape[0], step)):
         z = widen(x[rows])
@@ -178,7 +178,7 @@ def forward_aten(
     dense = x.contiguous()
     q = _Target(dense, target, weight, reduction, ignore_index, smoothing)
     kept = _kept(dense, keep)
-    losses = dense.new_zeros((x.shape[0], 1, *x.shape[2:]), dtype=torch.float32 if x.dtype in HALF else x.dtype)
+    losses = dense.new_zeros((x.shape[0], 1, *x.shape[2:]), dtype=wide(x.dtype))
     gradient, statistics = (kept if keep == which else None for which in (GRADIENT, STATISTICS))
     dy = q.shares(x.new_ones(())) if keep == GRADIENT else None
     _walk(dense, q, dy, losses, statistics, gradient, None)
@@ -218,8 +218,8 @@ def _kept(x: Tensor, keep: int) -> Tensor:
     """Room for what forward keeps."""
     if keep == GRADIENT:
         return torch.empty_like(x)
-    wide = torch.float32 if x.dtype in HALF else x.dtype
-    return x.new_empty((2, x.shape[0], *x.shape[2:]), dtype=wide) if keep == STATISTICS else x.new_empty(0)
+    dtype = wide(x.dtype)
+    return x.new_empty((2, x.shape[0], *x.shape[2:]), dtype=dtype) if keep == STATISTICS else x.new_empty(0)
 
 
 def _fake_forward(

@@ -106,15 +106,15 @@ def primitive(
 PLAIN = frozenset({torch.Tensor, torch.nn.Parameter, type(None), bool, int, float, str, tuple, list, torch.dtype})
 #: settings that leave CPU tensors to ATen
 BY_ATEN = (None, "aten")
-_modes = torch._C._len_torch_dispatch_stack
-_functorch_active = torch._C._are_functorch_transforms_active
-_autocast_active = torch._C._is_any_autocast_enabled
+modes = torch._C._len_torch_dispatch_stack
+functorch_active = torch._C._are_functorch_transforms_active
+autocast_active = torch._C._is_any_autocast_enabled
 _batched, _legacy_batched = torch._C._functorch.is_batchedtensor, torch._C._functorch.is_legacy_batchedtensor
 
 
 def _unobserved(args: tuple[Any, ...]) -> bool:
     """Whether nobody could tell an operator of ours from the calls that it makes: neither subclass nor mode nor transformation."""
-    return not (is_compiling() or _modes() or _functorch_active() or _autocast_active()) and PLAIN.issuperset(map(type, args))
+    return not (is_compiling() or modes() or functorch_active() or autocast_active()) and PLAIN.issuperset(map(type, args))
 
 
 def is_batched(dy: torch.Tensor) -> bool:

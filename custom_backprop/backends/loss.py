@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from ..formulas.loss import LOG_0, LOSSES, MEAN, NONE, SUM, Loss, weighted
-from ..formulas.precision import HALF, widen
+from ..formulas.precision import HALF, wide, widen
 from .kernels import kernels
 from .library import primitive
 
@@ -170,8 +170,8 @@ def _forward_aten(loss: Loss) -> Callable[..., tuple[Tensor, Tensor]]:
         plain = _plain(loss, x, v, w, parameters)
         if not hold and n <= 2 * CHUNK and plain and loss.name in WHOLE:
             return WHOLE[loss.name](x, t, reduction, *parameters), x.new_empty(0)
-        wide = torch.float32 if x.dtype in HALF else x.dtype
-        k = torch.full((), 1 / max(n, 1) if reduction == MEAN else 1, dtype=wide)
+        dtype = wide(x.dtype)
+        k = torch.full((), 1 / max(n, 1) if reduction == MEAN else 1, dtype=dtype)
         y = torch.empty_like(x) if reduction == NONE else None
         dx = torch.empty_like(x) if hold else None
         fill, total, scratch = _filler(loss, x, v, w, parameters), 0.0, None
@@ -184,7 +184,7 @@ def _forward_aten(loss: Loss) -> Callable[..., tuple[Tensor, Tensor]]:
                 fill(xs, ts, vs, ws, k, None, gs, *parameters)
                 continue
             if y is None and (scratch is None or scratch.shape != xs.shape):
-                scratch = torch.empty_like(xs, dtype=wide)
+                scratch = torch.empty_like(xs, dtype=dtype)
             fill(xs, ts, vs, ws, k, scratch if y is None else ys, gs, *parameters)
             if scratch is not None:
                 total += scratch.sum().item()

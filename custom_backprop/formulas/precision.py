@@ -12,6 +12,11 @@ from torch import Tensor
 HALF = (torch.float16, torch.bfloat16)
 
 
+def wide(dtype: torch.dtype) -> torch.dtype:
+    """The dtype in which numbers of ``dtype`` are computed."""
+    return torch.float32 if dtype in HALF else dtype
+
+
 def widen(a: Any) -> Any:
     """A half-precision tensor in float32; anything else as it is."""
     return a.float() if isinstance(a, Tensor) and a.dtype in HALF else a

@@ -38,14 +38,14 @@ class LinearActivation(torch.nn.Linear):
         dtype: torch.dtype | None = None,
         **parameters: float,
     ) -> None:
-        values = activation_parameters(activation, parameters)
+        activation_parameters(activation, parameters)
         super().__init__(in_features, out_features, bias, device, dtype)
         self.activation = activation
         self.parameters_of_activation = parameters
-        self._values = values
 
     def forward(self, input: Tensor) -> Tensor:
-        return ops.linear_activation(input, self.weight, self.bias, self.activation, self._values)
+        parameters = activation_parameters(self.activation, self.parameters_of_activation)
+        return ops.linear_activation(input, self.weight, self.bias, self.activation, parameters)
 
     def extra_repr(self) -> str:
         own = [f"activation={self.activation!r}", *(f"{k}={v}" for k, v in self.parameters_of_activation.items())]

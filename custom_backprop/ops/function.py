@@ -17,14 +17,11 @@ import torch
 from torch.autograd import forward_ad
 
 from ..backends import selection
-from ..backends.library import BY_ATEN, PLAIN, is_batched
+from ..backends.library import BY_ATEN, PLAIN, autocast_active, functorch_active, is_batched, modes
 
 _TENSORS = frozenset({torch.Tensor, torch.nn.Parameter})
 _tracing = torch.compiler.is_dynamo_compiling  # which Dynamo answers; what follows it cannot trace
-_modes = torch._C._len_torch_dispatch_stack
 _grad_enabled = torch.is_grad_enabled
-_functorch_active = torch._C._are_functorch_transforms_active
-_autocast_active = torch._C._is_any_autocast_enabled
 
 
 def differentiable(
@@ -98,7 +95,7 @@ def differentiable(
             def chosen_backward(ctx: Any, dy: torch.Tensor | None) -> Any:
                 if (
                     type(dy) is torch.Tensor
-                    and not (_tracing() or _grad_enabled() or _modes() or _functorch_active() or _autocast_active())
+                    and not (_tracing() or _grad_enabled() or modes() or functorch_active() or autocast_active())
                     and selection._forced in BY_ATEN
                     and dy.is_cpu
                     and not is_batched(dy)
@@ -115,7 +112,7 @@ def differentiable(
         def call(*args: Any) -> Any:
             if (
                 direct_forward is not None
-                and not (_tracing() or _modes() or _functorch_active() or _autocast_active())
+                and not (_tracing() or modes() or functorch_active() or autocast_active())
                 and selection._forced in BY_ATEN
                 and forward_ad._current_level < 0
                 and PLAIN.issuperset(map(type, args))
@@ -130,9 +127,9 @@ def differentiable(
                 return direct_value(*args)
             if torch.compiler.is_compiling():
                 return eager.apply(*_cast(args, policies))
-            if _autocast_active():
+            if autocast_active():
                 args = _cast(args, policies)
-            if _functorch_active() or forward_ad._current_level >= 0:
+            if functorch_active() or forward_ad._current_level >= 0:
                 return transformable.apply(*args)[0] if keeps else transformable.apply(*args)
             if torch.is_grad_enabled():
                 for a in args:

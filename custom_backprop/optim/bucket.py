@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from ..backends.kernels import kernels
+from ..dtensor import local
 from ..formulas.precision import HALF
 
 #: a tensor of more elements is updated in pieces of as many a thread, which stay in a core's cache; smaller ones share a piece
@@ -27,11 +28,6 @@ def flat(t: Tensor) -> Tensor:
     """All elements of a dense tensor of any strides as a 1-D view, in the order of memory. It shares ``t``'s version counter."""
     t = t.detach()
     return t.view(-1) if t.is_contiguous() else t.as_strided((t.numel(),), (1,))
-
-
-def local(t: Tensor) -> Tensor:
-    """What a DTensor holds on this rank; any other tensor itself."""
-    return t.to_local() if hasattr(t, "to_local") else t
 
 
 def norm(grad: Tensor) -> Tensor:

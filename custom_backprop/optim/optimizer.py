@@ -18,9 +18,10 @@ from torch.optim import Optimizer
 
 from ..backends import selection
 from ..backends.kernels import kernels
+from ..dtensor import local
 from ..formulas.optim import clip_factor, stochastically_rounded
 from ..formulas.precision import HALF, widen
-from .bucket import Bucket, gathered, local, norm, runs
+from .bucket import Bucket, gathered, norm, runs
 
 Group = dict[str, Any]
 

@@ -1,184 +1,44 @@
-"""Watches the gradients of a training run: which layer learns, which has stopped to, and what to do about it.
-
-By the chain rule the gradient at layer l carries the Jacobians of all layers after it, ∂L/∂a_l = J_{l+1}ᵀ ... J_Lᵀ ∂L/∂a_L: it shrinks
-or grows geometrically with depth unless each factor keeps its length. ``docs/gradients.md`` has the mathematics and the pictures.
-"""
+"""The monitor itself: what it measures in a step, and the reading at the end of a window."""
 
 from __future__ import annotations
 
-import json
 import math
 import re
-import statistics
 from collections import Counter, deque
-from collections.abc import Collection, Iterable, Iterator, Sequence
-from dataclasses import asdict, dataclass, fields, replace
-from functools import cached_property
-from itertools import accumulate, pairwise
+from collections.abc import Iterator
+from dataclasses import asdict, replace
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.amp.grad_scaler import OptState
 from torch.nn.parallel import DistributedDataParallel
 
-__all__ = ["GradientMonitor", "JSONLines", "Layer", "Reading", "TensorBoard", "Verdict", "Writer"]
+from ..dtensor import is_dtensor, local
+from .judge import judge
+from .reading import Layer, Reading, Verdict
+from .sums import (
+    ACTIVATION,
+    DEAD_UNITS,
+    GRADIENT,
+    NONFINITE,
+    NONZERO,
+    SQUARES,
+    SUM,
+    UNITS,
+    UPDATE,
+    WEIGHT,
+    WIDTH,
+    dtype_of,
+    layer_of,
+    root,
+    sums_of,
+    wide_of,
+)
+from .writers import Writer
 
-FALL, STEP = 4.0, 2.0  # decades between the largest layer and a vanished one, and the most that one step between layers counts
-SURGE = 100.0  # times the largest total of the older half of the history
-LOST = 1e-3  # of a layer's own share of the total, its median over the older half
-OLD = 4  # readings before the history is judged by
-DEAD, DIED = 0.75, 0.25  # the part of the units that is too much at any time, and above the least of the history
 NORMALISED = re.compile("norm|softmax", re.IGNORECASE)
-
-CURES = {
-    "vanishing": "initialise for the activation (custom_backprop.init.init_for), take one that does not saturate, "
-    "or normalise between layers",
-    "exploding": "clip the norm (custom_backprop.nn.utils.clip_grad_norm_), lower the learning rate, or initialise for the activation "
-    "(custom_backprop.init.init_for)",
-    "dead units": "lower the learning rate, start the biases at 0, or take an activation with a slope everywhere (leaky_relu, elu, gelu)",
-    "non-finite": "lower the learning rate, clip the norm (custom_backprop.nn.utils.clip_grad_norm_) or normalise; "
-    "torch.autograd.set_detect_anomaly(True) names the op",
-}
-
-
-@dataclass(frozen=True)
-class Verdict:
-    """What is wrong, in which layer, how it was seen, and the cure."""
-
-    kind: str
-    layer: str
-    evidence: str
-
-    @property
-    def cure(self) -> str:
-        return CURES[self.kind]
-
-    def __str__(self) -> str:
-        return f"{self.kind} in {self.layer!r}: {self.evidence}. Cure: {self.cure}"
-
-
-@dataclass(frozen=True)
-class Layer:
-    """One module over the measured steps of a reading; its own parameters taken together. None: not measured, or it has no such thing.
-
-    Attributes:
-        norm: of the gradient, the root of the mean square over the steps in which it was finite; NaN if it never was.
-        mean, std, zeros, nonfinite: of the gradient's elements; the last two are fractions.
-        dead: the fraction of output units that got no gradient at all in any measured step.
-        activation_*: the same of the module's output, of this rank.
-        update: ‖Δw‖ / ‖w‖ of one optimizer step.
-    """
-
-    name: str
-    norm: float | None = None
-    mean: float | None = None
-    std: float | None = None
-    zeros: float | None = None
-    nonfinite: float | None = None
-    dead: float | None = None
-    activation_mean: float | None = None
-    activation_std: float | None = None
-    activation_zeros: float | None = None
-    activation_nonfinite: float | None = None
-    update: float | None = None
-
-
-@dataclass(frozen=True)
-class Reading:
-    """What one window of steps showed. Prints the total and the verdicts; :meth:`table` prints the layers.
-
-    Attributes:
-        step: the number of the step it was read at, from 1.
-        norm: of the whole gradient.
-        update: ‖Δw‖ / ‖w‖ of the whole model.
-    """
-
-    step: int
-    norm: float
-    update: float | None
-    layers: tuple[Layer, ...]
-    verdicts: tuple[Verdict, ...] = ()
-
-    @cached_property
-    def _by_name(self) -> dict[str, Layer]:
-        return {layer.name: layer for layer in self.layers}
-
-    def __getitem__(self, name: str) -> Layer:
-        if name not in self._by_name:
-            raise KeyError(f"no layer {name!r}; there are: {', '.join(self._by_name)}")
-        return self._by_name[name]
-
-    def __str__(self) -> str:
-        update = "" if self.update is None else f", update / weight {self.update:.1e}"
-        return "\n  ".join([f"step {self.step}: gradient norm {self.norm:.3g}{update}", *map(str, self.verdicts)])
-
-    def table(self) -> str:
-        """One line a layer."""
-        keys = [f.name for f in fields(Layer)][1:]
-        width = max(len(layer.name) for layer in self.layers)
-        lines = [" ".join([" " * width, *(f"{k.replace('activation', 'act'):>13}" for k in keys)])]
-        for layer in self.layers:
-            cells = (getattr(layer, k) for k in keys)
-            lines.append(" ".join([f"{layer.name:{width}}", *(f"{'-' if c is None else format(c, '.3g'):>13}" for c in cells)]))
-        return "\n".join(lines)
-
-    def scalars(self, layers: bool) -> dict[str, float]:
-        """All that was measured by name: the totals, and ``layer/statistic`` where ``layers`` are wanted."""
-        found = {"norm": self.norm, "update": self.update}
-        for layer in self.layers if layers else ():
-            found |= {f"{layer.name}/{k}": v for k, v in asdict(layer).items() if k != "name"}
-        return {k: v for k, v in found.items() if v is not None}
-
-
-class Writer(Protocol):
-    """Takes each reading as it comes."""
-
-    def write(self, reading: Reading) -> None: ...
-
-
-class JSONLines:
-    """Appends a line of JSON a reading to ``path``: step, norm, update, verdicts; each layer's statistics if ``layers``. NaN is null."""
-
-    def __init__(self, path: str | Path, layers: bool = False) -> None:
-        self.path, self.layers = Path(path), layers
-
-    def write(self, reading: Reading) -> None:
-        scalars = {k: v if math.isfinite(v) else None for k, v in reading.scalars(self.layers).items()}
-        verdicts = [{**asdict(v), "cure": v.cure} for v in reading.verdicts]
-        with self.path.open("a", encoding="utf-8") as file:
-            file.write(json.dumps({"step": reading.step, **scalars, "verdicts": verdicts}, allow_nan=False) + "\n")
-
-
-class TensorBoard:
-    """Scalars ``gradients/norm``, ``gradients/update`` and, if ``layers``, ``gradients/LAYER/STATISTIC``; the verdicts as text.
-
-    Raises:
-        ImportError: TensorBoard is not installed.
-    """
-
-    def __init__(self, directory: str | Path, layers: bool = False) -> None:
-        try:
-            from torch.utils.tensorboard import SummaryWriter
-        except ImportError as error:
-            raise ImportError("writing for TensorBoard needs: pip install tensorboard (or take JSONLines)") from error
-        self._open, self.directory, self.layers = SummaryWriter, str(directory), layers
-        self._writer: Any = None
-
-    def write(self, reading: Reading) -> None:
-        if self._writer is None:
-            self._writer = self._open(self.directory)
-        for name, value in reading.scalars(self.layers).items():
-            self._writer.add_scalar(f"gradients/{name}", value, reading.step)
-        if reading.verdicts:
-            self._writer.add_text("gradients/verdicts", "\n\n".join(map(str, reading.verdicts)), reading.step)
-        self._writer.flush()
-
-
-# Columns of the sums, all of which add up over steps and over shards: seven of gradients, seven of activations, then updates and units.
-SQUARES, SUM, NONZERO, NONFINITE, ELEMENTS, GOOD, BAD = range(7)
-GRADIENT, ACTIVATION, UPDATE, WEIGHT, DEAD_UNITS, UNITS, WIDTH = 0, 7, 14, 15, 16, 17, 18
 
 
 class GradientMonitor:
@@ -397,7 +257,7 @@ class GradientMonitor:
                 shards = {d: at for d, at in enumerate(placements) if at.is_shard()}
                 part = 1 / math.prod(n for d, n in enumerate(self._mesh.shape) if d not in shards)
                 units &= all(at.is_shard(0) for at in shards.values())
-            yield row, p, _local(p.grad), part, units
+            yield row, p, local(p.grad), part, units
 
     @torch.no_grad()
     def _measure(self) -> None:
@@ -408,11 +268,11 @@ class GradientMonitor:
                 by_unit = g.flatten(1).abs().amax(dim=1) if g.dim() > 1 else g.abs()
                 alive = self._alive.get(row)
                 self._alive[row] = by_unit if alive is None else torch.maximum(alive[0], by_unit), part
-            table += _sums(g, by_unit)
+            table += sums_of(g, by_unit)
             rows.append(row)
             parts.append(part)
             if self.updates:
-                self._before.append((row, p, _local(p).clone(), part))
+                self._before.append((row, p, local(p).clone(), part))
         if rows:
             self._add(GRADIENT, rows, parts, table, self._inverse_scale())
         if self._seen:
@@ -461,15 +321,15 @@ class GradientMonitor:
         if any(state["stage"] is OptState.UNSCALED for state in self.scaler._per_optimizer_states.values()):
             return None
         scale = self.scaler._get_scale_async()
-        return None if scale is None else scale.to(_wide(scale)).reciprocal()
+        return None if scale is None else scale.to(wide_of(scale)).reciprocal()
 
     @torch.no_grad()
     def _after_the_update(self) -> None:
         """‖Δw‖² and ‖w‖² of the update that followed the last measured step. The copies become the differences."""
-        weights, copies = [_local(p) for _, p, _, _ in self._before], [copy for _, _, copy, _ in self._before]
+        weights, copies = [local(p) for _, p, _, _ in self._before], [copy for _, _, copy, _ in self._before]
         torch._foreach_sub_(copies, weights)
-        norms = [torch.linalg.vector_norm(x, dtype=_float(x)) for x in (*copies, *weights)]
-        squares = torch.stack(norms).to(_wide(norms[0])).square_().view(2, -1).T
+        norms = [torch.linalg.vector_norm(x, dtype=dtype_of(x)) for x in (*copies, *weights)]
+        squares = torch.stack(norms).to(wide_of(norms[0])).square_().view(2, -1).T
         index, part, _ = self._constants([row for row, *_ in self._before], [part for *_, part in self._before], squares)
         self._total(squares)[:, UPDATE : WEIGHT + 1].index_add_(0, index, squares * part[:, None])
         self._before = []
@@ -487,8 +347,8 @@ class GradientMonitor:
                 for dim in range(self._mesh.ndim):
                     torch.distributed.all_reduce(self._table, group=self._mesh.get_group(dim))
             table = self._table.tolist()
-            layers = [_layer(name, row) for name, row in zip(self.names, table, strict=True)]
-            update = _root(sum(row[UPDATE] for row in table), sum(row[WEIGHT] for row in table))
+            layers = [layer_of(name, row) for name, row in zip(self.names, table, strict=True)]
+            update = root(sum(row[UPDATE] for row in table), sum(row[WEIGHT] for row in table))
         self._table, self._alive = None, {}
         norms = [layer.norm for layer in layers if layer.norm is not None]
         reading = Reading(self.steps, math.sqrt(sum(n * n for n in norms)) if norms else math.nan, update, tuple(layers))
@@ -499,144 +359,6 @@ class GradientMonitor:
         return reading
 
 
-def judge(reading: Reading, history: Iterable[Reading], normalised: Collection[str] = (), overflows: bool = False) -> list[Verdict]:
-    """What is wrong in ``reading``, given those before it.
-
-    Args:
-        normalised: the names of modules whose output is normalised: a gradient of exactly zero beneath one may be right.
-        overflows: whether a scaler skips steps that overflow, so that only a window without a finite step is trouble.
-    """
-    layers = [layer for layer in reading.layers if layer.norm is not None and layer.nonfinite is not None]
-    if found := _non_finite(reading, layers, overflows):
-        return [v for v in (found, _too_far(reading)) if v]
-    old = list(history)
-    old = old[: len(old) // 2] if len(old) >= OLD else []
-    verdicts = [_exploding(reading, layers, old), _vanishing(reading, layers, old), *_dead(reading, layers, list(history), normalised)]
-    return [verdict for verdict in verdicts if verdict is not None]
-
-
-def _non_finite(reading: Reading, layers: list[Layer], overflows: bool) -> Verdict | None:
-    bad = [layer for layer in layers if layer.nonfinite and (not overflows or math.isnan(layer.norm or 0))]
-    outputs = [layer for layer in reading.layers if layer.activation_nonfinite]
-    if not bad:
-        return None
-    if outputs:
-        evidence = f"{outputs[0].activation_nonfinite:.2g} of its output is NaN or infinite, the first in the network"
-        return Verdict("non-finite", outputs[0].name, evidence)
-    where = ", and the loss may be" if bad[-1] is layers[-1] else ", while that of the layers after it is finite"
-    return Verdict("non-finite", bad[-1].name, f"{bad[-1].nonfinite:.2g} of its gradient is NaN or infinite{where}")
-
-
-def _exploding(reading: Reading, layers: list[Layer], old: list[Reading]) -> Verdict | None:
-    most = max((r.norm for r in old if math.isfinite(r.norm)), default=math.inf)
-    if reading.norm > SURGE * most:
-        worst = max(layers, key=lambda layer: (layer.norm or 0) / max(most, *(r[layer.name].norm or 0 for r in old)))
-        return Verdict(
-            "exploding", worst.name, f"the gradient's norm is {reading.norm:.3g}, {reading.norm / most:.3g} times the most of the past"
-        )
-    if found := _too_far(reading):
-        return found
-    for what, values in (("gradient", _norms(layers)), ("activation", _deviations(reading)[::-1])):
-        if values and (fall := max(falls([v for _, v in values]))) >= FALL:
-            largest = max(values, key=lambda v: v[1])
-            return Verdict("exploding", largest[0], f"its {what} ({largest[1]:.3g}) has grown by {fall:.1f} decades through the network")
-    return None
-
-
-def _too_far(reading: Reading) -> Verdict | None:
-    if reading.update is None or not reading.update > 1:
-        return None
-    worst = max(reading.layers, key=lambda layer: layer.update or 0)
-    return Verdict("exploding", worst.name, f"an update is {worst.update:.3g} times as large as the weights")
-
-
-def _vanishing(reading: Reading, layers: list[Layer], old: list[Reading]) -> Verdict | None:
-    for what, values in (("gradient", _norms(layers)[::-1]), ("activation", _deviations(reading))):
-        decades = falls([v for _, v in values])
-        if gone := [name for (name, _), fall in zip(values, decades, strict=True) if fall >= FALL]:
-            name, value = values[-1]
-            more = f", as in {len(gone) - 1} more" if len(gone) > 1 else ""
-            return Verdict("vanishing", name, f"its {what} ({value:.3g}) has fallen by {decades[-1]:.1f} decades through the network{more}")
-    for layer in layers if old else ():
-        was = statistics.median((r[layer.name].norm or 0) / r.norm if r.norm > 0 else 0 for r in old)
-        now = (layer.norm or 0) / reading.norm if reading.norm else was
-        if now < LOST * was:
-            return Verdict("vanishing", layer.name, f"its part of the gradient's norm is {now:.2g}, and was {was:.2g}")
-    return None
-
-
-def _dead(reading: Reading, layers: list[Layer], history: list[Reading], normalised: Collection[str]) -> Iterator[Verdict]:
-    place = {layer.name: i for i, layer in enumerate(reading.layers)}
-    for i, layer in enumerate(layers):
-        if layer.dead is None:
-            continue
-        if layer.dead == 1:
-            after = next((other for other in layers[i + 1 :] if other.norm), None)
-            if after is None or after is not layers[i + 1]:
-                continue  # nothing arrives from the loss, or a later layer is to blame
-            between = reading.layers[place[layer.name] + 1 : place[after.name] + 1]
-            if any(other.name in normalised for other in between):
-                continue
-        least = min((d for r in history if (d := r[layer.name].dead) is not None), default=1.0)
-        if layer.dead > DEAD or layer.dead > least + DIED:
-            source = _source(reading, place[layer.name])
-            yield Verdict("dead units", source, f"{layer.dead:.0%} of the units of {layer.name!r} get no gradient at all")
-
-
-def _source(reading: Reading, i: int) -> str:
-    """The layer whose silence silences the one at ``i``: its own, or that before it where the input is all zero."""
-    while i > 0 and reading.layers[i - 1].activation_zeros == 1:
-        i -= 1
-    return next(layer.name for layer in reading.layers[i::-1] if layer.norm is not None)
-
-
-def falls(values: Sequence[float]) -> list[float]:
-    """How many decades each value and all after it lie below the largest, a step from one to the next counting two at most.
-
-    A geometric fall takes many steps. One long step alone is a gradient that cancels to rounding noise, or a change of units.
-    """
-    level = list(accumulate(reversed(values), max))[::-1]  # the largest from here on
-    fallen, decades = [], 0.0
-    for before, here in pairwise([*level[:1], *level]):
-        decades += min(STEP, math.log10(before / here) if here > 0 else STEP if before > 0 else 0.0)
-        fallen.append(decades)
-    return fallen
-
-
-def _norms(layers: list[Layer]) -> list[tuple[str, float]]:
-    return [(layer.name, layer.norm) for layer in layers if layer.norm is not None and math.isfinite(layer.norm)]
-
-
-def _deviations(reading: Reading) -> list[tuple[str, float]]:
-    return [(layer.name, s) for layer in reading.layers if (s := layer.activation_std) is not None and math.isfinite(s)]
-
-
-def _layer(name: str, row: list[float]) -> Layer:
-    gradient, activation = _statistics(row[GRADIENT:ACTIVATION]), _statistics(row[ACTIVATION:UPDATE])
-    found: dict[str, float | None] = {f"activation_{k}": v for k, v in activation.items() if k != "norm"}
-    dead = row[DEAD_UNITS] / row[UNITS] if row[UNITS] else None
-    return Layer(name, **gradient, **found, dead=dead, update=_root(row[UPDATE], row[WEIGHT]))
-
-
-def _statistics(sums: list[float]) -> dict[str, float | None]:
-    steps = sums[GOOD] + sums[BAD]
-    if not steps or not sums[ELEMENTS]:
-        return {}
-    good = sums[ELEMENTS] * sums[GOOD] / steps  # elements of the steps that were finite
-    mean = sums[SUM] / good if good else math.nan
-    return {
-        "norm": math.sqrt(sums[SQUARES] / sums[GOOD]) if good else math.nan,
-        "mean": mean,
-        "std": math.sqrt(max(sums[SQUARES] / good - mean * mean, 0)) if good else math.nan,
-        "zeros": 1 - sums[NONZERO] / sums[ELEMENTS],
-        "nonfinite": sums[NONFINITE] / sums[ELEMENTS],
-    }
-
-
-def _root(part: float, whole: float) -> float | None:
-    return math.sqrt(part / whole) if whole else None
-
-
 def _hook(row: int, seen: list[tuple[int, list[Tensor]]]) -> Any:
     """Adds up a module's output, in training only: a validation pass without gradients is none of ours, nor is a trace."""
 
@@ -645,50 +367,9 @@ def _hook(row: int, seen: list[tuple[int, list[Tensor]]]) -> Any:
         if torch.compiler.is_compiling() or not torch.is_grad_enabled() or not isinstance(first, Tensor) or not first.is_floating_point():
             return
         with torch.no_grad():
-            seen.append((row, _sums(_local(first.detach()))))
+            seen.append((row, sums_of(local(first.detach()))))
 
     return look
-
-
-def _sums(x: Tensor, by_unit: Tensor | None = None) -> list[Tensor]:
-    """‖x‖ (squared later, all at once), Σx, how many are not 0, how many are not finite, how many there are.
-
-    x is divided by its largest element first (``by_unit``: the largest of each row, where that is known): the squares of a vanished
-    gradient are no numbers of float32, and float64 takes ten times as long on a CPU.
-    """
-    elements = x.new_full((), x.numel(), dtype=_wide(x), layout=torch.strided)
-    if x.is_sparse:
-        x = x.coalesce().values()
-    if x.is_complex():
-        x = torch.view_as_real(x)
-    if not x.numel():
-        return [torch.zeros_like(elements)] * 4 + [elements]
-    dtype = _float(x)
-    largest = (x.abs() if by_unit is None else by_unit).amax().to(dtype)
-    nonzero = torch.count_nonzero(x)
-    finite = x.is_cpu and math.isfinite(largest.item())  # a CPU need not wait for its own numbers
-    nonfinite = torch.zeros_like(nonzero) if finite else torch.count_nonzero(x - x)  # x - x is NaN where x is not finite
-    scaled, wide = x.to(dtype) / largest.clamp_min(torch.finfo(dtype).tiny), largest.to(_wide(x))
-    return [torch.linalg.vector_norm(scaled) * wide, scaled.sum() * wide, nonzero, nonfinite, elements]
-
-
-def _float(x: Tensor) -> torch.dtype:
-    """The dtype to compute in."""
-    return torch.promote_types(x.dtype, torch.float32)
-
-
-def _wide(x: Tensor) -> torch.dtype:
-    return torch.float32 if x.device.type == "mps" else torch.float64
-
-
-def _is_dtensor(x: Any) -> bool:
-    """Without the import of torch.distributed.tensor, which takes longer than that of all else here."""
-    return hasattr(x, "to_local")
-
-
-def _local(x: Any) -> Tensor:
-    """This rank's part."""
-    return x.to_local() if _is_dtensor(x) else x
 
 
 def _mesh(parameters: list[Any]) -> Any:
@@ -697,7 +378,7 @@ def _mesh(parameters: list[Any]) -> Any:
     Raises:
         RuntimeError: there are several.
     """
-    meshes = {p.device_mesh for p in parameters if _is_dtensor(p)}
+    meshes = {p.device_mesh for p in parameters if is_dtensor(p)}
     if len(meshes) > 1:
         raise RuntimeError(f"the parameters are spread over {len(meshes)} device meshes: give each part a monitor of its own")
     return next(iter(meshes), None)

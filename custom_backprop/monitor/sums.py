@@ -1,0 +1,71 @@
+"""What is summed over the elements of a gradient or an output, step by step, and a layer's statistics from it."""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import Tensor
+
+from .reading import Layer
+
+# Columns of the sums, all of which add up over steps and over shards: seven of gradients, seven of activations, then updates and units.
+SQUARES, SUM, NONZERO, NONFINITE, ELEMENTS, GOOD, BAD = range(7)
+GRADIENT, ACTIVATION, UPDATE, WEIGHT, DEAD_UNITS, UNITS, WIDTH = 0, 7, 14, 15, 16, 17, 18
+
+
+def sums_of(x: Tensor, by_unit: Tensor | None = None) -> list[Tensor]:
+    """‖x‖ (squared later, all at once), Σx, how many are not 0, how many are not finite, how many there are.
+
+    x is divided by its largest element first (``by_unit``: the largest of each row, where that is known): the squares of a vanished
+    gradient are no numbers of float32, and float64 takes ten times as long on a CPU.
+    """
+    elements = x.new_full((), x.numel(), dtype=wide_of(x), layout=torch.strided)
+    if x.is_sparse:
+        x = x.coalesce().values()
+    if x.is_complex():
+        x = torch.view_as_real(x)
+    if not x.numel():
+        return [torch.zeros_like(elements)] * 4 + [elements]
+    dtype = dtype_of(x)
+    largest = (x.abs() if by_unit is None else by_unit).amax().to(dtype)
+    nonzero = torch.count_nonzero(x)
+    finite = x.is_cpu and math.isfinite(largest.item())  # a CPU need not wait for its own numbers
+    nonfinite = torch.zeros_like(nonzero) if finite else torch.count_nonzero(x - x)  # x - x is NaN where x is not finite
+    scaled, wide = x.to(dtype) / largest.clamp_min(torch.finfo(dtype).tiny), largest.to(wide_of(x))
+    return [torch.linalg.vector_norm(scaled) * wide, scaled.sum() * wide, nonzero, nonfinite, elements]
+
+
+def dtype_of(x: Tensor) -> torch.dtype:
+    """The dtype to compute in."""
+    return torch.promote_types(x.dtype, torch.float32)
+
+
+def wide_of(x: Tensor) -> torch.dtype:
+    return torch.float32 if x.device.type == "mps" else torch.float64
+
+
+def layer_of(name: str, row: list[float]) -> Layer:
+    gradient, activation = _statistics(row[GRADIENT:ACTIVATION]), _statistics(row[ACTIVATION:UPDATE])
+    found: dict[str, float | None] = {f"activation_{k}": v for k, v in activation.items() if k != "norm"}
+    dead = row[DEAD_UNITS] / row[UNITS] if row[UNITS] else None
+    return Layer(name, **gradient, **found, dead=dead, update=root(row[UPDATE], row[WEIGHT]))
+
+
+def _statistics(sums: list[float]) -> dict[str, float | None]:
+    steps = sums[GOOD] + sums[BAD]
+    if not steps or not sums[ELEMENTS]:
+        return {}
+    good = sums[ELEMENTS] * sums[GOOD] / steps  # elements of the steps that were finite
+    mean = sums[SUM] / good if good else math.nan
+    return {
+        "norm": math.sqrt(sums[SQUARES] / sums[GOOD]) if good else math.nan,
+        "mean": mean,
+        "std": math.sqrt(max(sums[SQUARES] / good - mean * mean, 0)) if good else math.nan,
+        "zeros": 1 - sums[NONZERO] / sums[ELEMENTS],
+        "nonfinite": sums[NONFINITE] / sums[ELEMENTS],
+    }
+
+
+def root(part: float, whole: float) -> float | None:
+    return math.sqrt(part / whole) if whole else None
