@@ -33,11 +33,12 @@ def inputs(name, *shape, dtype=torch.float64):
     return [a.to(DEVICE, dtype).requires_grad_() for a in (x, t, *more)]
 
 
-def agree(name, args, kwargs=None, dy=None, rtol=1e-10, atol=1e-12):
-    """Ours against stock, value and gradients, under the gradient ``dy`` (random if None)."""
+def agree(name, args, kwargs=None, dy=None, rtol=1e-10, atol=1e-12, wide=None):
+    """Ours against stock, value and gradients, under the gradient ``dy`` (random if None); stock's inputs are cast to ``wide``."""
     kwargs = kwargs or {}
     leaves = [a for a in args if isinstance(a, torch.Tensor) and a.requires_grad]
-    ours, theirs = getattr(functional, name)(*args, **kwargs), getattr(stock, name)(*args, **kwargs)
+    cast = [a.to(wide) for a in args] if wide else args
+    ours, theirs = getattr(functional, name)(*args, **kwargs), getattr(stock, name)(*cast, **kwargs)
     torch.testing.assert_close(ours, theirs, rtol=rtol, atol=atol, equal_nan=True)
     dy = torch.randn_like(theirs) if dy is None else torch.full_like(theirs, dy)
     grads, expected = torch.autograd.grad(ours, leaves, dy), torch.autograd.grad(theirs, leaves, dy)
@@ -219,8 +220,7 @@ def test_half_precision_does_not_underflow_in_a_mean(backend):
 def test_dtypes_meet_in_the_wider_one(name, given, backend):
     x = torch.randn(3, 4, device=DEVICE).to(given[0]).requires_grad_()
     t = (3 * torch.rand(3, 4, device=DEVICE)).to(given[1])
-    half = torch.bfloat16 in given  # where stock rounds every step of poisson's gradient
-    agree(name, (x, t), rtol=1e-2 if half else 1e-6, atol=5e-3 if half else 1e-12)
+    agree(name, (x, t), rtol=max(torch.finfo(given[0]).eps, 1e-6), atol=1e-12, wide=torch.promote_types(*given))
 
 
 def test_what_is_not_floating_point_gives_what_stock_gives(backend):

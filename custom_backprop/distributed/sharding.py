@@ -249,7 +249,9 @@ def _placed(a: Any, placements: tuple[Placement | None, ...]) -> Any:
         return a
     pairs = [(have, have if want is None else want) for have, want in zip(a.placements, placements, strict=True)]
     once = [i for i, (have, want) in enumerate(pairs) if have.is_replicate() and want.is_partial()]
-    local = a.redistribute(placements=[R if i in once else want for i, (_, want) in enumerate(pairs)]).to_local()
+    # detached: below autograd, torch 2.11 redistributes nothing that requires grad
+    plain: Any = a.detach()
+    local = plain.redistribute(placements=[R if i in once else want for i, (_, want) in enumerate(pairs)]).to_local()
     return torch.zeros_like(local) if any(a.device_mesh.get_local_rank(i) for i in once) else local
 
 

@@ -20,11 +20,11 @@ def peak_memory(call: Callable[[], Any], device: str = "cpu") -> int:
         torch.cuda.synchronize(device)
         return torch.cuda.max_memory_allocated(device) - before
     os.environ.setdefault("KINETO_LOG_LEVEL", "6")  # the profiler reports its own start and stop below that
-    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True) as profile:
+    with torch.autograd.profiler.profile(profile_memory=True) as profile:
         kept = call()
     del kept
     now = peak = 0
-    events = (e for e in profile.profiler.kineto_results.events() if e.name() == "[memory]")
+    events = (e for e in profile.kineto_results.events() if e.name() == "[memory]")
     for event in sorted(events, key=lambda e: e.start_ns()):
         now += event.nbytes()
         peak = max(peak, now)
