@@ -17,45 +17,51 @@ DIRECTIONS = ("forward", "forward+backward")
 
 @dataclass(frozen=True)
 class Pair:
-    """Ours and stock, on the same inputs."""
+    """Ours and stock, on the same inputs. Each takes what ``prepare`` made for that call."""
 
-    ours: Callable[[], Any]
-    stock: Callable[[], Any]
+    ours: Callable[..., Any]
+    stock: Callable[..., Any]
+    prepare: Callable[[], tuple[Any, ...]]
 
 
 class _RestOfNetwork(torch.autograd.Function):
-    """A number whose gradient with respect to the outputs of a layer is given, and which keeps none of them.
+    """A number whose gradients with respect to the outputs of a layer are given. It keeps neither those nor these.
 
-    In a network nobody holds a layer's output any more when the layer's backward runs; autograd.grad's caller, as the root, would.
+    In a network nobody holds a layer's output any more when the layer's backward runs, nor, but for that backward, the gradient that the
+    next layer has just made; the caller of autograd.grad would hold both.
     """
 
     @staticmethod
-    def forward(ctx: Any, dys: tuple[torch.Tensor, ...], *outputs: torch.Tensor) -> torch.Tensor:
+    def forward(ctx: Any, dys: list[torch.Tensor], *outputs: torch.Tensor) -> torch.Tensor:
         ctx.dys = dys
         return outputs[0].new_zeros(())
 
     @staticmethod
     def backward(ctx: Any, *_: torch.Tensor) -> Any:
-        return None, *ctx.dys
+        grads = None, *ctx.dys
+        ctx.dys.clear()
+        return grads
 
 
 def pair(spec: OpSpec, size: str, direction: str, device: str = "cpu", dtype: torch.dtype = torch.float32) -> Pair:
-    """Both calls of one op. A loss is followed by a gradient of 1, as in training; another op by random ones."""
+    """Both calls of one op. A loss is followed by a gradient of 1, as in training; another op by random ones, new for each call."""
     sample = spec.large(Make(device, dtype), size)
     if direction == "forward":
         args = tuple(a.detach() if isinstance(a, torch.Tensor) else a for a in sample.args)
-        return Pair(lambda: spec.function(*args, **sample.kwargs), lambda: spec.reference(*args, **sample.kwargs))
+        return Pair(lambda: spec.function(*args, **sample.kwargs), lambda: spec.reference(*args, **sample.kwargs), tuple)
     leaves = [a for a in sample.args if is_float(a) and a.requires_grad]
     results = outputs(spec.reference(*sample.args, **sample.kwargs))
-    dys = tuple(weights_for(results))
+    dys = weights_for(results)
+    scalar = results[0].dim() == 0
+    del results
 
-    def step(function: Callable[..., Any]) -> Callable[[], Any]:
-        def run() -> Any:
+    def step(function: Callable[..., Any]) -> Callable[..., Any]:
+        def run(*given: list[torch.Tensor]) -> Any:
             results = outputs(function(*sample.args, **sample.kwargs))
-            loss = results[0] if results[0].dim() == 0 else _RestOfNetwork.apply(dys, *results)
+            loss = results[0] if scalar else _RestOfNetwork.apply(*given, *results)
             del results
             return torch.autograd.grad(loss, leaves)
 
         return run
 
-    return Pair(step(spec.function), step(spec.reference))
+    return Pair(step(spec.function), step(spec.reference), tuple if scalar else lambda: ([dy.clone() for dy in dys],))

@@ -22,38 +22,49 @@ class Comparison:
     high: float
 
 
-def compare(ours: Callable[[], Any], stock: Callable[[], Any], seconds: float = 1.0, device: str = "cpu") -> Comparison:
-    """Times both for about ``seconds`` in all, at least seven pairs, each turn of a pair long enough for the clock."""
+def compare(
+    ours: Callable[..., Any],
+    stock: Callable[..., Any],
+    seconds: float = 1.0,
+    device: str = "cpu",
+    prepare: Callable[[], tuple[Any, ...]] = tuple,
+) -> Comparison:
+    """Times both for about ``seconds`` in all, at least seven pairs, each turn of a pair long enough for the clock.
+
+    ``prepare`` makes the arguments of each call, outside of what is timed.
+    """
     timer = cuda_seconds if device == "cuda" else _cpu_seconds
-    once = max(timer(stock, 3), timer(ours, 3))
+    once = max(timer(stock, 3, prepare), timer(ours, 3, prepare))
     calls = max(1, int(2e-3 / once))
     pairs = max(7, min(200, int(seconds / (2 * calls * once))))
     mine, theirs = [], []
     for i in range(pairs):
         turns = ((mine, ours), (theirs, stock)) if i % 2 else ((theirs, stock), (mine, ours))
         for times, call in turns:
-            times.append(timer(call, calls))
+            times.append(timer(call, calls, prepare))
     ratios = sorted(t / m for m, t in zip(mine, theirs, strict=True))
     low, _, high = statistics.quantiles(ratios, n=4)
     return Comparison(statistics.median(mine), statistics.median(theirs), statistics.median(ratios), low, high)
 
 
-def _cpu_seconds(call: Callable[[], Any], calls: int) -> float:
+def _cpu_seconds(call: Callable[..., Any], calls: int, prepare: Callable[[], tuple[Any, ...]]) -> float:
+    given = [prepare() for _ in range(calls)]
     start = time.perf_counter()
-    for _ in range(calls):
-        call()
+    for args in given:
+        call(*args)
     return (time.perf_counter() - start) / calls
 
 
-def cuda_seconds(call: Callable[[], Any], calls: int) -> float:
+def cuda_seconds(call: Callable[..., Any], calls: int, prepare: Callable[[], tuple[Any, ...]] = tuple) -> float:
     """By events, the L2 cache overwritten before each call."""
     flush = torch.empty(256 * 2**20, dtype=torch.int8, device="cuda")
     total = 0.0
     for _ in range(calls):
+        args = prepare()
         flush.zero_()
         start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
         start.record()
-        call()
+        call(*args)
         end.record()
         end.synchronize()
         total += start.elapsed_time(end) * 1e-3

@@ -60,9 +60,10 @@ def main() -> int:
 def _row(spec: OpSpec, size: str, direction: str, device: str, seconds: float) -> dict[str, Any]:
     calls = pair(spec, size, direction, device)
     row = {"op": spec.name, "family": spec.family, "size": size, "direction": direction}
-    row |= asdict(compare(calls.ours, calls.stock, seconds, device))
+    row |= asdict(compare(calls.ours, calls.stock, seconds, device, calls.prepare))
     if size == "large" and direction == "forward+backward":
-        row |= {"ours_bytes": peak_memory(calls.ours, device), "stock_bytes": peak_memory(calls.stock, device)}
+        for name, call in (("ours_bytes", calls.ours), ("stock_bytes", calls.stock)):
+            row[name] = peak_memory(lambda call=call: call(*calls.prepare()), device)
     return row
 
 
@@ -92,7 +93,7 @@ def _markdown(machine: dict[str, Any], rows: list[dict[str, Any]], name: str) ->
         "; ".join(f"{k}: {v}" for k, v in machine.items()) + ".",
         "",
         "Each ratio is the median over pairs of turns, ours and stock alternating in one process. Memory: peak of forward + backward at",
-        "the large size, beyond the inputs. Written by `python -m benchmarks.report`.",
+        "the large size, the incoming gradient included, beyond the inputs. Written by `python -m benchmarks.report`.",
         "",
         "| op | " + " | ".join(f"{s} {d}" for s in SIZES for d in DIRECTIONS) + " | memory ours / stock, MiB |",
         "|---" * (len(SIZES) * len(DIRECTIONS) + 2) + "|",

@@ -18,12 +18,12 @@ DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 @pytest.mark.parametrize("spec", database().values(), ids=str)
 def test_op(benchmark, spec, size, direction, which):
     benchmark.group = f"{spec.name} {size} {direction}"
-    call = getattr(pair(spec, size, direction, DEVICE), which)
+    calls = pair(spec, size, direction, DEVICE)
+    call = getattr(calls, which)
 
-    def synchronised():
-        call()
+    def synchronised(*args):
+        call(*args)
         if DEVICE == "cuda":
             torch.cuda.synchronize()
 
-    synchronised()
-    benchmark.pedantic(synchronised, rounds=3 if size == "large" else 10, iterations=1 if size == "large" else 5, warmup_rounds=1)
+    benchmark.pedantic(synchronised, lambda: (calls.prepare(), {}), rounds=5 if size == "large" else 50, warmup_rounds=2)
