@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import pytest
 import torch
+import torch.utils._python_dispatch
 import torch.utils.flop_counter
 from conftest import DEVICE
 from torch.autograd import forward_ad
@@ -215,3 +217,58 @@ def test_a_backward_that_is_watched_or_differentiated_is_the_general_one():
     with torch.autocast("cpu"):
         op(x).sum().backward()
     assert "direct backward" not in ways
+
+
+#: an op whose values stock gives where nothing wants a gradient, and what else it takes
+VALUES = {
+    "leaky_relu": (0.2,),
+    "hardtanh": (-0.5, 0.5),
+    "softplus": (2.0, 10.0),
+    "gelu": (),
+    "mse_loss": (torch.zeros(5),),
+    "binary_cross_entropy_with_logits": (torch.ones(5),),
+    "prelu": (torch.tensor([0.3]),),
+}
+
+
+@pytest.mark.parametrize("name", VALUES)
+def test_without_a_gradient_stock_answers_and_with_one_we_do(name):
+    ours, stock, args = getattr(functional, name), getattr(torch.nn.functional, name), VALUES[name]
+    x = torch.randn(5)
+    assert torch.equal(ours(x, *args), stock(x, *args))
+    assert ours(x, *args).grad_fn is None
+    leaf = x.clone().requires_grad_()
+    assert "custom_backprop" in type(ours(leaf, *args).grad_fn)._forward_cls.__module__
+    if args and isinstance(args[0], torch.Tensor) and name != "binary_cross_entropy_with_logits":
+        assert "custom_backprop" in type(ours(x, args[0].clone().requires_grad_(), *args[1:]).grad_fn)._forward_cls.__module__
+
+
+@pytest.mark.parametrize("name", VALUES)
+def test_without_a_gradient_a_backend_asked_for_still_answers(name):
+    with use_backend("formula"), Operators() as seen:
+        getattr(functional, name)(torch.randn(5), *VALUES[name])
+    assert any(o.startswith("custom_backprop::") for o in seen.names)
+
+
+@pytest.mark.parametrize("name", ["leaky_relu", "mse_loss"])
+def test_without_a_gradient_transformations_still_meet_ours(name):
+    ours, stock, args = getattr(functional, name), getattr(torch.nn.functional, name), VALUES[name]
+    x, t = torch.randn(5), torch.randn(5)
+    with forward_ad.dual_level():
+        tangents = [forward_ad.unpack_dual(f(forward_ad.make_dual(x, t), *args)).tangent for f in (ours, stock)]
+    torch.testing.assert_close(*tangents)
+    with Operators() as seen:
+        torch.func.grad(lambda v: ours(v, *args).sum())(x)
+    assert any(o.startswith("custom_backprop::") for o in seen.names)
+
+
+class Operators(torch.utils._python_dispatch.TorchDispatchMode):
+    """The names of the operators called."""
+
+    def __init__(self):
+        super().__init__()
+        self.names = []
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        self.names.append(func.name())
+        return func(*args, **(kwargs or {}))

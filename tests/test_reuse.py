@@ -1,4 +1,4 @@
-"""A gradient written over the saved output: when it is, and that whoever still holds the output never sees it."""
+"""A gradient written over dy or over the saved output: when it is, and that whoever still holds either never sees it."""
 
 from __future__ import annotations
 
@@ -6,12 +6,23 @@ import pytest
 import torch
 
 import custom_backprop.functional as F
+from custom_backprop import nn
 from custom_backprop.ops.reuse import LEAST
 
 ROWS, COLUMNS = 129, LEAST // 128
 
-#: name -> op(x), each of which saves its output
+#: name -> op(x)
 OPS = {
+    "leaky_relu": F.leaky_relu,
+    "elu": F.elu,
+    "gelu": F.gelu,
+    "silu": F.silu,
+    "softplus": F.softplus,
+    "logsigmoid": F.logsigmoid,
+    "hardshrink": F.hardshrink,
+    "softshrink": F.softshrink,
+    "threshold": lambda x: F.threshold(x, 0.1, -0.3),
+    "linear and silu": lambda x: F.linear_activation(x, WEIGHT, None, "silu"),
     "relu": F.relu,
     "relu6": F.relu6,
     "hardtanh": lambda x: F.hardtanh(x, -0.5, 0.7),
@@ -132,3 +143,120 @@ def test_a_chain_of_layers_keeps_what_the_next_one_needs():
     stock = run(lambda t: torch.tanh(torch.nn.functional.linear(t, w)))
     for mine, theirs in zip(ours, stock, strict=True):
         torch.testing.assert_close(mine, theirs, rtol=1e-12, atol=1e-12)
+
+
+@pytest.mark.parametrize("name", [name for name in OPS if not name.startswith("linear")])
+def test_the_gradient_takes_the_place_of_a_dy_that_nobody_holds(name, x):
+    w = torch.randn(ROWS, COLUMNS)
+    y = OPS[name](x)
+    (expected,) = torch.autograd.grad(y, x, w, retain_graph=True)
+    places = []
+    y.register_hook(lambda dy: places.append(dy.data_ptr()))
+    (dx,) = torch.autograd.grad((y * w).sum(), x)
+    assert places == [dx.data_ptr()]
+    assert torch.equal(dx, expected)
+
+
+def test_channels_last_stays_so():
+    x = torch.randn(2, 16, 32, 33).to(memory_format=torch.channels_last).requires_grad_()
+    w = torch.randn(2, 16, 32, 33).to(memory_format=torch.channels_last)
+    y = F.silu(x)
+    (expected,) = torch.autograd.grad(y, x, w, retain_graph=True)
+    (dx,) = torch.autograd.grad((y * w).sum(), x)
+    assert torch.equal(dx, expected)
+    assert dx.stride() == x.stride()
+
+
+class Kept(torch.autograd.Function):
+    """y, whose backward makes a gradient and keeps something of it."""
+
+    @staticmethod
+    def forward(ctx, y, keep, stash):
+        ctx.keep, ctx.stash = keep, stash
+        return y.clone()
+
+    @staticmethod
+    def backward(ctx, dy):
+        made = dy * 2
+        ctx.stash.append(ctx.keep(made))
+        return made, None, None
+
+
+@pytest.mark.parametrize("holder", ["itself", "a view", "detached", "numpy", "a storage", "dlpack"])
+def test_a_dy_that_the_next_layer_keeps_keeps_its_values(op, x, holder):
+    keep, look = HOLDERS[holder]
+    stash, w = [], torch.randn(ROWS, COLUMNS)
+    Kept.apply(op(x), keep, stash).mul(w).sum().backward()
+    assert torch.equal(look(stash[0]), 2 * w if holder != "a view" else 2 * w[1:])
+
+
+def by_hook(y, w):
+    seen = []
+    y.register_hook(seen.append)
+    (y * w).sum().backward()
+    return seen[0]
+
+
+def by_node(y, w):
+    seen = []
+    y.grad_fn.register_hook(lambda grad_inputs, grad_outputs: seen.append(grad_outputs[0].clone()))
+    (y * w).sum().backward()
+    return seen[0]
+
+
+def by_node_before(y, w):
+    seen = []
+    y.grad_fn.register_prehook(lambda grad_outputs: seen.append(grad_outputs[0]))
+    (y * w).sum().backward()
+    return seen[0]
+
+
+def retained(y, w):
+    y.retain_grad()
+    (y * w).sum().backward()
+    return y.grad
+
+
+def captured(y, w):
+    return torch.autograd.grad((y * w).sum(), [y], materialize_grads=True)[0]
+
+
+def captured_with_input(y, w):
+    return torch.autograd.grad((y * w).sum(), [y, y.grad_fn.next_functions[0][0].variable])[0]
+
+
+def given(y, w):
+    dy = w.clone()
+    y.backward(dy)
+    return dy
+
+
+@pytest.mark.parametrize(
+    "way", [by_hook, by_node, by_node_before, retained, captured, captured_with_input, given], ids=lambda f: f.__name__
+)
+def test_a_dy_that_somebody_sees_keeps_its_values(op, x, way):
+    w = torch.randn(ROWS, COLUMNS)
+    assert torch.equal(way(op(x), w), w)
+
+
+def test_a_dy_of_two_branches_reaches_both(op, x):
+    """The backward of a sum gives one tensor to both terms."""
+    w = torch.randn(ROWS, COLUMNS)
+    z = torch.randn(ROWS, COLUMNS, requires_grad=True)
+    y = op(x)
+    (expected,) = torch.autograd.grad(y, x, w, retain_graph=True)
+    for total in (y + z, z + y):
+        dx, dz = torch.autograd.grad((total * w).sum(), (x, z), retain_graph=True)
+        assert torch.equal(dz, w)
+        assert torch.equal(dx, expected)
+
+
+def test_a_module_hook_keeps_the_gradients_it_was_given(x):
+    seen = []
+    module = nn.SiLU()
+    module.register_full_backward_hook(lambda module, grad_input, grad_output: seen.append((*grad_input, *grad_output)))
+    w = torch.randn(ROWS, COLUMNS)
+    (module(x) * w).sum().backward()
+    dx, dy = seen[0]
+    assert torch.equal(dy, w)
+    assert torch.equal(dx, x.grad)

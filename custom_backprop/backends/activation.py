@@ -13,7 +13,28 @@ from .kernels import kernels
 from .library import fold_batch, primitive
 
 aten = torch.ops.aten
-_threshold_backward = aten.threshold_backward.default._op  # without the Python of an OpOverload's call
+
+
+def _op(packet: Any, overload: str = "default") -> Callable[..., Tensor]:
+    """An overload without the Python of its call."""
+    return getattr(packet, overload)._op
+
+
+def _into(packet: Any) -> Callable[..., Tensor]:
+    run = _op(packet, "grad_input")
+    return lambda dx, dy, saved, *parameters: run(dy, saved, *parameters, grad_input=dx)
+
+
+_threshold_backward = _op(aten.threshold_backward)
+_hardtanh_backward = _op(aten.hardtanh_backward)
+_leaky_relu_backward = _op(aten.leaky_relu_backward)
+_elu_backward = _op(aten.elu_backward)
+_gelu_backward = _op(aten.gelu_backward)
+_threshold_into = _op(aten.threshold_backward, "grad_input")
+_hardtanh_into = _op(aten.hardtanh_backward, "grad_input")
+_leaky_relu_into = _op(aten.leaky_relu_backward, "grad_input")
+_elu_into = _op(aten.elu_backward, "grad_input")
+_gelu_into = _op(aten.gelu_backward, "grad_input")
 
 
 def _softsign(x: Tensor) -> Tensor:
@@ -59,30 +80,30 @@ _LOGSIGMOID = (-1.0, 40.0)
 #: name -> (forward, backward) by PyTorch's operators
 ATEN: dict[str, tuple[Callable[..., Tensor], Callable[..., Tensor]]] = {
     "relu": (torch.relu, lambda dy, y: _threshold_backward(dy, y, 0)),
-    "relu6": (lambda x: aten.hardtanh.default(x, 0, 6), lambda dy, y: aten.hardtanh_backward.default(dy, y, 0, 6)),
-    "leaky_relu": (aten.leaky_relu.default, lambda dy, x, slope: aten.leaky_relu_backward.default(dy, x, slope, False)),
-    "elu": (aten.elu.default, lambda dy, x, alpha: aten.elu_backward.default(dy, alpha, 1, 1, False, x)),
-    "selu": (torch.selu, lambda dy, x: aten.elu_backward.default(dy, SELU_ALPHA, SELU_SCALE, 1, False, x)),
-    "celu": (torch.celu, lambda dy, x, alpha: aten.elu_backward.default(dy, alpha, 1, 1 / alpha, False, x)),
-    "gelu": (aten.gelu.default, aten.gelu_backward.default),
-    "gelu_tanh": (
-        lambda x: aten.gelu.default(x, approximate="tanh"),
-        lambda dy, x: aten.gelu_backward.default(dy, x, approximate="tanh"),
+    "relu6": (lambda x: torch._C._nn.hardtanh(x, 0, 6), lambda dy, y: _hardtanh_backward(dy, y, 0, 6)),
+    "leaky_relu": (torch._C._nn.leaky_relu, lambda dy, x, slope: _leaky_relu_backward(dy, x, slope, False)),
+    "elu": (torch._C._nn.elu, lambda dy, x, alpha: _elu_backward(dy, alpha, 1, 1, False, x)),
+    "selu": (torch.selu, lambda dy, x: _elu_backward(dy, SELU_ALPHA, SELU_SCALE, 1, False, x)),
+    "celu": (torch.celu, lambda dy, x, alpha: _elu_backward(dy, alpha, 1, 1 / alpha, False, x)),
+    "gelu": (torch._C._nn.gelu, _gelu_backward),
+    "gelu_tanh": (lambda x: torch._C._nn.gelu(x, approximate="tanh"), lambda dy, x: _gelu_backward(dy, x, approximate="tanh")),
+    "silu": (torch._C._nn.silu, _op(aten.silu_backward)),
+    "mish": (torch._C._nn.mish, _op(aten.mish_backward)),
+    "sigmoid": (torch.sigmoid, _op(aten.sigmoid_backward)),
+    "logsigmoid": (
+        lambda x: torch._C._nn.softplus(x, *_LOGSIGMOID),
+        lambda dy, x: aten.softplus_backward.default(dy, x, *_LOGSIGMOID),
     ),
-    "silu": (aten.silu.default, aten.silu_backward.default),
-    "mish": (aten.mish.default, aten.mish_backward.default),
-    "sigmoid": (torch.sigmoid, aten.sigmoid_backward.default),
-    "logsigmoid": (lambda x: aten.softplus.default(x, *_LOGSIGMOID), lambda dy, x: aten.softplus_backward.default(dy, x, *_LOGSIGMOID)),
-    "hardsigmoid": (aten.hardsigmoid.default, _hardsigmoid_backward),
-    "hardswish": (aten.hardswish.default, aten.hardswish_backward.default),
-    "hardtanh": (aten.hardtanh.default, aten.hardtanh_backward.default),
-    "tanh": (torch.tanh, aten.tanh_backward.default),
+    "hardsigmoid": (torch._C._nn.hardsigmoid, _hardsigmoid_backward),
+    "hardswish": (torch._C._nn.hardswish, _op(aten.hardswish_backward)),
+    "hardtanh": (torch._C._nn.hardtanh, _hardtanh_backward),
+    "tanh": (torch.tanh, _op(aten.tanh_backward)),
     "tanhshrink": (_tanhshrink, _tanhshrink_backward),
-    "softplus": (aten.softplus.default, aten.softplus_backward.default),
+    "softplus": (torch._C._nn.softplus, _op(aten.softplus_backward)),
     "softsign": (_softsign, _softsign_backward),
-    "softshrink": (aten.softshrink.default, aten.softshrink_backward.default),
-    "hardshrink": (aten.hardshrink.default, aten.hardshrink_backward.default),
-    "threshold": (aten.threshold.default, lambda dy, x, threshold, value: aten.threshold_backward.default(dy, x, threshold)),
+    "softshrink": (torch._C._nn.softshrink, _op(aten.softshrink_backward)),
+    "hardshrink": (torch.hardshrink, _op(aten.hardshrink_backward)),
+    "threshold": (torch.threshold, lambda dy, x, threshold, value: _threshold_backward(dy, x, threshold)),
     "relu_squared": (_relu_squared, _relu_squared_backward),
 }
 
@@ -104,13 +125,25 @@ ATEN_IN_PLACE: dict[str, Callable[..., Tensor]] = {
     "threshold": aten.threshold_.default,
 }
 
-#: name -> the backward that writes dx over the saved output
-ATEN_OVER_OUTPUT: dict[str, Callable[..., Tensor]] = {
-    "relu": lambda dy, y: aten.threshold_backward.grad_input(dy, y, 0, grad_input=y),
-    "relu6": lambda dy, y: aten.hardtanh_backward.grad_input(dy, y, 0, 6, grad_input=y),
-    "hardtanh": lambda dy, y, low, high: aten.hardtanh_backward.grad_input(dy, y, low, high, grad_input=y),
-    "sigmoid": lambda dy, y: aten.sigmoid_backward.grad_input(dy, y, grad_input=y),
-    "tanh": lambda dy, y: aten.tanh_backward.grad_input(dy, y, grad_input=y),
+#: name -> the backward that writes into a dx that is dy or the saved tensor itself
+ATEN_INTO: dict[str, Callable[..., Tensor]] = {
+    "relu": lambda dx, dy, y: _threshold_into(dy, y, 0, grad_input=dx),
+    "relu6": lambda dx, dy, y: _hardtanh_into(dy, y, 0, 6, grad_input=dx),
+    "leaky_relu": lambda dx, dy, x, slope: _leaky_relu_into(dy, x, slope, False, grad_input=dx),
+    "elu": lambda dx, dy, x, alpha: _elu_into(dy, alpha, 1, 1, False, x, grad_input=dx),
+    "selu": lambda dx, dy, x: _elu_into(dy, SELU_ALPHA, SELU_SCALE, 1, False, x, grad_input=dx),
+    "celu": lambda dx, dy, x, alpha: _elu_into(dy, alpha, 1, 1 / alpha, False, x, grad_input=dx),
+    "gelu": _into(aten.gelu_backward),
+    "gelu_tanh": lambda dx, dy, x: _gelu_into(dy, x, approximate="tanh", grad_input=dx),
+    "silu": _into(aten.silu_backward),
+    "sigmoid": _into(aten.sigmoid_backward),
+    "logsigmoid": lambda dx, dy, x: aten.softplus_backward.grad_input(dy, x, *_LOGSIGMOID, grad_input=dx),
+    "hardtanh": _into(aten.hardtanh_backward),
+    "tanh": _into(aten.tanh_backward),
+    "softplus": _into(aten.softplus_backward),
+    "softshrink": _into(aten.softshrink_backward),
+    "hardshrink": _into(aten.hardshrink_backward),
+    "threshold": lambda dx, dy, x, threshold, value: _threshold_into(dy, x, threshold, grad_input=dx),
 }
 
 

@@ -94,7 +94,7 @@ def primitive(
         first = args[0]
         # a batch of gradients, which come first: by is_grads_batched, or by a torch.vmap that autograd does not know of
         if is_batched(first):
-            return operator(*args) if _legacy_batched(first) else formula(*args)
+            return operator(*args) if legacy_batched(first) else formula(*args)
         if first.is_cpu:
             return by_aten(*args) if selection._forced in BY_ATEN else on_cpu(*args)
         return on_cuda(*args) if first.is_cuda else operator(*args)
@@ -109,7 +109,9 @@ BY_ATEN = (None, "aten")
 modes = torch._C._len_torch_dispatch_stack
 functorch_active = torch._C._are_functorch_transforms_active
 autocast_active = torch._C._is_any_autocast_enabled
-_batched, _legacy_batched = torch._C._functorch.is_batchedtensor, torch._C._functorch.is_legacy_batchedtensor
+batched, legacy_batched = torch._C._functorch.is_batchedtensor, torch._C._functorch.is_legacy_batchedtensor
+#: a tensor as a transformation of torch.func sees it
+wrapped = torch._C._functorch.is_functorch_wrapped_tensor
 
 
 def _unobserved(args: tuple[Any, ...]) -> bool:
@@ -119,7 +121,7 @@ def _unobserved(args: tuple[Any, ...]) -> bool:
 
 def is_batched(dy: torch.Tensor) -> bool:
     """Whether ``dy`` is many gradients at once (``is_grads_batched=True``, torch.vmap over a backward), which no kernel can read."""
-    return _legacy_batched(dy) or _batched(dy)
+    return legacy_batched(dy) or batched(dy)
 
 
 def launcher(family: str, name: str) -> Callable[..., Any]:

@@ -40,15 +40,15 @@ ATEN: dict[str, tuple[Callable[..., Tensor], Callable[..., Tensor]]] = {
 }
 
 
-def _over_softmax(dy: Tensor, y: Tensor, dim: int) -> Tensor:
-    return torch.ops.aten._softmax_backward_data.out(dy, y, dim, y.dtype, grad_input=y)
+def _softmax_into(dx: Tensor, dy: Tensor, y: Tensor, dim: int) -> Tensor:
+    return torch.ops.aten._softmax_backward_data.out(dy, y, dim, y.dtype, grad_input=dx)
 
 
-#: name -> the backward of the same dtype that writes dx over the saved output: a row is read whole before it is written
-ATEN_OVER_OUTPUT: dict[str, Callable[..., Tensor]] = {
-    "softmax": _over_softmax,
-    "softmin": lambda dy, y, dim: _over_softmax(dy, y, dim).neg_(),
-    "log_softmax": lambda dy, y, dim: torch.ops.aten._log_softmax_backward_data.out(dy, y, dim, y.dtype, out=y),
+#: name -> the backward of one dtype that writes into a dx that is dy or y itself: a row is read whole before it is written
+ATEN_INTO: dict[str, Callable[..., Tensor]] = {
+    "softmax": _softmax_into,
+    "softmin": lambda dx, dy, y, dim: _softmax_into(dx, dy, y, dim).neg_(),
+    "log_softmax": lambda dx, dy, y, dim: torch.ops.aten._log_softmax_backward_data.out(dy, y, dim, y.dtype, out=dx),
 }
 
 

@@ -1,20 +1,25 @@
 """Activations, with the names and signatures of ``torch.nn.functional``.
 
 Each takes a floating-point tensor of any shape and strides and returns one of the same shape and dtype. An integer tensor gives what stock
-gives, result or error; a complex one raises NotImplementedError; what is no tensor, and a parameter that is no number, TypeError.
-``inplace=True`` writes the result over the input, and raises RuntimeError if that is a leaf that requires grad. It saves memory where
-backward needs the output alone (relu, relu6, hardtanh, leaky_relu with a slope >= 0, threshold with a value <= its threshold); the others
-keep a copy of the input. Derivations: :mod:`custom_backprop.formulas.activation`.
+gives, result or error. ``inplace=True`` writes the result over the input. It saves memory where backward needs the output alone (relu,
+relu6, hardtanh, leaky_relu with a slope >= 0, threshold with a value <= its threshold); the others keep a copy of the input.
+
+Raises:
+    TypeError: what is no tensor, or a parameter that is no number.
+    NotImplementedError: a complex tensor that wants a gradient.
+    RuntimeError: ``inplace=True`` for a leaf that requires grad.
+
+Derivations: :mod:`custom_backprop.formulas.activation`.
 """
 
 from __future__ import annotations
 
-from numbers import Number
-from typing import Any
-
+import torch
 from torch import Tensor
+from torch.nn import functional as stock
 
 from ..ops.activation import activate_, activations
+from .inference import stock_without_gradient
 
 __all__ = [
     "celu", "celu_", "elu", "elu_", "gelu", "hardshrink", "hardsigmoid", "hardswish", "hardtanh", "hardtanh_", "leaky_relu",
@@ -23,50 +28,37 @@ __all__ = [
 ]  # fmt: skip
 
 
-def number(name: str, p: Any) -> float:
-    """A parameter as a float.
-
-    Raises:
-        TypeError, RuntimeError: it is no number, or a complex one.
-    """
-    if isinstance(p, complex):
-        raise RuntimeError(f"{name}: a parameter must be real, got {p}")
-    if not isinstance(p, (Number, Tensor)):
-        raise TypeError(f"{name}: a parameter must be a Number, not {type(p).__name__}")
-    return float(p)  # type: ignore[arg-type]
-
-
-def _apply(name: str, inplace: bool, x: Tensor, *parameters: float) -> Tensor:
-    if parameters:
-        parameters = tuple([p if type(p) is float else number(name, p) for p in parameters])
-    return activate_(name, x, *parameters) if inplace else activations[name](x, *parameters)
-
-
+@stock_without_gradient(stock.relu)
 def relu(input: Tensor, inplace: bool = False) -> Tensor:
     """y = max(x, 0);  dx = dy [y > 0]."""
-    return _apply("relu", inplace, input)
+    return activate_("relu", input) if inplace else activations["relu"](input)
 
 
+@stock_without_gradient(stock.relu6)
 def relu6(input: Tensor, inplace: bool = False) -> Tensor:
     """y = min(max(x, 0), 6);  dx = dy [0 < y < 6]."""
-    return _apply("relu6", inplace, input)
+    return activate_("relu6", input) if inplace else activations["relu6"](input)
 
 
+@stock_without_gradient(stock.leaky_relu)
 def leaky_relu(input: Tensor, negative_slope: float = 0.01, inplace: bool = False) -> Tensor:
     """y = x where x > 0, else a x;  dx = dy or a dy, with a = ``negative_slope``."""
-    return _apply("leaky_relu", inplace, input, negative_slope)
+    return activate_("leaky_relu", input, negative_slope) if inplace else activations["leaky_relu"](input, negative_slope)
 
 
+@stock_without_gradient(stock.elu)
 def elu(input: Tensor, alpha: float = 1.0, inplace: bool = False) -> Tensor:
     """y = x where x > 0, else α (e^x - 1);  dx = dy or dy α e^x."""
-    return _apply("elu", inplace, input, alpha)
+    return activate_("elu", input, alpha) if inplace else activations["elu"](input, alpha)
 
 
+@stock_without_gradient(stock.selu)
 def selu(input: Tensor, inplace: bool = False) -> Tensor:
     """y = λ elu(x; α) with λ = 1.0507, α = 1.6733;  dx = dy λ elu'(x; α)."""
-    return _apply("selu", inplace, input)
+    return activate_("selu", input) if inplace else activations["selu"](input)
 
 
+@stock_without_gradient(stock.celu)
 def celu(input: Tensor, alpha: float = 1.0, inplace: bool = False) -> Tensor:
     """y = x where x > 0, else α (e^(x/α) - 1);  dx = dy or dy e^(x/α).
 
@@ -75,10 +67,11 @@ def celu(input: Tensor, alpha: float = 1.0, inplace: bool = False) -> Tensor:
     """
     if alpha == 0:
         raise RuntimeError("ZeroDivisionError: alpha cannot be 0 for CELU")
-    return _apply("celu", inplace, input, alpha)
+    return activate_("celu", input, alpha) if inplace else activations["celu"](input, alpha)
 
 
-def gelu(input: Tensor, approximate: str = "none") -> Tensor:
+@stock_without_gradient(stock.gelu)
+def gelu(input: Tensor, *, approximate: str = "none") -> Tensor:
     """y = x Φ(x);  dx = dy (Φ(x) + x φ(x)), or with ``approximate="tanh"`` the tanh form of Φ.
 
     Raises:
@@ -88,42 +81,47 @@ def gelu(input: Tensor, approximate: str = "none") -> Tensor:
     if not isinstance(approximate, str):
         raise TypeError(f"gelu: approximate must be a str, not {type(approximate).__name__}")
     if approximate == "none":
-        return _apply("gelu", False, input)
+        return activations["gelu"](input)
     if approximate == "tanh":
-        return _apply("gelu_tanh", False, input)
+        return activations["gelu_tanh"](input)
     raise RuntimeError(f"approximate argument must be either none or tanh, got {approximate!r}")
 
 
+@stock_without_gradient(stock.silu)
 def silu(input: Tensor, inplace: bool = False) -> Tensor:
     """y = x σ(x);  dx = dy σ (1 + x (1 - σ))."""
-    return _apply("silu", inplace, input)
+    return activate_("silu", input) if inplace else activations["silu"](input)
 
 
+@stock_without_gradient(stock.mish)
 def mish(input: Tensor, inplace: bool = False) -> Tensor:
     """y = x t, t = tanh(softplus(x));  dx = dy (t + x (1 - t²) σ(x))."""
-    return _apply("mish", inplace, input)
+    return activate_("mish", input) if inplace else activations["mish"](input)
 
 
+@stock_without_gradient(torch.sigmoid)
 def sigmoid(input: Tensor) -> Tensor:
     """y = σ(x);  dx = dy y (1 - y)."""
-    return _apply("sigmoid", False, input)
+    return activations["sigmoid"](input)
 
 
 def logsigmoid(input: Tensor) -> Tensor:
     """y = log σ(x);  dx = dy σ(-x)."""
-    return _apply("logsigmoid", False, input)
+    return activations["logsigmoid"](input)
 
 
 def hardsigmoid(input: Tensor, inplace: bool = False) -> Tensor:
     """y = min(max(x/6 + 1/2, 0), 1);  dx = dy [-3 < x < 3] / 6."""
-    return _apply("hardsigmoid", inplace, input)
+    return activate_("hardsigmoid", input) if inplace else activations["hardsigmoid"](input)
 
 
+@stock_without_gradient(stock.hardswish)
 def hardswish(input: Tensor, inplace: bool = False) -> Tensor:
     """y = x hardsigmoid(x);  dx = 0, dy (x/3 + 1/2) or dy where x is below, inside or above [-3, 3]."""
-    return _apply("hardswish", inplace, input)
+    return activate_("hardswish", input) if inplace else activations["hardswish"](input)
 
 
+@stock_without_gradient(stock.hardtanh)
 def hardtanh(input: Tensor, min_val: float = -1.0, max_val: float = 1.0, inplace: bool = False) -> Tensor:
     """y = min(max(x, l), h);  dx = dy [l < y < h].
 
@@ -132,29 +130,32 @@ def hardtanh(input: Tensor, min_val: float = -1.0, max_val: float = 1.0, inplace
     """
     if min_val > max_val:
         raise ValueError(f"min_val cannot be greater than max_val, got {min_val} and {max_val}")
-    return _apply("hardtanh", inplace, input, min_val, max_val)
+    return activate_("hardtanh", input, min_val, max_val) if inplace else activations["hardtanh"](input, min_val, max_val)
 
 
+@stock_without_gradient(torch.tanh)
 def tanh(input: Tensor) -> Tensor:
     """y = tanh(x);  dx = dy (1 - y²)."""
-    return _apply("tanh", False, input)
+    return activations["tanh"](input)
 
 
 def tanhshrink(input: Tensor) -> Tensor:
     """y = x - tanh(x);  dx = dy tanh²(x)."""
-    return _apply("tanhshrink", False, input)
+    return activations["tanhshrink"](input)
 
 
+@stock_without_gradient(stock.softplus)
 def softplus(input: Tensor, beta: float = 1, threshold: float = 20) -> Tensor:
     """y = log(1 + e^(βx)) / β, and x where βx > θ;  dx = dy σ(βx), and dy there."""
-    return _apply("softplus", False, input, beta, threshold)
+    return activations["softplus"](input, beta, threshold)
 
 
 def softsign(input: Tensor) -> Tensor:
     """y = x / (1 + |x|);  dx = dy / (1 + |x|)²."""
-    return _apply("softsign", False, input)
+    return activations["softsign"](input)
 
 
+@stock_without_gradient(stock.softshrink)
 def softshrink(input: Tensor, lambd: float = 0.5) -> Tensor:
     """y = x - λ, x + λ or 0 where x is above λ, below -λ or between;  dx = dy [|x| > λ].
 
@@ -163,42 +164,44 @@ def softshrink(input: Tensor, lambd: float = 0.5) -> Tensor:
     """
     if lambd < 0:
         raise RuntimeError(f"lambda must be greater or equal to 0, but found to be {lambd}.")
-    return _apply("softshrink", False, input, lambd)
+    return activations["softshrink"](input, lambd)
 
 
+@stock_without_gradient(stock.hardshrink)
 def hardshrink(input: Tensor, lambd: float = 0.5) -> Tensor:
     """y = x [|x| > λ];  dx = dy [|x| > λ]."""
-    return _apply("hardshrink", False, input, lambd)
+    return activations["hardshrink"](input, lambd)
 
 
+@stock_without_gradient(stock.threshold)
 def threshold(input: Tensor, threshold: float, value: float, inplace: bool = False) -> Tensor:
     """y = x where x > θ, else v;  dx = dy [x > θ]."""
-    return _apply("threshold", inplace, input, threshold, value)
+    return activate_("threshold", input, threshold, value) if inplace else activations["threshold"](input, threshold, value)
 
 
 def relu_squared(input: Tensor) -> Tensor:
     """y = max(x, 0)²;  dx = 2 dy max(x, 0) (So et al., Primer, 2021)."""
-    return _apply("relu_squared", False, input)
+    return activations["relu_squared"](input)
 
 
 def relu_(input: Tensor) -> Tensor:
     """:func:`relu` in place."""
-    return _apply("relu", True, input)
+    return activate_("relu", input)
 
 
 def leaky_relu_(input: Tensor, negative_slope: float = 0.01) -> Tensor:
     """:func:`leaky_relu` in place."""
-    return _apply("leaky_relu", True, input, negative_slope)
+    return activate_("leaky_relu", input, negative_slope)
 
 
 def elu_(input: Tensor, alpha: float = 1.0) -> Tensor:
     """:func:`elu` in place."""
-    return _apply("elu", True, input, alpha)
+    return activate_("elu", input, alpha)
 
 
 def selu_(input: Tensor) -> Tensor:
     """:func:`selu` in place."""
-    return _apply("selu", True, input)
+    return activate_("selu", input)
 
 
 def celu_(input: Tensor, alpha: float = 1.0) -> Tensor:
@@ -213,4 +216,4 @@ def hardtanh_(input: Tensor, min_val: float = -1.0, max_val: float = 1.0) -> Ten
 
 def threshold_(input: Tensor, threshold: float, value: float) -> Tensor:
     """:func:`threshold` in place."""
-    return _apply("threshold", True, input, threshold, value)
+    return activate_("threshold", input, threshold, value)

@@ -8,7 +8,7 @@ from torch import Tensor
 
 from ..formulas.activation import ACTIVATIONS
 from ..ops import linear as ops
-from .activation import number
+from ..ops.activation import number
 
 __all__ = ["linear", "linear_activation"]
 

@@ -8,6 +8,7 @@ is computed in float32. What is not real and floating-point gives what stock giv
 from __future__ import annotations
 
 import functools
+import sys
 import warnings
 from typing import Any
 
@@ -17,6 +18,7 @@ from torch.nn import _reduction as _Reduction
 
 from ..formulas.loss import SUM
 from ..ops.loss import pointwise
+from .inference import stock_without_gradient
 
 __all__ = [
     "binary_cross_entropy", "binary_cross_entropy_with_logits", "gaussian_nll_loss", "huber_loss", "kl_div", "l1_loss", "mse_loss",
@@ -24,6 +26,7 @@ __all__ = [
 ]  # fmt: skip
 
 
+@stock_without_gradient(torch.nn.functional.mse_loss, tensors=2, options=("reduction",))
 def mse_loss(
     input: Tensor,
     target: Tensor,
@@ -57,6 +60,7 @@ def l1_loss(
     return _difference("l1_loss", input, target, reduction_of(size_average, reduce, reduction), weight)
 
 
+@stock_without_gradient(torch.nn.functional.smooth_l1_loss, tensors=2, options=("reduction", "beta"))
 def smooth_l1_loss(
     input: Tensor,
     target: Tensor,
@@ -79,6 +83,7 @@ def smooth_l1_loss(
     return _difference("smooth_l1_loss", input, target, reduction, None, beta=beta)
 
 
+@stock_without_gradient(torch.nn.functional.huber_loss, tensors=2, options=("reduction", "delta"))
 def huber_loss(input: Tensor, target: Tensor, reduction: str = "mean", delta: float = 1.0, weight: Tensor | None = None) -> Tensor:
     """l = w d²/2 where |d| <= δ, else w δ (|d| - δ/2), with d = x - t;  dx = dy w min(max(d, -δ), δ), dt = -dx, dw = dy l/w.
 
@@ -93,6 +98,7 @@ def huber_loss(input: Tensor, target: Tensor, reduction: str = "mean", delta: fl
     return _difference("huber_loss", input, target, reduction, weight, delta=delta)
 
 
+@stock_without_gradient(torch.nn.functional.binary_cross_entropy, tensors=2, options=("reduction",))
 def binary_cross_entropy(
     input: Tensor,
     target: Tensor,
@@ -121,7 +127,7 @@ def binary_cross_entropy(
         )
     if not input.is_floating_point():
         return torch.nn.functional.binary_cross_entropy(input, target, weight, reduction=reduction)
-    if torch.amp.is_autocast_available(input.device.type) and torch.is_autocast_enabled(input.device.type):
+    if not input.is_meta and torch.is_autocast_enabled(input.device.type):  # of meta it may not be asked
         if input.is_cuda:
             raise RuntimeError("binary_cross_entropy is unsafe to autocast: use binary_cross_entropy_with_logits, or disable autocast")
     elif any(a is not None and a.dtype != input.dtype for a in (target, weight)):
@@ -131,6 +137,7 @@ def binary_cross_entropy(
     return pointwise("binary_cross_entropy", x, t, None, w, enum)
 
 
+@stock_without_gradient(torch.nn.functional.binary_cross_entropy_with_logits, tensors=2, options=("reduction",))
 def binary_cross_entropy_with_logits(
     input: Tensor,
     target: Tensor,
@@ -308,9 +315,12 @@ def same_dtype(*tensors: Any) -> Any:
 
 
 def _warn(message: str) -> None:
-    """A warning at the user's call; none from a graph that torch.compile traces."""
+    """A warning at the call into this package; none from a graph that torch.compile traces."""
     if not torch.compiler.is_compiling():
-        warnings.warn(message, stacklevel=4)
+        level, frame = 1, sys._getframe()
+        while frame.f_back is not None and frame.f_globals["__name__"].startswith(f"{__package__}."):
+            level, frame = level + 1, frame.f_back
+        warnings.warn(message, stacklevel=level)
 
 
 def _constant(name: str, weight: Tensor | None, input: Tensor) -> Tensor | None:

@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import torch
 from torch import Tensor
 
 from ..ops import prelu as ops
+from .inference import stock_without_gradient
 
 __all__ = ["prelu"]
 
 
+@stock_without_gradient(torch.prelu, tensors=2)
 def prelu(input: Tensor, weight: Tensor) -> Tensor:
     """y = x where x > 0, else w_c x;  dx = dy or w_c dy, dw_c = Σ dy x over the elements x <= 0 of channel c.
 

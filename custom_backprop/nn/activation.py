@@ -52,7 +52,7 @@ class GELU(torch.nn.GELU):
     """See :func:`custom_backprop.functional.gelu`."""
 
     def forward(self, input: Tensor) -> Tensor:
-        return F.gelu(input, self.approximate)
+        return F.gelu(input, approximate=self.approximate)
 
 
 class SiLU(torch.nn.SiLU):

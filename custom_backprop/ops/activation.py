@@ -3,16 +3,17 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from numbers import Number
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch.autograd import forward_ad
 
-from ..backends.activation import ATEN, ATEN_OVER_OUTPUT, in_place, primitives
+from ..backends.activation import ATEN, ATEN_INTO, in_place, primitives
 from ..formulas.activation import ACTIVATIONS, Activation
 from .function import differentiable
-from .reuse import is_spare, reusable
+from .reuse import is_large, is_unseen, place
 
 #: activations that torch's autocast computes in float32 on a GPU
 _FLOAT32_ON_CUDA = {"softplus"}
@@ -26,18 +27,33 @@ def check(name: str, x: Any) -> None:
         raise NotImplementedError(f"{name} has no complex derivative here: got a tensor of {x.dtype}")
 
 
+def number(name: str, p: Any) -> float:
+    """A parameter as a float.
+
+    Raises:
+        TypeError, RuntimeError: it is no number, or a complex one.
+    """
+    if isinstance(p, complex):
+        raise RuntimeError(f"{name}: a parameter must be real, got {p}")
+    if not isinstance(p, (Number, Tensor)):
+        raise TypeError(f"{name}: a parameter must be a Number, not {type(p).__name__}")
+    return float(p)  # type: ignore[arg-type]
+
+
+def numbers(name: str, parameters: tuple[Any, ...]) -> tuple[float, ...]:
+    """Each :func:`number` of them."""
+    return tuple([p if type(p) is float else number(name, p) for p in parameters])
+
+
 def _function(a: Activation) -> Callable[..., Tensor]:
     run_forward, run_backward = primitives[a.name]
     aten_forward, aten_backward = ATEN[a.name]
-    over_output = ATEN_OVER_OUTPUT.get(a.name)
+    aten_into = ATEN_INTO.get(a.name)
     derivative, formula_backward, saves_output = a.derivative, a.backward, a.saves_output
     no_gradients = (None,) * len(a.parameters)
 
     class Definition:
-        @staticmethod
-        def forward(x: Tensor, *parameters: float) -> Tensor:
-            check(a.name, x)
-            return run_forward(x, *parameters)
+        forward = staticmethod(run_forward)
 
         @staticmethod
         def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
@@ -64,22 +80,30 @@ def _function(a: Activation) -> Callable[..., Tensor]:
 
         @staticmethod
         def direct_forward(ctx: Any, x: Tensor, *parameters: float) -> Tensor:
+            if parameters and not type(parameters[0]) is float is type(parameters[-1]):  # none has more than two
+                parameters = numbers(a.name, parameters)
             y = aten_forward(x, *parameters)
-            ctx.save_for_backward(y if saves_output else x)
-            ctx.set_materialize_grads(False)
+            ctx.to_save, ctx.materialize_grads = (y if saves_output else x,), False  # what the methods set, without their frames
             ctx.parameters = parameters
-            ctx.reusable = over_output is not None and reusable(y)
+            ctx.large = aten_into is not None and is_large(y)
+            ctx.may_take_saved = ctx.large and saves_output and is_unseen()
             return y
 
         @staticmethod
         def direct_backward(ctx: Any, dy: Tensor) -> Any:
             (saved,) = ctx.saved_tensors
-            run: Any = over_output if ctx.reusable and is_spare(saved) else aten_backward
-            return run(dy, saved, *ctx.parameters), *no_gradients
+            if ctx.large and (dx := place(dy, saved, ctx.may_take_saved)) is not None:
+                return aten_into(dx, dy, saved, *ctx.parameters), *no_gradients  # type: ignore[misc]
+            return aten_backward(dy, saved, *ctx.parameters), *no_gradients
+
+    def prepare(x: Any, *parameters: Any) -> tuple[Any, ...]:
+        check(a.name, x)
+        return x, *numbers(a.name, parameters)
 
     Definition.__name__ = a.name
     Definition.__doc__ = a.formula
-    return differentiable(autocast_cuda="float32" if a.name in _FLOAT32_ON_CUDA else None)(Definition)
+    policy = "float32" if a.name in _FLOAT32_ON_CUDA else None
+    return differentiable(autocast_cuda=policy, unary=True, prepare=prepare)(Definition)
 
 
 #: activations whose derivative is the same at y as at x, for such parameters: in place they need no copy of x
@@ -125,6 +149,7 @@ def activate_(name: str, x: Tensor, *parameters: float) -> Tensor:
         RuntimeError: x is a leaf that requires grad, or a view of one.
     """
     check(name, x)
+    parameters = numbers(name, parameters)
     if torch.compiler.is_compiling() or torch._C._are_functorch_transforms_active() or forward_ad._current_level >= 0:
         return x.copy_(activations[name](x.clone(), *parameters))
     if not (torch.is_grad_enabled() and x.requires_grad):

@@ -4,7 +4,8 @@
 costs three times the overhead. So each op is written once, and :func:`differentiable` makes both.
 
 Where an op is called often on small tensors, a third face is worth writing: on plain CPU tensors in eager mode, which need none of the
-rest, ``direct_value``, ``direct_forward`` and ``direct_backward`` go to ATen in the fewest calls.
+rest, ``direct_value``, ``direct_forward`` and ``direct_backward`` go to ATen in the fewest calls. Between two passes over large tensors
+every Python frame and every lookup is fetched from memory again, some microseconds each: what is asked on that way is counted.
 """
 
 from __future__ import annotations
@@ -17,7 +18,7 @@ import torch
 from torch.autograd import forward_ad
 
 from ..backends import selection
-from ..backends.library import BY_ATEN, PLAIN, autocast_active, functorch_active, is_batched, modes
+from ..backends.library import BY_ATEN, PLAIN, autocast_active, functorch_active, legacy_batched, modes, wrapped
 
 _TENSORS = frozenset({torch.Tensor, torch.nn.Parameter})
 _tracing = torch.compiler.is_dynamo_compiling  # which Dynamo answers; what follows it cannot trace
@@ -25,7 +26,12 @@ _grad_enabled = torch.is_grad_enabled
 
 
 def differentiable(
-    *, autocast_cpu: str | None = None, autocast_cuda: str | None = None, keeps: bool = False
+    *,
+    autocast_cpu: str | None = None,
+    autocast_cuda: str | None = None,
+    keeps: bool = False,
+    unary: bool = False,
+    prepare: Callable[..., tuple[Any, ...]] | None = None,
 ) -> Callable[[type], Callable[..., Any]]:
     """Class decorator: a definition (static methods ``forward``, ``setup_context``, ``backward``, ``jvp``) -> the callable op.
 
@@ -37,6 +43,8 @@ def differentiable(
             ``"lower"`` casts float32 to the autocast dtype, ``"float32"`` casts float16 and bfloat16 up, None leaves them.
         keeps: ``forward`` returns ``(y, kept)`` and the op y alone: ``kept`` is for ``setup_context`` to save. Only where a
             transformation must see it is it an output of the Function, to which autograd would attach as much as to y.
+        unary: only the first argument is a tensor, and autocast does nothing to it on a CPU.
+        prepare: checks and converts the arguments, on the way to every face but the direct one.
     """
     policies = {"cpu": autocast_cpu, "cuda": autocast_cuda}
 
@@ -95,10 +103,9 @@ def differentiable(
             def chosen_backward(ctx: Any, dy: torch.Tensor | None) -> Any:
                 if (
                     type(dy) is torch.Tensor
-                    and not (_tracing() or _grad_enabled() or modes() or functorch_active() or autocast_active())
+                    and not (_grad_enabled() or _tracing() or modes() or wrapped(dy) or legacy_batched(dy))
                     and selection._forced in BY_ATEN
-                    and dy.is_cpu
-                    and not is_batched(dy)
+                    and (unary or not autocast_active())
                 ):
                     return direct_backward(ctx, dy)  # type: ignore[misc]
                 return backward(ctx, dy)
@@ -110,21 +117,8 @@ def differentiable(
             direct_apply = super(torch.autograd.Function, direct).apply  # type: ignore[misc]
 
         def call(*args: Any) -> Any:
-            if (
-                direct_forward is not None
-                and not (_tracing() or modes() or functorch_active() or autocast_active())
-                and selection._forced in BY_ATEN
-                and forward_ad._current_level < 0
-                and PLAIN.issuperset(map(type, args))
-                and type(args[0]) in _TENSORS
-                and args[0].is_cpu
-                and args[0].is_floating_point()
-            ):
-                if _grad_enabled():
-                    for a in args:
-                        if type(a) in _TENSORS and a.requires_grad:
-                            return direct_apply(*args)
-                return direct_value(*args)
+            if prepare is not None:
+                args = prepare(*args)
             if torch.compiler.is_compiling():
                 return eager.apply(*_cast(args, policies))
             if autocast_active():
@@ -137,9 +131,39 @@ def differentiable(
                         return eager_apply(*args)
             return forward(*args)[0] if keeps else forward(*args)
 
-        call.__name__ = call.__qualname__ = definition.__name__
-        call.__doc__ = definition.__doc__
-        return call
+        def call_unary(x: Any, *parameters: Any) -> Any:
+            if (
+                type(x) in _TENSORS
+                and x.is_cpu
+                and not (_tracing() or functorch_active() or modes())
+                and selection._forced in BY_ATEN
+                and forward_ad._current_level < 0
+                and x.is_floating_point()
+            ):
+                return direct_apply(x, *parameters) if x.requires_grad else direct_value(x, *parameters)
+            return call(x, *parameters)
+
+        def call_any(*args: Any) -> Any:
+            if (
+                type(args[0]) in _TENSORS
+                and args[0].is_cpu
+                and not (_tracing() or functorch_active() or modes() or autocast_active())
+                and selection._forced in BY_ATEN
+                and forward_ad._current_level < 0
+                and PLAIN.issuperset(map(type, args))
+                and args[0].is_floating_point()
+            ):
+                if _grad_enabled():
+                    for a in args:
+                        if type(a) in _TENSORS and a.requires_grad:
+                            return direct_apply(*args)
+                return direct_value(*args)
+            return call(*args)
+
+        op = call if direct_forward is None else call_unary if unary else call_any
+        op.__name__ = op.__qualname__ = definition.__name__
+        op.__doc__ = definition.__doc__
+        return op
 
     return decorate
 

@@ -8,11 +8,11 @@ import torch
 from torch import Tensor
 
 from ..backends import linear as primitives
-from ..backends.activation import ATEN, ATEN_IN_PLACE, ATEN_OVER_OUTPUT
+from ..backends.activation import ATEN, ATEN_IN_PLACE, ATEN_INTO
 from ..formulas import linear as formula
 from ..formulas.activation import ACTIVATIONS
 from .function import differentiable, wanted
-from .reuse import is_spare, reusable
+from .reuse import is_large, is_unseen, place
 
 _product = torch.nn.functional.linear
 
@@ -74,6 +74,16 @@ class Linear:
 linear = differentiable(autocast_cpu="lower", autocast_cuda="lower")(Linear)
 
 
+def _direct_backward(ctx: Any, dy: Tensor) -> Any:
+    x, weight, _, saved = ctx.saved_tensors
+    activation, parameters = ctx.function
+    if ctx.large and (dz := place(dy, saved, ctx.may_take_saved)) is not None:
+        ATEN_INTO[activation](dz, dy, saved, *parameters)
+    else:
+        dz = ATEN[activation][1](dy, saved, *parameters)
+    return *primitives.gradients(dz, x, weight, *ctx.needs_input_grad[:3]), None, None
+
+
 class OfInput:
     """y = f(z), z = x Wᵀ + b;  dz = dy f'(z), dx = dz W, dW = dzᵀ x, db = Σ_rows dz.  Where f' is written with z."""
 
@@ -103,15 +113,11 @@ class OfInput:
         z = _product(x, weight, bias)
         ctx.save_for_backward(x, weight, bias, z)
         ctx.function = activation, parameters
+        ctx.large, ctx.may_take_saved = activation in ATEN_INTO and is_large(z), False
         ctx.set_materialize_grads(False)
         return ATEN[activation][0](z, *parameters)
 
-    @staticmethod
-    def direct_backward(ctx: Any, dy: Tensor) -> Any:
-        x, weight, _, z = ctx.saved_tensors
-        activation, parameters = ctx.function
-        dz = ATEN[activation][1](dy, z, *parameters)
-        return *primitives.gradients(dz, x, weight, *ctx.needs_input_grad[:3]), None, None
+    direct_backward = staticmethod(_direct_backward)
 
 
 class OfOutput:
@@ -143,16 +149,12 @@ class OfOutput:
         y = ATEN_IN_PLACE[activation](_product(x, weight, bias), *parameters)
         ctx.save_for_backward(x, weight, None, y)
         ctx.function = activation, parameters
-        ctx.reusable = reusable(y)
+        ctx.large = is_large(y)
+        ctx.may_take_saved = ctx.large and is_unseen()
         ctx.set_materialize_grads(False)
         return y
 
-    @staticmethod
-    def direct_backward(ctx: Any, dy: Tensor) -> Any:
-        x, weight, _, y = ctx.saved_tensors
-        activation, parameters = ctx.function
-        run = ATEN_OVER_OUTPUT[activation] if ctx.reusable and is_spare(y) else ATEN[activation][1]
-        return *primitives.gradients(run(dy, y, *parameters), x, weight, *ctx.needs_input_grad[:3]), None, None
+    direct_backward = staticmethod(_direct_backward)
 
 
 def _keep(ctx: Any, inputs: tuple[Any, ...], y: Tensor, saved: Tensor) -> None:

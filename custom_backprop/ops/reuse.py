@@ -1,39 +1,115 @@
-"""Gradients written over a saved output that nobody needs any more.
+"""Gradients written over what nobody needs any more: dx over dy, or over the saved output.
 
-Once its graph is freed, the memory of a saved output goes back to the allocator, while the gradient, as large, comes from it: on a CPU the
-page faults of that new memory take longer than the arithmetic. Where this node is the last that holds the output, its gradient takes its
-place.
+Backward of an elementwise op reads dy and a saved tensor and writes dx, all three of one size. On a CPU new memory for dx is the dearest of
+the three: its pages must be fetched into the cache, or even be mapped first. Where this backward alone holds dy, dx takes its place; and
+where the graph is about to be freed and nobody else holds the output that it saved, the place of that.
+
+PyTorch's engine does likewise where gradients add up: it adds into a tensor that it alone holds, by the counts of its owners (see
+``InputBuffer::accumulate``). Here the owners of the Python object are counted as well. How many "nobody else" is differs between versions
+of PyTorch and of Python, so it is observed, once, in a backward where it is so.
 """
 
 from __future__ import annotations
 
-from sys import getrefcount
+import functools
+import sys
+from typing import Any
 
 import torch
 from torch import Tensor
 
+from .function import differentiable
+
 #: the fewest elements for which to ask costs less than it saves
 LEAST = 2**15
-
-#: what holds the storage of an output that this node alone has kept: the saved tensor, the one unpacked from it, and the storage asked
-_HOLDERS = 3
-
-#: to the Python object of that storage: ours, that of the C++ object, and the argument of getrefcount
-_REFERENCES = 3
 
 _keeps_graph = torch._C._autograd._get_current_graph_task_keep_graph
 _hooks = torch._C._autograd._top_saved_tensors_default_hooks
 _use_count = torch._C._storage_Use_Count
+_counts_are_exact = getattr(sys, "_is_gil_enabled", lambda: True)()
+
+Owners = tuple[int, ...]
 
 
-def reusable(output: Tensor) -> bool:
-    """Whether backward may ask :func:`is_spare` of this output, which forward saves: no hook on saved tensors gets to see it."""
-    return output.numel() >= LEAST and _hooks(True) is None
+def is_large(y: Tensor) -> bool:
+    """Whether backward is to ask :func:`place` at all."""
+    return y.numel() >= LEAST and _counts_are_exact
 
 
-def is_spare(saved: Tensor) -> bool:
-    """Whether no tensor but ``saved``, unpacked from a saved output, shares its memory, and no backward will ask for it again."""
-    if _keeps_graph():
+def is_unseen() -> bool:
+    """Whether what forward saves now is seen by no hook on saved tensors."""
+    return _hooks(True) is None
+
+
+def place(dy: Tensor, saved: Tensor, may_take_saved: bool) -> Tensor | None:
+    """The tensor that dx is to be written over: dy, ``saved``, or None if others hold both. To be called by ``direct_backward`` itself.
+
+    Args:
+        dy, saved: the incoming gradient, and a saved tensor of its shape.
+        may_take_saved: ``saved`` is an output that :func:`is_unseen` said yes to.
+    """
+    alone_dy, alone_saved = _alone()
+    if dy.dtype == saved.dtype and _same_layout(dy, saved) and _owners(dy) == alone_dy and not dy.is_shared():
+        return dy
+    if may_take_saved and not _keeps_graph() and _storage_owners(saved) == alone_saved and not saved.is_shared():
+        return saved
+    return None
+
+
+def _owners(t: Tensor) -> Owners:
+    return t._use_count(), sys.getrefcount(t), *_storage_owners(t)  # type: ignore[attr-defined]
+
+
+def _storage_owners(t: Tensor) -> Owners:
+    storage = t.untyped_storage()
+    return _use_count(storage._cdata), sys.getrefcount(storage)
+
+
+def _same_layout(dy: Tensor, saved: Tensor) -> bool:
+    if dy.layout is not torch.strided:
         return False
-    storage = saved.untyped_storage()
-    return _use_count(storage._cdata) == _HOLDERS and getrefcount(storage) <= _REFERENCES and not storage.is_shared()
+    if dy.is_contiguous():
+        return saved.is_contiguous()
+    return dy.stride() == saved.stride() and dy.dim() == 4 and dy.is_contiguous(memory_format=torch.channels_last)
+
+
+@functools.cache
+def _alone() -> tuple[Owners, Owners]:
+    """The owners of a dy and of the storage of a saved output that one backward alone holds, as :func:`place` counts them."""
+    seen: list[tuple[Owners, Owners]] = []
+
+    def observe(dy: Tensor, saved: Tensor, may_take_saved: bool) -> None:
+        seen.append((_owners(dy), _storage_owners(saved)))
+
+    class Definition:
+        @staticmethod
+        def forward(x: Tensor) -> Tensor:
+            return x.clone()
+
+        @staticmethod
+        def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+            ctx.save_for_backward(output)
+
+        @staticmethod
+        def backward(ctx: Any, dy: Tensor) -> Tensor:
+            return dy.clone()
+
+        direct_value = forward
+
+        @staticmethod
+        def direct_forward(ctx: Any, x: Tensor) -> Tensor:
+            y = x.clone()
+            ctx.save_for_backward(y)
+            return y
+
+        @staticmethod
+        def direct_backward(ctx: Any, dy: Tensor) -> Tensor:
+            (saved,) = ctx.saved_tensors
+            observe(dy, saved, True)
+            return dy.clone()
+
+    with torch.enable_grad():
+        x = torch.zeros(1, requires_grad=True)
+        loss = differentiable(unary=True)(Definition)(x).neg()
+    torch.autograd.grad(loss, x)
+    return seen[0]

@@ -9,16 +9,16 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..backends.softmax import ATEN, ATEN_OVER_OUTPUT, primitives
+from ..backends.softmax import ATEN, ATEN_INTO, primitives
 from ..formulas.softmax import SOFTMAXES, Softmax
 from .function import differentiable
-from .reuse import is_spare, reusable
+from .reuse import is_large, is_unseen, place
 
 
 def _function(s: Softmax) -> Callable[..., Tensor]:
     run_forward, run_backward = primitives[s.name]
     aten_forward, aten_backward = ATEN[s.name]
-    over_output = ATEN_OVER_OUTPUT[s.name]
+    aten_into = ATEN_INTO[s.name]
     formula_backward, jvp_of = s.backward, s.jvp
 
     class Definition:
@@ -52,22 +52,22 @@ def _function(s: Softmax) -> Callable[..., Tensor]:
         @staticmethod
         def direct_forward(ctx: Any, x: Tensor, dim: int, dtype: torch.dtype | None) -> Tensor:
             y = aten_forward(x, dim, dtype)
-            ctx.save_for_backward(y)
-            ctx.set_materialize_grads(False)
+            ctx.to_save, ctx.materialize_grads = (y,), False  # what the methods set, without their frames
             ctx.dim, ctx.dtype = dim, x.dtype
-            ctx.reusable = y.dtype == x.dtype and reusable(y)
+            ctx.large = y.dtype == x.dtype and is_large(y)
+            ctx.may_take_saved = ctx.large and is_unseen()
             return y
 
         @staticmethod
         def direct_backward(ctx: Any, dy: Tensor) -> Any:
             (y,) = ctx.saved_tensors
-            if ctx.reusable and is_spare(y):
-                return over_output(dy, y, ctx.dim), None, None
+            if ctx.large and (dx := place(dy, y, ctx.may_take_saved)) is not None:
+                return aten_into(dx, dy, y, ctx.dim), None, None
             return aten_backward(dy, y, ctx.dim, ctx.dtype), None, None
 
     Definition.__name__ = s.name
     Definition.__doc__ = s.formula
-    return differentiable()(Definition)
+    return differentiable(unary=True)(Definition)
 
 
 _FUNCTIONS = {s.name: _function(s) for s in SOFTMAXES.values()}
