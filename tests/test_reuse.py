@@ -19,6 +19,7 @@ OPS = {
     "silu": F.silu,
     "softplus": F.softplus,
     "logsigmoid": F.logsigmoid,
+    "tanhshrink": F.tanhshrink,
     "hardshrink": F.hardshrink,
     "softshrink": F.softshrink,
     "threshold": lambda x: F.threshold(x, 0.1, -0.3),

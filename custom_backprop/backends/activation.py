@@ -10,31 +10,28 @@ from torch import Tensor
 
 from ..formulas.activation import ACTIVATIONS, SELU_ALPHA, SELU_SCALE, Activation
 from .kernels import kernels
-from .library import fold_batch, primitive
+from .library import builtin, fold_batch, primitive
 
 aten = torch.ops.aten
 
 
-def _op(packet: Any, overload: str = "default") -> Callable[..., Tensor]:
-    """An overload without the Python of its call."""
-    return getattr(packet, overload)._op
-
-
 def _into(packet: Any) -> Callable[..., Tensor]:
-    run = _op(packet, "grad_input")
+    run = builtin(packet, "grad_input")
     return lambda dx, dy, saved, *parameters: run(dy, saved, *parameters, grad_input=dx)
 
 
-_threshold_backward = _op(aten.threshold_backward)
-_hardtanh_backward = _op(aten.hardtanh_backward)
-_leaky_relu_backward = _op(aten.leaky_relu_backward)
-_elu_backward = _op(aten.elu_backward)
-_gelu_backward = _op(aten.gelu_backward)
-_threshold_into = _op(aten.threshold_backward, "grad_input")
-_hardtanh_into = _op(aten.hardtanh_backward, "grad_input")
-_leaky_relu_into = _op(aten.leaky_relu_backward, "grad_input")
-_elu_into = _op(aten.elu_backward, "grad_input")
-_gelu_into = _op(aten.gelu_backward, "grad_input")
+_threshold_backward = builtin(aten.threshold_backward)
+_hardtanh_backward = builtin(aten.hardtanh_backward)
+_leaky_relu_backward = builtin(aten.leaky_relu_backward)
+_elu_backward = builtin(aten.elu_backward)
+_gelu_backward = builtin(aten.gelu_backward)
+_log_sigmoid_backward = builtin(aten.log_sigmoid_backward)
+_threshold_into = builtin(aten.threshold_backward, "grad_input")
+_hardtanh_into = builtin(aten.hardtanh_backward, "grad_input")
+_leaky_relu_into = builtin(aten.leaky_relu_backward, "grad_input")
+_elu_into = builtin(aten.elu_backward, "grad_input")
+_gelu_into = builtin(aten.gelu_backward, "grad_input")
+_log_sigmoid_into = builtin(aten.log_sigmoid_backward, "grad_input")
 
 
 def _softsign(x: Tensor) -> Tensor:
@@ -87,22 +84,22 @@ ATEN: dict[str, tuple[Callable[..., Tensor], Callable[..., Tensor]]] = {
     "celu": (torch.celu, lambda dy, x, alpha: _elu_backward(dy, alpha, 1, 1 / alpha, False, x)),
     "gelu": (torch._C._nn.gelu, _gelu_backward),
     "gelu_tanh": (lambda x: torch._C._nn.gelu(x, approximate="tanh"), lambda dy, x: _gelu_backward(dy, x, approximate="tanh")),
-    "silu": (torch._C._nn.silu, _op(aten.silu_backward)),
-    "mish": (torch._C._nn.mish, _op(aten.mish_backward)),
-    "sigmoid": (torch.sigmoid, _op(aten.sigmoid_backward)),
+    "silu": (torch._C._nn.silu, builtin(aten.silu_backward)),
+    "mish": (torch._C._nn.mish, builtin(aten.mish_backward)),
+    "sigmoid": (torch.sigmoid, builtin(aten.sigmoid_backward)),
     "logsigmoid": (
         lambda x: torch._C._nn.softplus(x, *_LOGSIGMOID),
         lambda dy, x: aten.softplus_backward.default(dy, x, *_LOGSIGMOID),
     ),
     "hardsigmoid": (torch._C._nn.hardsigmoid, _hardsigmoid_backward),
-    "hardswish": (torch._C._nn.hardswish, _op(aten.hardswish_backward)),
+    "hardswish": (torch._C._nn.hardswish, builtin(aten.hardswish_backward)),
     "hardtanh": (torch._C._nn.hardtanh, _hardtanh_backward),
-    "tanh": (torch.tanh, _op(aten.tanh_backward)),
+    "tanh": (torch.tanh, builtin(aten.tanh_backward)),
     "tanhshrink": (_tanhshrink, _tanhshrink_backward),
-    "softplus": (torch._C._nn.softplus, _op(aten.softplus_backward)),
+    "softplus": (torch._C._nn.softplus, builtin(aten.softplus_backward)),
     "softsign": (_softsign, _softsign_backward),
-    "softshrink": (torch._C._nn.softshrink, _op(aten.softshrink_backward)),
-    "hardshrink": (torch.hardshrink, _op(aten.hardshrink_backward)),
+    "softshrink": (torch._C._nn.softshrink, builtin(aten.softshrink_backward)),
+    "hardshrink": (torch.hardshrink, builtin(aten.hardshrink_backward)),
     "threshold": (torch.threshold, lambda dy, x, threshold, value: _threshold_backward(dy, x, threshold)),
     "relu_squared": (_relu_squared, _relu_squared_backward),
 }
@@ -144,6 +141,25 @@ ATEN_INTO: dict[str, Callable[..., Tensor]] = {
     "softshrink": _into(aten.softshrink_backward),
     "hardshrink": _into(aten.hardshrink_backward),
     "threshold": lambda dx, dy, x, threshold, value: _threshold_into(dy, x, threshold, grad_input=dx),
+}
+
+
+def _tanhshrink_keeping(x: Tensor) -> tuple[Tensor, Tensor]:
+    t = torch.tanh(x)
+    return x - t, t
+
+
+def _tanhshrink_kept(dx: Tensor | None, dy: Tensor, x: Tensor, t: Tensor) -> Tensor:
+    return torch.mul(dy, t, out=dx).mul_(t)
+
+
+#: name -> (forward -> y and what backward would have to compute again, backward with that, into a dx that is dy or None)
+ATEN_KEEPING: dict[str, tuple[Callable[[Tensor], tuple[Tensor, Tensor]], Callable[..., Tensor]]] = {
+    "logsigmoid": (
+        builtin(aten.log_sigmoid_forward),
+        lambda dx, dy, x, buffer: _log_sigmoid_backward(dy, x, buffer) if dx is None else _log_sigmoid_into(dy, x, buffer, grad_input=dx),
+    ),
+    "tanhshrink": (_tanhshrink_keeping, _tanhshrink_kept),
 }
 
 

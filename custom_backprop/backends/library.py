@@ -114,6 +114,11 @@ batched, legacy_batched = torch._C._functorch.is_batchedtensor, torch._C._functo
 wrapped = torch._C._functorch.is_functorch_wrapped_tensor
 
 
+def builtin(packet: Any, overload: str = "default") -> Callable[..., Any]:
+    """An overload of one of PyTorch's operators, without the Python of its call."""
+    return getattr(packet, overload)._op
+
+
 def _unobserved(args: tuple[Any, ...]) -> bool:
     """Whether nobody could tell an operator of ours from the calls that it makes: neither subclass nor mode nor transformation."""
     return not (is_compiling() or modes() or functorch_active() or autocast_active()) and PLAIN.issuperset(map(type, args))

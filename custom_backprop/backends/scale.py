@@ -21,7 +21,8 @@ def _formula_(grad: Tensor, dy: Tensor) -> None:
     grad.copy_(_formula(grad, dy))
 
 
-def _aten_(grad: Tensor, dy: Tensor) -> None:
+def scale_aten_(grad: Tensor, dy: Tensor) -> None:
+    """What :data:`scale_` is on a CPU."""
     if dy.item() != 1:  # on a CPU reading a number is free; a pass over the gradient is not
         grad.mul_(dy)
 
@@ -45,7 +46,7 @@ scale = primitive(
 scale_ = primitive(
     "scale_(Tensor(a!) grad, Tensor dy) -> ()",
     formula=_formula_,
-    aten=_aten_,
+    aten=scale_aten_,
     triton=lambda grad, dy: kernels("scale").scale_(grad, dy),
     fake=lambda grad, dy: None,
 )

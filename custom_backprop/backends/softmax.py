@@ -13,7 +13,10 @@ from torch import Tensor
 
 from ..formulas.softmax import SOFTMAXES, Softmax
 from .kernels import kernels
-from .library import fold_batch, primitive
+from .library import builtin, fold_batch, primitive
+
+_softmax_backward_into = builtin(torch.ops.aten._softmax_backward_data, "out")
+_log_softmax_backward_into = builtin(torch.ops.aten._log_softmax_backward_data, "out")
 
 
 def _softmin(x: Tensor, dim: int, dtype: torch.dtype | None) -> Tensor:
@@ -41,14 +44,14 @@ ATEN: dict[str, tuple[Callable[..., Tensor], Callable[..., Tensor]]] = {
 
 
 def _softmax_into(dx: Tensor, dy: Tensor, y: Tensor, dim: int) -> Tensor:
-    return torch.ops.aten._softmax_backward_data.out(dy, y, dim, y.dtype, grad_input=dx)
+    return _softmax_backward_into(dy, y, dim, y.dtype, grad_input=dx)
 
 
 #: name -> the backward of one dtype that writes into a dx that is dy or y itself: a row is read whole before it is written
 ATEN_INTO: dict[str, Callable[..., Tensor]] = {
     "softmax": _softmax_into,
     "softmin": lambda dx, dy, y, dim: _softmax_into(dx, dy, y, dim).neg_(),
-    "log_softmax": lambda dx, dy, y, dim: torch.ops.aten._log_softmax_backward_data.out(dy, y, dim, y.dtype, out=dx),
+    "log_softmax": lambda dx, dy, y, dim: _log_softmax_backward_into(dy, y, dim, y.dtype, out=dx),
 }
 
 

@@ -10,10 +10,10 @@ import torch
 from torch import Tensor
 from torch.autograd import forward_ad
 
-from ..backends.activation import ATEN, ATEN_INTO, in_place, primitives
+from ..backends.activation import ATEN, ATEN_INTO, ATEN_KEEPING, in_place, primitives
 from ..formulas.activation import ACTIVATIONS, Activation
 from .function import differentiable
-from .reuse import is_large, is_unseen, place
+from .reuse import LEAST, is_unseen, place
 
 #: activations that torch's autocast computes in float32 on a GPU
 _FLOAT32_ON_CUDA = {"softplus"}
@@ -67,7 +67,7 @@ def _function(a: Activation) -> Callable[..., Tensor]:
         def backward(ctx: Any, dy: Tensor | None) -> Any:
             if dy is None:
                 return None, *no_gradients
-            (saved,) = ctx.saved_tensors
+            saved, *_ = ctx.saved_tensors
             run = formula_backward if torch.is_grad_enabled() else run_backward
             return run(dy, saved, *ctx.parameters), *no_gradients
 
@@ -85,7 +85,7 @@ def _function(a: Activation) -> Callable[..., Tensor]:
             y = aten_forward(x, *parameters)
             ctx.to_save, ctx.materialize_grads = (y if saves_output else x,), False  # what the methods set, without their frames
             ctx.parameters = parameters
-            ctx.large = aten_into is not None and is_large(y)
+            ctx.large = aten_into is not None and y.numel() >= LEAST
             ctx.may_take_saved = ctx.large and saves_output and is_unseen()
             return y
 
@@ -96,6 +96,9 @@ def _function(a: Activation) -> Callable[..., Tensor]:
                 return aten_into(dx, dy, saved, *ctx.parameters), *no_gradients  # type: ignore[misc]
             return aten_backward(dy, saved, *ctx.parameters), *no_gradients
 
+    if a.name in ATEN_KEEPING:
+        _keep(Definition, *ATEN_KEEPING[a.name])
+
     def prepare(x: Any, *parameters: Any) -> tuple[Any, ...]:
         check(a.name, x)
         return x, *numbers(a.name, parameters)
@@ -104,6 +107,22 @@ def _function(a: Activation) -> Callable[..., Tensor]:
     Definition.__doc__ = a.formula
     policy = "float32" if a.name in _FLOAT32_ON_CUDA else None
     return differentiable(autocast_cuda=policy, unary=True, prepare=prepare)(Definition)
+
+
+def _keep(definition: Any, forward: Callable[..., tuple[Tensor, Tensor]], backward: Callable[..., Tensor]) -> None:
+    """The direct face of an activation whose forward has in hand what backward needs, and would pay for a second time."""
+
+    def direct_forward(ctx: Any, x: Tensor) -> Tensor:
+        y, kept = forward(x)
+        ctx.to_save, ctx.materialize_grads, ctx.parameters = (x, kept), False, ()
+        ctx.large = y.numel() >= LEAST
+        return y
+
+    def direct_backward(ctx: Any, dy: Tensor) -> Tensor:
+        x, kept = ctx.saved_tensors
+        return backward(place(dy, x, False) if ctx.large else None, dy, x, kept)
+
+    definition.direct_forward, definition.direct_backward = staticmethod(direct_forward), staticmethod(direct_backward)
 
 
 #: activations whose derivative is the same at y as at x, for such parameters: in place they need no copy of x

@@ -12,7 +12,7 @@ from ..formulas import cross_entropy as formula
 from ..formulas.cross_entropy import GRADIENT, NOTHING, STATISTICS
 from ..formulas.loss import NONE
 from .function import differentiable
-from .held import holds, release
+from .held import holds, release, release_directly
 
 
 def _check_dtype(name: str, x: Tensor, weight: Tensor | None) -> None:
@@ -132,6 +132,8 @@ class CrossEntropy:
     @staticmethod
     def direct_backward(ctx: Any, dy: Tensor) -> Any:
         reduction, ignore_index, _, keep = ctx.options
+        if keep == GRADIENT:
+            return release_directly(ctx.saved_tensors[3], dy), None, None, None, None, None, None
         if keep != LOG_PROBABILITIES:
             return CrossEntropy.backward(ctx, dy)
         _, target, weight, log_p, total = ctx.saved_tensors

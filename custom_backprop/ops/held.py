@@ -11,7 +11,7 @@ from torch import Tensor
 from torch.autograd import forward_ad
 
 from ..backends.library import is_batched
-from ..backends.scale import scale, scale_
+from ..backends.scale import scale, scale_, scale_aten_
 
 _keeps_graph = torch._C._autograd._get_current_graph_task_keep_graph
 
@@ -42,4 +42,12 @@ def release(grad: Tensor, dy: Tensor) -> Tensor:
     if _keeps_graph():
         return scale(grad, dy)
     scale_(grad, dy)
+    return grad
+
+
+def release_directly(grad: Tensor, dy: Tensor) -> Tensor:
+    """The same for a dy that is a plain CPU tensor, as ``direct_backward`` has it."""
+    if _keeps_graph():
+        return grad * dy
+    scale_aten_(grad, dy)
     return grad

@@ -12,7 +12,7 @@ from ..backends.activation import ATEN, ATEN_IN_PLACE, ATEN_INTO
 from ..formulas import linear as formula
 from ..formulas.activation import ACTIVATIONS
 from .function import differentiable, wanted
-from .reuse import is_large, is_unseen, place
+from .reuse import LEAST, is_unseen, place
 
 _product = torch.nn.functional.linear
 
@@ -113,7 +113,7 @@ class OfInput:
         z = _product(x, weight, bias)
         ctx.save_for_backward(x, weight, bias, z)
         ctx.function = activation, parameters
-        ctx.large, ctx.may_take_saved = activation in ATEN_INTO and is_large(z), False
+        ctx.large, ctx.may_take_saved = activation in ATEN_INTO and z.numel() >= LEAST, False
         ctx.set_materialize_grads(False)
         return ATEN[activation][0](z, *parameters)
 
@@ -149,7 +149,7 @@ class OfOutput:
         y = ATEN_IN_PLACE[activation](_product(x, weight, bias), *parameters)
         ctx.save_for_backward(x, weight, None, y)
         ctx.function = activation, parameters
-        ctx.large = is_large(y)
+        ctx.large = y.numel() >= LEAST
         ctx.may_take_saved = ctx.large and is_unseen()
         ctx.set_materialize_grads(False)
         return y

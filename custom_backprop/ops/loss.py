@@ -15,7 +15,7 @@ from ..backends.library import is_batched
 from ..backends.loss import ATEN, primitives
 from ..formulas.loss import LOSSES, NONE, Loss
 from .function import differentiable, wanted
-from .held import holds, release
+from .held import holds, release, release_directly
 
 
 def _definition(loss: Loss) -> type:
@@ -69,6 +69,13 @@ def _definition(loss: Loss) -> type:
             output = aten_forward(*args)
             Definition.setup_context(ctx, args, output)
             return output[0]
+
+        @staticmethod
+        def direct_backward(ctx: Any, dy: Tensor) -> Any:
+            held = ctx.saved_tensors[4]
+            if held is None or True in ctx.needs_input_grad[1:4]:
+                return Definition.backward(ctx, dy)
+            return release_directly(held, dy), None, None, None, *no_gradients
 
     Definition.__name__ = loss.name
     Definition.__doc__ = loss.formula

@@ -20,20 +20,16 @@ from torch import Tensor
 
 from .function import differentiable
 
-#: the fewest elements for which to ask costs less than it saves
-LEAST = 2**15
-
 _keeps_graph = torch._C._autograd._get_current_graph_task_keep_graph
 _hooks = torch._C._autograd._top_saved_tensors_default_hooks
 _use_count = torch._C._storage_Use_Count
+_refcount = sys.getrefcount
 _counts_are_exact = getattr(sys, "_is_gil_enabled", lambda: True)()
 
+#: the fewest elements of a tensor for which backward is to ask :func:`place`: below, to ask costs more than it saves
+LEAST = 2**15 if _counts_are_exact else sys.maxsize
+
 Owners = tuple[int, ...]
-
-
-def is_large(y: Tensor) -> bool:
-    """Whether backward is to ask :func:`place` at all."""
-    return y.numel() >= LEAST and _counts_are_exact
 
 
 def is_unseen() -> bool:
@@ -46,31 +42,32 @@ def place(dy: Tensor, saved: Tensor, may_take_saved: bool) -> Tensor | None:
 
     Args:
         dy, saved: the incoming gradient, and a saved tensor of its shape.
-        may_take_saved: ``saved`` is an output that :func:`is_unseen` said yes to.
+        may_take_saved: forward made ``saved``, and :func:`is_unseen` said yes to it.
     """
-    alone_dy, alone_saved = _alone()
-    if dy.dtype == saved.dtype and _same_layout(dy, saved) and _owners(dy) == alone_dy and not dy.is_shared():
+    if (
+        dy.dtype is saved.dtype
+        and dy.layout is torch.strided
+        and ((dy.is_contiguous() and saved.is_contiguous()) or _both_channels_last(dy, saved))
+        and _owners(dy) == _alone()[0]
+    ):
         return dy
-    if may_take_saved and not _keeps_graph() and _storage_owners(saved) == alone_saved and not saved.is_shared():
+    if may_take_saved and not _keeps_graph() and _storage_owners(saved) == _alone()[1]:
         return saved
     return None
 
 
 def _owners(t: Tensor) -> Owners:
-    return t._use_count(), sys.getrefcount(t), *_storage_owners(t)  # type: ignore[attr-defined]
+    storage = t.untyped_storage()
+    return t._use_count(), _refcount(t), _use_count(storage._cdata), _refcount(storage), storage.is_shared()  # type: ignore[attr-defined]
 
 
 def _storage_owners(t: Tensor) -> Owners:
     storage = t.untyped_storage()
-    return _use_count(storage._cdata), sys.getrefcount(storage)
+    return _use_count(storage._cdata), _refcount(storage), storage.is_shared()
 
 
-def _same_layout(dy: Tensor, saved: Tensor) -> bool:
-    if dy.layout is not torch.strided:
-        return False
-    if dy.is_contiguous():
-        return saved.is_contiguous()
-    return dy.stride() == saved.stride() and dy.dim() == 4 and dy.is_contiguous(memory_format=torch.channels_last)
+def _both_channels_last(dy: Tensor, saved: Tensor) -> bool:
+    return dy.dim() == 4 and dy.stride() == saved.stride() and dy.is_contiguous(memory_format=torch.channels_last)
 
 
 @functools.cache

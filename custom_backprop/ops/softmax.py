@@ -12,7 +12,7 @@ from torch import Tensor
 from ..backends.softmax import ATEN, ATEN_INTO, primitives
 from ..formulas.softmax import SOFTMAXES, Softmax
 from .function import differentiable
-from .reuse import is_large, is_unseen, place
+from .reuse import LEAST, is_unseen, place
 
 
 def _function(s: Softmax) -> Callable[..., Tensor]:
@@ -54,7 +54,7 @@ def _function(s: Softmax) -> Callable[..., Tensor]:
             y = aten_forward(x, dim, dtype)
             ctx.to_save, ctx.materialize_grads = (y,), False  # what the methods set, without their frames
             ctx.dim, ctx.dtype = dim, x.dtype
-            ctx.large = y.dtype == x.dtype and is_large(y)
+            ctx.large = y.dtype == x.dtype and y.numel() >= LEAST
             ctx.may_take_saved = ctx.large and is_unseen()
             return y
 
