@@ -102,7 +102,7 @@ def test_info_nce_negatives(negatives, backend):
 
 
 def test_info_nce_in_chunks(monkeypatch, backend):
-    monkeypatch.setattr(primitives, "CHUNK", 16)
+    monkeypatch.setattr(primitives, "SIMILARITIES", 16)
     compare(functional.info_nce, stock_info_nce, [normal(9, 3), normal(9, 3)])
     compare(functional.info_nce, stock_info_nce, [normal(9, 3), normal(9, 3), normal(9, 2, 3)])
 

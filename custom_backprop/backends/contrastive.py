@@ -17,13 +17,15 @@ from ..formulas.loss import MEAN, NONE, SUM, reduced
 from ..formulas.precision import HALF, wide, widen
 from .library import launcher, primitive
 
-#: elements of a chunk: half a MiB of float32
+#: elements of a chunk of differences: half a MiB of float32
 CHUNK = 2**17
+#: and of similarities: the product that makes them wants more rows
+SIMILARITIES = 2**19
 
 
-def _chunks(count: int, width: int) -> Iterator[slice]:
-    """``count`` rows of ``width`` numbers, a chunk at a time."""
-    step = max(1, CHUNK // max(width, 1))
+def _chunks(count: int, width: int, size: int) -> Iterator[slice]:
+    """``count`` rows of ``width`` numbers, about ``size`` numbers at a time."""
+    step = max(1, size // max(width, 1))
     return (slice(i, i + step) for i in range(0, count, step))
 
 
@@ -32,7 +34,7 @@ def _triplet_forward(
 ) -> tuple[Tensor, Tensor]:
     flat = [rows(t) for t in (a, p, n)]
     d = a.new_empty((3 if swap else 2, len(flat[0])), dtype=wide(a.dtype))
-    for part in _chunks(*flat[0].shape):
+    for part in _chunks(*flat[0].shape, CHUNK):
         a_, p_, n_ = (widen(t[part]) for t in flat)
         for (x, y), out in zip(formula.pairs(a_, p_, n_, swap), d, strict=True):
             out[part] = torch.linalg.vector_norm(torch.sub(x, y).add_(eps), order, dim=-1)
@@ -48,7 +50,7 @@ def _triplet_backward(
     grads = [a.new_empty(a.shape) if need else a.new_empty(0) for need in needs]
     dy = dy.reshape(-1) if reduction == NONE else dy / len(flat[0]) if reduction == MEAN else dy
     d = d.reshape(len(d), -1)
-    for part in _chunks(*flat[0].shape):
+    for part in _chunks(*flat[0].shape, CHUNK):
         share, which = (dy[part], NONE) if reduction == NONE else (dy, SUM)
         a_, p_, n_ = (t[part] for t in flat)
         if order == 2 and not swap and a.dtype not in HALF:
@@ -94,7 +96,7 @@ def _info_nce(
     index = (torch.arange(count, device=q.device) if n is None else q.new_zeros(count, dtype=torch.int64)).unsqueeze(1)
     G = q.new_empty((count, width) if keep else 0)
     losses = q_.new_empty(count)
-    for part in _chunks(count, width):
+    for part in _chunks(count, width, SIMILARITIES):
         # the keys are everyone's; positives and negatives of one's own are of this chunk
         keys, negatives = (k_, None) if n_ is None else (k_[part], n_ if n_.dim() == 2 else n_[part])
         s, t = formula.logits(q_[part], keys, negatives, temperature), index[part]
