@@ -191,6 +191,18 @@ def test_a_dy_that_the_next_layer_keeps_keeps_its_values(op, x, holder):
     assert torch.equal(look(stash[0]), 2 * w if holder != "a view" else 2 * w[1:])
 
 
+def test_a_dy_in_shared_memory_keeps_its_values(op, x):
+    """Another process may read it, whom no count here knows of."""
+    stash, w = [], torch.randn(ROWS, COLUMNS)
+
+    def handle(made):
+        return torch.multiprocessing.reductions.reduce_tensor(made.share_memory_())
+
+    Kept.apply(op(x), handle, stash).mul(w).sum().backward()
+    rebuild, args = stash[0]
+    assert torch.equal(rebuild(*args), 2 * w)
+
+
 def by_hook(y, w):
     seen = []
     y.register_hook(seen.append)
