@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import pytest
 import torch
+import torch._dynamo
 
 import custom_backprop.functional as F
 from custom_backprop import nn
+from custom_backprop.ops import reuse
 from custom_backprop.ops.reuse import LEAST
 
 ROWS, COLUMNS = 129, LEAST // 128
@@ -156,6 +158,25 @@ def test_the_gradient_takes_the_place_of_a_dy_that_nobody_holds(name, x):
     (dx,) = torch.autograd.grad((y * w).sum(), x)
     assert places == [dx.data_ptr()]
     assert torch.equal(dx, expected)
+
+
+@pytest.mark.parametrize("compiled_first", [True, False])
+def test_a_call_costs_other_references_while_dynamo_evaluates_frames(compiled_first, x):
+    """CPython then holds the arguments of a Python call twice. What was observed in one state must hold in the other."""
+    states = [lambda f: f(), lambda f: torch._dynamo.run(f)()]
+    w = torch.randn(ROWS, COLUMNS)
+    reuse._alone.cache_clear()
+    for state in reversed(states) if compiled_first else states:
+        y = F.silu(x)
+        places = []
+        y.register_hook(lambda dy, places=places: places.append(dy.data_ptr()))
+        loss = (y * w).sum()
+        (dx,) = state(lambda loss=loss: torch.autograd.grad(loss, x))
+        assert places == [dx.data_ptr()]
+        stash = []
+        loss = Kept.apply(F.silu(x), lambda made: made, stash).mul(w).sum()
+        state(lambda loss=loss: torch.autograd.grad(loss, x))
+        assert torch.equal(stash[0], 2 * w)
 
 
 def test_channels_last_stays_so():

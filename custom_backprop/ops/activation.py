@@ -92,7 +92,7 @@ def _function(a: Activation) -> Callable[..., Tensor]:
         @staticmethod
         def direct_backward(ctx: Any, dy: Tensor) -> Any:
             (saved,) = ctx.saved_tensors
-            if ctx.large and (dx := place(dy, saved, ctx.may_take_saved)) is not None:
+            if ctx.large and (dx := place(ctx.references, dy, saved, ctx.may_take_saved)) is not None:
                 return aten_into(dx, dy, saved, *ctx.parameters), *no_gradients  # type: ignore[misc]
             return aten_backward(dy, saved, *ctx.parameters), *no_gradients
 
@@ -106,7 +106,7 @@ def _function(a: Activation) -> Callable[..., Tensor]:
     Definition.__name__ = a.name
     Definition.__doc__ = a.formula
     policy = "float32" if a.name in _FLOAT32_ON_CUDA else None
-    return differentiable(autocast_cuda=policy, unary=True, prepare=prepare)(Definition)
+    return differentiable(autocast_cuda=policy, unary=True, overwrites=True, prepare=prepare)(Definition)
 
 
 def _keep(definition: Any, forward: Callable[..., tuple[Tensor, Tensor]], backward: Callable[..., Tensor]) -> None:
@@ -120,7 +120,7 @@ def _keep(definition: Any, forward: Callable[..., tuple[Tensor, Tensor]], backwa
 
     def direct_backward(ctx: Any, dy: Tensor) -> Tensor:
         x, kept = ctx.saved_tensors
-        return backward(place(dy, x, False) if ctx.large else None, dy, x, kept)
+        return backward(place(ctx.references, dy, x, False) if ctx.large else None, dy, x, kept)
 
     definition.direct_forward, definition.direct_backward = staticmethod(direct_forward), staticmethod(direct_backward)
 

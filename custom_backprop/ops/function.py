@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Callable, Sequence
+from sys import getrefcount
 from typing import Any
 
 import torch
@@ -31,6 +32,7 @@ def differentiable(
     autocast_cuda: str | None = None,
     keeps: bool = False,
     unary: bool = False,
+    overwrites: bool = False,
     prepare: Callable[..., tuple[Any, ...]] | None = None,
 ) -> Callable[[type], Callable[..., Any]]:
     """Class decorator: a definition (static methods ``forward``, ``setup_context``, ``backward``, ``jvp``) -> the callable op.
@@ -44,6 +46,8 @@ def differentiable(
         keeps: ``forward`` returns ``(y, kept)`` and the op y alone: ``kept`` is for ``setup_context`` to save. Only where a
             transformation must see it is it an output of the Function, to which autograd would attach as much as to y.
         unary: only the first argument is a tensor, and autocast does nothing to it on a CPU.
+        overwrites: ``direct_backward`` may write over dy (see ``reuse.py``): where ``direct_forward`` set ``ctx.large``, it finds the
+            references to dy in ``ctx.references``.
         prepare: checks and converts the arguments, on the way to every face but the direct one.
     """
     policies = {"cpu": autocast_cpu, "cuda": autocast_cuda}
@@ -107,6 +111,9 @@ def differentiable(
                     and selection._forced in BY_ATEN
                     and (unary or not autocast_active())
                 ):
+                    if overwrites and ctx.large:
+                        # here, where the engine calls: what a call from Python adds depends on who evaluates frames (Dynamo sets that)
+                        ctx.references = getrefcount(dy)
                     return direct_backward(ctx, dy)  # type: ignore[misc]
                 return backward(ctx, dy)
 

@@ -77,7 +77,7 @@ linear = differentiable(autocast_cpu="lower", autocast_cuda="lower")(Linear)
 def _direct_backward(ctx: Any, dy: Tensor) -> Any:
     x, weight, _, saved = ctx.saved_tensors
     activation, parameters = ctx.function
-    if ctx.large and (dz := place(dy, saved, ctx.may_take_saved)) is not None:
+    if ctx.large and (dz := place(ctx.references, dy, saved, ctx.may_take_saved)) is not None:
         ATEN_INTO[activation](dz, dy, saved, *parameters)
     else:
         dz = ATEN[activation][1](dy, saved, *parameters)
@@ -187,8 +187,8 @@ def _activation_jvp(ctx: Any, tangents: tuple[Tensor | None, ...]) -> Tensor | N
     return None if tz is None else ACTIVATIONS[activation].backward(tz, saved, *parameters)
 
 
-_of_input = differentiable(autocast_cpu="lower", autocast_cuda="lower", keeps=True)(OfInput)
-_of_output = differentiable(autocast_cpu="lower", autocast_cuda="lower")(OfOutput)
+_of_input = differentiable(autocast_cpu="lower", autocast_cuda="lower", keeps=True, overwrites=True)(OfInput)
+_of_output = differentiable(autocast_cpu="lower", autocast_cuda="lower", overwrites=True)(OfOutput)
 
 
 def linear_activation(x: Tensor, weight: Tensor, bias: Tensor | None, activation: str, parameters: tuple[float, ...]) -> Tensor:

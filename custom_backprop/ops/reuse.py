@@ -23,7 +23,6 @@ from .function import differentiable
 _keeps_graph = torch._C._autograd._get_current_graph_task_keep_graph
 _hooks = torch._C._autograd._top_saved_tensors_default_hooks
 _use_count = torch._C._storage_Use_Count
-_refcount = sys.getrefcount
 _counts_are_exact = getattr(sys, "_is_gil_enabled", lambda: True)()
 
 #: the fewest elements of a tensor for which backward is to ask :func:`place`: below, to ask costs more than it saves
@@ -37,10 +36,11 @@ def is_unseen() -> bool:
     return _hooks(True) is None
 
 
-def place(dy: Tensor, saved: Tensor, may_take_saved: bool) -> Tensor | None:
-    """The tensor that dx is to be written over: dy, ``saved``, or None if others hold both. To be called by ``direct_backward`` itself.
+def place(references: int, dy: Tensor, saved: Tensor, may_take_saved: bool) -> Tensor | None:
+    """The tensor that dx is to be written over: dy, ``saved``, or None if others hold both.
 
     Args:
+        references: to the Python object of dy, ``ctx.references``.
         dy, saved: the incoming gradient, and a saved tensor of its shape.
         may_take_saved: forward made ``saved``, and :func:`is_unseen` said yes to it.
     """
@@ -48,7 +48,7 @@ def place(dy: Tensor, saved: Tensor, may_take_saved: bool) -> Tensor | None:
         dy.dtype is saved.dtype
         and dy.layout is torch.strided
         and ((dy.is_contiguous() and saved.is_contiguous()) or _both_channels_last(dy, saved))
-        and _owners(dy) == _alone()[0]
+        and _owners(references, dy) == _alone()[0]
     ):
         return dy
     if may_take_saved and not _keeps_graph() and _storage_owners(saved) == _alone()[1]:
@@ -56,14 +56,13 @@ def place(dy: Tensor, saved: Tensor, may_take_saved: bool) -> Tensor | None:
     return None
 
 
-def _owners(t: Tensor) -> Owners:
-    storage = t.untyped_storage()
-    return t._use_count(), _refcount(t), _use_count(storage._cdata), _refcount(storage), storage.is_shared()  # type: ignore[attr-defined]
+def _owners(references: int, dy: Tensor) -> Owners:
+    return references, dy._use_count(), *_storage_owners(dy)  # type: ignore[attr-defined]
 
 
 def _storage_owners(t: Tensor) -> Owners:
     storage = t.untyped_storage()
-    return _use_count(storage._cdata), _refcount(storage), storage.is_shared()
+    return _use_count(storage._cdata), sys.getrefcount(storage), storage.is_shared()
 
 
 def _both_channels_last(dy: Tensor, saved: Tensor) -> bool:
@@ -74,9 +73,6 @@ def _both_channels_last(dy: Tensor, saved: Tensor) -> bool:
 def _alone() -> tuple[Owners, Owners]:
     """The owners of a dy and of the storage of a saved output that one backward alone holds, as :func:`place` counts them."""
     seen: list[tuple[Owners, Owners]] = []
-
-    def observe(dy: Tensor, saved: Tensor, may_take_saved: bool) -> None:
-        seen.append((_owners(dy), _storage_owners(saved)))
 
     class Definition:
         @staticmethod
@@ -97,16 +93,17 @@ def _alone() -> tuple[Owners, Owners]:
         def direct_forward(ctx: Any, x: Tensor) -> Tensor:
             y = x.clone()
             ctx.save_for_backward(y)
+            ctx.large = True
             return y
 
         @staticmethod
         def direct_backward(ctx: Any, dy: Tensor) -> Tensor:
             (saved,) = ctx.saved_tensors
-            observe(dy, saved, True)
+            seen.append((_owners(ctx.references, dy), _storage_owners(saved)))
             return dy.clone()
 
     with torch.enable_grad():
         x = torch.zeros(1, requires_grad=True)
-        loss = differentiable(unary=True)(Definition)(x).neg()
+        loss = differentiable(unary=True, overwrites=True)(Definition)(x).neg()
     torch.autograd.grad(loss, x)
     return seen[0]

@@ -61,13 +61,13 @@ def _function(s: Softmax) -> Callable[..., Tensor]:
         @staticmethod
         def direct_backward(ctx: Any, dy: Tensor) -> Any:
             (y,) = ctx.saved_tensors
-            if ctx.large and (dx := place(dy, y, ctx.may_take_saved)) is not None:
+            if ctx.large and (dx := place(ctx.references, dy, y, ctx.may_take_saved)) is not None:
                 return aten_into(dx, dy, y, ctx.dim), None, None
             return aten_backward(dy, y, ctx.dim, ctx.dtype), None, None
 
     Definition.__name__ = s.name
     Definition.__doc__ = s.formula
-    return differentiable(unary=True)(Definition)
+    return differentiable(unary=True, overwrites=True)(Definition)
 
 
 _FUNCTIONS = {s.name: _function(s) for s in SOFTMAXES.values()}
