@@ -121,11 +121,11 @@ def test_backward_under_autocast_is_not_cast_again(backend):
         torch.testing.assert_close(g, e, rtol=0, atol=0)
 
 
-def with_a_direct_face():
+def with_a_direct_face(**options):
     """An op x² that tells which of its ways were taken."""
     ways = []
 
-    @differentiable(autocast_cpu="lower")
+    @differentiable(**({"autocast_cpu": "lower"} | options))
     class Square:
         @staticmethod
         def forward(x):
@@ -181,12 +181,14 @@ class Tagged(torch.Tensor):
     """A subclass that could listen."""
 
 
-def test_who_listens_meets_the_general_face():
-    op, ways = with_a_direct_face()
+@pytest.mark.parametrize("unary", [False, True])
+def test_who_listens_meets_the_general_face(unary):
+    op, ways = with_a_direct_face(unary=unary)
     x = torch.randn(5, requires_grad=True)
     op(x.detach().as_subclass(Tagged))
-    with torch.autocast("cpu"):
-        op(x)
+    if not unary:
+        with torch.autocast("cpu"):
+            op(x)
     with torch.utils.flop_counter.FlopCounterMode(display=False):
         op(x)
     with use_backend("formula"):
@@ -216,7 +218,22 @@ def test_a_backward_that_is_watched_or_differentiated_is_the_general_one():
         y.backward(torch.ones(5))
     with torch.autocast("cpu"):
         op(x).sum().backward()
+    y = op(x)
+    with Operators():
+        torch.autograd.grad(y, x, torch.ones(5), retain_graph=True)
+    torch.vmap(lambda dy: torch.autograd.grad(y, x, dy, retain_graph=True)[0])(torch.eye(5))
     assert "direct backward" not in ways
+
+
+@pytest.mark.parametrize("name", ["logsigmoid", "tanhshrink"])
+def test_a_second_derivative_where_forward_keeps_what_the_first_needs(name):
+    x, w = torch.randn(2, 7, dtype=torch.float64).unbind()
+    x.requires_grad_()
+    found = []
+    for module in (functional, torch.nn.functional):
+        (dx,) = torch.autograd.grad((getattr(module, name)(x) * w).sum(), x, create_graph=True)
+        found.append((dx, *torch.autograd.grad((dx * w).sum(), x)))
+    torch.testing.assert_close(*found)
 
 
 #: an op whose values stock gives where nothing wants a gradient, and what else it takes

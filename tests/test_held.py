@@ -7,6 +7,7 @@ import torch
 from conftest import DEVICE
 from torch.utils.checkpoint import checkpoint
 
+from custom_backprop import functional
 from custom_backprop.extend import differentiable
 from custom_backprop.ops.held import holds, release
 
@@ -82,6 +83,22 @@ def test_a_retained_graph_keeps_it(backend):
     assert torch.equal(third, kept)
     with pytest.raises(RuntimeError, match="second time"):
         torch.autograd.grad(y, x, three)
+
+
+@pytest.mark.parametrize("name", ["mse_loss", "cross_entropy"])
+def test_a_kept_graph_keeps_what_a_plain_cpu_tensor_holds(name):
+    x = torch.randn(9, 5, device=DEVICE, requires_grad=True)
+    target = torch.rand(9, 5, device=DEVICE)
+    found = []
+    for module in (functional, torch.nn.functional):
+        y = getattr(module, name)(x, target)
+        grads = []
+        for dy in (3.0, 1.0, -2.0):
+            (dx,) = torch.autograd.grad(y, x, torch.tensor(dy, device=DEVICE), retain_graph=True)
+            grads.append(dx.clone())
+            dx.zero_()
+        found.append(grads)
+    torch.testing.assert_close(*found)
 
 
 def test_accumulates_over_two_losses():
