@@ -37,6 +37,19 @@ def stock(spec):
     return getattr(F, spec.name, spec.reference)
 
 
+@pytest.mark.parametrize(
+    ("name", "parameters"), [("hardtanh", (-0.4, 0.7)), ("threshold", (0.4, 0.1)), ("softshrink", (0.4,)), ("hardshrink", (0.4,))]
+)
+def test_a_bound_that_float32_does_not_hold(name, parameters, backend):
+    """Of float64, exactly at the bound and next to it. triton before 3.9 compares with the bound rounded to float32."""
+    bounds = torch.tensor([-0.7, -0.4, 0.4, 0.7], dtype=torch.float64, device=DEVICE)
+    x = torch.cat([bounds, bounds.nextafter(bounds * 2), bounds.nextafter(bounds * 0)])
+    for ours, theirs in zip(
+        *(value_and_gradient(lambda v, m=m: getattr(m, name)(v, *parameters), x, {}) for m in (functional, F)), strict=True
+    ):
+        assert torch.equal(ours, theirs)
+
+
 def value_and_gradient(function, x, kwargs, dy=None):
     """In the strides of x, for dy or 0.75 everywhere."""
     x = x.detach().requires_grad_()

@@ -23,6 +23,12 @@ def upcast(x):
 
 
 @triton.jit
+def constant(value, x):
+    """In the dtype of x. A comparison would take a number in float32, whatever it is compared with (triton before 3.9)."""
+    return tl.full((), value, x.dtype)
+
+
+@triton.jit
 def log1p(u):
     """log(1 + u) for u >= 0, without the loss of 1 + u: the rounding of w = 1 + u cancels in log(w) / (w - 1)."""
     w = 1 + u
@@ -49,12 +55,13 @@ def relu_derivative(y, A, B):
 
 @triton.jit
 def hardtanh(x, A, B):
-    return tl.where(x < A, A, tl.where(x > B, B, x))
+    a, b = constant(A, x), constant(B, x)
+    return tl.where(x < a, a, tl.where(x > b, b, x))
 
 
 @triton.jit
 def hardtanh_derivative(y, A, B):
-    return tl.where((y <= A) | (y >= B), 0.0, 1.0).to(y.dtype)
+    return tl.where((y <= constant(A, y)) | (y >= constant(B, y)), 0.0, 1.0).to(y.dtype)
 
 
 @triton.jit
@@ -79,12 +86,12 @@ def leaky_relu_derivative(x, A, B):
 
 @triton.jit
 def threshold(x, A, B):
-    return tl.where(x <= A, B, x)
+    return tl.where(x <= constant(A, x), B, x)
 
 
 @triton.jit
 def threshold_derivative(x, A, B):
-    return tl.where(x <= A, 0.0, 1.0).to(x.dtype)
+    return tl.where(x <= constant(A, x), 0.0, 1.0).to(x.dtype)
 
 
 @triton.jit
@@ -271,17 +278,20 @@ def softsign_derivative(x, A, B):
 
 @triton.jit
 def softshrink(x, A, B):
-    return tl.where(x > A, x - A, tl.where(x < -A, x + A, x * 0))
+    a = constant(A, x)
+    return tl.where(x > a, x - a, tl.where(x < -a, x + a, x * 0))
 
 
 @triton.jit
 def hardshrink(x, A, B):
-    return tl.where((x >= -A) & (x <= A), 0.0, x)
+    a = constant(A, x)
+    return tl.where((x >= -a) & (x <= a), 0.0, x)
 
 
 @triton.jit
 def shrink_derivative(x, A, B):
-    return tl.where((x >= -A) & (x <= A), 0.0, 1.0).to(x.dtype)
+    a = constant(A, x)
+    return tl.where((x >= -a) & (x <= a), 0.0, 1.0).to(x.dtype)
 
 
 #: name -> (value, derivative of the saved tensor)

@@ -15,7 +15,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .activation import BLOCK, like, log1p, upcast
+from .activation import BLOCK, constant, like, log1p, upcast
 from .launch import accumulator, cdiv, launch, multiprocessors, next_power_of_2
 
 NONE, MEAN = 0, 1
@@ -65,7 +65,7 @@ def l1_loss_dx(x, t, v, A, B, C):
 @triton.jit
 def smooth_l1_loss(x, t, v, A, B, C):
     a = tl.abs(x - t)
-    return tl.where(a < A, 0.5 * a * a / A, a - 0.5 * A)
+    return tl.where(a < constant(A, a), 0.5 * a * a / A, a - 0.5 * A)
 
 
 @triton.jit
@@ -77,13 +77,14 @@ def smooth_l1_loss_dx(x, t, v, A, B, C):
 @triton.jit
 def huber_loss(x, t, v, A, B, C):
     a = tl.abs(x - t)
-    return tl.where(a <= A, 0.5 * a * a, A * (a - 0.5 * A))
+    return tl.where(a <= constant(A, a), 0.5 * a * a, A * (a - 0.5 * A))
 
 
 @triton.jit
 def huber_loss_dx(x, t, v, A, B, C):
     d = x - t
-    return tl.where(d > A, A, tl.where(d < -A, -A, d))
+    limit = constant(A, d)
+    return tl.where(d > limit, limit, tl.where(d < -limit, -limit, d))
 
 
 @triton.jit
