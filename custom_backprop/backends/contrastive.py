@@ -34,7 +34,7 @@ def _triplet_forward(
 ) -> tuple[Tensor, Tensor]:
     flat = [rows(t) for t in (a, p, n)]
     d = a.new_empty((3 if swap else 2, len(flat[0])), dtype=wide(a.dtype))
-    for part in _chunks(*flat[0].shape, CHUNK):
+    for part in _chunks(len(flat[0]), flat[0].shape[1], CHUNK):
         a_, p_, n_ = (widen(t[part]) for t in flat)
         for (x, y), out in zip(formula.pairs(a_, p_, n_, swap), d, strict=True):
             out[part] = torch.linalg.vector_norm(torch.sub(x, y).add_(eps), order, dim=-1)
@@ -50,7 +50,7 @@ def _triplet_backward(
     grads = [a.new_empty(a.shape) if need else a.new_empty(0) for need in needs]
     dy = dy.reshape(-1) if reduction == NONE else dy / len(flat[0]) if reduction == MEAN else dy
     d = d.reshape(len(d), -1)
-    for part in _chunks(*flat[0].shape, CHUNK):
+    for part in _chunks(len(flat[0]), flat[0].shape[1], CHUNK):
         share, which = (dy[part], NONE) if reduction == NONE else (dy, SUM)
         a_, p_, n_ = (t[part] for t in flat)
         if order == 2 and not swap and a.dtype not in HALF:
