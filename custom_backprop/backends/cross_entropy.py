@@ -15,10 +15,10 @@ from ..formulas import cross_entropy as formula
 from ..formulas.cross_entropy import GRADIENT, NOTHING, STATISTICS, along_classes
 from ..formulas.loss import MEAN, NONE, SUM
 from ..formulas.precision import HALF, wide, widen
-from .library import launcher, primitive
+from .library import builtin, launcher, primitive
 
 aten = torch.ops.aten
-_nll_forward, _nll_backward = aten.nll_loss_forward.default._op, aten.nll_loss_backward.default._op  # without an OpOverload's Python
+_nll_forward, _nll_backward = builtin(aten.nll_loss_forward), builtin(aten.nll_loss_backward)
 
 #: elements of a chunk: 2 MiB of float32
 CHUNK = 2**19

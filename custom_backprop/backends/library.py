@@ -102,8 +102,10 @@ def primitive(
     return call
 
 
+#: the types of a tensor that listens to nothing
+TENSORS = frozenset({torch.Tensor, torch.nn.Parameter})
 #: what a subclass of Tensor is not
-PLAIN = frozenset({torch.Tensor, torch.nn.Parameter, type(None), bool, int, float, str, tuple, list, torch.dtype})
+PLAIN = TENSORS | frozenset({type(None), bool, int, float, str, tuple, list, torch.dtype})
 #: settings that leave CPU tensors to ATen
 BY_ATEN = (None, "aten")
 modes = torch._C._len_torch_dispatch_stack

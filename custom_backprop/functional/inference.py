@@ -7,15 +7,13 @@ from collections.abc import Callable
 from typing import Any, TypeVar
 
 import torch
-from torch import Tensor
 from torch.autograd import forward_ad
 
 from ..backends import selection
-from ..backends.library import BY_ATEN, functorch_active
+from ..backends.library import BY_ATEN, TENSORS, functorch_active
 
 F = TypeVar("F", bound=Callable[..., Any])
 
-_TENSORS = frozenset({Tensor, torch.nn.Parameter})
 _FULL_PRECISION = (torch.float32, torch.float64)
 
 
@@ -37,7 +35,7 @@ def stock_without_gradient(stock: Callable[..., Any], tensors: int = 1, options:
     def decorate(function: F) -> F:
         def of_one(input: Any, *args: Any, **kwargs: Any) -> Any:
             if (
-                type(input) in _TENSORS
+                type(input) in TENSORS
                 and not (input.requires_grad or functorch_active())
                 and input.is_cpu
                 and selection._forced in BY_ATEN
@@ -48,8 +46,8 @@ def stock_without_gradient(stock: Callable[..., Any], tensors: int = 1, options:
 
         def of_two(input: Any, other: Any, *args: Any, **kwargs: Any) -> Any:
             if (
-                type(input) in _TENSORS
-                and type(other) in _TENSORS
+                type(input) in TENSORS
+                and type(other) in TENSORS
                 and not (input.requires_grad or other.requires_grad or args or functorch_active())
                 and input.is_cpu
                 and other.is_cpu

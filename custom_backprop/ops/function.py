@@ -19,9 +19,8 @@ import torch
 from torch.autograd import forward_ad
 
 from ..backends import selection
-from ..backends.library import BY_ATEN, PLAIN, autocast_active, functorch_active, legacy_batched, modes, wrapped
+from ..backends.library import BY_ATEN, PLAIN, TENSORS, autocast_active, functorch_active, legacy_batched, modes, wrapped
 
-_TENSORS = frozenset({torch.Tensor, torch.nn.Parameter})
 _tracing = torch.compiler.is_dynamo_compiling  # which Dynamo answers; what follows it cannot trace
 _grad_enabled = torch.is_grad_enabled
 
@@ -140,7 +139,7 @@ def differentiable(
 
         def call_unary(x: Any, *parameters: Any) -> Any:
             if (
-                type(x) in _TENSORS
+                type(x) in TENSORS
                 and x.is_cpu
                 and not (_tracing() or functorch_active() or modes())
                 and selection._forced in BY_ATEN
@@ -152,7 +151,7 @@ def differentiable(
 
         def call_any(*args: Any) -> Any:
             if (
-                type(args[0]) in _TENSORS
+                type(args[0]) in TENSORS
                 and args[0].is_cpu
                 and not (_tracing() or functorch_active() or modes() or autocast_active())
                 and selection._forced in BY_ATEN
@@ -162,7 +161,7 @@ def differentiable(
             ):
                 if _grad_enabled():
                     for a in args:
-                        if type(a) in _TENSORS and a.requires_grad:
+                        if type(a) in TENSORS and a.requires_grad:
                             return direct_apply(*args)
                 return direct_value(*args)
             return call(*args)
