@@ -36,7 +36,7 @@ def compare(
     timer = cuda_seconds if device == "cuda" else _cpu_seconds
     once = max(timer(stock, 3, prepare), timer(ours, 3, prepare))
     calls = max(1, int(2e-3 / once))
-    pairs = max(7, min(200, int(seconds / (2 * calls * once))))
+    pairs = max(7, min(2000, int(seconds / (2 * calls * once))))
     mine, theirs = [], []
     for i in range(pairs):
         turns = ((mine, ours), (theirs, stock)) if i % 2 else ((theirs, stock), (mine, ours))
