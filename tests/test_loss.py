@@ -104,6 +104,18 @@ def test_more_than_a_chunk(name):
             agree(name, args, {"reduction": reduction})
 
 
+@pytest.mark.parametrize(("dtype", "rtol"), [(torch.float32, 1e-6), (torch.float64, 1e-12)])
+@pytest.mark.parametrize("shape", [(2**15,), (2**15 + 1,), (257, 128), (4099, 512)])
+def test_mse_by_the_norms_of_rows(shape, dtype, rtol):
+    """What is read once: sizes of whole rows, in one chunk and in several, and one element more, which goes the other way."""
+    for reduction, layout in itertools.product(("mean", "sum"), ("contiguous", "transposed")):
+        x, t = (torch.randn(shape, dtype=dtype, device=DEVICE) for _ in range(2))
+        x[..., 0] = 1e3  # rows of another size than their neighbours
+        if layout == "transposed":
+            x, t = x.t(), t.t()
+        agree("mse_loss", [x.requires_grad_(), t.requires_grad_()], {"reduction": reduction}, rtol=rtol)
+
+
 def test_the_sum_of_a_million_is_as_exact_as_stock():
     for x in (torch.full((1024, 1024), 0.1, device=DEVICE), torch.rand(1024, 1024, device=DEVICE)):
         t = torch.zeros_like(x)

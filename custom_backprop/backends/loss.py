@@ -110,7 +110,7 @@ FILL: dict[str, Callable[..., None]] = {
 ROW, ROWS = 2**7, 2**15
 
 
-def _mse_loss_total(x: Tensor, t: Tensor, v: None, k: Tensor, g: Tensor) -> float:
+def _mse_loss_total(x: Tensor, t: Tensor, v: None, k: float, g: Tensor) -> float:
     """Reads x and t once: the rest is done to their difference, where it stands. Σ l is its squared norm, row by row.
 
     The norm of the whole would be the same pass with long sums in few registers, which in float32 are off by 2e-5 at 2²⁰ elements; rows of
@@ -124,11 +124,12 @@ def _mse_loss_total(x: Tensor, t: Tensor, v: None, k: Tensor, g: Tensor) -> floa
     return norms.mul_(norms).sum().item()
 
 
-def _one_by_one(fill: Callable[..., None], x: Tensor, t: Tensor, v: None, k: Tensor, g: Tensor, *parameters: float) -> float:
+def _one_by_one(fill: Callable[..., None], x: Tensor, t: Tensor, v: None, k: float, g: Tensor, *parameters: float) -> float:
     """l stands for a moment where l_x will, and no other memory is touched."""
-    fill(x, t, v, k, g, None, *parameters)
+    dy = torch.full((), k, dtype=x.dtype)
+    fill(x, t, v, dy, g, None, *parameters)
     total = g.sum().item()
-    fill(x, t, v, k, None, g, *parameters)
+    fill(x, t, v, dy, None, g, *parameters)
     return total
 
 
@@ -200,14 +201,14 @@ def _forward_aten(loss: Loss) -> Callable[..., tuple[Tensor, Tensor]]:
         plain = _plain(loss, x, v, w, parameters)
         if not hold and n <= 2 * CHUNK and plain and loss.name in WHOLE:
             return WHOLE[loss.name](x, t, reduction, *parameters), x.new_empty(0)
-        dtype = wide(x.dtype)
-        k = torch.full((), 1 / max(n, 1) if reduction == MEAN else 1, dtype=dtype)
         dx = torch.empty_like(x) if hold else x.new_empty(0)
-        total = 0.0
+        total, scale = 0.0, 1 / n if reduction == MEAN and n else 1.0
         if hold and reduction != NONE and plain and loss.name in TOTAL:
             for xs, ts, vs, gs in _chunks(x, t, v, dx, size=2 * CHUNK):  # no scratch beside it
-                total += TOTAL[loss.name](xs, ts, vs, k, gs, *parameters)
+                total += TOTAL[loss.name](xs, ts, vs, scale, gs, *parameters)
             return _reduced(x, total, reduction), dx
+        dtype = wide(x.dtype)
+        k = torch.full((), scale, dtype=dtype)
         y = torch.empty_like(x) if reduction == NONE else None
         fill, scratch = _filler(loss, x, v, w, parameters), None
         for xs, ts, vs, ws, ys, gs in _chunks(x, t, v, w, y, dx if hold else None):

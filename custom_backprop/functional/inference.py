@@ -1,4 +1,8 @@
-"""Where nothing wants a gradient there is nothing of ours to add: on a CPU, stock's own function answers, at the cost of one look."""
+"""The short ways on a CPU, each at the cost of one look at the arguments.
+
+Where nothing wants a gradient there is nothing of ours to add, and stock's own function answers. Where a loss of two plain tensors is to
+be trained on, its direct face does.
+"""
 
 from __future__ import annotations
 
@@ -10,14 +14,24 @@ import torch
 from torch.autograd import forward_ad
 
 from ..backends import selection
-from ..backends.library import BY_ATEN, TENSORS, functorch_active
+from ..backends.library import BY_ATEN, TENSORS, autocast_active, functorch_active, modes
+from ..formulas.loss import MEAN, SUM
 
 F = TypeVar("F", bound=Callable[..., Any])
 
 _FULL_PRECISION = (torch.float32, torch.float64)
 
+_grad_enabled = torch.is_grad_enabled
+_tracing = torch.compiler.is_dynamo_compiling
 
-def stock_without_gradient(stock: Callable[..., Any], tensors: int = 1, options: tuple[str, ...] | None = None) -> Callable[[F], F]:
+
+def stock_without_gradient(
+    stock: Callable[..., Any],
+    tensors: int = 1,
+    options: tuple[str, ...] | None = None,
+    direct: Callable[..., Any] | None = None,
+    parameters: tuple[Any, ...] = (),
+) -> Callable[[F], F]:
     """Decorator: calls ``stock`` instead where backward, forward mode and torch.func have no part, and no other backend is asked for.
 
     Only for a function whose values stock computes as we do, as quickly.
@@ -28,6 +42,8 @@ def stock_without_gradient(stock: Callable[..., Any], tensors: int = 1, options:
             are left to the function itself.
         options: of a function of two tensors of one shape, what stock may be given by name. The rest makes it warn, of a caller that
             would be this module.
+        direct: of a loss of two tensors, its direct face, which takes the call if nothing but the reduction is given.
+        parameters: what the direct face takes last: the defaults of the loss.
     """
 
     names = frozenset(options or ())
@@ -48,7 +64,7 @@ def stock_without_gradient(stock: Callable[..., Any], tensors: int = 1, options:
             if (
                 type(input) in TENSORS
                 and type(other) in TENSORS
-                and not (input.requires_grad or other.requires_grad or args or functorch_active())
+                and not (args or functorch_active())
                 and input.is_cpu
                 and other.is_cpu
                 and input.dtype is other.dtype
@@ -57,7 +73,17 @@ def stock_without_gradient(stock: Callable[..., Any], tensors: int = 1, options:
                 and forward_ad._current_level < 0
                 and (not kwargs if options is None else input.shape == other.shape and kwargs.keys() <= names)
             ):
-                return stock(input, other, **kwargs)
+                if not (input.requires_grad or other.requires_grad):
+                    return stock(input, other, **kwargs)
+                if (
+                    direct is not None
+                    and input.requires_grad
+                    and _grad_enabled()
+                    and not (_tracing() or modes() or autocast_active())
+                    and (reduction := kwargs.get("reduction", "mean")) in ("mean", "sum")
+                    and len(kwargs) == ("reduction" in kwargs)
+                ):
+                    return direct(input, other, None, None, MEAN if reduction == "mean" else SUM, True, *parameters)
             return function(input, other, *args, **kwargs)
 
         return functools.wraps(function)(of_one if tensors == 1 else of_two)  # type: ignore[return-value]

@@ -17,7 +17,7 @@ from torch import Tensor
 from torch.nn import _reduction as _Reduction
 
 from ..formulas.loss import SUM
-from ..ops.loss import pointwise
+from ..ops.loss import DIRECT, pointwise
 from .inference import stock_without_gradient
 
 __all__ = [
@@ -26,7 +26,7 @@ __all__ = [
 ]  # fmt: skip
 
 
-@stock_without_gradient(torch.nn.functional.mse_loss, tensors=2, options=("reduction",))
+@stock_without_gradient(torch.nn.functional.mse_loss, tensors=2, options=("reduction",), direct=DIRECT["mse_loss"])
 def mse_loss(
     input: Tensor,
     target: Tensor,
@@ -60,7 +60,9 @@ def l1_loss(
     return _difference("l1_loss", input, target, reduction_of(size_average, reduce, reduction), weight)
 
 
-@stock_without_gradient(torch.nn.functional.smooth_l1_loss, tensors=2, options=("reduction", "beta"))
+@stock_without_gradient(
+    torch.nn.functional.smooth_l1_loss, tensors=2, options=("reduction", "beta"), direct=DIRECT["smooth_l1_loss"], parameters=(1.0,)
+)
 def smooth_l1_loss(
     input: Tensor,
     target: Tensor,
@@ -83,7 +85,9 @@ def smooth_l1_loss(
     return _difference("smooth_l1_loss", input, target, reduction, None, beta=beta)
 
 
-@stock_without_gradient(torch.nn.functional.huber_loss, tensors=2, options=("reduction", "delta"))
+@stock_without_gradient(
+    torch.nn.functional.huber_loss, tensors=2, options=("reduction", "delta"), direct=DIRECT["huber_loss"], parameters=(1.0,)
+)
 def huber_loss(input: Tensor, target: Tensor, reduction: str = "mean", delta: float = 1.0, weight: Tensor | None = None) -> Tensor:
     """l = w d²/2 where |d| <= δ, else w δ (|d| - δ/2), with d = x - t;  dx = dy w min(max(d, -δ), δ), dt = -dx, dw = dy l/w.
 
@@ -98,7 +102,7 @@ def huber_loss(input: Tensor, target: Tensor, reduction: str = "mean", delta: fl
     return _difference("huber_loss", input, target, reduction, weight, delta=delta)
 
 
-@stock_without_gradient(torch.nn.functional.binary_cross_entropy, tensors=2, options=("reduction",))
+@stock_without_gradient(torch.nn.functional.binary_cross_entropy, tensors=2, options=("reduction",), direct=DIRECT["binary_cross_entropy"])
 def binary_cross_entropy(
     input: Tensor,
     target: Tensor,
@@ -137,7 +141,12 @@ def binary_cross_entropy(
     return pointwise("binary_cross_entropy", x, t, None, w, enum)
 
 
-@stock_without_gradient(torch.nn.functional.binary_cross_entropy_with_logits, tensors=2, options=("reduction",))
+@stock_without_gradient(
+    torch.nn.functional.binary_cross_entropy_with_logits,
+    tensors=2,
+    options=("reduction",),
+    direct=DIRECT["binary_cross_entropy_with_logits"],
+)
 def binary_cross_entropy_with_logits(
     input: Tensor,
     target: Tensor,

@@ -48,6 +48,8 @@ def differentiable(
         overwrites: ``direct_backward`` may write over dy (see ``reuse.py``): where ``direct_forward`` set ``ctx.large``, it finds the
             references to dy in ``ctx.references``.
         prepare: checks and converts the arguments, on the way to every face but the direct one.
+
+    The op's attribute ``apply_directly`` is the direct face itself, for a caller that has asked all of what leads to it.
     """
     policies = {"cpu": autocast_cpu, "cuda": autocast_cuda}
 
@@ -166,9 +168,10 @@ def differentiable(
                 return direct_value(*args)
             return call(*args)
 
-        op = call if direct_forward is None else call_unary if unary else call_any
+        op: Any = call if direct_forward is None else call_unary if unary else call_any
         op.__name__ = op.__qualname__ = definition.__name__
         op.__doc__ = definition.__doc__
+        op.apply_directly = direct_apply if direct_forward is not None else None
         return op
 
     return decorate

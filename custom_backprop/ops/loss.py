@@ -66,9 +66,11 @@ def _definition(loss: Loss) -> type:
 
         @staticmethod
         def direct_forward(ctx: Any, *args: Any) -> Tensor:
-            output = aten_forward(*args)
-            Definition.setup_context(ctx, args, output)
-            return output[0]
+            y, held = aten_forward(*args)
+            *tensors, ctx.reduction, ctx.hold = args[:6]
+            ctx.parameters = args[6:]
+            ctx.to_save, ctx.materialize_grads = (*tensors, held if ctx.hold else None), False  # as the methods set it
+            return y
 
         @staticmethod
         def direct_backward(ctx: Any, dy: Tensor) -> Any:
@@ -89,6 +91,10 @@ def _function(loss: Loss, composed: bool) -> Callable[..., Any]:
 
 _PLAIN = {name: _function(loss, composed=name == "gaussian_nll_loss") for name, loss in LOSSES.items()}
 _WEIGHTED = _PLAIN | {name: _function(LOSSES[name], composed=True) for name in ("mse_loss", "l1_loss")}
+
+
+#: name -> the direct face of the plain loss. Its arguments are those of the primitive: x, t, v, w, reduction, hold and the parameters.
+DIRECT: dict[str, Callable[..., Tensor]] = {name: op.apply_directly for name, op in _PLAIN.items()}  # type: ignore[attr-defined]
 
 
 def pointwise(name: str, x: Tensor, t: Tensor, v: Tensor | None, w: Tensor | None, reduction: int, *parameters: Any) -> Tensor:
