@@ -289,3 +289,11 @@ class Operators(torch.utils._python_dispatch.TorchDispatchMode):
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         self.names.append(func.name())
         return func(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize("name", ["mse_loss", "smooth_l1_loss", "huber_loss", "binary_cross_entropy", "binary_cross_entropy_with_logits"])
+def test_a_mode_sees_the_primitive_of_a_loss(name):
+    x, t = torch.rand(2, 6)
+    with Operators() as seen:
+        getattr(functional, name)(x.requires_grad_(), t)
+    assert f"custom_backprop::{name}_forward" in seen.names
