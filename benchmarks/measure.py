@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ctypes
 import statistics
 import time
 from collections.abc import Callable
@@ -45,6 +46,17 @@ def compare(
     ratios = sorted(t / m for m, t in zip(mine, theirs, strict=True))
     low, _, high = statistics.quantiles(ratios, n=4)
     return Comparison(statistics.median(mine), statistics.median(theirs), statistics.median(ratios), low, high)
+
+
+def keep_freed_memory() -> bool:
+    """Lets the C library keep what is freed, as PyTorch's allocator on a GPU does; False where it is not glibc.
+
+    By default glibc returns a large block to the system or keeps it depending on what else lies in the heap at that moment. A call whose
+    blocks are returned pays for each page again, several times the arithmetic: the ratio then tells whose luck that was.
+    """
+    trim_threshold, mmap_max = -1, -4  # M_TRIM_THRESHOLD, M_MMAP_MAX of malloc.h
+    mallopt = getattr(ctypes.CDLL(None), "mallopt", None)
+    return mallopt is not None and bool(mallopt(trim_threshold, 2**31 - 1)) and bool(mallopt(mmap_max, 0))
 
 
 def _cpu_seconds(call: Callable[..., Any], calls: int, prepare: Callable[[], tuple[Any, ...]]) -> float:

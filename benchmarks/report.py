@@ -17,7 +17,7 @@ from custom_backprop.cli.progress import progress
 from custom_backprop.testing import OpSpec, database, peak_memory
 
 from .cases import DIRECTIONS, SIZES, pair
-from .measure import compare
+from .measure import compare, keep_freed_memory
 from .training import HIDDEN, training_step
 
 RESULTS = Path(__file__).parent / "results"
@@ -29,11 +29,15 @@ def main() -> int:
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--sizes", nargs="+", choices=SIZES, default=SIZES)
     parser.add_argument("--seconds", type=float, default=1.0, help="for each ratio")
+    parser.add_argument(
+        "--allocator", choices=("kept", "default"), default="kept", help="of a CPU: keep freed memory (the default), or not"
+    )
     parser.add_argument("--out", type=Path, default=RESULTS, metavar="DIR")
     args = parser.parse_args()
     specs = [s for s in database().values() if not args.ops or s.name in args.ops or s.family in args.ops]
     if not specs:
         parser.error(f"no op or family {' '.join(args.ops)}; there are: {', '.join(database())}")
+    kept = args.device == "cpu" and args.allocator == "kept" and keep_freed_memory()
     rows: list[dict[str, Any]] = []
     with progress(len(specs) * len(args.sizes) * len(DIRECTIONS) + len(HIDDEN), "ratio") as bar:
         for spec in specs:
@@ -49,6 +53,8 @@ def main() -> int:
     name = "cpu" if args.device == "cpu" else torch.cuda.get_device_name().lower().replace(" ", "-")
     args.out.mkdir(parents=True, exist_ok=True)
     machine = machine_of(args.device)
+    if kept:
+        machine["allocator"] = "the C library's, which keeps what is freed (no page faults after the first call)"
     (args.out / f"{name}.json").write_text(json.dumps({"machine": machine, "rows": rows}, indent=1) + "\n")
     (args.out / f"{name}.md").write_text(_markdown(machine, rows, name))
     _plot(rows, args.out / f"{name}.png")
