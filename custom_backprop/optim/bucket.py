@@ -154,6 +154,7 @@ class Bucket:
         states: by name, the flat state of each parameter.
         steps: how many steps each has made, one tensor over ``states["step"]``; None if no state counts them.
         fresh: the states were made for this step and hold nothing yet.
+        as_given: this step's gradients have the parameters' shapes; otherwise they are flat.
     """
 
     def __init__(
@@ -165,7 +166,7 @@ class Bucket:
         fresh: bool,
         together: bool,
     ) -> None:
-        self.params, self.fresh, self._together = params, fresh, together
+        self.params, self.fresh, self.as_given, self._together = params, fresh, False, together
         shards = list(map(local, params))
         self.device, self.dtype = shards[0].device, shards[0].dtype
         self.flats = list(map(flat, shards))
@@ -199,9 +200,15 @@ class Bucket:
             or list(map(Tensor.data_ptr, params)) != self._pointers
         ):
             return None
-        if self._contiguous and all(map(Tensor.is_contiguous, grads)):
+        self.as_given = self._contiguous and all(map(Tensor.is_contiguous, grads))
+        if self.as_given:
             return grads
         return list(map(flat, grads)) if list(map(Tensor.stride, grads)) == self._strides else None
+
+    @cached_property
+    def shaped(self) -> list[Tensor]:
+        """``flats`` in the shapes of the parameters, where these are contiguous."""
+        return [t.view(local(p).shape) for t, p in zip(self.flats, self.params, strict=True)]
 
     @cached_property
     def pieces(self) -> list[Piece]:

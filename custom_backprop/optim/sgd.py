@@ -28,12 +28,17 @@ class SGD(MultiTensor, torch.optim.SGD):
         lr, weight_decay, momentum, maximize = hyper["lr"], hyper["weight_decay"], hyper["momentum"], hyper["maximize"]
         dampening, nesterov = hyper["dampening"], hyper["nesterov"]
         same: dict[str, Any] = {"weight_decay": weight_decay, "lr": lr, "nesterov": nesterov, "maximize": maximize}
+        wide = bucket.flats[0].dtype in (torch.float32, torch.float64)  # in half precision the kernel's other sums differ too
+        if wide and not (momentum or weight_decay):  # the bits of all of torch's variants, without waiting for threads at each parameter
+            for params, scaled, _ in bucket.scaled(grads, factor):
+                params = bucket.shaped if scaled is grads and bucket.as_given else params
+                torch._foreach_add_(params, scaled, alpha=lr if maximize else -lr)
+            return
         if group["fused"] is not False:
             for params, scaled, states in bucket.scaled(grads, factor):
                 buffers = states["momentum_buffer"] if momentum else []
                 torch._fused_sgd_(params, scaled, buffers, momentum=momentum, dampening=dampening, is_first_step=bucket.fresh, **same)
             return
-        wide = bucket.flats[0].dtype in (torch.float32, torch.float64)  # in half precision the kernel's other sums differ too
         if wide and factor == 1 and not (momentum and (dampening or nesterov)):
             for piece in bucket.pieces:  # μ b by itself, and then the kernel adds d
                 buffers = piece.states["momentum_buffer"] if momentum else []
