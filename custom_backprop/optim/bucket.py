@@ -149,6 +149,7 @@ class Bucket:
 
     Attributes:
         params: the parameters, of ``dtype``.
+        backend: what updates them.
         flats: the flat tensors that are updated: the parameters, or their float32 masters.
         rounded: the flat parameters that are rounded from the masters; None where there are none.
         states: by name, the flat state of each parameter.
@@ -163,10 +164,11 @@ class Bucket:
         grads: list[Tensor],
         states: dict[str, list[Tensor]],
         masters: list[Tensor] | None,
+        backend: str,
         fresh: bool,
         together: bool,
     ) -> None:
-        self.params, self.fresh, self.as_given, self._together = params, fresh, False, together
+        self.params, self.backend, self.fresh, self.as_given, self._together = params, backend, fresh, False, together
         shards = list(map(local, params))
         self.device, self.dtype = shards[0].device, shards[0].dtype
         self.flats = list(map(flat, shards))

@@ -156,8 +156,12 @@ class MultiTensor(Optimizer):
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
-        with torch.no_grad():
+        enabled = torch.is_grad_enabled()
+        torch._C._set_grad_enabled(False)  # torch.no_grad() less its frames: a step of few parameters is all host
+        try:
             self._step()
+        finally:
+            torch._C._set_grad_enabled(enabled)
         return loss
 
     def _step(self) -> None:
@@ -175,7 +179,7 @@ class MultiTensor(Optimizer):
                 grads, moved = plan.grads(group), True
                 assert grads is not None
             work.append((group, plan, grads))
-        factor = self._factor(work)
+        factor = None if self.max_grad_norm is None and "grad_scale" not in self.__dict__ else self._factor(work)
         for group, plan, grads in work:
             for bucket, mine in zip(plan.buckets, grads, strict=True):
                 self._update(group, bucket, mine, factor, found)
@@ -267,14 +271,17 @@ class MultiTensor(Optimizer):
         masters = None
         if wide and self.master_weights:
             masters = [self.state[p].setdefault("master_param", p.detach().float()) for p in params]
-        return Bucket(params, grads, states, masters, fresh=fresh, together=together)
+        return Bucket(params, grads, states, masters, backend, fresh=fresh, together=together)
 
     def _numbers(self, group: Group) -> dict[str, Any]:
         """A group's hyperparameters as the formula takes them, all of them numbers."""
-        return {
-            name: value if isinstance(value, bool) else tuple(map(float, value)) if isinstance(value, tuple) else float(value)
-            for name, value in ((name, group[name]) for name in self._hyper)
-        }
+        numbers = {}
+        for name in self._hyper:
+            value = group[name]
+            if type(value) not in (float, bool):
+                value = tuple(map(float, value)) if isinstance(value, tuple) else float(value)
+            numbers[name] = value
+        return numbers
 
     def _factor(self, work: list[tuple[Group, Plan, list[list[Tensor]]]]) -> Tensor | None:
         """What every gradient is multiplied by: the inverse of the GradScaler's scale, and what clipping asks for."""
@@ -296,7 +303,7 @@ class MultiTensor(Optimizer):
 
     def _update(self, group: Group, bucket: Bucket, grads: list[Tensor], factor: Tensor | None, found: Tensor | None) -> None:
         hyper = self._numbers(group)
-        backend = selection.backend_for(bucket.device.type)
+        backend = bucket.backend
         stochastic = self.bf16_stochastic_round and bucket.dtype == torch.bfloat16
         if backend == "triton":
             if found is not None:
