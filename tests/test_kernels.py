@@ -214,3 +214,26 @@ def test_compiled_for_a_gpu_that_is_not_here(tmp_path):
     (tmp_path / "kernels_on_disk.py").write_text(COMPILED)  # the compiler reads a kernel's source file
     printed = python(f"import runpy; runpy.run_path({str(tmp_path / 'kernels_on_disk.py')!r})").splitlines()
     assert printed == 2 * ["True [] *fp32, *fp32, i32", "False [] *fp32, *fp32, i32", "True"]
+
+
+def test_the_optimizers_are_audited_through_their_table(monkeypatch):
+    """Clean as they are; not with gradients one element further on."""
+    from custom_backprop.backends.kernels import kernels
+    from custom_backprop.testing.optimizers import audit_optimizer
+
+    found = audit_optimizer("AdamW")
+    assert len(found.launches) == 3
+    assert max(launch.programs for launch in found.launches) > 2
+    assert not found.faults
+    assert all(launch.moved > 4 * 9225 for launch in found.launches)
+    table = kernels("optim").Table
+    see = table.see
+
+    def shifted(self, grads):
+        see(self, grads)
+        self.table[3] += grads[0].element_size()
+        return False
+
+    monkeypatch.setattr(table, "see", shifted)
+    assert all("loads outside every tensor" in fault for fault in audit_optimizer("SGD").faults)
+    assert len(audit_optimizer("SGD").faults) == 3

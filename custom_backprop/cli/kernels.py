@@ -1,6 +1,6 @@
 """Compiles every kernel for GPUs that need not be here, and prints what it takes; or, with --audit, what it touches in the interpreter.
 
-Beside the ops' kernels those of the optimizers are compiled; the audit leaves them out, since they follow pointers of a table.
+The kernels are those of the ops and of the optimizers.
 The exit code is 1 if a kernel spills, is atomic or takes more shared memory than a block has; in the audit, if it touches what it must not.
 """
 
@@ -17,7 +17,7 @@ from typing import Any
 from ..testing import TARGETS, Audit, AuditedLaunch, Resources, database
 from ..testing.audit import audit_op
 from ..testing.offline import compile_calls, compile_op
-from ..testing.optimizers import OPTIMIZERS, steps
+from ..testing.optimizers import OPTIMIZERS, audit_optimizer, steps
 from .work import add_common, in_processes, interpreter, refuse, select, table
 
 
@@ -34,7 +34,7 @@ def run(args: argparse.Namespace) -> int:
     """Returns 1 if a kernel has a fault."""
     if find_spec("triton") is None:
         refuse("the package triton is not installed")
-    optimizers = [] if args.audit else [n for n in OPTIMIZERS if not args.ops or n in args.ops or "optim" in args.ops]
+    optimizers = [n for n in OPTIMIZERS if not args.ops or n in args.ops or "optim" in args.ops]
     ops = [n for n in args.ops if n not in optimizers and not (optimizers and n == "optim")]
     names = [*(select(ops) if ops or not args.ops or not optimizers else []), *optimizers]
     targets = args.target.split(",")
@@ -71,7 +71,7 @@ def _compile(name: str, target: str) -> list[Resources]:
 
 
 def _audit(name: str) -> Audit:
-    return audit_op(database()[name])
+    return audit_optimizer(name) if name in OPTIMIZERS else audit_op(database()[name])
 
 
 def _label(found: dict[str, Any]) -> str:

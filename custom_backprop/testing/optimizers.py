@@ -1,4 +1,4 @@
-"""What ``kernels`` compiles of the optimizers: steps on meta parameters, in every dtype and way to round."""
+"""What ``kernels`` compiles and audits of the optimizers: steps of parameters of every dtype, in every way to round."""
 
 from __future__ import annotations
 
@@ -8,6 +8,8 @@ from typing import Any
 import torch
 
 from .. import optim
+from ..backends import use_backend
+from .audit import Audit, audit
 
 #: name -> the arguments under which its kernel does the most
 OPTIMIZERS: dict[str, dict[str, Any]] = {
@@ -26,6 +28,31 @@ _KINDS: list[tuple[torch.dtype, dict[str, bool]]] = [
     (torch.bfloat16, {"master_weights": True}),
     (torch.bfloat16, {"bf16_stochastic_round": True}),
 ]
+
+
+#: what is audited: of no shape that a block divides, one of several programs, one empty
+_SHAPES = [(7, 3), (4099,), (5, 1021), (0,)]
+
+
+def audit_optimizer(name: str) -> Audit:
+    """A first step, which makes the states, and a second, under the audit: float32, float64 and, by master weights, float16."""
+    seen = Audit()
+    for dtype, how in [*_KINDS[:2], (torch.float16, {"master_weights": True})]:
+        params = [torch.nn.Parameter(torch.randn(shape, dtype=dtype)) for shape in _SHAPES]
+        optimizer = getattr(optim, name)(params, **OPTIMIZERS[name], **how)
+        with use_backend("triton"):
+            for watched in (False, True):
+                grads = [torch.randn_like(p) for p in params]
+                for p, g in zip(params, grads, strict=True):
+                    p.grad = g
+                if not watched:
+                    optimizer.step()
+                    continue
+                states = [t for state in optimizer.state.values() for t in state.values() if isinstance(t, torch.Tensor)]
+                with audit(*params, *grads, *states) as found:
+                    optimizer.step()
+        seen.launches += found.launches
+    return seen
 
 
 def steps(name: str) -> Iterator[Callable[[], None]]:
