@@ -17,10 +17,10 @@ from ..formulas.loss import MEAN, NONE, SUM, reduced
 from ..formulas.precision import HALF, wide, widen
 from .library import launcher, primitive
 
-#: elements of a chunk of differences: half a MiB of float32
-CHUNK = 2**17
+#: elements of a chunk of differences: 2 MiB of float32, beside which the cost of the calls is small
+CHUNK = 2**19
 #: and of similarities: the product that makes them wants more rows
-SIMILARITIES = 2**19
+SIMILARITIES = 2**20
 
 
 def _chunks(count: int, width: int, size: int) -> Iterator[slice]:
