@@ -6,7 +6,6 @@ from contextlib import contextmanager
 
 import pytest
 import torch
-from torch._subclasses import FakeTensorMode
 
 from custom_backprop.backends import interpreting
 from custom_backprop.backends.kernels import kernels
@@ -76,12 +75,27 @@ def test_one_bfloat16_storage_under_two_names():
     torch.testing.assert_close(buffer, torch.cat([before[:8], 2 * before[:4]]), rtol=0, atol=0)
 
 
-def key(*args, kernel=_double, index=0, warps=4, stages=3, **constexprs):
-    return launcher._key(kernel, index, warps, stages, args, constexprs)
+def key(*args, kernel=_double, warps=4, stages=3, **constexprs):
+    return launcher._key(kernel, warps, stages, args, constexprs)
 
 
 def aligned(dtype=torch.float32):
     return torch.empty(64, dtype=dtype)
+
+
+class _OnGpu(torch.Tensor):
+    """Memory of the CPU that says it lies on a GPU."""
+
+    device = property(lambda self: torch.device("cuda", self.index))
+
+    def get_device(self):
+        return self.index
+
+
+def on_gpu(index):
+    t = aligned().as_subclass(_OnGpu)
+    t.index = index
+    return t
 
 
 @pytest.mark.parametrize(
@@ -99,7 +113,8 @@ def aligned(dtype=torch.float32):
         (key(2, N=0.0), key(2, N=-0.0)),
         (key(2, N=0), key(2, N=None)),
         (key(2), key(2, kernel=_add)),
-        (key(2), key(2, index=1)),
+        (key(on_gpu(0)), key(on_gpu(1))),
+        (key(on_gpu(0), on_gpu(0)), key(on_gpu(0), on_gpu(1))),
         (key(2), key(2, warps=8)),
         (key(2), key(2, stages=2)),
     ],
@@ -134,46 +149,78 @@ class _Kernel(JITFunction):
         return self.compiled
 
 
-def test_a_compiled_kernel_gets_the_arguments_that_triton_gives_it(monkeypatch):
-    """(grid x, y, z, stream, function, metadata, launch metadata, enter hook, exit hook, *arguments): triton/runtime/jit.py, 3.6 to 3.9."""
-    monkeypatch.setattr(torch._C, "_cuda_getCurrentRawStream", lambda index: f"stream {index}", raising=False)
-    monkeypatch.setattr(launcher, "_compiled", {})
-    kernel, x, y = _Kernel(), torch.empty(64), torch.empty(64)
-    for n in (48, 64):
-        launcher._launch_on_current_device(kernel, 7, (x, y, n), {"BLOCK": 16}, 8, 2, 3)
-    assert kernel.compilations == [((x, y, 48), (7,), {"BLOCK": 16, "num_warps": 8, "num_stages": 2})]
-    assert kernel.compiled.calls == [(7, 1, 1, "stream 3", "function", "packed", None, None, None, x, y, 64, 16)]
-
-
-@pytest.mark.parametrize(("index", "guarded"), [(0, []), (1, ["enter 1", "exit 1"])])
-def test_a_kernel_runs_on_the_gpu_of_its_tensors(index, guarded, monkeypatch):
-    """Not on the current one, which is cuda:0 here."""
-    seen = []
+@pytest.fixture
+def gpus(monkeypatch):
+    """A driver of two GPUs, the first of them current. Says which device guards were entered and left."""
+    current, seen = [0], []
 
     @contextmanager
-    def device(wanted):
-        seen.append(f"enter {wanted.index}")
+    def guard(wanted):
+        before, current[0] = current[0], getattr(wanted, "index", wanted)
+        seen.append(f"enter {current[0]}")
         yield
-        seen.append(f"exit {wanted.index}")
+        seen.append(f"exit {current[0]}")
+        current[0] = before
 
-    monkeypatch.setattr(torch.cuda, "current_device", lambda: 0)
-    monkeypatch.setattr(torch.cuda, "device", device)
-    monkeypatch.setattr(launcher, "_launch_on_current_device", lambda *args: seen.append(f"launch {args[-1]}"))
-    with FakeTensorMode():
-        x = torch.empty(4, device=f"cuda:{index}")
-        launch(_Kernel(), 1, x, x, 4, BLOCK=16)
-    assert seen == [*guarded[:1], f"launch {index}", *guarded[1:]]
-
-
-def test_a_profilers_hook_sees_every_launch(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "device", guard)
+    monkeypatch.setattr(torch._C, "_cuda_getDevice", lambda: current[0], raising=False)
+    monkeypatch.setattr(torch._C, "_cuda_getCurrentRawStream", lambda index: f"stream {index} of {current[0]}", raising=False)
     monkeypatch.setattr(launcher, "_compiled", {})
-    kernel, x = _Kernel(), torch.empty(64)
+    return seen
+
+
+@pytest.mark.parametrize(("index", "guards"), [(0, []), (1, ["enter 1", "exit 1"])])
+def test_a_compiled_kernel_gets_the_arguments_that_triton_gives_it(index, guards, gpus):
+    """(grid x, y, z, stream, function, metadata, launch metadata, enter hook, exit hook, *arguments): triton/runtime/jit.py, 3.6 to 3.9.
+
+    And it runs on the GPU of its tensors, not on the current one, which is the first.
+    """
+    kernel, x, y = _Kernel(), on_gpu(index), on_gpu(index)
+    launch(kernel, 7, x, y, 48, BLOCK=16, num_warps=8, num_stages=2)
+    assert kernel.compilations == [((x, y, 48), (7,), {"BLOCK": 16, "num_warps": 8, "num_stages": 2})]
+    assert not kernel.compiled.calls
+    gpus.clear()
+    launch(kernel, 7, x, y, 64, BLOCK=16, num_warps=8, num_stages=2)
+    assert len(kernel.compilations) == 1
+    stream = f"stream {index} of {index}"
+    assert kernel.compiled.calls == [(7, 1, 1, stream, "function", "packed", None, None, None, x, y, 64, 16)]
+    assert gpus == guards
+
+
+def test_a_kernel_is_compiled_on_the_gpu_of_its_tensors(gpus):
+    launch(_Kernel(), 1, on_gpu(1), on_gpu(1), 4, BLOCK=16)
+    assert gpus == ["enter 1", "exit 1"]
+
+
+def test_a_compiled_kernel_refuses_tensors_of_two_gpus(gpus):
+    kernel = _Kernel()
+    launch(kernel, 1, on_gpu(0), on_gpu(0), 4, BLOCK=16)
+    with pytest.raises(RuntimeError, match="same device, but found cuda:0 and cuda:1"):
+        launch(kernel, 1, on_gpu(0), on_gpu(1), 4, BLOCK=16)
+
+
+def test_a_profilers_hook_sees_every_launch(gpus):
+    kernel, x = _Kernel(), on_gpu(0)
     hook = triton.knobs.runtime.launch_enter_hook
     hook.add(print)
     try:
         for _ in range(2):
-            launcher._launch_on_current_device(kernel, 7, (x, x, 64), {"BLOCK": 16}, 4, 3, 0)
+            launch(kernel, 7, x, x, 64, BLOCK=16)
     finally:
         hook.remove(print)
     assert len(kernel.compilations) == 2
     assert not kernel.compiled.calls
+
+
+def test_an_observer_sees_a_launch_from_the_cache(gpus):
+    kernel, x, seen = _Kernel(), on_gpu(0), []
+    launch(kernel, 7, x, x, 64, BLOCK=16)
+    with launcher.observed(lambda *call: seen.append(call)):
+        launch(kernel, 7, x, x, 64, BLOCK=16)
+    assert seen == [(kernel, 7, (x, x, 64), {"BLOCK": 16}, {"num_warps": 4, "num_stages": 3})]
+
+
+@pytest.mark.parametrize("n", [*range(1, 10), 31, 32, 33, 2**31 - 1, 2**31, 2**40 + 1])
+def test_sizes_on_the_host(n):
+    assert launcher.next_power_of_2(n) == triton.next_power_of_2(n)
+    assert [launcher.cdiv(n, b) for b in (1, 7, 1024)] == [triton.cdiv(n, b) for b in (1, 7, 1024)]

@@ -378,5 +378,5 @@ def backward(name: str, dy: Tensor, saved: Tensor, *parameters: float) -> Tensor
 
 def constants(name: str, which: int, parameters: tuple[float, ...]) -> dict[str, Any]:
     """A kernel's F, A and B for the value (``which`` 0) or the derivative (1) of an activation."""
-    a, b = (*parameters, 0.0, 0.0)[:2]
+    a, b = (*parameters, None, None)[:2]
     return {"F": DEVICE_FUNCTIONS[name][which], "A": a, "B": b}

@@ -12,7 +12,6 @@ from typing import Any
 
 import numpy as np
 import torch
-import triton
 from triton import knobs
 from triton.runtime.jit import JITFunction
 
@@ -35,67 +34,60 @@ def launch(kernel: Any, programs: int, *args: Any, num_warps: int = 4, num_stage
     """
     if programs == 0:
         return
+    compiled = isinstance(kernel, JITFunction)
+    if compiled and _observer is None:
+        key = _key(kernel, num_warps, num_stages, args, constexprs)
+        known = _compiled.get(key)
+        if known is not None and not knobs.runtime.launch_enter_hook.calls and not knobs.runtime.launch_exit_hook.calls:
+            index, run, function, metadata = known
+            if index != torch._C._cuda_getDevice():
+                with torch.cuda.device(index):
+                    launch(kernel, programs, *args, num_warps=num_warps, num_stages=num_stages, **constexprs)
+                return
+            stream = torch._C._cuda_getCurrentRawStream(index)
+            run(programs, 1, 1, stream, function, metadata, None, None, None, *args, *constexprs.values())
+            return
     device = _device(kernel, args)
-    interpreted = not isinstance(kernel, JITFunction)
     given = args
-    if interpreted and device.type != "meta":
+    if not compiled and device.type != "meta":
         args = _in_float32(args)
     if _observer is not None:
         _observer(kernel, programs, args, constexprs, {"num_warps": num_warps, "num_stages": num_stages})
     if device.type == "meta":
         return
-    if interpreted:
-        _check_order(kernel, args, constexprs)
-        with np.errstate(all="ignore"):  # a GPU says nothing of an overflow, nor of what masked lanes compute
-            kernel[(programs,)](*args, **constexprs, num_warps=num_warps, num_stages=num_stages)
-        _round_back(given, args)
-        return
-    if device.index != torch.cuda.current_device():
+    _check_order(kernel, args, constexprs)
+    options = {"num_warps": num_warps, "num_stages": num_stages}
+    if compiled:
         with torch.cuda.device(device):
-            _launch_on_current_device(kernel, programs, args, constexprs, num_warps, num_stages, device.index)
+            binary = kernel[(programs,)](*args, **constexprs, **options)
+        ready = device.index, binary.run, binary.function, binary.packed_metadata
+        _compiled[_key(kernel, num_warps, num_stages, args, constexprs)] = ready
     else:
-        _launch_on_current_device(kernel, programs, args, constexprs, num_warps, num_stages, device.index)
+        with np.errstate(all="ignore"):  # a GPU says nothing of an overflow, nor of what masked lanes compute
+            kernel[(programs,)](*args, **constexprs, **options)
+        _round_back(given, args)
 
 
-def _launch_on_current_device(
-    kernel: Any,
-    programs: int,
-    args: tuple[Any, ...],
-    constexprs: dict[str, Any],
-    num_warps: int,
-    num_stages: int,
-    index: int,
-) -> None:
-    key = _key(kernel, index, num_warps, num_stages, args, constexprs)
-    compiled = _compiled.get(key)
-    if compiled is None or knobs.runtime.launch_enter_hook.calls or knobs.runtime.launch_exit_hook.calls:
-        _check_order(kernel, args, constexprs)
-        _compiled[key] = kernel[(programs,)](*args, **constexprs, num_warps=num_warps, num_stages=num_stages)
-        return
-    stream = torch._C._cuda_getCurrentRawStream(index)
-    compiled.run(
-        programs, 1, 1, stream, compiled.function, compiled.packed_metadata, None, None, None, *args, *constexprs.values()
-    )  # fmt: skip
+def _key(kernel: Any, num_warps: int, num_stages: int, args: tuple[Any, ...], constexprs: dict[str, Any]) -> tuple[Any, ...]:
+    """All that a compiled kernel depends on: device, dtype and 16-byte alignment of a pointer; an integer's width and divisibility by 16.
 
-
-def _key(kernel: Any, index: int, num_warps: int, num_stages: int, args: tuple[Any, ...], constexprs: dict[str, Any]) -> tuple[Any, ...]:
-    """All that a compiled kernel depends on: dtype and 16-byte alignment of a pointer; width, divisibility by 16 and 1 of an integer.
-
-    Functions stand for themselves by ``id`` (a compiled kernel keeps them alive): Triton hashes them by their source, at every call.
+    Tensors of two devices give a key that no kernel has. Functions stand for themselves by ``id`` (a compiled kernel keeps them alive):
+    Triton hashes them by their source, at every call.
     """
-    key: list[Any] = [id(kernel), index, num_warps, num_stages]
+    key: list[Any] = [id(kernel), num_warps, num_stages]
+    add = key.append
     for a in args:
         kind = type(a)
         if kind is int:
-            key.append(1 if a == 1 else (a % 16 == 0, -(2**31) <= a < 2**31))
+            add(1 if a == 1 else (a % 16 == 0, -(2**31) <= a < 2**31))
         elif a is None or kind is float or kind is bool:
-            key.append(kind)
+            add(kind)
         else:
-            key += (a.dtype, a.data_ptr() % 16 == 0)
+            key += a.get_device(), a.dtype, not a.data_ptr() & 15
             if _HIP:  # AMD's buffer instructions reach 2 GiB
-                key.append(a.untyped_storage().nbytes() < 2**31)
+                add(a.untyped_storage().nbytes() < 2**31)
     for c in constexprs.values():
-        key.append(id(c) if type(c) is JITFunction else c or repr(c))  # 0.0, -0.0 and False are equal, and not the same
+        add(id(c) if type(c) is JITFunction else c or repr(c))  # 0.0, -0.0 and False are equal, and not the same
     return tuple(key)
 
 
@@ -168,5 +160,11 @@ def accumulator(dtype: torch.dtype) -> torch.dtype:
     return torch.float64 if dtype == torch.float64 else torch.float32
 
 
-cdiv = triton.cdiv
-next_power_of_2 = triton.next_power_of_2
+def cdiv(a: int, b: int) -> int:
+    """Programs of ``b`` elements that ``a`` elements take. (triton.cdiv, called on the host, costs as much as a launch.)"""
+    return -(-a // b)
+
+
+def next_power_of_2(n: int) -> int:
+    """The smallest power of two that is not below ``n``."""
+    return 1 << (n - 1).bit_length()

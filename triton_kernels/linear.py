@@ -138,7 +138,7 @@ def product(
     out = x.new_empty(m, n)
     z = x.new_empty((m, n) if keep_z else 0)
     c = config(m, n, x.dtype)
-    function = {"F": None, "A": 0.0, "B": 0.0} if activation is None else constants(activation, 0, parameters)
+    function = dict.fromkeys("FAB") if activation is None else constants(activation, 0, parameters)
     launch(
         _product, cdiv(m, c.block_m) * cdiv(n, c.block_n), x, y, bias, out, z, m, n, k, *x.stride(), *y.stride(),
         HAS_BIAS=bias is not None, HAS_F=activation is not None, STORE_Z=keep_z, **function,
@@ -158,7 +158,7 @@ def columns(
     tiles = cdiv(n, block_n)
     parts = max(1, min(cdiv(m, block_m), cdiv(4 * multiprocessors(dy.device), max(tiles, 1))))
     partial = dy.new_empty((parts, n) if need_bias else 0, dtype=accumulator(dy.dtype))
-    function = {"F": None, "A": 0.0, "B": 0.0} if activation is None else constants(activation, 1, parameters)
+    function = dict.fromkeys("FAB") if activation is None else constants(activation, 1, parameters)
     if m and n:
         launch(
             _columns, parts * tiles, dy, saved, None if activation is None else dz, partial if need_bias else None, m, n, cdiv(m, parts),

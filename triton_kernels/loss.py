@@ -329,4 +329,4 @@ def backward(
 
 
 def _parameters(given: tuple[Any, ...]) -> dict[str, Any]:
-    return dict(zip("ABC", (*given, 0.0, 0.0, 0.0), strict=False))
+    return dict(zip("ABC", (*given, None, None, None), strict=False))
