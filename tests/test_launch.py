@@ -31,6 +31,19 @@ def _add(X, Y, Z, n, BLOCK: tl.constexpr):
     tl.store(Z + i, tl.load(X + i, i < n) + tl.load(Y + i, i < n), i < n)
 
 
+@triton.jit
+def _powers(X, n, BLOCK: tl.constexpr):
+    for i in range(tl.cdiv(n, BLOCK)):
+        tl.store(X + i, 1 << i)
+
+
+def test_a_loop_to_a_bound_that_is_no_constant():
+    """The interpreter before triton 3.7 with numpy from 2.4 on: triton issue 9171."""
+    x = torch.zeros(4, dtype=torch.int64)
+    launch(_powers, 1, x, 5, BLOCK=2)
+    assert x.tolist() == [1, 2, 4, 0]
+
+
 def test_an_empty_grid_returns_early():
     launch(_double, 0)
 

@@ -8,11 +8,14 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from functools import cache
 from typing import Any
 
 import numpy as np
 import torch
+import triton
 from triton import knobs
+from triton.runtime import interpreter
 from triton.runtime.jit import JITFunction
 
 _HIP = torch.version.hip is not None
@@ -63,6 +66,7 @@ def launch(kernel: Any, programs: int, *args: Any, num_warps: int = 4, num_stage
         ready = device.index, binary.run, binary.function, binary.packed_metadata
         _compiled[_key(kernel, num_warps, num_stages, args, constexprs)] = ready
     else:
+        _take_arrays_of_one_element_as_integers()
         with np.errstate(all="ignore"):  # a GPU says nothing of an overflow, nor of what masked lanes compute
             kernel[(programs,)](*args, **constexprs, **options)
         _round_back(given, args)
@@ -96,6 +100,19 @@ def _check_order(kernel: Any, args: tuple[Any, ...], constexprs: dict[str, Any])
     names = kernel.arg_names[len(args) :]
     if names != list(constexprs):
         raise TypeError(f"{kernel.__name__} takes the constexprs {names}, all of them and in this order, but was given {list(constexprs)}")
+
+
+@cache
+def _take_arrays_of_one_element_as_integers() -> None:
+    """Lets the interpreter loop to a bound that is no constant: before triton 3.7 numpy 2.4 forbids what it does (triton issue 9171)."""
+    patch = interpreter._patch_lang_tensor
+
+    def patched(tensor: Any, scope: Any) -> None:
+        patch(tensor, scope)
+        scope.set_attr(tensor, "__index__", lambda self: self.handle.data.item())
+
+    if tuple(map(int, triton.__version__.split(".")[:2])) < (3, 7):
+        interpreter._patch_lang_tensor = patched
 
 
 def _in_float32(args: tuple[Any, ...]) -> tuple[Any, ...]:
