@@ -45,6 +45,16 @@ def agree(name, args, kwargs=None, dy=None, rtol=1e-10, atol=1e-12, wide=None):
     torch.testing.assert_close(grads, expected, rtol=rtol, atol=atol)
 
 
+@pytest.mark.parametrize("bound", [0.1, 0.4, 0.7])
+@pytest.mark.parametrize("name", ["smooth_l1_loss", "huber_loss"])
+def test_a_bound_that_float32_does_not_hold(name, bound, backend):
+    """Of float64, at the bound, next to it, and between it and its rounded twin (triton before 3.9 compares with that)."""
+    at = torch.tensor([bound, -bound], dtype=torch.float64)
+    twin = at.float().double()
+    x = torch.cat([at, at.nextafter(at * 2), at.nextafter(at * 0), (at + twin) / 2, twin]).to(DEVICE).requires_grad_()
+    agree(name, [x, torch.zeros_like(x)], {"reduction": "none", "beta" if name == "smooth_l1_loss" else "delta": bound}, rtol=0, atol=1e-15)
+
+
 @pytest.mark.parametrize("name", LOSSES)
 def test_every_reduction_and_gradient_of_the_loss(name, backend):
     for reduction, dy in itertools.product(REDUCTIONS, (1.0, 0.37, 0.0, None)):
