@@ -33,7 +33,7 @@ from custom_backprop import nn
 
 RESULTS = Path(__file__).parent / "results"
 WIDTH, LAYERS, ROWS = 512, 4, 256  # of the network, and of the batch of all ranks together
-FITTED, CHECKED = (1 << 10, 1 << 13, 1 << 16, 1 << 18), (1 << 20, 1 << 22)  # bytes
+FITTED, CHECKED = (1 << 10, 1 << 13, 1 << 16, 1 << 18, 1 << 20), (1 << 22, 1 << 24)  # bytes
 
 #: of the names that torch 2.13 gave to both
 GATHER = getattr(dist, "all_gather_single", dist.all_gather_into_tensor)
@@ -139,15 +139,21 @@ def measure(rank: int, n: int, folder: str) -> None:
 
 
 def fit(times: dict[int, float], turns: int) -> Link:
-    """Of two ranks: least squares, relative errors, of t = turns (latency + size / 2 / bandwidth)."""
+    """Of two ranks: least squares, relative errors, of t = turns (latency + size / 2 / bandwidth), neither of the two below 0."""
     sizes, taken = (np.array(v) for v in zip(*times.items(), strict=True))
-    terms = turns * np.stack([np.ones_like(taken), sizes / 2], axis=1)
-    (latency, inverse), *_ = np.linalg.lstsq(terms / taken[:, None], np.ones_like(taken), rcond=None)
-    return Link(float(latency), float(1 / inverse))
+    terms = turns * np.stack([np.ones_like(taken), sizes / 2], axis=1) / taken[:, None]
+    both, *_ = np.linalg.lstsq(terms, np.ones_like(taken), rcond=None)
+    if both.min() < 0:  # the best is then at an edge, where one of them is 0
+        edges = np.diag(terms.sum(0) / (terms**2).sum(0))
+        both = min(edges, key=lambda e: float(((terms @ e - 1) ** 2).sum()))
+    latency, inverse = map(float, both)
+    return Link(latency, 1 / max(inverse, 1e-15))
 
 
 def collective(name: str, links: dict[str, Link], size: float, n: int) -> float:
-    return links[name].all_reduce(size, n) if name == "all_reduce" else links[name].pass_on(size, n)
+    """Of n processes of this machine. Their link is a core that copies: more processes than cores share it."""
+    alone = links[name].all_reduce(size, n) if name == "all_reduce" else links[name].pass_on(size, n)
+    return alone * max(1.0, n / (os.cpu_count() or 1))
 
 
 def communication(strategy: str, links: dict[str, Link], n: int) -> float:
@@ -190,7 +196,7 @@ def report(result: dict[str, Any]) -> str:
     fitted = ", ".join(f"{k} {1e6 * v['latency']:.0f} us and {v['bandwidth'] / 1e9:.2f} GB/s" for k, v in result["links"].items())
     one = ", ".join(f"{k} {1e3 * v:.1f} ms" for k, v in result["one"]["step"].items())
     lines = [
-        f"{result['machine']}; all processes on the same cores. Fitted to 1 KiB to 256 KiB of two processes: {fitted}. "
+        f"{result['machine']}; all processes on the same cores. Fitted to 1 KiB to 1 MiB of two processes: {fitted}. "
         f"A step of one process: {one}; without an engine {1e3 * result['one']['compute']['ddp']:.1f} ms.",
         "",
         "| | processes | measured, ms | predicted, ms | predicted / measured | of it computing, ms | engine, ms | speed-up over one |",
