@@ -76,6 +76,7 @@ def primitive(
     for key, keyset in _AUTOCAST.items():
         library.impl(name, _without_autocast(operator, keyset), key)
     torch.library.register_fake(f"{library.ns}::{name}", fake or formula, lib=library)
+    library.impl(name, _differentiable(operator, formula), "Autograd", with_keyset=True)
     if vmap is None:  # decomposed: the formula runs on the batched tensors (a vmap inside register_vmap's rule fails in functorch)
         library.impl(name, formula, "FuncTorchBatched")
     else:
@@ -148,6 +149,24 @@ def _without_autocast(operator: torch._ops.OpOverload, keyset: DispatchKeySet) -
             return operator(*args)
 
     return run
+
+
+def _differentiable(operator: torch._ops.OpOverload, formula: Callable[..., Any]) -> Callable[..., Any]:
+    """Where a primitive is met above autograd, without the Function that is built on it, its formula can be differentiated. So it is when
+    Dynamo traces a transformation of torch.func, for which it takes a Function's forward to pieces."""
+
+    def run(keys: DispatchKeySet, *args: Any) -> Any:
+        tensors = [a for a in args if isinstance(a, torch.Tensor)]
+        if (torch.is_grad_enabled() and any(t.requires_grad for t in tensors)) or any(_tangent(t) is not None for t in tensors):
+            return formula(*args)
+        return operator.redispatch(keys & torch._C._after_autograd_keyset, *args)
+
+    return run
+
+
+def _tangent(t: torch.Tensor) -> torch.Tensor | None:
+    """What forward mode carries beside ``t``. (A compiled graph opens its level without Python's knowledge.)"""
+    return torch._VF._unpack_dual(t, level=0)[1]  # type: ignore[attr-defined]
 
 
 def fold_batch(tensors: tuple[torch.Tensor | None, ...], in_dims: tuple[Any, ...], size: int) -> list[torch.Tensor | None]:

@@ -12,7 +12,7 @@ from torch.autograd import forward_ad
 
 from ..backends.activation import ATEN, ATEN_INTO, ATEN_KEEPING, in_place, primitives
 from ..formulas.activation import ACTIVATIONS, Activation
-from .function import differentiable
+from .function import differentiable, differentiated
 from .reuse import LEAST, is_unseen, place
 
 #: activations that torch's autocast computes in float32 on a GPU
@@ -68,7 +68,7 @@ def _function(a: Activation) -> Callable[..., Tensor]:
             if dy is None:
                 return None, *no_gradients
             saved, *_ = ctx.saved_tensors
-            run = formula_backward if torch.is_grad_enabled() else run_backward
+            run = formula_backward if differentiated() else run_backward
             return run(dy, saved, *ctx.parameters), *no_gradients
 
         @staticmethod
@@ -149,7 +149,7 @@ def _in_place_function(a: Activation) -> type[torch.autograd.Function]:
         @staticmethod
         def backward(ctx: Any, dy: Tensor) -> Any:
             (saved,) = ctx.saved_tensors
-            dx = (formula_backward if torch.is_grad_enabled() else run_backward)(dy, saved, *ctx.parameters)
+            dx = (formula_backward if differentiated() else run_backward)(dy, saved, *ctx.parameters)
             return dx, None, *no_gradients
 
     return InPlace

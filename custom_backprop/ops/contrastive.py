@@ -11,7 +11,7 @@ from torch.autograd import forward_ad
 from ..backends import contrastive as primitives
 from ..formulas import contrastive as formula
 from ..formulas.loss import NONE
-from .function import differentiable, wanted
+from .function import differentiable, differentiated, wanted
 
 
 class Triplet:
@@ -37,7 +37,7 @@ class Triplet:
         a, p, n, d = ctx.saved_tensors
         needs = ctx.needs_input_grad[:3]
         options = ctx.margin, ctx.order, ctx.eps, ctx.swap, ctx.reduction
-        if torch.is_grad_enabled():
+        if differentiated():
             d = formula.distances(a, p, n, ctx.order, ctx.eps, ctx.swap)
             grads = formula.triplet_backward(dy, a, p, n, d, *options, needs)
         else:
@@ -72,7 +72,7 @@ class InfoNCE:
             return (None,) * 7
         q, k, n, G = ctx.saved_tensors
         temperature, symmetric, reduction = ctx.options
-        if torch.is_grad_enabled() or G is None:
+        if differentiated() or G is None:
             s = formula.logits(formula.widen(q), formula.widen(k), formula.widen(n), temperature)
             G = formula.slope(s, n is None, symmetric) / temperature
         return *formula.info_nce_gradients(dy, q, k, n, G, reduction, ctx.needs_input_grad[:3]), None, None, None, None
@@ -102,7 +102,7 @@ class Unit:
         if dy is None:
             return None, None
         x, y, r = ctx.saved_tensors
-        if torch.is_grad_enabled():
+        if differentiated():
             return formula.unit_backward(dy, *formula.unit(x, ctx.eps), ctx.eps), None
         return primitives.unit_backward(dy, y, r, ctx.eps), None
 

@@ -11,7 +11,7 @@ from ..backends import cross_entropy as primitives
 from ..formulas import cross_entropy as formula
 from ..formulas.cross_entropy import GRADIENT, NOTHING, STATISTICS
 from ..formulas.loss import NONE
-from .function import differentiable
+from .function import differentiable, differentiated
 from .held import holds, release, release_directly
 
 
@@ -45,7 +45,7 @@ class NLLLoss:
         if dy is None:
             return (None,) * 5
         x, target, weight, total = ctx.saved_tensors
-        run = formula.nll_backward if torch.is_grad_enabled() else primitives.nll_backward
+        run = formula.nll_backward if differentiated() else primitives.nll_backward
         return run(dy, x, target, weight, total, *ctx.options), None, None, None, None
 
     @staticmethod
@@ -96,9 +96,9 @@ class CrossEntropy:
         x, target, weight, kept, *_ = ctx.saved_tensors
         reduction, ignore_index, smoothing, keep = ctx.options
         need_x, need_target = ctx.needs_input_grad[:2]
-        if keep == GRADIENT and not torch.is_grad_enabled():
+        if keep == GRADIENT and not differentiated():
             return release(kept, dy), None, None, None, None, None, None
-        run = formula.backward if torch.is_grad_enabled() or keep == LOG_PROBABILITIES else primitives.backward
+        run = formula.backward if differentiated() or keep == LOG_PROBABILITIES else primitives.backward
         dx, dtarget = run(dy, x, target, weight, kept, reduction, ignore_index, smoothing, need_x, need_target)
         return dx if need_x else None, dtarget if need_target else None, None, None, None, None, None
 

@@ -16,6 +16,7 @@ from sys import getrefcount
 from typing import Any
 
 import torch
+from torch._C._functorch import TransformType, get_interpreter_stack
 from torch.autograd import forward_ad
 
 from ..backends import selection
@@ -64,13 +65,16 @@ def differentiable(
         def open_context(ctx: Any, args: tuple[Any, ...], output: Any) -> None:
             if keeps:
                 ctx.mark_non_differentiable(output[1])
-            setup_context(ctx, args, output)
+            opened = _Opened(ctx, "saving")
+            setup_context(opened, args, output)
+            opened.save()
 
         def open_backward(ctx: Any, *grads: Any) -> Any:
-            return backward(ctx, grads[0]) if keeps else backward(ctx, *grads)
+            opened = _Opened(ctx, "backward")
+            return backward(opened, grads[0]) if keeps else backward(opened, *grads)
 
         def open_jvp(ctx: Any, *tangents: Any) -> Any:
-            tangent = definition.jvp(ctx, *tangents)  # type: ignore[attr-defined]
+            tangent = definition.jvp(_Opened(ctx, "forward"), *tangents)  # type: ignore[attr-defined]
             return (tangent, None) if keeps else tangent
 
         # where nothing wants a gradient, Dynamo counts the parameters of forward, and leaves out ctx if there are as many as arguments
@@ -109,6 +113,7 @@ def differentiable(
                 if (
                     type(dy) is torch.Tensor
                     and not (_grad_enabled() or _tracing() or modes() or wrapped(dy) or legacy_batched(dy))
+                    and forward_ad._current_level < 0
                     and selection._forced in BY_ATEN
                     and (unary or not autocast_active())
                 ):
@@ -128,10 +133,15 @@ def differentiable(
             if prepare is not None:
                 args = prepare(*args)
             if torch.compiler.is_compiling():
-                return eager.apply(*_cast(args, policies))
+                args = _cast(args, policies)
+                if not functorch_active():
+                    return eager.apply(*args)
+                return forward(*args)[0] if keeps else forward(*args)  # whose primitives are differentiated by their formulas
             if autocast_active():
                 args = _cast(args, policies)
             if functorch_active() or forward_ad._current_level >= 0:
+                if _is_beyond_a_function(unary):
+                    return forward(*args)[0] if keeps else forward(*args)
                 return transformable.apply(*args)[0] if keeps else transformable.apply(*args)
             if torch.is_grad_enabled():
                 for a in args:
@@ -177,9 +187,57 @@ def differentiable(
     return decorate
 
 
+class _Opened:
+    """The context of the transformable face. functorch keeps one list of batch dimensions for what is saved for backward and for forward
+    mode, and knows no None in it: so all of both is saved as one list, and each finds its own in there."""
+
+    def __init__(self, ctx: Any, use: str) -> None:
+        vars(self).update(ctx=ctx, use=use, kept={"backward": (), "forward": ()})
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self.ctx, name)
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        setattr(self.ctx, name, value)
+
+    def save_for_backward(self, *tensors: torch.Tensor | None) -> None:
+        self.kept["backward"] = tensors
+
+    def save_for_forward(self, *tensors: torch.Tensor | None) -> None:
+        self.kept["forward"] = tensors
+
+    def save(self) -> None:
+        every = {id(t): t for tensors in self.kept.values() for t in tensors if t is not None}
+        place = {key: i for i, key in enumerate(every)}
+        self.ctx.places = {use: [None if t is None else place[id(t)] for t in tensors] for use, tensors in self.kept.items()}
+        self.ctx.save_for_backward(*every.values())
+        self.ctx.save_for_forward(*every.values())
+
+    @property
+    def saved_tensors(self) -> tuple[torch.Tensor | None, ...]:
+        saved = self.ctx.saved_tensors
+        return tuple([None if i is None else saved[i] for i in self.ctx.places[self.use]])
+
+
+def differentiated() -> bool:
+    """Whether what backward computes may be differentiated: it is asked to make a graph, or forward mode runs over it."""
+    return torch.is_grad_enabled() or forward_ad._current_level >= 0
+
+
 def wanted(needs: Sequence[bool], grads: Sequence[torch.Tensor | None]) -> tuple[torch.Tensor | None, ...]:
     """The gradients, None for one that nobody needs (a primitive returns an empty tensor there)."""
     return tuple([g if need else None for g, need in zip(grads, needs, strict=True)])
+
+
+def _is_beyond_a_function(unary: bool) -> bool:
+    """Whether torch.func's transformations around this call would go wrong with a Function, and need the primitives' formulas.
+
+    Forward mode inside forward mode takes the tangents of a Function's jvp for constants. Forward mode over vmap bears no output
+    without a tangent, and no argument that is a tuple.
+    """
+    levels = [level.key() for level in get_interpreter_stack() or ()]
+    forward = levels.count(TransformType.Jvp)
+    return forward > 1 or (forward == 1 and not unary and TransformType.Vmap in levels[levels.index(TransformType.Jvp) :])
 
 
 def _nothing(ctx: Any, *tensors: torch.Tensor | None) -> None:

@@ -11,7 +11,7 @@ from ..backends import linear as primitives
 from ..backends.activation import ATEN, ATEN_IN_PLACE, ATEN_INTO
 from ..formulas import linear as formula
 from ..formulas.activation import ACTIVATIONS
-from .function import differentiable, wanted
+from .function import differentiable, differentiated, wanted
 from .reuse import LEAST, is_unseen, place
 
 _product = torch.nn.functional.linear
@@ -48,7 +48,7 @@ class Linear:
         if dy is None:
             return None, None, None
         x, weight = ctx.saved_tensors
-        run = formula.linear_backward if torch.is_grad_enabled() else primitives.backward
+        run = formula.linear_backward if differentiated() else primitives.backward
         # what was not saved is not needed, and any tensor may stand in its place
         return wanted(ctx.needs_input_grad, run(dy, dy if x is None else x, dy if weight is None else weight, *ctx.needs_input_grad))
 
@@ -170,7 +170,7 @@ def _activation_backward(ctx: Any, dy: Tensor | None) -> Any:
         return (None,) * 5
     x, weight, bias, saved = ctx.saved_tensors
     needs = ctx.needs_input_grad[:3]
-    if torch.is_grad_enabled():
+    if differentiated():
         saved = formula.saved_for(ctx.function[0], x, weight, bias, saved)
         grads = formula.linear_activation_backward(dy, x, weight, saved, *ctx.function, *needs)
     else:

@@ -14,7 +14,7 @@ from torch import Tensor
 from ..backends.library import is_batched
 from ..backends.loss import ATEN, primitives
 from ..formulas.loss import LOSSES, NONE, Loss
-from .function import differentiable, wanted
+from .function import differentiable, differentiated, wanted
 from .held import holds, release, release_directly
 
 
@@ -44,7 +44,7 @@ def _definition(loss: Loss) -> type:
                 return (None,) * 4 + no_gradients
             *tensors, held = ctx.saved_tensors
             needs = ctx.needs_input_grad[:4]
-            if torch.is_grad_enabled() or (not torch.compiler.is_compiling() and is_batched(dy)):
+            if differentiated() or (not torch.compiler.is_compiling() and is_batched(dy)):
                 return *wanted(needs, loss.backward(dy, *tensors, ctx.reduction, needs, *ctx.parameters)), *no_gradients
             if held is None:
                 return *wanted(needs, run_backward(dy, *tensors, ctx.reduction, needs, *ctx.parameters)), *no_gradients

@@ -4,12 +4,11 @@ from __future__ import annotations
 
 from typing import Any
 
-import torch
 from torch import Tensor
 
 from ..backends import prelu as primitives
 from ..formulas import prelu as formula
-from .function import differentiable, wanted
+from .function import differentiable, differentiated, wanted
 
 
 def check(x: Tensor, weight: Tensor) -> None:
@@ -46,7 +45,7 @@ class PReLU:
         if dy is None:
             return None, None
         x, weight = ctx.saved_tensors
-        run = formula.prelu_backward if torch.is_grad_enabled() else primitives.backward
+        run = formula.prelu_backward if differentiated() else primitives.backward
         return wanted(ctx.needs_input_grad, run(dy, x, weight, *ctx.needs_input_grad))
 
     @staticmethod

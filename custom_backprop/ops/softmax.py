@@ -11,7 +11,7 @@ from torch import Tensor
 
 from ..backends.softmax import ATEN, ATEN_INTO, primitives
 from ..formulas.softmax import SOFTMAXES, Softmax
-from .function import differentiable
+from .function import differentiable, differentiated
 from .reuse import LEAST, is_unseen, place
 
 
@@ -39,7 +39,7 @@ def _function(s: Softmax) -> Callable[..., Tensor]:
             if dy is None:
                 return None, None, None
             (y,) = ctx.saved_tensors
-            run = formula_backward if torch.is_grad_enabled() else run_backward
+            run = formula_backward if differentiated() else run_backward
             return run(dy, y, ctx.dim, ctx.dtype), None, None
 
         @staticmethod
