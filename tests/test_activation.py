@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import copy
+
 import pytest
 import torch
 import torch.nn.functional as F
@@ -10,7 +12,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from strategies import layouts, tensors
 
-from custom_backprop import functional, nn, use_backend
+from custom_backprop import convert, functional, nn, use_backend
 from custom_backprop.backends import BACKENDS, why_not
 from custom_backprop.testing import Make, database
 from custom_backprop.testing.checks import sliced, transposed
@@ -361,3 +363,36 @@ def test_small_gradients_keep_their_digits(backend):
     x = torch.logspace(-4, 0, 9, dtype=torch.float32, device=DEVICE).requires_grad_()
     (grad,) = torch.autograd.grad(functional.tanhshrink(x), x, torch.ones_like(x))
     torch.testing.assert_close(grad.double(), x.detach().double().tanh().square(), rtol=1e-6, atol=0)
+
+
+@pytest.mark.parametrize("module", [torch.nn.ReLU6, torch.nn.Hardtanh])
+@pytest.mark.parametrize("inplace", [False, True])
+def test_outputs_that_torch_lets_change_in_place(module, inplace):
+    """MobileNet's order: torch keeps the input of these two, so that what follows may write over their output."""
+    model = torch.nn.Sequential(torch.nn.Linear(4, 4), module(inplace=inplace), torch.nn.Dropout(0.5, inplace=True))
+    x, found = torch.randn(3, 4), []
+    for of in (model, convert(copy.deepcopy(model))):
+        torch.manual_seed(0)
+        of(x).square().sum().backward()
+        found.append(of[0].weight.grad)
+    torch.testing.assert_close(*found)
+
+
+@pytest.mark.parametrize("name", ["relu", "gelu", "softplus"])
+def test_compiled_in_the_strides_that_the_fake_promises(name, backend):
+    """The gradient comes transposed."""
+    x, w = torch.randn(4, 6, device=DEVICE, requires_grad=True), torch.randn(24, device=DEVICE)
+
+    def run(module):
+        return (getattr(module, name)(x.sin()).t().reshape(-1) * w).sum()
+
+    torch._dynamo.reset()
+    (ours,) = torch.autograd.grad(torch.compile(run, backend="aot_eager")(functional), x)
+    torch.testing.assert_close(ours, *torch.autograd.grad(run(F), x))
+
+
+def test_a_parameter_that_wants_a_gradient_is_refused():
+    """As by torch: none would reach it."""
+    for module in (functional, F):
+        with pytest.raises(TypeError, match=r"must be (a )?Number"):
+            module.leaky_relu(torch.ones(3), torch.tensor(0.1, requires_grad=True))

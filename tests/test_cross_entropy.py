@@ -367,3 +367,11 @@ def test_any_shape(forced, data):
     }
     with custom_backprop.use_backend(forced):
         agree("cross_entropy", (x, target), **options)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("reduction", ["none", "mean", "sum"])
+def test_an_empty_batch_without_gradient(dtype, reduction, backend):
+    x, t = torch.zeros(0, 5, dtype=dtype, device=DEVICE), torch.zeros(0, dtype=torch.int64, device=DEVICE)
+    ours, theirs = (m.cross_entropy(x, t, reduction=reduction) for m in (functional, torch.nn.functional))
+    torch.testing.assert_close(ours, theirs, equal_nan=True)

@@ -281,3 +281,11 @@ class TestModule:
             torch.testing.assert_close(
                 torch.autograd.grad(y.sum(), ours, retain_graph=True), torch.autograd.grad(expected.sum(), theirs, retain_graph=True)
             )
+
+
+@pytest.mark.parametrize("shape", [(), (1, 5), (3, 5), (3, 1)])
+def test_a_bias_that_broadcasts(shape, backend):
+    args = [torch.randn(s, dtype=torch.float64, device=DEVICE, requires_grad=True) for s in ((3, 4), (5, 4), shape)]
+    dy = torch.randn(3, 5, dtype=torch.float64, device=DEVICE)
+    ours, theirs = (torch.autograd.grad(m.linear(*args), args, dy) for m in (functional, torch.nn.functional))
+    torch.testing.assert_close(ours, theirs)

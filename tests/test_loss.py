@@ -336,3 +336,34 @@ def test_broadcasting(name, shapes, reduction, backend):
     with use_backend(backend):
         x, t = (inputs(name, *shape)[1] for shape in shapes)
         agree(name, (x, t), {"reduction": reduction})
+
+
+@pytest.mark.parametrize("name", ["mse_loss", "l1_loss", "smooth_l1_loss", "huber_loss"])
+def test_a_sum_beyond_the_dtype_is_infinite(name, backend):
+    x = torch.full((2**10,), 3e37, device=DEVICE).requires_grad_()
+    y = getattr(functional, name)(x, torch.zeros_like(x), reduction="sum")
+    assert y == getattr(stock, name)(x, torch.zeros_like(x), reduction="sum") == float("inf")
+
+
+@pytest.mark.parametrize("name", LOSSES)
+def test_the_default_device_has_no_part(name):
+    args = inputs(name, 2**16, dtype=torch.float32)
+    expected = torch.autograd.grad(getattr(functional, name)(*args), args[0])
+    with torch.device("meta"):
+        found = torch.autograd.grad(getattr(functional, name)(*args), args[0])
+    torch.testing.assert_close(found, expected, rtol=0, atol=0)
+
+
+def test_batchmean_beside_a_deprecated_argument(backend):
+    agree("kl_div", inputs("kl_div", 4, 3), {"reduction": "batchmean", "size_average": True})
+
+
+def test_derivatives_of_the_logits_loss_at_zero(backend):
+    """softplus is smooth there, whatever it is computed from."""
+    x, t = (torch.full((3,), v, dtype=torch.float64, device=DEVICE).requires_grad_() for v in (0.0, 0.3))
+    p = torch.full_like(x, 3.0).detach()
+    found = []
+    for module in (functional, stock):
+        (dt,) = torch.autograd.grad(module.binary_cross_entropy_with_logits(x, t, pos_weight=p).sum(), t, create_graph=True)
+        found += torch.autograd.grad(dt.sum(), x)
+    torch.testing.assert_close(*found)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import numpy as np
 import pytest
 import torch
 import torch._dynamo
@@ -303,3 +304,26 @@ def test_a_module_hook_keeps_the_gradients_it_was_given(x):
     dx, dy = seen[0]
     assert torch.equal(dy, w)
     assert torch.equal(dx, x.grad)
+
+
+def test_memory_of_numpy_is_not_written():
+    """Its owners are counted by NumPy, where nobody looks."""
+    owner = np.ones((256, 256), dtype=np.float32)
+    y = F.gelu(torch.randn(256, 256, requires_grad=True))
+    y.register_hook(lambda dy: torch.from_numpy(owner))
+    y.sum().backward()
+    assert (owner == 1).all()
+
+
+def test_owners_are_not_counted_under_hooks():
+    """Which keep what the counting backward saves."""
+    seen = []
+    reuse._alone.cache_clear()
+    with torch.autograd.graph.saved_tensors_hooks(lambda t: seen.append(t.detach()) or t, lambda t: t):
+        F.sigmoid(torch.randn(256, 256, requires_grad=True)).sum().backward()
+    y = F.sigmoid(torch.randn(256, 256, requires_grad=True))
+    kept, loss = y.detach(), y.sum()
+    del y
+    before = kept.clone()
+    loss.backward()
+    assert torch.equal(kept, before)

@@ -163,6 +163,19 @@ ATEN_KEEPING: dict[str, tuple[Callable[[Tensor], tuple[Tensor, Tensor]], Callabl
 }
 
 
+def _in_strides_of_saved(run: Callable[..., Tensor]) -> Callable[..., Tensor]:
+    """As the fake says, and compiled code expects. PyTorch's operators and the formula take the strides of dy where those differ."""
+
+    def backward(dy: Tensor, saved: Tensor, *parameters: float) -> Tensor:
+        dx = run(dy, saved, *parameters)
+        if dx.stride() == saved.stride():
+            return dx
+        laid_out = torch.empty_like(saved)
+        return dx if dx.stride() == laid_out.stride() else laid_out.copy_(dx)
+
+    return backward
+
+
 def _define(a: Activation) -> tuple[Callable[..., Tensor], Callable[..., Tensor]]:
     parameters = "".join(f", float {name}" for name in a.parameters)
     forward_aten, backward_aten = ATEN[a.name]
@@ -187,8 +200,8 @@ def _define(a: Activation) -> tuple[Callable[..., Tensor], Callable[..., Tensor]
     )
     backward = primitive(
         f"{a.name}_backward(Tensor dy, Tensor saved{parameters}) -> Tensor",
-        formula=a.backward,
-        aten=backward_aten,
+        formula=_in_strides_of_saved(a.backward),
+        aten=_in_strides_of_saved(backward_aten),
         triton=lambda *args: kernels("activation").backward(a.name, *args),
         fake=lambda dy, saved, *parameters: torch.empty_like(saved),
         vmap=vmap_backward,

@@ -154,7 +154,7 @@ def _walk(
 
 def _classes(x: Tensor, target: Tensor, weight: Tensor | None, reduction: int, ignore_index: int) -> Tensor:
     """The loss alone, without label smoothing: by stock's two operators, chunk by chunk."""
-    if x.dtype not in HALF and x.numel() <= 2 * CHUNK:
+    if not x.numel() or (x.dtype not in HALF and x.numel() <= 2 * CHUNK):
         return torch._C._nn.cross_entropy_loss(x, target, weight, reduction, ignore_index)  # type: ignore[arg-type]
     step = _step(x)
     scratch = torch.empty_like(x[:step], dtype=wide(x.dtype))

@@ -126,7 +126,7 @@ def _mse_loss_total(x: Tensor, t: Tensor, v: None, k: float, g: Tensor) -> float
 
 def _one_by_one(fill: Callable[..., None], x: Tensor, t: Tensor, v: None, k: float, g: Tensor, *parameters: float) -> float:
     """l stands for a moment where l_x will, and no other memory is touched."""
-    dy = torch.full((), k, dtype=x.dtype)
+    dy = x.new_full((), k)
     fill(x, t, v, dy, g, None, *parameters)
     total = g.sum().item()
     fill(x, t, v, dy, None, g, *parameters)
@@ -208,7 +208,7 @@ def _forward_aten(loss: Loss) -> Callable[..., tuple[Tensor, Tensor]]:
                 total += TOTAL[loss.name](xs, ts, vs, scale, gs, *parameters)
             return _reduced(x, total, reduction), dx
         dtype = wide(x.dtype)
-        k = torch.full((), scale, dtype=dtype)
+        k = x.new_full((), scale, dtype=dtype)
         y = torch.empty_like(x) if reduction == NONE else None
         fill, scratch = _filler(loss, x, v, w, parameters), None
         for xs, ts, vs, ws, ys, gs in _chunks(x, t, v, w, y, dx if hold else None):
@@ -225,7 +225,10 @@ def _forward_aten(loss: Loss) -> Callable[..., tuple[Tensor, Tensor]]:
 def _reduced(x: Tensor, total: float, reduction: int) -> Tensor:
     if reduction == MEAN:
         total = total / x.numel() if x.numel() else math.nan
-    return x.new_full((), total)
+    try:
+        return x.new_full((), total)
+    except RuntimeError:  # more than the dtype holds
+        return x.new_full((), math.copysign(math.inf, total))
 
 
 def _backward_aten(loss: Loss) -> Callable[..., tuple[Tensor, ...]]:

@@ -163,18 +163,15 @@ def binary_cross_entropy_dt(x: Tensor, t: Tensor, v: None) -> Tensor:
     return torch.log1p(-x) - torch.log(x)
 
 
-def softplus_of_minus_abs(x: Tensor) -> Tensor:
-    """log(1 + e^-|x|): what softplus(x) = max(x, 0) + log(1 + e^-|x|) and softplus(-x) have in common. It cannot overflow."""
-    return torch.log1p(torch.exp(-x.abs()))
+def softplus(x: Tensor) -> Tensor:
+    """log(1 + e^x) = -log σ(-x), which cannot overflow and has every derivative at 0."""
+    return -torch.nn.functional.logsigmoid(-x)
 
 
 def binary_cross_entropy_with_logits(x: Tensor, t: Tensor, p: Tensor | None) -> Tensor:
-    """l = -p t log σ(x) - (1 - t) log(1 - σ(x)) = p t softplus(-x) + (1 - t) softplus(x)
-      = p t max(-x, 0) + (1 - t) max(x, 0) + q log(1 + e^-|x|), with q = 1 + (p - 1) t: sums of what is not negative, so nothing cancels
-    where the loss is near 0. Without a weight p of the positives, p = 1 and the first two terms are max(x, 0) - t x."""
-    if p is None:
-        return x.clamp_min(0) - t * x + softplus_of_minus_abs(x)
-    return p * t * (-x).clamp_min(0) + (1 - t) * x.clamp_min(0) + (1 + (p - 1) * t) * softplus_of_minus_abs(x)
+    """l = -p t log σ(x) - (1 - t) log(1 - σ(x)) = p t softplus(-x) + (1 - t) softplus(x): a sum of what is not negative, so nothing cancels
+    where the loss is near 0. Without a weight p of the positives, p = 1."""
+    return (t if p is None else p * t) * softplus(-x) + (1 - t) * softplus(x)
 
 
 def binary_cross_entropy_with_logits_dx(x: Tensor, t: Tensor, p: Tensor | None) -> Tensor:
@@ -184,7 +181,7 @@ def binary_cross_entropy_with_logits_dx(x: Tensor, t: Tensor, p: Tensor | None) 
 
 def binary_cross_entropy_with_logits_dt(x: Tensor, t: Tensor, p: Tensor | None) -> Tensor:
     """l_t = -x + (p - 1) softplus(-x)."""
-    return -x if p is None else (p - 1) * ((-x).clamp_min(0) + softplus_of_minus_abs(x)) - x
+    return -x if p is None else (p - 1) * softplus(-x) - x
 
 
 def kl_div(x: Tensor, t: Tensor, v: None, log_target: bool) -> Tensor:

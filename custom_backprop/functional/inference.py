@@ -16,6 +16,7 @@ from torch.autograd import forward_ad
 from ..backends import selection
 from ..backends.library import BY_ATEN, TENSORS, autocast_active, functorch_active, modes
 from ..formulas.loss import MEAN, SUM
+from ..ops.reuse import is_unseen
 
 F = TypeVar("F", bound=Callable[..., Any])
 
@@ -82,6 +83,7 @@ def stock_without_gradient(
                     and not (_tracing() or modes() or autocast_active())
                     and (reduction := kwargs.get("reduction", "mean")) in ("mean", "sum")
                     and len(kwargs) == ("reduction" in kwargs)
+                    and is_unseen()
                 ):
                     return direct(input, other, None, None, MEAN if reduction == "mean" else SUM, True, *parameters)
             return function(input, other, *args, **kwargs)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from ..formulas.activation import ACTIVATIONS
@@ -24,7 +25,7 @@ def linear(input: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     Args:
         input: (..., in_features).
         weight: (out_features, in_features), or without a bias (in_features), which gives an output without the last dimension.
-        bias: (out_features).
+        bias: (out_features), or what broadcasts with the output.
 
     Raises:
         RuntimeError: shapes, dtypes or devices do not fit.
@@ -32,6 +33,8 @@ def linear(input: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     """
     if bias is None and isinstance(weight, Tensor) and weight.dim() == 1:
         return ops.linear(input, weight.unsqueeze(0), None).squeeze(-1)
+    if isinstance(bias, Tensor) and bias.dim() != 1:
+        return torch.add(ops.linear(input, weight, None), bias)
     return ops.linear(input, weight, bias)
 
 

@@ -195,6 +195,7 @@ def kl_div(
         ValueError: an unknown reduction.
         RuntimeError: shapes that do not broadcast, or a tensor that is not real and floating-point.
     """
+    batchmean = reduction == "batchmean"
     if size_average is not None or reduce is not None:
         reduction = reduction_of(size_average, reduce, reduction)
     elif reduction == "mean":
@@ -207,7 +208,7 @@ def kl_div(
         raise RuntimeError(f"kl_div: only real floating-point tensors are supported, got {input.dtype} and {target.dtype}")
     x, t = _broadcast(*same_dtype(input, target))
     loss = pointwise("kl_div", x, t, None, None, enum, log_target)
-    return loss / input.shape[0] if reduction == "batchmean" and input.dim() else loss
+    return loss / input.shape[0] if batchmean and input.dim() else loss
 
 
 def gaussian_nll_loss(
@@ -230,6 +231,8 @@ def gaussian_nll_loss(
         if var < 0:
             raise ValueError("var has negative entry/entries")
         var = torch.full_like(input, var)
+    elif not isinstance(var, Tensor):
+        raise TypeError(f"gaussian_nll_loss: var must be a Tensor or a float, not {type(var).__name__}")
     elif _known(var) and torch.any(var < 0):
         raise ValueError("var has negative entry/entries")
     if var.size() != input.size():

@@ -19,6 +19,14 @@ from .reuse import LEAST, is_unseen, place
 _FLOAT32_ON_CUDA = {"softplus"}
 
 
+#: activations of which torch keeps the input, though the derivative can be had from the output: that may then be changed in place
+_OUTPUT_IS_FREE = {"hardtanh", "relu6"}
+
+
+def _saves_output(name: str) -> bool:
+    return ACTIVATIONS[name].saves_output and name not in _OUTPUT_IS_FREE
+
+
 def check(name: str, x: Any) -> None:
     """Raises TypeError, as stock does, for what is no tensor, and NotImplementedError for complex numbers."""
     if not isinstance(x, Tensor):
@@ -35,7 +43,7 @@ def number(name: str, p: Any) -> float:
     """
     if isinstance(p, complex):
         raise RuntimeError(f"{name}: a parameter must be real, got {p}")
-    if not isinstance(p, (Number, Tensor)):
+    if not isinstance(p, (Number, Tensor)) or (isinstance(p, Tensor) and p.requires_grad):
         raise TypeError(f"{name}: a parameter must be a Number, not {type(p).__name__}")
     return float(p)  # type: ignore[arg-type]
 
@@ -49,7 +57,7 @@ def _function(a: Activation) -> Callable[..., Tensor]:
     run_forward, run_backward = primitives[a.name]
     aten_forward, aten_backward = ATEN[a.name]
     aten_into = ATEN_INTO.get(a.name)
-    derivative, formula_backward, saves_output = a.derivative, a.backward, a.saves_output
+    derivative, formula_backward, saves_output = a.derivative, a.backward, _saves_output(a.name)
     no_gradients = (None,) * len(a.parameters)
 
     class Definition:
@@ -178,5 +186,5 @@ def activate_(name: str, x: Tensor, *parameters: float) -> Tensor:
     if x.is_leaf or (x._base is not None and x._base.is_leaf):
         what = "a leaf Variable" if x.is_leaf else "a view of a leaf Variable"
         raise RuntimeError(f"{what} that requires grad is being used in an in-place operation: {name}, shape {tuple(x.shape)}")
-    same = ACTIVATIONS[name].saves_output or (name in _SAME_AT_OUTPUT and _SAME_AT_OUTPUT[name](*parameters))
+    same = _saves_output(name) or (name in _SAME_AT_OUTPUT and _SAME_AT_OUTPUT[name](*parameters))
     return _IN_PLACE[name].apply(x, None if same else x.clone(), *parameters)

@@ -12,6 +12,7 @@ from torch.autograd import forward_ad
 
 from ..backends.library import is_batched
 from ..backends.scale import scale, scale_, scale_aten_
+from .reuse import is_unseen
 
 _keeps_graph = torch._C._autograd._get_current_graph_task_keep_graph
 
@@ -20,13 +21,14 @@ def holds(x: Tensor, scalar: bool) -> bool:
     """Whether forward is to produce the gradient of ``x``: the loss is one number, and an ordinary backward may follow.
 
     Not in float16: a mean's gradient is divided by the count, and would underflow before a gradient scaler's factor could save it. Not
-    under the transformations of torch.func, which differentiate backward itself and so need the formula.
+    under the transformations of torch.func, which differentiate backward itself and so need the formula. Nor where hooks see what is saved,
+    and may keep it: backward writes over it.
     """
     if not (scalar and x.requires_grad and torch.is_grad_enabled()) or x.dtype == torch.float16:
         return False
     if torch.compiler.is_compiling():
         return True
-    return not torch._C._are_functorch_transforms_active() and forward_ad._current_level < 0
+    return not torch._C._are_functorch_transforms_active() and forward_ad._current_level < 0 and is_unseen()
 
 
 def release(grad: Tensor, dy: Tensor) -> Tensor:

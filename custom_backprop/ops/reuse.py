@@ -32,7 +32,7 @@ Owners = tuple[int, ...]
 
 
 def is_unseen() -> bool:
-    """Whether what forward saves now is seen by no hook on saved tensors."""
+    """Whether what is saved now is seen by no hook on saved tensors."""
     return _hooks(True) is None
 
 
@@ -44,9 +44,10 @@ def place(references: int, dy: Tensor, saved: Tensor, may_take_saved: bool) -> T
         dy, saved: the incoming gradient, and a saved tensor of its shape.
         may_take_saved: forward made ``saved``, and :func:`is_unseen` said yes to it.
     """
+    if not (is_unseen() and dy.layout is saved.layout is torch.strided):  # under hooks _alone would count them as well
+        return None
     if (
         dy.dtype is saved.dtype
-        and dy.layout is torch.strided
         and ((dy.is_contiguous() and saved.is_contiguous()) or _both_channels_last(dy, saved))
         and _owners(references, dy) == _alone()[0]
     ):
@@ -62,7 +63,7 @@ def _owners(references: int, dy: Tensor) -> Owners:
 
 def _storage_owners(t: Tensor) -> Owners:
     storage = t.untyped_storage()
-    return _use_count(storage._cdata), sys.getrefcount(storage), storage.is_shared()
+    return _use_count(storage._cdata), sys.getrefcount(storage), storage.is_shared(), storage.resizable()  # memory of NumPy is not
 
 
 def _both_channels_last(dy: Tensor, saved: Tensor) -> bool:
