@@ -169,6 +169,8 @@ def init_for(
             raise ValueError(
                 f"layer {name!r} applies {own}, not {', '.join([repr(activation), *(f'{k}={v}' for k, v in parameters.items())])}"
             )
+        if "weight" not in layer._parameters:
+            raise ValueError(f"the weight of layer {name!r} is computed from others (a parametrization): draw it before that is registered")
         if isinstance(layer.weight, torch.nn.parameter.UninitializedParameter):
             raise ValueError(f"layer {name!r} is lazy and has no shape yet: pass a batch through the model first")
     with torch.no_grad():

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import copy
 import json
 import math
+import pickle
 import sys
 
 import pytest
@@ -309,6 +311,89 @@ def test_a_zero_that_is_right_is_no_trouble(last, dtype):
         reading = monitor.step()
         assert reading["0"].norm < 0.1 * max(1.0, reading.norm)
         assert not reading.verdicts
+
+
+def test_rounding_beneath_a_normalisation_is_not_called_dead_units():
+    """Batch after batch another part of the units has a gradient that rounds to nothing."""
+    for seed in range(8):
+        torch.manual_seed(seed)
+        model = init_for(nn.Sequential(*network(nn.ReLU, depth=2), nn.LayerNorm(5)), "relu")
+        monitor = GradientMonitor(model, every=1)
+        for _ in range(6):
+            model.zero_grad()
+            model(torch.randn(8, 16)).sum().backward()
+            assert not [v for v in monitor.step().verdicts if v.kind == "dead units"]
+
+
+def test_a_run_that_starts_without_a_gradient():
+    model, monitor_steps = network(), []
+    monitor = GradientMonitor(model, every=1)
+    for step in range(8):
+        model.zero_grad()
+        x, y = batch()
+        (cross_entropy(model(x), y) * (step > 3)).backward()
+        monitor_steps.append(monitor.step())
+    assert not [v for v in monitor_steps[-1].verdicts if v.kind == "exploding"]
+
+
+def test_silence_from_the_input_on():
+    """Zeros in, through a module without parameters and a layer without a bias."""
+    model = nn.Sequential(nn.Flatten(), nn.Linear(16, 16, bias=False), nn.ReLU(), nn.Linear(16, 5))
+    monitor = GradientMonitor(model, every=1)
+    cross_entropy(model(torch.zeros(9, 16)), torch.randint(0, 5, (9,))).backward()
+    assert [v.layer for v in monitor.step().verdicts if v.kind == "dead units"] in ([], ["0"], ["1"])
+
+
+def test_layers_are_judged_in_the_order_of_forward():
+    class Reversed(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.layers = nn.ModuleList(nn.Linear(16, 16) for _ in range(12))
+
+        def forward(self, x):
+            for layer in reversed(self.layers):
+                x = torch.sigmoid(layer(x))
+            return x
+
+    monitor = GradientMonitor(model := Reversed(), every=1)
+    model(torch.randn(32, 16)).square().sum().backward()
+    verdicts = monitor.step().verdicts
+    assert [(v.kind, v.layer) for v in verdicts] == [("vanishing", "layers.11")]
+
+
+def test_copies_of_a_watched_model_are_not_watched():
+    model = network()
+    monitor = GradientMonitor(model, every=1)
+    copies = [copy.deepcopy(model), pickle.loads(pickle.dumps(model))]
+    for _ in range(2):
+        x, y = batch()
+        for m in (model, *copies):
+            cross_entropy(m(x), y).backward()
+        assert len(monitor._seen) == len(monitor.names)
+        monitor.step()
+    monitor.remove()
+    with pytest.raises(RuntimeError, match=r"after remove\(\)"):
+        monitor.step()
+
+
+def test_transformations_of_a_watched_model_are_not_counted():
+    model = network()
+    monitor = GradientMonitor(model, every=1)
+    parameters = {n: p.detach() for n, p in model.named_parameters()}
+    x, y = batch()
+    torch.vmap(torch.func.grad(lambda p, x, y: cross_entropy(torch.func.functional_call(model, p, x), y)), (None, 0, 0))(parameters, x, y)
+    assert not monitor._seen
+
+
+def test_a_scaler_that_is_off_hides_nothing():
+    model = network()
+    monitor = GradientMonitor(model, every=2, measure=2, scaler=torch.amp.GradScaler("cpu", enabled=False))
+    for factor in (math.inf, 1.0):
+        model.zero_grad()
+        x, y = batch()
+        (cross_entropy(model(x), y) * factor).backward()
+        reading = monitor.step()
+    assert {v.kind for v in reading.verdicts} == {"non-finite"}
 
 
 @pytest.mark.parametrize(

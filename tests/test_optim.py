@@ -20,7 +20,7 @@ import custom_backprop
 from custom_backprop import optim
 from custom_backprop.backends.kernels import kernels
 from custom_backprop.formulas import optim as formulas
-from custom_backprop.nn.utils import clip_grad_norm_
+from custom_backprop.nn.utils import clip_grad_norm_, clip_weights_
 from custom_backprop.optim import bucket as buckets
 from custom_backprop.optim.lion import _Loop
 
@@ -256,6 +256,64 @@ def test_parameters_and_gradients_may_change_place_and_strides(name: str) -> Non
             if step == 0:
                 optimizer.zero_grad(set_to_none=False)
     assert_equal(mine, theirs)
+
+
+@every_optimizer
+def test_a_parameter_of_another_shape_at_the_same_address(name: str) -> None:
+    """Transposed it is updated as torch does; cut, its old state does not fit, and nothing beyond it is read."""
+    mine, theirs = parameters(shapes=[(4, 4)]), parameters(shapes=[(4, 4)])
+    loop = {} if name == "Lion" else {"foreach": False}
+    our, their = ours(name)(mine, **FULL[name]), stock(name)(theirs, **loop, **FULL[name])
+    for step in range(4):
+        for optimizer, params in ((our, mine), (their, theirs)):
+            if step == 2:
+                params[0].data = params[0].data.t()
+            give_gradients(params, step, skip=False)
+            params[0].grad = params[0].grad.contiguous()
+            optimizer.step()
+    assert_equal(mine, theirs)
+    for optimizer, params in ((our, mine), (their, theirs)):
+        params[0].data = params[0].data[:2]
+        params[0].grad = torch.ones(2, 4, dtype=params[0].dtype)
+        with pytest.raises((RuntimeError, ValueError)):
+            optimizer.step()
+
+
+@pytest.mark.parametrize(
+    ("name", "before", "after"),
+    [
+        ("SGD", {"momentum": 0.0}, {"momentum": 0.9}),
+        ("SGD", {"momentum": 0.9}, {"momentum": 0.0}),
+        ("Adam", {"amsgrad": True}, {"amsgrad": False}),
+        ("RMSprop", {"momentum": 0.5, "centered": True}, {"momentum": 0.0, "centered": False}),
+        ("AdamW", {"betas": (0.9, 0.99)}, {"betas": [0.5, 0.9]}),
+        ("Lion", {"betas": (0.9, 0.99)}, {"betas": [0.5, 0.9]}),
+    ],
+)
+def test_hyperparameters_changed_on_the_way(name: str, before: dict[str, Any], after: dict[str, Any]) -> None:
+    """Those that decide which state there is, and what a JSON file makes of a pair."""
+    mine, theirs = parameters(), parameters()
+    loop = {} if name == "Lion" else {"foreach": False}
+    our, their = ours(name)(mine, lr=0.01, **before), stock(name)(theirs, lr=0.01, **loop, **before)
+    for step in range(6):
+        for optimizer, params in ((our, mine), (their, theirs)):
+            if step == 3:
+                optimizer.param_groups[0].update(after)
+            give_gradients(params, step)
+            optimizer.step()
+    assert_equal(mine, theirs)
+
+
+@every_optimizer
+def test_the_default_device_has_no_part(name: str, backend: str, device: str) -> None:
+    mine, theirs = parameters(device), parameters(device)
+    for params, where in ((mine, "meta"), (theirs, device)):
+        optimizer = ours(name)(params, max_grad_norm=1.0, **FULL[name])
+        for step in range(3):
+            give_gradients(params, step)
+            with torch.device(where):
+                optimizer.step()
+    assert_equal(mine, theirs, 0.0)
 
 
 @every_optimizer
@@ -571,6 +629,26 @@ def test_master_weights(name: str, dtype: torch.dtype, backend: str, device: str
             our = ours(name)(half, master_weights=True, **FULL[name])
             our.load_state_dict(saved)
             assert_equal(our.state_dict(), saved, 0.0)
+
+
+def test_masters_follow_what_others_write(backend: str, device: str) -> None:
+    """Weight clipping after each step, and a model loaded anew: the next step starts from there."""
+    (p,) = parameters(device, torch.bfloat16, [(5,)])
+    optimizer = ours("SGD")([p], lr=1.0, master_weights=True)
+    for _ in range(4):
+        p.grad = torch.full_like(p, -1.0)
+        optimizer.step()
+        clip_weights_(p, 0.5)
+    optimizer.step()
+    torch.testing.assert_close(optimizer.state[p]["master_param"], torch.full((5,), 1.5, device=device))
+    with torch.no_grad():
+        p[2] = 8.0
+    p.data = p.data.clone()
+    optimizer.step()
+    expected = torch.full((5,), 2.5, device=device)
+    expected[2] = 9.0
+    torch.testing.assert_close(optimizer.state[p]["master_param"], expected)
+    torch.testing.assert_close(p.detach(), expected.bfloat16())
 
 
 @every_optimizer

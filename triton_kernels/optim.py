@@ -209,7 +209,8 @@ class Table:
 
     def _sent(self, values: list[Any], dtype: torch.dtype) -> Tensor:
         """Values on the device, without waiting for it. Pinned memory is freed only when the copy is done."""
-        return torch.tensor(values, dtype=dtype, pin_memory=self.device.type == "cuda").to(self.device, non_blocking=True)
+        on_host = torch.tensor(values, dtype=dtype, device="cpu", pin_memory=self.device.type == "cuda")
+        return on_host.to(self.device, non_blocking=True)
 
     def see(self, grads: list[Tensor]) -> bool:
         """Enters this step's gradients. Returns whether every address is a multiple of 16."""

@@ -13,6 +13,7 @@ FALL, STEP = 4.0, 2.0  # decades between the largest layer and a vanished one, a
 SURGE = 100.0  # times the largest total of the older half of the history
 LOST = 1e-3  # of a layer's own share of the total, its median over the older half
 OLD = 4  # readings before the history is judged by
+CANCELLED = 1e-4  # of the gradient after a normalisation: below is rounding
 DEAD, DIED = 0.75, 0.25  # the part of the units that is too much at any time, and above the least of the history
 
 
@@ -46,7 +47,7 @@ def _non_finite(reading: Reading, layers: list[Layer], overflows: bool) -> Verdi
 
 def _exploding(reading: Reading, layers: list[Layer], old: list[Reading]) -> Verdict | None:
     most = max((r.norm for r in old if math.isfinite(r.norm)), default=math.inf)
-    if reading.norm > SURGE * most:
+    if most > 0 and reading.norm > SURGE * most:
         worst = max(layers, key=lambda layer: (layer.norm or 0) / max(most, *(r[layer.name].norm or 0 for r in old)))
         return Verdict(
             "exploding", worst.name, f"the gradient's norm is {reading.norm:.3g}, {reading.norm / most:.3g} times the most of the past"
@@ -84,27 +85,37 @@ def _vanishing(reading: Reading, layers: list[Layer], old: list[Reading]) -> Ver
 
 def _dead(reading: Reading, layers: list[Layer], history: list[Reading], normalised: Collection[str]) -> Iterator[Verdict]:
     place = {layer.name: i for i, layer in enumerate(reading.layers)}
+    cancelled = _cancelled(reading, layers, place, normalised)
     for i, layer in enumerate(layers):
-        if layer.dead is None:
+        if layer.dead is None or layer.name in cancelled:
             continue
         if layer.dead == 1:
             after = next((other for other in layers[i + 1 :] if other.norm), None)
             if after is None or after is not layers[i + 1]:
                 continue  # nothing arrives from the loss, or a later layer is to blame
-            between = reading.layers[place[layer.name] + 1 : place[after.name] + 1]
-            if any(other.name in normalised for other in between):
-                continue
         least = min((d for r in history if (d := r[layer.name].dead) is not None), default=1.0)
         if layer.dead > DEAD or layer.dead > least + DIED:
             source = _source(reading, place[layer.name])
             yield Verdict("dead units", source, f"{layer.dead:.0%} of the units of {layer.name!r} get no gradient at all")
 
 
+def _cancelled(reading: Reading, layers: list[Layer], place: dict[str, int], normalised: Collection[str]) -> set[str]:
+    """The layers beneath a normalised output whose gradient is zero, or what rounding leaves of zero: it may be right."""
+    found: set[str] = set()
+    for here, after in zip(layers[-2::-1], layers[:0:-1], strict=True):
+        norm, rest = here.norm or 0.0, after.norm or 0.0
+        beneath = any(other.name in normalised for other in reading.layers[place[here.name] + 1 : place[after.name] + 1])
+        if norm <= CANCELLED * rest if beneath else after.name in found and norm <= rest / CANCELLED:
+            found.add(here.name)
+    return found
+
+
 def _source(reading: Reading, i: int) -> str:
     """The layer whose silence silences the one at ``i``: its own, or that before it where the input is all zero."""
+    silent = reading.layers[i].name
     while i > 0 and reading.layers[i - 1].activation_zeros == 1:
         i -= 1
-    return next(layer.name for layer in reading.layers[i::-1] if layer.norm is not None)
+    return next((layer.name for layer in reading.layers[i::-1] if layer.norm is not None), silent)
 
 
 def falls(values: Sequence[float]) -> list[float]:

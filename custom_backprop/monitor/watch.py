@@ -12,9 +12,11 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensor
 from torch.amp.grad_scaler import OptState
 from torch.nn.parallel import DistributedDataParallel
 
+from ..backends.library import functorch_active
 from ..dtensor import is_dtensor, local
 from .judge import judge
 from .reading import Layer, Reading, Verdict
@@ -131,6 +133,8 @@ class GradientMonitor:
         self._hooks: list[Any] = []
         self._normalised = {n for n, m in zip(self.names, self._modules, strict=True) if NORMALISED.search(type(m).__name__)}
         self._seen: list[tuple[int, list[Tensor]]] = []  # row and sums of an output
+        self._removed = False
+        self._called: list[int] = []  # rows in the order of forward
         self._before: list[tuple[int, nn.Parameter, Tensor, float]] = []  # row, parameter, its value before the update, part
         self._table: Tensor | None = None  # the sums of the open window, a row a module
         self._alive: dict[int, tuple[Tensor, float]] = {}  # row -> the largest gradient of each output unit, part
@@ -142,10 +146,13 @@ class GradientMonitor:
         """To be called once an optimizer step, between backward and clipping. Returns the reading where a window ends.
 
         Raises:
-            RuntimeError: called in a compiled function, or gradients are such that their sums would be wrong (the message says why).
+            RuntimeError: called in a compiled function or after :meth:`remove`, or gradients are such that their sums would be wrong (the
+                message says why).
         """
         if torch.compiler.is_compiling():
             raise RuntimeError("GradientMonitor.step() must be called outside of what torch.compile compiles")
+        if self._removed:
+            raise RuntimeError("GradientMonitor.step() was called after remove()")
         self.steps += 1
         if self._before:
             self._after_the_update()
@@ -160,7 +167,7 @@ class GradientMonitor:
         """Takes every hook off the model and lets go of its tensors. The history stays."""
         for hook in self._hooks:
             hook.remove()
-        self._hooks, self._before, self._alive, self._table = [], [], {}, None
+        self._hooks, self._before, self._alive, self._table, self._removed = [], [], {}, None, True
         self._seen.clear()  # the hooks hold this very list
 
     def __enter__(self) -> GradientMonitor:
@@ -215,6 +222,7 @@ class GradientMonitor:
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """The opposite of :meth:`state_dict`."""
         self.remove()
+        self._removed = False
         self.steps = state["steps"]
         self.history.clear()
         for r in state["history"]:
@@ -234,7 +242,7 @@ class GradientMonitor:
         """Puts the forward hooks on before a measured step and takes them off after it."""
         wanted = self.activations and self._measured(self.steps % self.every + 1)
         if wanted and not self._hooks:
-            self._hooks = [m.register_forward_hook(_hook(row, self._seen)) for row, m in enumerate(self._modules)]
+            self._hooks = [m.register_forward_hook(_Look(row, self._seen)) for row, m in enumerate(self._modules)]
         elif not wanted and self._hooks:
             for hook in self._hooks:
                 hook.remove()
@@ -277,6 +285,7 @@ class GradientMonitor:
             self._add(GRADIENT, rows, parts, table, self._inverse_scale())
         if self._seen:
             rows, table = [row for row, _ in self._seen], [s for _, sums in self._seen for s in sums]
+            self._called = list(dict.fromkeys(rows))
             self._seen.clear()
             self._add(ACTIVATION, rows, [1 / self._ranks()] * len(rows), table)
 
@@ -334,6 +343,14 @@ class GradientMonitor:
         self._total(squares)[:, UPDATE : WEIGHT + 1].index_add_(0, index, squares * part[:, None])
         self._before = []
 
+    def _in_order(self, reading: Reading) -> Reading:
+        """The layers in the order in which forward called them, if it is known of all that have a gradient."""
+        called = set(self._called)
+        if any(layer.norm is not None and row not in called for row, layer in enumerate(reading.layers)):
+            return reading
+        rest = [row for row in range(len(self.names)) if row not in called]
+        return replace(reading, layers=tuple(reading.layers[row] for row in (*self._called, *rest)))
+
     @torch.no_grad()
     def _read(self) -> Reading:
         """The one transfer of a window (and, of shards, the one all-reduce)."""
@@ -352,24 +369,41 @@ class GradientMonitor:
         self._table, self._alive = None, {}
         norms = [layer.norm for layer in layers if layer.norm is not None]
         reading = Reading(self.steps, math.sqrt(sum(n * n for n in norms)) if norms else math.nan, update, tuple(layers))
-        reading = replace(reading, verdicts=tuple(judge(reading, self.history, self._normalised, self.scaler is not None)))
+        scaled = self.scaler is not None and self.scaler.is_enabled()
+        reading = replace(reading, verdicts=tuple(judge(self._in_order(reading), self.history, self._normalised, scaled)))
         self.history.append(reading)
         if self.writer is not None and (not torch.distributed.is_initialized() or torch.distributed.get_rank() == 0):
             self.writer.write(reading)
         return reading
 
 
-def _hook(row: int, seen: list[tuple[int, list[Tensor]]]) -> Any:
-    """Adds up a module's output, in training only: a validation pass without gradients is none of ours, nor is a trace."""
+class _Look:
+    """A forward hook that adds up a module's output, in training only: a validation pass without gradients is none of ours, nor is a trace.
 
-    def look(module: nn.Module, args: Any, output: Any) -> None:
+    A copy of the module, and what is loaded from a file, is watched by nobody.
+    """
+
+    def __init__(self, row: int, seen: list[tuple[int, list[Tensor]]]) -> None:
+        self._row, self._seen = row, seen
+
+    def __call__(self, module: nn.Module, args: Any, output: Any) -> None:
         first = output[0] if isinstance(output, (tuple, list)) and output else output
         if torch.compiler.is_compiling() or not torch.is_grad_enabled() or not isinstance(first, Tensor) or not first.is_floating_point():
             return
+        if functorch_active() or torch.jit.is_tracing() or isinstance(first, FakeTensor):
+            return
         with torch.no_grad():
-            seen.append((row, sums_of(local(first.detach()))))
+            self._seen.append((self._row, sums_of(local(first.detach()))))
 
-    return look
+    def __reduce__(self) -> tuple[Any, ...]:
+        return _Unwatched, ()
+
+
+class _Unwatched:
+    """What a copy of :class:`_Look` is."""
+
+    def __call__(self, module: nn.Module, args: Any, output: Any) -> None:
+        pass
 
 
 def _mesh(parameters: list[Any]) -> Any:

@@ -21,7 +21,7 @@ from ..formulas.precision import HALF
 #: a tensor of more elements is updated in pieces of as many a thread, which stay in a core's cache; smaller ones share a piece
 PIECE = 2**18
 
-_dtype, _layout = attrgetter("dtype"), attrgetter("layout")
+_dtype, _layout, _shape, _version = map(attrgetter, ("dtype", "layout", "shape", "_version"))
 
 
 def flat(t: Tensor) -> Tensor:
@@ -184,7 +184,8 @@ class Bucket:
         self._placements = [getattr(p, "placements", None) for p in params]
         self._pointers = list(map(Tensor.data_ptr, shards))
         self._contiguous = all(map(Tensor.is_contiguous, shards))
-        self._strides = list(map(Tensor.stride, shards))
+        self._shapes, self._strides = list(map(_shape, shards)), list(map(Tensor.stride, shards))
+        self._written: list[int] | None = None  # versions of ``rounded`` after the last step
 
     def grads(self) -> list[Tensor] | None:
         """This step's gradients, contiguous; None if they or the parameters are not of the kind that this bucket was made for."""
@@ -200,12 +201,25 @@ class Bucket:
             {*map(_dtype, grads)} != self._dtypes
             or {*map(_layout, grads)} != {torch.strided}
             or list(map(Tensor.data_ptr, params)) != self._pointers
+            or list(map(_shape, grads)) != self._shapes
+            or (not all(map(Tensor.is_contiguous, params)) if self._contiguous else list(map(Tensor.stride, params)) != self._strides)
         ):
             return None
         self.as_given = self._contiguous and all(map(Tensor.is_contiguous, grads))
         if self.as_given:
             return grads
         return list(map(flat, grads)) if list(map(Tensor.stride, grads)) == self._strides else None
+
+    def refresh_masters(self) -> None:
+        """Where somebody else has written to a parameter since the last step, its master takes the new value."""
+        if self.rounded is not None and self._written != list(map(_version, self.rounded)):
+            for master, low in zip(self.flats, self.rounded, strict=True):
+                master.copy_(torch.where(master.to(low.dtype) == low, master, low.to(master.dtype)))
+
+    def note_versions(self) -> None:
+        """To be called when a step has written all parameters."""
+        if self.rounded is not None:
+            self._written = list(map(_version, self.rounded))
 
     @cached_property
     def shaped(self) -> list[Tensor]:
@@ -217,7 +231,7 @@ class Bucket:
         """The same cut for the cache. States of parameters that share a piece must have been :func:`gathered`."""
         cuts = list(runs(self.flats, self._together))
         sizes = [sum(t.numel() for t in self.flats[which]) if part is None else part.stop - part.start for which, part in cuts]
-        scratch = [torch.empty(max(sizes), dtype=self.flats[0].dtype) for _ in range(2)]
+        scratch = [self.flats[0].new_empty(max(sizes)) for _ in range(2)]
         return [Piece(self.flats, self.states, which, part, scratch) for which, part in cuts]
 
     def scaled(self, grads: list[Tensor], factor: float) -> Iterator[tuple[list[Tensor], list[Tensor], dict[str, list[Tensor]]]]:

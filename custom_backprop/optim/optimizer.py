@@ -34,6 +34,7 @@ class Plan:
         self._members = tuple(group["params"])
         self._without = [p for p in self._members if p.grad is None]
         self._backend = selection.get_backend()
+        self._states = _states_of(group)
 
     def grads(self, group: Group) -> list[list[Tensor]] | None:
         """This step's gradients, a list for each bucket; None if the plan no longer fits."""
@@ -42,6 +43,7 @@ class Plan:
             len(members) != len(self._members)
             or not all(map(operator.is_, members, self._members))
             or self._backend != selection.get_backend()
+            or self._states != _states_of(group)
         ):
             return None
         if any(p.grad is not None for p in self._without) or any(p.grad is None for p in self.rest):
@@ -52,6 +54,11 @@ class Plan:
                 return None
             grads.append(mine)
         return grads
+
+
+def _states_of(group: Group) -> tuple[bool, ...]:
+    """The hyperparameters that decide which state a parameter has."""
+    return bool(group.get("momentum")), bool(group.get("amsgrad")), bool(group.get("centered")), bool(group.get("capturable"))
 
 
 class MultiTensor(Optimizer):
@@ -258,7 +265,8 @@ class MultiTensor(Optimizer):
             if tensors[0] is None:
                 fresh, tensors = True, list(map(torch.zeros_like, params))
             if name == "step":
-                tensors = gathered([t.to(device, torch.float32) for t in tensors] if backend == "triton" else tensors)
+                tensors = [t if t.device == device else _moved(t, device) for t in tensors]
+                tensors = gathered([t.float() for t in tensors] if backend == "triton" else tensors)
             else:
                 tensors = [t.float() for t in tensors] if wide else tensors
                 if together and name in self._adjacent:
@@ -279,7 +287,7 @@ class MultiTensor(Optimizer):
         for name in self._hyper:
             value = group[name]
             if type(value) not in (float, bool):
-                value = tuple(map(float, value)) if isinstance(value, tuple) else float(value)
+                value = tuple(map(float, value)) if isinstance(value, (tuple, list)) else float(value)
             numbers[name] = value
         return numbers
 
@@ -304,6 +312,7 @@ class MultiTensor(Optimizer):
     def _update(self, group: Group, bucket: Bucket, grads: list[Tensor], factor: Tensor | None, found: Tensor | None) -> None:
         hyper = self._numbers(group)
         backend = bucket.backend
+        bucket.refresh_masters()
         stochastic = self.bf16_stochastic_round and bucket.dtype == torch.bfloat16
         if backend == "triton":
             if found is not None:
@@ -312,9 +321,10 @@ class MultiTensor(Optimizer):
                 bucket.steps.add_(1 if found is None else 1 - found)
             if factor is not None:
                 factor = factor.to(bucket.device, torch.float64 if bucket.dtype == torch.float64 else torch.float32, non_blocking=True)
+            seed = int(torch.randint(2**40, (), device="cpu")) if stochastic else None
             kernels("optim").update(
                 self._rule, bucket.table(self._slots), grads, bucket.steps, hyper, scale=factor, found_inf=found,
-                fresh=bucket.fresh and bool(hyper.get("dampening")), seed=int(torch.randint(2**40, ())) if stochastic else None,
+                fresh=bucket.fresh and bool(hyper.get("dampening")), seed=seed,
             )  # fmt: skip
         else:
             if bucket.steps is not None:
@@ -327,6 +337,7 @@ class MultiTensor(Optimizer):
                 if bucket.rounded is not None:
                     torch._foreach_copy_(bucket.rounded, bucket.flats)
         bucket.fresh = False
+        bucket.note_versions()
 
     def _by_formula(self, bucket: Bucket, grads: list[Tensor], hyper: dict[str, Any], factor: Tensor | None, stochastic: bool) -> None:
         for i, (p, g) in enumerate(zip(bucket.flats, grads, strict=True)):
@@ -366,6 +377,11 @@ class MultiTensor(Optimizer):
     def _aten(self, group: Group, bucket: Bucket, grads: list[Tensor], hyper: dict[str, Any], factor: float) -> None:
         """The update of ``bucket.flats`` by PyTorch's operators, on a CPU."""
         raise NotImplementedError
+
+
+def _moved(count: Tensor, device: torch.device) -> Tensor:
+    """A count of steps on ``device``. Some of torch's own classes begin it on the default device, and there may be none behind "meta"."""
+    return torch.zeros_like(count, device=device) if count.is_meta else count.to(device)
 
 
 def _plain_step(kind: type[Optimizer]) -> Callable[..., Any]:
