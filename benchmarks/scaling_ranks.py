@@ -246,6 +246,7 @@ def main() -> None:
     (args.out / "scaling.json").write_text(json.dumps(result, indent=1) + "\n")
     (args.out / "scaling.md").write_text(text := report(result))
     print(text)
+    print(f"wrote {args.out / 'scaling.json'} and {args.out / 'scaling.md'}")
 
 
 if __name__ == "__main__":

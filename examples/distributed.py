@@ -127,7 +127,10 @@ class Learner:
         if checkpoint is None:
             return None
         state = self.state_dict()
-        dcp.load(state, checkpoint_id=checkpoint)
+        try:
+            dcp.load(state, checkpoint_id=checkpoint)
+        except Exception as error:  # what a damaged file makes of its reader
+            sys.exit(f"cannot read the checkpoint {checkpoint} ({type(error).__name__}: {error}): delete it to begin anew")
         if state["settings"] != self.settings:
             sys.exit(f"{checkpoint} is of a run with the settings {state['settings']}, not {self.settings}: repeat those, or delete it")
         set_state_dict(self.model, self.optimizer, model_state_dict=state["model"], optim_state_dict=state["optimizer"])
@@ -191,6 +194,7 @@ def main() -> None:
             print(f"wrote {args.out / 'weights.pt'}")
             shutil.rmtree(args.checkpoints)
             print(f"test accuracy: {100 * accuracy:.2f} %, last loss {learner.losses[-1]:.6f}")
+        dist.barrier()  # torchrun ends all ranks when one dies, and none may while the first still writes
     finally:
         dist.destroy_process_group()
 

@@ -342,8 +342,13 @@ def check_edges_of_vocabulary_parallel(mesh):
         vocab_parallel_cross_entropy(x, target.int())
     with pytest.raises(RuntimeError, match="label_smoothing"):
         vocab_parallel_cross_entropy(x, target, label_smoothing=1.5)
+    (penalised,) = torch.autograd.grad(vocab_parallel_cross_entropy(logits, target), logits, create_graph=True)
+    with pytest.raises(RuntimeError, match="not differentiable twice"):
+        penalised.square().sum().backward()
+    with pytest.raises(RuntimeError, match=r"logits.to_local\(\)"):
+        vocab_parallel_cross_entropy(DTensor.from_local(x, mesh, [Shard(1)]), target)
     (first,) = torch.autograd.grad(vocab_parallel_cross_entropy(logits, target) ** 2, logits, create_graph=True)
-    with pytest.raises(RuntimeError, match="once_differentiable"):
+    with pytest.raises(RuntimeError, match="not differentiable twice"):
         first.sum().backward()
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import os
 import subprocess
 import sys
@@ -14,6 +15,7 @@ from conftest import DEVICE
 import custom_backprop
 from custom_backprop import functional, get_backend, use_backend
 from custom_backprop.backends import BACKENDS, library, selection, why_not
+from custom_backprop.backends import kernels as kernels_module
 
 
 def test_setting_and_context_manager():
@@ -121,3 +123,14 @@ def test_triton_is_imported_when_a_kernel_is_wanted_and_not_before():
         "import sys, torch, custom_backprop as c\nc.functional.relu(torch.ones(2))\nprint('custom_backprop.triton_kernels' in sys.modules)"
     )
     assert python(code) == "False\n"
+
+
+def test_the_kernels_of_another_checkout_are_not_taken_for_ours(tmp_path):
+    """Which is what an editable install of that one offers."""
+    other = tmp_path / "triton_kernels"
+    other.mkdir()
+    (other / "__init__.py").touch()
+    own = Path(kernels_module.__file__).parents[2] / "triton_kernels" / "__init__.py"
+    for file, ours in ((own, True), (other / "__init__.py", False)):
+        assert kernels_module._is_ours(importlib.util.spec_from_file_location(kernels_module.NAME, file)) is ours
+    assert not kernels_module._is_ours(None)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -52,6 +53,11 @@ def test_help(command, capsys):
         (["check", "rleu"], "no op or family rleu; there are the ops relu"),
         (["check", "relu", "--backend", "cuda"], "invalid choice: 'cuda'"),
         (["check", "relu", "--check", "taste"], "invalid choice: 'taste'"),
+        (["check", "relu", "--json", "/nowhere/found.json"], "--json /nowhere/found.json: no file can be written there"),
+        (["kernels", "relu", "--json", "/nowhere/found.json"], "no file can be written there"),
+        (["cost", "digits", "--json", "/nowhere/found.json"], "no file can be written there"),
+        (["check", "relu", "--device", "meta"], "--device meta: the checks need numbers"),
+        (["check", "relu", "--device", "abacus"], "--device abacus: "),
         (["kernels", "relu", "--target", "sm_90,sm_1"], "no target sm_1; there are sm_80"),
     ],
 )
@@ -154,3 +160,18 @@ def test_the_interpreter_is_chosen_for_new_processes_only(monkeypatch):
     with work.interpreter(True):
         assert os.environ["TRITON_INTERPRET"] == "1"
     assert "TRITON_INTERPRET" not in os.environ
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="sends a signal")
+def test_an_interrupt_ends_the_workers(tmp_path):
+    command = [sys.executable, "-m", "custom_backprop", "check", "linear", "softmax", "cross_entropy", "--jobs", "1"]
+    root = Path(__file__).parents[1]
+    process = subprocess.Popen(
+        command, cwd=root, env={**os.environ, "PYTHONPATH": str(root)}, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True
+    )
+    seen = ""
+    while "op/s" not in seen:  # the bar is there: a worker has begun
+        seen += process.stderr.read(1)
+    process.send_signal(signal.SIGINT)
+    process.communicate(timeout=60)
+    assert process.returncode == 130

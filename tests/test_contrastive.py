@@ -187,3 +187,38 @@ def test_bad_triplets_raise_what_stock_raises(args, options, backend):
 def test_bad_info_nce(args, options, error, message, backend):
     with pytest.raises(error, match=message):
         functional.info_nce(*args, **options)
+
+
+def test_the_maximum_norm_keeps_a_nan(backend):
+    """In the maximum of a row a NaN is easily passed over."""
+    a = torch.tensor([[float("nan"), 1.0, 2.0], [1.0, 2.0, 3.0]], device=DEVICE, requires_grad=True)
+    p, n = torch.zeros(2, 3, device=DEVICE), torch.ones(2, 3, device=DEVICE)
+    ours, theirs = (m.triplet_margin_loss(a, p, n, p=float("inf"), reduction="none") for m in (functional, torch.nn.functional))
+    torch.testing.assert_close(ours, theirs, equal_nan=True)
+
+
+def test_a_temperature_that_is_learned(backend):
+    """CLIP's: the gradient of τ is that of a similarity divided by it."""
+    q, k = (torch.randn(5, 4, dtype=torch.float64, device=DEVICE, requires_grad=True) for _ in range(2))
+    tau = torch.tensor(0.3, dtype=torch.float64, device=DEVICE, requires_grad=True)
+    ours = functional.info_nce(q, k, temperature=tau)
+    s = torch.nn.functional.normalize(q, dim=1) @ torch.nn.functional.normalize(k, dim=1).T / tau
+    theirs = torch.nn.functional.cross_entropy(s, torch.arange(5, device=DEVICE))
+    torch.testing.assert_close(ours, theirs)
+    torch.testing.assert_close(*(torch.autograd.grad(y, (q, k, tau)) for y in (ours, theirs)))
+
+
+def test_info_nce_compiled_for_several_shapes_and_temperatures():
+    torch._dynamo.reset()
+    loss = torch.compile(functional.info_nce, fullgraph=True, backend="aot_eager")
+    for rows, temperature in ((4, 0.5), (6, 0.4), (8, 0.3)):
+        q, k = torch.randn(rows, 3, device=DEVICE), torch.randn(rows, 3, device=DEVICE)
+        torch.testing.assert_close(loss(q, k, temperature=temperature), functional.info_nce(q, k, temperature=temperature))
+
+
+@pytest.mark.parametrize("temperature", [0.0, -1.0, float("inf"), float("nan")])
+def test_a_temperature_that_is_none(temperature):
+    with pytest.raises(ValueError, match="temperature must be greater than 0 and finite"):
+        nn.InfoNCELoss(temperature)
+    with pytest.raises(ValueError, match="temperature must be greater than 0 and finite"):
+        functional.info_nce(torch.ones(2, 2), torch.ones(2, 2), temperature=temperature)

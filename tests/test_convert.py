@@ -87,3 +87,30 @@ def test_an_optimizer_made_before_goes_on():
 def test_not_a_module():
     with pytest.raises(TypeError, match=r"torch.nn.Module, got list"):
         custom_backprop.convert([torch.nn.Linear(2, 2)])
+
+
+def test_a_converted_model_is_traced_by_fx():
+    layers = torch.nn.Linear(4, 4), torch.nn.ReLU(inplace=True), torch.nn.PReLU(), torch.nn.GELU(), torch.nn.Softmax(dim=-1)
+    model, x = torch.nn.Sequential(*layers, torch.nn.Linear(4, 2)), torch.randn(3, 4)
+    expected = torch.autograd.grad(model(x).square().sum(), list(model.parameters()))
+    traced = torch.fx.symbolic_trace(custom_backprop.convert(model))
+    found = dict(
+        zip(dict(traced.named_parameters()), torch.autograd.grad(traced(x).square().sum(), list(traced.parameters())), strict=True)
+    )
+    torch.testing.assert_close([found[name] for name, _ in model.named_parameters()], list(expected))
+    assert {n.target.__name__ for n in traced.graph.nodes if n.op == "call_function"} >= {"Linear", "activate_", "PReLU", "gelu", "apply"}
+
+
+def test_types_that_override_torchs_functions_hear_of_ours():
+    heard = []
+
+    class Listening(torch.Tensor):
+        @classmethod
+        def __torch_function__(cls, function, types, args=(), kwargs=None):
+            heard.append(getattr(function, "__name__", ""))
+            return super().__torch_function__(function, types, args, kwargs)
+
+    x = torch.randn(3, 4).as_subclass(Listening)
+    y = custom_backprop.functional.linear(custom_backprop.functional.relu(x), torch.randn(2, 4))
+    assert type(y) is Listening
+    assert {"relu", "Linear"} <= set(heard)

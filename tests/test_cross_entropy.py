@@ -375,3 +375,20 @@ def test_an_empty_batch_without_gradient(dtype, reduction, backend):
     x, t = torch.zeros(0, 5, dtype=dtype, device=DEVICE), torch.zeros(0, dtype=torch.int64, device=DEVICE)
     ours, theirs = (m.cross_entropy(x, t, reduction=reduction) for m in (functional, torch.nn.functional))
     torch.testing.assert_close(ours, theirs, equal_nan=True)
+
+
+@pytest.mark.parametrize("shape", [(2, 5, 4), (2, 4), (3, 4, 5), (2, 4, 5, 1)])
+def test_a_target_of_another_shape(shape, backend):
+    x, t = torch.randn(2, 3, 4, 5, device=DEVICE), torch.zeros(shape, dtype=torch.int64, device=DEVICE)
+    for module in (functional, torch.nn.functional):
+        with pytest.raises((RuntimeError, ValueError)):
+            module.cross_entropy(x, t)
+
+
+@pytest.mark.parametrize("ignore_index", [-100, -1, 0, 2])
+def test_any_class_may_be_ignored(ignore_index, backend):
+    x = torch.randn(6, 3, dtype=torch.float64, device=DEVICE, requires_grad=True)
+    t = torch.tensor([0, 1, 2, 0, 1, 2], device=DEVICE)
+    ours, theirs = (m.cross_entropy(x, t, ignore_index=ignore_index) for m in (functional, torch.nn.functional))
+    torch.testing.assert_close(ours, theirs)
+    torch.testing.assert_close(*(torch.autograd.grad(y, x)[0] for y in (ours, theirs)))

@@ -367,3 +367,23 @@ def test_derivatives_of_the_logits_loss_at_zero(backend):
         (dt,) = torch.autograd.grad(module.binary_cross_entropy_with_logits(x, t, pos_weight=p).sum(), t, create_graph=True)
         found += torch.autograd.grad(dt.sum(), x)
     torch.testing.assert_close(*found)
+
+
+@pytest.mark.parametrize("log_input", [True, False])
+def test_stirling_begins_above_one(log_input, backend):
+    """A count of one, where log t! is 0 and the approximation is not."""
+    t = torch.tensor([0.5, 1.0, 1.0, 2.0, 7.0], dtype=torch.float64, device=DEVICE)
+    x = torch.rand(5, dtype=torch.float64, device=DEVICE).requires_grad_()
+    options = {"log_input": log_input, "full": True, "reduction": "none"}
+    agree("poisson_nll_loss", [x, t], options)
+    if log_input:  # stock's slope is NaN where the approximation is not taken
+        (dt,) = torch.autograd.grad(functional.poisson_nll_loss(x, t.requires_grad_(), **options).sum(), t)
+        expected = -x + torch.where(t > 1, t.log() + 0.5 / t, 0)
+        torch.testing.assert_close(dt, expected.detach())
+
+
+def test_kl_div_of_an_impossible_event(backend):
+    """t log t is 0 at t = 0, also beside a log-probability of minus infinity."""
+    x = torch.tensor([-1.0, -2.0, -float("inf")], dtype=torch.float64, device=DEVICE).requires_grad_()
+    t = torch.tensor([0.0, 1.0, 0.5], dtype=torch.float64, device=DEVICE)
+    agree("kl_div", [x, t], {"reduction": "none"})

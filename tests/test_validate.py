@@ -201,3 +201,93 @@ def test_bad_arguments():
 
 def test_every_check_says_what_it_does():
     assert all(check.__doc__ for check in CHECKS.values())
+
+
+@pytest.mark.parametrize(
+    "correct", [lambda a, b: a + b, lambda a, b: a - b, lambda a, b: (a.reshape(-1), b.sum()), lambda a, b: {"y": [a * b]}]
+)
+def test_gradients_that_are_views_of_the_incoming_one_are_no_mistake(correct):
+    validate(correct, inputs(), correct, checks=["forward", "gradient", "two_backwards", "layouts", "precision"]).raise_if_failed()
+
+
+@pytest.mark.parametrize(
+    ("ours", "theirs", "seen_by"),
+    [
+        (lambda a, b: {"y": 2 * a * b}, lambda a, b: {"y": 3 * a * b}, {"forward", "gradient", "precision"}),
+        (lambda a, b: (a, (2 * b,)), lambda a, b: (a, (3 * b,)), {"forward", "gradient", "precision"}),
+        (lambda a, b: (a * b, a.argmax()), lambda a, b: (a * b, a.argmin()), {"forward"}),
+        (lambda a, b: None, lambda a, b: None, {"forward", "gradient", "precision"}),
+    ],
+)
+def test_every_output_is_compared(ours, theirs, seen_by):
+    report = validate(ours, inputs(), theirs, checks=["forward", "gradient", "precision"])
+    assert {r.check for r in report.results if r.status == "fail"} == seen_by
+
+
+def test_tensors_by_name_are_differentiated():
+    wrong = planted(backward=lambda ctx, dy: (2 * dy * saved(ctx)[1], 7 * dy * saved(ctx)[0]))
+    x, w = inputs()
+    w.requires_grad_()
+    x.requires_grad_()
+    report = validate(lambda x, w: wrong(x, w), [x], reference, kwargs={"w": w}, checks=["gradient", "gradcheck", "subsets"])
+    assert {r.check for r in report.results if r.status == "fail"} == {"gradient", "gradcheck"}
+    validate(lambda x, w: planted()(x, w), [x], reference, kwargs={"w": w}, checks=["gradient", "gradcheck", "subsets"]).raise_if_failed()
+
+
+def test_tensors_in_lists_are_refused():
+    with pytest.raises(TypeError, match="arguments by themselves"):
+        validate(lambda tensors: torch.cat(tensors), [list(inputs())])
+
+
+def test_a_batch_dimension_that_is_not_the_first_is_tried():
+    class First(torch.autograd.Function):
+        """Right for the first dimension alone."""
+
+        @staticmethod
+        def forward(x):
+            return x.softmax(-1)
+
+        @staticmethod
+        def setup_context(ctx, inputs, output):
+            ctx.save_for_backward(output)
+
+        @staticmethod
+        def backward(ctx, dy):
+            (y,) = ctx.saved_tensors
+            return y * (dy - (y * dy).sum(-1, keepdim=True))
+
+        @staticmethod
+        def vmap(info, in_dims, x):
+            return First.apply(x), in_dims[0]
+
+    report = validate(First.apply, [torch.randn(3, 3)], lambda x: x.softmax(-1), checks=["transforms"])
+    assert "dimension -1" in report.results[0].detail
+
+
+@pytest.mark.parametrize("where", ["forward", "backward"])
+def test_wrong_numbers_under_autocast_alone_are_seen(where):
+    def forward(x, w):
+        return 2 * x * w * (3 if where == "forward" and torch.is_autocast_enabled("cpu") else 1)
+
+    def backward(ctx, dy):
+        x, w = saved(ctx)
+        factor = 6 if where == "backward" and x.dtype == torch.bfloat16 else 2
+        return factor * dy * w, 2 * dy * x
+
+    assert "autocast" in failures(planted(forward=forward, backward=backward), checks=["autocast"])
+
+
+def test_an_expanded_input_is_tried():
+    def wrong(x, w):
+        return planted()(x, w) * (0.0 if 0 in x.stride() else 1.0)
+
+    assert failures(wrong, checks=["input_layouts"]) == {"input_layouts"}
+
+
+def test_a_report_names_what_was_not_run_and_has_no_bare_infinity():
+    report = validate(planted(), inputs(), reference, checks=["forward"])
+    with pytest.raises(KeyError):
+        report.status("layouts")
+    report.errors["float16"] = (float("inf"), 1.0)
+    found = json.loads(report.to_json(), parse_constant=lambda name: pytest.fail(name))
+    assert found["errors"]["float16"] == ["inf", 1.0]

@@ -53,9 +53,10 @@ def _gathered(total, v, ORDER: tl.constexpr):
 
 @triton.jit
 def _norm(total, ORDER: tl.constexpr):
-    """‖v‖ of each row."""
+    """‖v‖ of each row. A maximum passes over NaN, which a sum keeps."""
     if ORDER == 0:
-        return tl.max(total, 1)
+        unknown = tl.sum((total != total).to(tl.int32), 1) > 0
+        return tl.where(unknown, tl.sum(total, 1), tl.max(total, 1))
     total = tl.sum(total, 1)
     if ORDER == 1:
         return total

@@ -9,6 +9,7 @@ import importlib
 import importlib.util
 import sys
 from functools import cache
+from importlib.machinery import ModuleSpec
 from pathlib import Path
 from types import ModuleType
 
@@ -18,9 +19,15 @@ NAME = "custom_backprop.triton_kernels"
 @cache
 def kernels(family: str) -> ModuleType:
     """The module of one family's kernels and launchers, imported at the first call (this is what imports triton)."""
-    if NAME not in sys.modules and importlib.util.find_spec(NAME) is None:
+    if NAME not in sys.modules and not _is_ours(importlib.util.find_spec(NAME)):
         _load_from_checkout()
     return importlib.import_module(f"{NAME}.{family}")
+
+
+def _is_ours(spec: ModuleSpec | None) -> bool:
+    """Whether what would be imported lies in this package, or beside it. An editable install of another checkout offers its own."""
+    package = Path(__file__).resolve().parents[1]
+    return spec is not None and spec.origin is not None and Path(spec.origin).resolve().parents[1] in (package, package.parent)
 
 
 def _load_from_checkout() -> None:

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_map_only
 
 from ..cost import LEGEND, cost
-from .work import refuse
+from .work import check_json, refuse
 
 
 def add_parser(subparsers: Any) -> argparse.ArgumentParser:
@@ -33,6 +33,7 @@ def add_parser(subparsers: Any) -> argparse.ArgumentParser:
 
 def run(args: argparse.Namespace) -> int:
     """Returns 0."""
+    check_json(args.json)
     try:
         torch.empty(0, device=args.device)
     except (AssertionError, RuntimeError) as error:  # AssertionError: cuda, of a torch built without it

@@ -18,7 +18,7 @@ from ..testing import TARGETS, Audit, AuditedLaunch, Resources, database
 from ..testing.audit import audit_op
 from ..testing.offline import compile_calls, compile_op
 from ..testing.optimizers import OPTIMIZERS, audit_optimizer, steps
-from .work import add_common, in_processes, interpreter, refuse, select, table
+from .work import add_common, check_json, in_processes, interpreter, refuse, select, table
 
 
 def add_parser(subparsers: Any) -> argparse.ArgumentParser:
@@ -32,6 +32,7 @@ def add_parser(subparsers: Any) -> argparse.ArgumentParser:
 
 def run(args: argparse.Namespace) -> int:
     """Returns 1 if a kernel has a fault."""
+    check_json(args.json)
     if find_spec("triton") is None:
         refuse("the package triton is not installed")
     optimizers = [n for n in OPTIMIZERS if not args.ops or n in args.ops or "optim" in args.ops]

@@ -9,6 +9,7 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ProcessPoolExecutor, as_completed
 from contextlib import contextmanager
 from multiprocessing import get_context
+from pathlib import Path
 from typing import Any, NoReturn
 
 import torch
@@ -28,6 +29,12 @@ def refuse(message: str) -> NoReturn:
     """The caller asked for what cannot be had: exit code 2."""
     print(f"error: {message}", file=sys.stderr)
     raise SystemExit(2)
+
+
+def check_json(path: str | None) -> None:
+    """Refuses, before the work begins, a file that could not be written after it."""
+    if path is not None and (not Path(path).parent.is_dir() or Path(path).is_dir()):
+        refuse(f"--json {path}: no file can be written there")
 
 
 def select(wanted: Sequence[str]) -> list[str]:
@@ -59,12 +66,19 @@ def in_processes(function: Callable[..., Any], items: Sequence[tuple[Any, ...]],
     results: dict[tuple[Any, ...], Any] = {}
     with ProcessPoolExecutor(max(1, min(jobs, len(items))), mp_context=get_context("spawn"), initializer=_one_thread) as pool:
         futures: dict[Future[Any], tuple[Any, ...]] = {pool.submit(function, *item): item for item in items}
-        with progress(len(items), "op") as bar:
-            for future in as_completed(futures):
-                item = futures[future]
-                results[item] = future.exception() or future.result()
-                bar.set_postfix_str(item[0])
-                bar.update()
+        try:
+            with progress(len(items), "op") as bar:
+                for future in as_completed(futures):
+                    item = futures[future]
+                    results[item] = future.exception() or future.result()
+                    bar.set_postfix_str(item[0])
+                    bar.update()
+        except KeyboardInterrupt:
+            workers = list(pool._processes.values())
+            pool.shutdown(wait=False, cancel_futures=True)
+            for worker in workers:
+                worker.terminate()
+            raise SystemExit(130) from None
     return {item: results[item] for item in items}
 
 

@@ -15,9 +15,9 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 from torch.nn import _reduction as _Reduction
 
+from ..dtensor import is_dtensor
 from ..formulas.cross_entropy import of_rows, reduced
 from ..formulas.precision import widen
 
@@ -50,8 +50,14 @@ class _VocabParallelCrossEntropy(torch.autograd.Function):
         return reduced(torch.where(counted, w * rows, 0), w.sum(), reduction).to(x.dtype)
 
     @staticmethod
-    @once_differentiable
     def backward(ctx: Any, dy: Tensor) -> Any:
+        with torch.no_grad():
+            dx = _VocabParallelCrossEntropy._gradient(ctx, dy)
+        # torch's once_differentiable lets the gradient pass for a constant where dy needs none itself
+        return _NotTwice.apply(dx, ctx.saved_tensors[0], dy) if torch.is_grad_enabled() else dx, *(None,) * 7
+
+    @staticmethod
+    def _gradient(ctx: Any, dy: Tensor) -> Tensor:
         x, target, here, index, largest, log_z, w = ctx.saved_tensors
         classes, ignore_index, reduction, smoothing = ctx.options
         d = torch.sub(widen(x), largest.unsqueeze(1)).sub_(log_z.unsqueeze(1)).exp_()
@@ -59,7 +65,19 @@ class _VocabParallelCrossEntropy(torch.autograd.Function):
         if smoothing:
             d -= smoothing / classes
         d *= (w * of_rows(dy, target, w, reduction, ignore_index)).unsqueeze(1)
-        return d.to(x.dtype), *(None,) * 7
+        return d.to(x.dtype)
+
+
+class _NotTwice(torch.autograd.Function):
+    """A gradient that depends on ``sources``, and says so when it is differentiated."""
+
+    @staticmethod
+    def forward(ctx: Any, grad: Tensor, *sources: Tensor) -> Tensor:
+        return grad.view_as(grad)
+
+    @staticmethod
+    def backward(ctx: Any, dy: Tensor) -> Any:
+        raise RuntimeError("vocab_parallel_cross_entropy is not differentiable twice: no rank holds what that would take")
 
 
 def vocab_parallel_cross_entropy(
@@ -88,9 +106,14 @@ def vocab_parallel_cross_entropy(
     Raises:
         ValueError: an unknown reduction, or shapes that do not fit.
         IndexError: a class out of range, on a CPU. On a GPU, where to look is to wait, the loss and the gradient of its row are NaN.
-        RuntimeError: classes that are not int64, ``label_smoothing`` above 1, or no process group.
+        RuntimeError: a DTensor, classes that are not int64, ``label_smoothing`` above 1, or no process group.
     """
     number = _Reduction.get_enum(reduction)
+    if is_dtensor(logits) or is_dtensor(target):
+        raise RuntimeError(
+            "vocab_parallel_cross_entropy takes this rank's part as a plain tensor: give logits.to_local() and target.to_local() "
+            "(ColwiseParallel() leaves it so; use_local_output=False does not)"
+        )
     if logits.dim() < 2 or target.shape != logits.shape[:1] + logits.shape[2:]:
         given = f"logits {tuple(logits.shape)}, target {tuple(target.shape)}"
         raise ValueError(f"vocab_parallel_cross_entropy: expected logits (N, C_r, ...) and a target (N, ...), got {given}")

@@ -2,7 +2,7 @@
 
 Each takes a floating-point tensor of any shape and strides and returns one of the same shape and dtype. An integer tensor gives what stock
 gives, result or error. ``inplace=True`` writes the result over the input. It saves memory where backward needs the output alone (relu,
-relu6, hardtanh, leaky_relu with a slope >= 0, threshold with a value <= its threshold); the others keep a copy of the input.
+leaky_relu with a slope >= 0, threshold with a value <= its threshold); the others keep a copy of the input.
 
 Raises:
     TypeError: what is no tensor, or a parameter that is no number.

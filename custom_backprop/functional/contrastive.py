@@ -80,7 +80,7 @@ def info_nce(
     query: Tensor,
     positive: Tensor,
     negatives: Tensor | None = None,
-    temperature: float = 0.1,
+    temperature: float | Tensor = 0.1,
     symmetric: bool = False,
     normalize: bool = True,
     reduction: str = "mean",
@@ -92,7 +92,7 @@ def info_nce(
     Args:
         query, positive: (N, D), floating-point: row i of one belongs to row i of the other.
         negatives: None: the positives of the other rows. Else (M, D), everyone's, or (N, M, D), each row's own; and then these alone.
-        temperature: τ, greater than 0.
+        temperature: τ, greater than 0. A tensor of one element is differentiated like any other (and not looked at on a GPU).
         symmetric: the mean of the loss and of that of ``positive`` as queries; not beside ``negatives``.
         normalize: divides each vector by its length first, so that s holds cosines (by 1e-12 where the length is less).
         reduction: "none" (N), "mean" or "sum".
@@ -103,7 +103,8 @@ def info_nce(
         TypeError: what is no tensor.
     """
     number = _Reduction.get_enum(reduction)
-    if not temperature > 0 or math.isinf(temperature):
+    learned = temperature if isinstance(temperature, Tensor) else None
+    if (learned is None or learned.is_cpu) and not 0 < temperature < math.inf:
         raise ValueError(f"info_nce: temperature must be greater than 0 and finite, got {temperature}")
     if symmetric and negatives is not None:
         raise ValueError("info_nce: symmetric takes the other rows for negatives, and no others")
@@ -114,17 +115,22 @@ def info_nce(
     q, k, *n = same_dtype(*given)
     if normalize:
         q, k, *n = (ops.unit(t, 1e-12) for t in (q, k, *n))
+    if learned is not None:
+        q, temperature = q / learned.to(q.dtype), 1.0
     return ops.info_nce(q, k, n[0] if n else None, float(temperature), bool(symmetric), number)
 
 
 def _check(query: Tensor, positive: Tensor, negatives: Tensor | None = None) -> None:
-    got = ", ".join(f"{tuple(t.shape)}" for t in (query, positive, negatives) if t is not None)
     if query.dim() != 2 or positive.shape != query.shape:
-        raise RuntimeError(f"info_nce: query and positive must be of one shape (N, D), got {got}")
+        raise RuntimeError(f"info_nce: query and positive must be of one shape (N, D), got {_shapes(query, positive)}")
     if negatives is not None and (
         negatives.dim() not in (2, 3) or negatives.shape[-1] != query.shape[1] or (negatives.dim() == 3 and len(negatives) != len(query))
     ):
-        raise RuntimeError(f"info_nce: negatives must be of shape (M, D) or (N, M, D), got {got}")
+        raise RuntimeError(f"info_nce: negatives must be of shape (M, D) or (N, M, D), got {_shapes(query, positive, negatives)}")
     for t in (query, positive, negatives):
         if t is not None and not t.is_floating_point():
             raise RuntimeError(f"info_nce: only real floating-point tensors are supported, got {t.dtype}")
+
+
+def _shapes(*tensors: Tensor) -> str:
+    return ", ".join(str(tuple(t.shape)) for t in tensors)

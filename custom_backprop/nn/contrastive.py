@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 import torch
 from torch import Tensor
 
@@ -24,6 +26,8 @@ class InfoNCELoss(torch.nn.Module):
 
     def __init__(self, temperature: float = 0.1, symmetric: bool = False, normalize: bool = True, reduction: str = "mean") -> None:
         super().__init__()
+        if not 0 < temperature < math.inf:
+            raise ValueError(f"InfoNCELoss: temperature must be greater than 0 and finite, got {temperature}")
         self.temperature, self.symmetric, self.normalize, self.reduction = temperature, symmetric, normalize, reduction
 
     def forward(self, query: Tensor, positive: Tensor, negatives: Tensor | None = None) -> Tensor:

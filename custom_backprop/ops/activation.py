@@ -9,8 +9,10 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch.autograd import forward_ad
+from torch.overrides import handle_torch_function, has_torch_function
 
 from ..backends.activation import ATEN, ATEN_INTO, ATEN_KEEPING, in_place, primitives
+from ..backends.library import TENSORS
 from ..formulas.activation import ACTIVATIONS, Activation
 from .function import differentiable, differentiated
 from .reuse import LEAST, is_unseen, place
@@ -175,6 +177,8 @@ def activate_(name: str, x: Tensor, *parameters: float) -> Tensor:
     Raises:
         RuntimeError: x is a leaf that requires grad, or a view of one.
     """
+    if type(x) not in TENSORS and has_torch_function((x,)):
+        return handle_torch_function(activate_, (x,), name, x, *parameters)
     check(name, x)
     parameters = numbers(name, parameters)
     if torch.compiler.is_compiling() or torch._C._are_functorch_transforms_active() or forward_ad._current_level >= 0:

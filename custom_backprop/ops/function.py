@@ -18,6 +18,7 @@ from typing import Any
 import torch
 from torch._C._functorch import TransformType, get_interpreter_stack
 from torch.autograd import forward_ad
+from torch.overrides import handle_torch_function, has_torch_function
 
 from ..backends import selection
 from ..backends.library import BY_ATEN, PLAIN, TENSORS, autocast_active, functorch_active, legacy_batched, modes, wrapped
@@ -130,6 +131,8 @@ def differentiable(
             direct_apply = super(torch.autograd.Function, direct).apply  # type: ignore[misc]
 
         def call(*args: Any) -> Any:
+            if type(args[0]) not in TENSORS and has_torch_function(args):
+                return handle_torch_function(op, args, *args)
             if prepare is not None:
                 args = prepare(*args)
             if torch.compiler.is_compiling():

@@ -8,7 +8,9 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.overrides import handle_torch_function, has_torch_function
 
+from ..backends.library import TENSORS
 from ..backends.softmax import ATEN, ATEN_INTO, primitives
 from ..formulas.softmax import SOFTMAXES, Softmax
 from .function import differentiable, differentiated
@@ -79,6 +81,8 @@ def apply(name: str, x: Tensor, dim: int, dtype: torch.dtype | None) -> Tensor:
     Raises:
         IndexError, TypeError, NotImplementedError: as :mod:`custom_backprop.functional.softmax` says.
     """
+    if type(x) not in TENSORS and has_torch_function((x,)):
+        return handle_torch_function(apply, (x,), name, x, dim, dtype)
     count, dim = x.dim() or 1, index(dim)
     if not -count <= dim < count:
         given = f"{name} of shape {tuple(x.shape)}"

@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.utils._pytree import tree_leaves
 
 
 def is_float(a: Any) -> bool:
@@ -27,6 +28,7 @@ class Case:
     name: str = ""
     double_backward: bool = True
     low_precision: tuple[torch.dtype, ...] = (torch.float32, torch.bfloat16, torch.float16)
+    inductor: bool = False
 
     @property
     def wanted(self) -> tuple[int, ...]:
@@ -67,9 +69,15 @@ class Case:
 
 
 def outputs(result: Any) -> tuple[Tensor, ...]:
-    """The differentiable outputs of a call."""
-    results = result if isinstance(result, (tuple, list)) else (result,)
-    return tuple(r for r in results if isinstance(r, Tensor) and r.is_floating_point())
+    """The differentiable outputs of a call, in tuples, lists and dicts of any depth.
+
+    Raises:
+        TypeError: there is none.
+    """
+    found = tuple(r for r in tree_leaves(result) if isinstance(r, Tensor) and r.is_floating_point())
+    if not found:
+        raise TypeError(f"no output is a floating-point tensor: got {type(result).__name__}")
+    return found
 
 
 def weights_for(results: Sequence[Tensor], seed: int = 1) -> tuple[Tensor, ...]:

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 from torch.autograd import gradcheck as torch_gradcheck
 from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 
 from .case import Case, gradients, outputs, weights_for
 
@@ -26,7 +27,10 @@ class NotApplicable(Exception):
 def forward(case: Case) -> None:
     """Same values, shapes and dtypes as the reference, in float64."""
     leaves = _with_reference(case).leaves
-    _same(outputs(case.call(*leaves)), outputs(case.call_reference(*leaves)), "outputs", exact_type=True)
+    ours, theirs = case.call(*leaves), case.call_reference(*leaves)
+    _same(outputs(ours), outputs(theirs), "outputs", exact_type=True)
+    mine, others = ([t for t in tree_leaves(r) if isinstance(t, Tensor) and not t.is_floating_point()] for r in (ours, theirs))
+    _same(mine, others, "outputs that are not floating-point", exact_type=True)
 
 
 def gradient(case: Case) -> None:
@@ -113,12 +117,12 @@ def transforms(case: Case) -> None:
     ours = loss(case.call)
     batch = tuple(torch.stack([leaf, leaf * 0.9, leaf * 0.8]) for leaf in leaves)
     singles = [(i,) for i in which] if len(which) > 1 else []
-    for mapped in [*singles, which]:
-        in_dims = tuple(0 if i in mapped else None for i in which)
-        args = tuple(b if i in mapped else leaf for i, (b, leaf) in enumerate(zip(batch, leaves, strict=True)))
-        rows = [tuple(a[k] if i in mapped else a for i, a in enumerate(args)) for k in range(3)]
+    for mapped, dim in [*((m, 0) for m in singles), (which, 0), (which, -1)]:
+        in_dims = tuple(dim if i in mapped else None for i in which)
+        args = tuple(b.movedim(0, dim) if i in mapped else leaf for i, (b, leaf) in enumerate(zip(batch, leaves, strict=True)))
+        rows = [tuple(b[k] if i in mapped else leaf for i, (b, leaf) in enumerate(zip(batch, leaves, strict=True))) for k in range(3)]
         results = outputs(torch.vmap(case.call, in_dims)(*args))
-        _same(results, _stack([outputs(case.call(*row)) for row in rows]), f"vmap over {mapped}")
+        _same(results, _stack([outputs(case.call(*row)) for row in rows]), f"vmap over dimension {dim} of {mapped}")
         per_sample = torch.vmap(torch.func.grad(ours, which), in_dims)(*args)
         _same(per_sample, _stack([torch.func.grad(ours, which)(*row) for row in rows]), f"per-sample gradients over {mapped}")
     reverse = torch.func.jacrev(lambda *a: outputs(case.call(*a)), which)(*leaves)
@@ -146,14 +150,15 @@ def opcheck(case: Case) -> None:
 
 def compile(case: Case) -> None:
     """torch.compile(fullgraph=True) gives eager's outputs and gradients, and its outputs where nothing wants a gradient."""
-    torch._dynamo.reset()
     leaves = case.leaves
-    compiled = torch.compile(case.call, fullgraph=True, backend="aot_eager")
-    results, grads = gradients(compiled, leaves)
     expected, expected_grads = gradients(case.call, leaves)
-    _same(results, expected, "compiled outputs")
-    _same(grads, expected_grads, "compiled gradients")
-    _same(outputs(compiled(*(leaf.detach() for leaf in leaves))), expected, "compiled outputs without gradients")
+    for backend in ("aot_eager", "inductor") if case.inductor else ("aot_eager",):
+        torch._dynamo.reset()
+        compiled = torch.compile(case.call, fullgraph=True, backend=backend)
+        results, grads = gradients(compiled, leaves)
+        _same(results, expected, f"outputs compiled by {backend}")
+        _same(grads, expected_grads, f"gradients compiled by {backend}")
+        _same(outputs(compiled(*(leaf.detach() for leaf in leaves))), expected, f"outputs compiled by {backend} without gradients")
 
 
 def layouts(case: Case) -> None:
@@ -183,6 +188,10 @@ def input_layouts(case: Case) -> None:
         got, got_grads = gradients(case.call, strided)
         _same(got, results, f"outputs for {name} inputs")
         _same(got_grads, grads, f"gradients for {name} inputs")
+    repeated = [leaf.detach()[:1].expand_as(leaf) if leaf.dim() and leaf.numel() else leaf.detach() for leaf in leaves]
+    (got, got_grads), (results, grads) = (gradients(case.call, [f(r).requires_grad_() for r in repeated]) for f in (_alias, torch.clone))
+    _same(got, results, "outputs for expanded inputs")
+    _same(got_grads, grads, "gradients for expanded inputs")
 
 
 def inputs_unchanged(case: Case) -> None:
@@ -204,12 +213,12 @@ def two_backwards(case: Case) -> None:
     results = outputs(case.call(*leaves))
     dys = weights_for(results)
     for weights in (dys, tuple(map(torch.ones_like, dys))):
-        first = torch.autograd.grad(results, leaves, weights, retain_graph=True, allow_unused=True)
+        first = torch.autograd.grad(results, leaves, [w.clone() for w in weights], retain_graph=True, allow_unused=True)
         kept = [None if g is None else g.clone() for g in first]
         for g in first:
-            if g is not None and g.numel():
+            if g is not None and not any(s == 0 for s in g.stride()):  # what is expanded cannot be written
                 g.mul_(3)
-        second = torch.autograd.grad(results, leaves, weights, retain_graph=True, allow_unused=True)
+        second = torch.autograd.grad(results, leaves, [w.clone() for w in weights], retain_graph=True, allow_unused=True)
         for a, b in zip(kept, second, strict=True):
             _require((a is None) == (b is None) and (a is None or _bits(a, b)), "the second backward gave other bits")
 
@@ -249,13 +258,13 @@ def subsets(case: Case) -> None:
 
 
 def autocast(case: Case) -> None:
-    """Under autocast the output has the dtype that the reference's has, and gradients that of their inputs."""
+    """Under autocast values and gradients are the reference's, but for rounding, in its dtypes; gradients have those of their inputs."""
     _with_reference(case)
     for dtype in (torch.float32, torch.bfloat16):
         cast = case.to(dtype)
         with torch.autocast(case.device.type, torch.bfloat16):
             try:
-                expected = outputs(cast.call_reference(*cast.leaves))
+                expected, expected_grads = gradients(cast.call_reference, cast.leaves)
             except (RuntimeError, NotImplementedError) as error:
                 _raises(type(error), cast)
                 continue
@@ -264,6 +273,11 @@ def autocast(case: Case) -> None:
         _equal([r.dtype for r in results], [e.dtype for e in expected], f"output dtypes of {dtype} inputs under autocast")
         grads = torch.autograd.grad(results, leaves, weights_for(results), allow_unused=True)
         _equal([g.dtype for g in grads if g is not None], [dtype for g in grads if g is not None], "gradient dtypes under autocast")
+        for what, ours, theirs in (("outputs", results, expected), ("gradients", grads, expected_grads)):
+            for our, their in zip(ours, theirs, strict=True):
+                if our is not None and their is not None:
+                    off = _error(our.detach(), their.detach().double())
+                    _require(off <= 16 * torch.finfo(torch.bfloat16).eps, f"{what} of {dtype} inputs under autocast are off by {off:.2g}")
 
 
 def precision(case: Case) -> dict[str, tuple[float, float]]:
@@ -313,6 +327,11 @@ def sliced(t: Tensor) -> Tensor:
     view = buffer[..., 1::2]
     view.copy_(t)
     return view
+
+
+def _alias(t: Tensor) -> Tensor:
+    """Another tensor of the same memory and strides."""
+    return t.as_strided(t.size(), t.stride(), t.storage_offset())
 
 
 class _Recorder(TorchDispatchMode):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib
 import pkgutil
+import shutil
 from collections.abc import Iterable
 from functools import cache
 
@@ -32,6 +33,9 @@ def database() -> dict[str, OpSpec]:
 #: what depends on the tracing of an op, not on the backend that then runs it: too slow to repeat on every sample of every backend
 TRACED = ("opcheck", "compile")
 
+#: the ops that are compiled by Inductor too, their first sample: one of each kind, where there is a compiler
+INDUCTOR = frozenset({"linear_activation", "silu", "softmax", "mse_loss", "cross_entropy"})
+
 
 def check_op(spec: OpSpec, backend: str, device: str | torch.device = "cpu", checks: Iterable[str] | None = None) -> Report:
     """Every sample of an op on one backend; the checks of :data:`TRACED` on every sample of ATen's, on the first elsewhere."""
@@ -54,6 +58,7 @@ def cases(spec: OpSpec, device: str | torch.device = "cpu") -> list[Case]:
             f"{spec.name} ({s.name or i})",
             double_backward=spec.double_backward,
             low_precision=spec.low_precision,
+            inductor=spec.name in INDUCTOR and i == 0 and shutil.which("g++") is not None,
         )
         for i, s in enumerate(spec.samples(Make(device, torch.float64)))
     ]

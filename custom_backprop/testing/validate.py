@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import time
 import warnings
 from collections.abc import Callable, Sequence
@@ -10,7 +11,8 @@ from dataclasses import asdict, dataclass, field
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
+from torch.utils._pytree import tree_leaves
 
 from .case import Case, is_float, of_module
 from .checks import NotApplicable, applicable
@@ -42,7 +44,12 @@ class Report:
         return all(r.status != "fail" for r in self.results)
 
     def status(self, check: str) -> str:
-        return next(r.status for r in self.results if r.check == check)
+        """Of one check: "pass", "fail" or "n/a".
+
+        Raises:
+            KeyError: it was not run.
+        """
+        return {r.check: r.status for r in self.results}[check]
 
     def raise_if_failed(self) -> Report:
         """Raises AssertionError that holds the whole report if any check failed; else returns the report."""
@@ -54,7 +61,10 @@ class Report:
         return {**asdict(self), "passed": self.passed}
 
     def to_json(self, **options: Any) -> str:
-        return json.dumps(self.to_dict(), **options)
+        """As JSON, which knows no infinity and no NaN: they stand there as text."""
+        found = self.to_dict()
+        found["errors"] = {dtype: [e if math.isfinite(e) else str(e) for e in pair] for dtype, pair in self.errors.items()}
+        return json.dumps(found, **options)
 
     def merge(self, other: Report) -> None:
         """Takes in another case's report: a check passes if it passes on every case to which it applies."""
@@ -88,6 +98,7 @@ def validate(
     checks: list[str] | None = None,
     double_backward: bool = True,
     low_precision: tuple[torch.dtype, ...] = (torch.float32, torch.bfloat16, torch.float16),
+    inductor: bool = False,
     name: str | None = None,
 ) -> Report:
     """Proves a backward against torch.
@@ -99,17 +110,18 @@ def validate(
             them if none does). Keep them small, a few dozen elements: gradcheck evaluates the function twice an element.
         reference: the same computed by stock torch (with the same parameters, if both are modules). Without it the checks that need an
             oracle do not apply.
-        kwargs: keyword arguments of every call.
+        kwargs: keyword arguments of every call. Their tensors that require grad are differentiated as well.
         checks: names of :data:`custom_backprop.testing.CHECKS`. Default: all.
         double_backward: False states that there is no second derivative; then asking for one must raise.
         low_precision: the dtypes in which the error against float64 must not exceed the reference's own.
+        inductor: compiles with Inductor too, which takes a C++ compiler and some seconds.
         name: the report's title.
 
     Returns:
         a :class:`Report`, to print, to serialise, or to assert with ``.raise_if_failed()``.
 
     Raises:
-        TypeError: no input is a floating-point tensor.
+        TypeError: no input is a floating-point tensor, or one is a list or dict of tensors, which would not be differentiated.
         ValueError: an unknown check.
     """
     title = name or getattr(fn_or_module, "__name__", None) or type(fn_or_module).__name__
@@ -119,10 +131,28 @@ def validate(
     function: Callable[..., Any] = fn_or_module
     if isinstance(fn_or_module, nn.Module):
         function, reference, args = of_module(fn_or_module, reference, args)
+    if any(is_float(t) for a in (*args, *(kwargs or {}).values()) if not isinstance(a, Tensor) for t in tree_leaves(a)):
+        raise TypeError("validate differentiates tensors that are arguments by themselves: take them out of lists, tuples and dicts")
     if not any(map(is_float, args)):
         raise TypeError(f"validate needs a floating-point tensor among the inputs, got {[type(a).__name__ for a in inputs]}")
-    case = Case(function, reference, args, kwargs or {}, title, double_backward, low_precision).to(torch.float64)
+    function, reference, args, kwargs = _positional(function, reference, args, kwargs or {})
+    case = Case(function, reference, args, kwargs, title, double_backward, low_precision, inductor).to(torch.float64)
     return run(case, checks)
+
+
+def _positional(
+    function: Any, reference: Any, args: tuple[Any, ...], kwargs: dict[str, Any]
+) -> tuple[Any, Any, tuple[Any, ...], dict[str, Any]]:
+    """The same call with the differentiated keyword arguments behind the positional ones."""
+    names = [name for name, value in kwargs.items() if is_float(value) and value.requires_grad]
+    if not names:
+        return function, reference, args, kwargs
+
+    def moved(of: Callable[..., Any]) -> Callable[..., Any]:
+        return lambda *all_, **rest: of(*all_[: len(args)], **dict(zip(names, all_[len(args) :], strict=True)), **rest)
+
+    rest = {name: value for name, value in kwargs.items() if name not in names}
+    return moved(function), reference and moved(reference), (*args, *(kwargs[name] for name in names)), rest
 
 
 def run(case: Case, checks: list[str] | None = None) -> Report:
