@@ -96,11 +96,13 @@ def test_compiled(name, transform):
     """Dynamo takes a Function's forward to pieces there, and finds the primitives."""
     case, leaves = first_case(database()[name])
 
-    def of(function):
-        loss = weighted(function, leaves)
-        if transform != "vmap of grad":
-            return getattr(torch.func, transform)(loss)(*leaves)
-        return torch.vmap(torch.func.grad(loss))(*(torch.stack([leaf, leaf * 0.9]) for leaf in leaves))
+    batch = [torch.stack([leaf, leaf * 0.9]) for leaf in leaves]
 
+    def of(loss):
+        if transform == "vmap of grad":
+            return torch.vmap(torch.func.grad(loss))(*batch)
+        return getattr(torch.func, transform)(loss)(*leaves)
+
+    ours, theirs = (weighted(f, leaves) for f in (case.call, case.call_reference))
     torch._dynamo.reset()
-    close([torch.compile(of, backend="aot_eager")(case.call)], [of(case.call_reference)])
+    close([torch.compile(of, backend="aot_eager")(ours)], [of(theirs)])
