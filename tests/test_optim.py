@@ -259,6 +259,25 @@ def test_parameters_and_gradients_may_change_place_and_strides(name: str) -> Non
 
 
 @every_optimizer
+def test_gradients_that_come_and_go(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Each pattern is planned once, and no state moves for it: to plan takes longer than many steps."""
+    planned: list[int] = []
+    plan = optim.optimizer.MultiTensor._planned
+    monkeypatch.setattr(optim.optimizer.MultiTensor, "_planned", lambda self, group: planned.append(1) or plan(self, group))
+    mine, theirs = parameters(shapes=[(3, 2)] * 40), parameters(shapes=[(3, 2)] * 40)
+    loop = {} if name == "Lion" else {"foreach": False}
+    our, their = ours(name)(mine, **FULL[name]), stock(name)(theirs, **loop, **FULL[name])
+    for step in range(24):
+        for optimizer, params in ((our, mine), (their, theirs)):
+            give_gradients(params, step, skip=False)
+            if step % 3:
+                params[20 + step % 3].grad = None
+            optimizer.step()
+    assert_equal(mine, theirs)
+    assert len(planned) == 3
+
+
+@every_optimizer
 def test_a_parameter_of_another_shape_at_the_same_address(name: str) -> None:
     """Transposed it is updated as torch does; cut, its old state does not fit, and nothing beyond it is read."""
     mine, theirs = parameters(shapes=[(4, 4)]), parameters(shapes=[(4, 4)])

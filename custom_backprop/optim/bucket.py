@@ -6,7 +6,7 @@ only whether they are still the truth: the same parameters at the same addresses
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from functools import cached_property
 from operator import attrgetter
 from typing import Any
@@ -84,6 +84,9 @@ class Piece:
             self.params[0].add_(update, alpha=-lr)
             return
         views = next((self.states[name] for name, home in self.homes.items() if home is update), self._views)
+        if not weight_decay:  # without threads that wait for each other at each parameter
+            torch._foreach_add_(self.params, views, alpha=-lr)
+            return
         torch._fused_sgd_(  # of a step without momentum, torch's fused kernel rounds as add_ does
             self.params, views, [], weight_decay=weight_decay, momentum=0.0, lr=lr, dampening=0.0, nesterov=False, maximize=False,
             is_first_step=False,
@@ -121,8 +124,21 @@ def gathered(tensors: list[Tensor]) -> list[Tensor]:
     return views
 
 
-def runs(tensors: list[Tensor], together: bool) -> Iterator[tuple[slice, slice | None]]:
+def gaps(tensors: list[Tensor]) -> set[int]:
+    """The places in the list of those tensors that do not lie right behind the one before them. (Empty ones have no address.)"""
+    found, last = set(), None
+    for i, t in enumerate(tensors):
+        if t.numel():
+            if last is not None and not _adjacent([last, t]):
+                found.add(i)
+            last = t
+    return found
+
+
+def runs(tensors: list[Tensor], together: bool, apart: Collection[int] = ()) -> Iterator[tuple[slice, slice | None]]:
     """How a list of tensors is cut into pieces: (which tensors, which elements of the one that is too large for one piece).
+
+    A new piece begins at each place of ``apart``.
 
     Half precision is not put together: ATen computes the last few elements of a tensor, those that fill no vector, with other roundings.
     """
@@ -130,7 +146,7 @@ def runs(tensors: list[Tensor], together: bool) -> Iterator[tuple[slice, slice |
     begin, total = 0, 0
     for i, t in enumerate(tensors):
         n = t.numel()
-        if begin < i and total + n > limit:
+        if begin < i and (total + n > limit or i in apart):
             yield slice(begin, i), None
             begin, total = i, 0
         if n > PIECE:
@@ -153,7 +169,7 @@ class Bucket:
         flats: the flat tensors that are updated: the parameters, or their float32 masters.
         rounded: the flat parameters that are rounded from the masters; None where there are none.
         states: by name, the flat state of each parameter.
-        steps: how many steps each has made, one tensor over ``states["step"]``; None if no state counts them.
+        steps: how many steps each has made, one tensor over ``states["step"]``; None if no state counts them, or they lie apart.
         fresh: the states were made for this step and hold nothing yet.
         as_given: this step's gradients have the parameters' shapes; otherwise they are flat.
     """
@@ -167,8 +183,10 @@ class Bucket:
         backend: str,
         fresh: bool,
         together: bool,
+        adjacent: tuple[str, ...] = (),
     ) -> None:
-        self.params, self.backend, self.fresh, self.as_given, self._together = params, backend, fresh, False, together
+        self.params, self.backend, self.fresh, self.as_given = params, backend, fresh, False
+        self._together, self._adjacent = together, adjacent
         shards = list(map(local, params))
         self.device, self.dtype = shards[0].device, shards[0].dtype
         self.flats = list(map(flat, shards))
@@ -176,7 +194,7 @@ class Bucket:
         if masters is not None:
             self.rounded, self.flats = self.flats, [flat(local(m)) for m in masters]
         self.states = {name: [flat(local(t)) for t in tensors] for name, tensors in states.items()}
-        self.steps = _home(self.states["step"]) if "step" in states else None
+        self.steps = _home(self.states["step"]) if "step" in states and _adjacent(self.states["step"]) else None
         self._table: Any = None
         self._sharded = shards[0] is not params[0]
         self._type = type(grads[0])
@@ -228,11 +246,19 @@ class Bucket:
 
     @cached_property
     def pieces(self) -> list[Piece]:
-        """The same cut for the cache. States of parameters that share a piece must have been :func:`gathered`."""
-        cuts = list(runs(self.flats, self._together))
+        """The same cut for the cache, so that in each piece the states that the update wants so are adjacent."""
+        apart = set().union(*(gaps(self.states[name]) for name in self._adjacent if name in self.states))
+        cuts = list(runs(self.flats, self._together, apart))
         sizes = [sum(t.numel() for t in self.flats[which]) if part is None else part.stop - part.start for which, part in cuts]
         scratch = [self.flats[0].new_empty(max(sizes)) for _ in range(2)]
         return [Piece(self.flats, self.states, which, part, scratch) for which, part in cuts]
+
+    def count(self, made: Tensor | int) -> None:
+        """Adds the steps made, one or none, to every parameter's count."""
+        if self.steps is not None:
+            self.steps.add_(made)
+        elif "step" in self.states:
+            torch._foreach_add_(self.states["step"], made)
 
     def scaled(self, grads: list[Tensor], factor: float) -> Iterator[tuple[list[Tensor], list[Tensor], dict[str, list[Tensor]]]]:
         """(parameters, gradients times ``factor``, states) for torch's fused kernels: all at once, or in pieces where they are scaled."""

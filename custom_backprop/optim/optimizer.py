@@ -21,9 +21,14 @@ from ..backends.kernels import kernels
 from ..dtensor import local
 from ..formulas.optim import clip_factor, stochastically_rounded
 from ..formulas.precision import HALF, widen
-from .bucket import Bucket, gathered, norm, runs
+from .bucket import Bucket, flat, gaps, gathered, norm, runs
 
 Group = dict[str, Any]
+
+#: of each group: where gradients come and go, as many patterns are remembered
+PLANS = 4
+#: one gap in as many tensors is left between states that lie one behind the other, so that nothing moves when a parameter sits out a step
+FEW = 8
 
 
 class Plan:
@@ -179,13 +184,14 @@ class MultiTensor(Optimizer):
         work: list[tuple[Group, Plan, list[list[Tensor]]]] = []
         moved = not plans
         for group in self.param_groups:
-            plan: Plan | None = plans.get(id(group))
-            grads = plan.grads(group) if plan is not None else None
-            if plan is None or grads is None:
-                plan = plans[id(group)] = self._plan(group)
-                grads, moved = plan.grads(group), True
+            kept = plans.setdefault(id(group), [])
+            fitting = next(((plan, grads) for plan in kept if (grads := plan.grads(group)) is not None), None)
+            if fitting is None:
+                plan, moved = self._plan(group, kept), True
+                grads = plan.grads(group)
                 assert grads is not None
-            work.append((group, plan, grads))
+                fitting = plan, grads
+            work.append((group, *fitting))
         factor = None if self.max_grad_norm is None and "grad_scale" not in self.__dict__ else self._factor(work)
         for group, plan, grads in work:
             for bucket, mine in zip(plan.buckets, grads, strict=True):
@@ -200,16 +206,26 @@ class MultiTensor(Optimizer):
         """Whether ``found_inf`` is read before anything is done. The kernels read it themselves, but for a state that they would begin."""
         return selection.backend_for(found.device.type) != "triton" or any(group.get("dampening") for group in self.param_groups)
 
-    def _plans(self) -> dict[int, Plan]:
-        """Last step's plans, if every state is still what it was, else none."""
+    def _plans(self) -> dict[int, list[Plan]]:
+        """The last steps' plans, if every state is still what it was, else none. A group has several where gradients come and go."""
         known: list[Any] = self.__dict__.get("_known", [])
         values = list(chain.from_iterable(s.values() for s in self.state.values()))
-        plans: dict[int, Plan] = self.__dict__.setdefault("_kept", {})
+        plans: dict[int, list[Plan]] = self.__dict__.setdefault("_kept", {})
         if len(values) != len(known) or not all(map(operator.is_, values, known)):
             plans.clear()
         return plans
 
-    def _plan(self, group: Group) -> Plan:
+    def _plan(self, group: Group, kept: list[Plan]) -> Plan:
+        """A new plan, which joins ``kept``; those that are there go if it had to move a state."""
+        before = [(state, name, t) for p in group["params"] if (state := self.state.get(p)) for name, t in state.items()]
+        plan = self._planned(group)
+        if any(state.get(name) is not t for state, name, t in before):
+            kept.clear()
+        kept.insert(0, plan)
+        del kept[PLANS:]
+        return plan
+
+    def _planned(self, group: Group) -> Plan:
         params: list[Tensor] = []
         grads: list[Tensor] = []
         lists: list[list[Any]] = [[] for _ in self._state_names]
@@ -266,10 +282,12 @@ class MultiTensor(Optimizer):
                 fresh, tensors = True, list(map(torch.zeros_like, params))
             if name == "step":
                 tensors = [t if t.device == device else _moved(t, device) for t in tensors]
-                tensors = gathered([t.float() for t in tensors] if backend == "triton" else tensors)
+                tensors = [t.float() for t in tensors] if backend == "triton" else tensors
+                if backend == "triton" or len(gaps(tensors)) > len(tensors) // FEW:
+                    tensors = gathered(tensors)
             else:
                 tensors = [t.float() for t in tensors] if wide else tensors
-                if together and name in self._adjacent:
+                if together and name in self._adjacent and len(gaps(list(map(flat, tensors)))) > len(tensors) // FEW:
                     for which, elements in runs(tensors, together):
                         if elements is None:
                             tensors[which] = gathered(tensors[which])
@@ -279,7 +297,7 @@ class MultiTensor(Optimizer):
         masters = None
         if wide and self.master_weights:
             masters = [self.state[p].setdefault("master_param", p.detach().float()) for p in params]
-        return Bucket(params, grads, states, masters, backend, fresh=fresh, together=together)
+        return Bucket(params, grads, states, masters, backend, fresh=fresh, together=together, adjacent=self._adjacent)
 
     def _numbers(self, group: Group) -> dict[str, Any]:
         """A group's hyperparameters as the formula takes them, all of them numbers."""
@@ -317,8 +335,7 @@ class MultiTensor(Optimizer):
         if backend == "triton":
             if found is not None:
                 found = found.to(bucket.device, non_blocking=True)
-            if bucket.steps is not None:
-                bucket.steps.add_(1 if found is None else 1 - found)
+            bucket.count(1 if found is None else 1 - found)
             if factor is not None:
                 factor = factor.to(bucket.device, torch.float64 if bucket.dtype == torch.float64 else torch.float32, non_blocking=True)
             seed = int(torch.randint(2**40, (), device="cpu")) if stochastic else None
@@ -327,8 +344,7 @@ class MultiTensor(Optimizer):
                 fresh=bucket.fresh and bool(hyper.get("dampening")), seed=seed,
             )  # fmt: skip
         else:
-            if bucket.steps is not None:
-                bucket.steps.add_(1)
+            bucket.count(1)
             if backend == "formula" or stochastic:
                 self._by_formula(bucket, grads, hyper, factor, stochastic)
             else:
@@ -342,8 +358,8 @@ class MultiTensor(Optimizer):
     def _by_formula(self, bucket: Bucket, grads: list[Tensor], hyper: dict[str, Any], factor: Tensor | None, stochastic: bool) -> None:
         for i, (p, g) in enumerate(zip(bucket.flats, grads, strict=True)):
             here: dict[str, Any] = {name: widen(tensors[i]) for name, tensors in bucket.states.items() if name != "step"}
-            if bucket.steps is not None and "t" in self._takes:
-                here["t"] = bucket.steps[i].item()
+            if "step" in bucket.states and "t" in self._takes:
+                here["t"] = bucket.states["step"][i].item()
             if bucket.fresh:
                 here["fresh"] = True
             g = widen(g.view(-1))
