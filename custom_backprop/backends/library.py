@@ -89,7 +89,7 @@ def primitive(
 
     def call(*args: Any) -> Any:
         if not _unobserved(args):
-            if "torch.distributed.tensor" in sys.modules and not is_compiling():
+            if not is_compiling() and "torch.distributed.tensor" in sys.modules:
                 from .. import distributed  # noqa: F401 (its rules for DTensor are registered at the first use)
             return operator(*args)
         first = args[0]

@@ -73,12 +73,11 @@ def in_processes(function: Callable[..., Any], items: Sequence[tuple[Any, ...]],
                     results[item] = future.exception() or future.result()
                     bar.set_postfix_str(item[0])
                     bar.update()
-        except KeyboardInterrupt:
-            workers = list(pool._processes.values())
-            pool.shutdown(wait=False, cancel_futures=True)
-            for worker in workers:
-                worker.terminate()
-            raise SystemExit(130) from None
+        except KeyboardInterrupt:  # the pool would wait for the work that it has handed out
+            for worker in list(pool._processes.values()):
+                worker.kill()
+            print("interrupted", file=sys.stderr, flush=True)
+            os._exit(130)
     return {item: results[item] for item in items}
 
 
