@@ -164,7 +164,11 @@ def test_the_interpreter_is_chosen_for_new_processes_only(monkeypatch):
 
 @pytest.mark.skipif(sys.platform == "win32", reason="sends a signal")
 def test_an_interrupt_ends_the_workers(tmp_path):
-    command = [sys.executable, "-m", "custom_backprop", "check", "linear", "softmax", "cross_entropy", "--jobs", "1"]
+    code = (  # a suite that runs in the background ignores the signal, and so would its children
+        "import signal, sys; signal.signal(signal.SIGINT, signal.default_int_handler); from custom_backprop.__main__ import main; "
+        "sys.exit(main(['check', 'linear', 'softmax', 'cross_entropy', '--jobs', '1']))"
+    )
+    command = [sys.executable, "-c", code]
     root = Path(__file__).parents[1]
     process = subprocess.Popen(
         command, cwd=root, env={**os.environ, "PYTHONPATH": str(root)}, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True
