@@ -294,9 +294,17 @@ def test_the_examples_of_the_command_have_losses_and_batches(name, capsys):
     assert f"{name} on meta" in capsys.readouterr().out
 
 
-def test_the_digits_are_those_of_the_example(monkeypatch):
+def test_the_examples_of_the_command_are_the_examples(monkeypatch):
     monkeypatch.syspath_prepend(Path(__file__).parents[1] / "examples")
     assert repr(importlib.import_module("digits").stock_model(256, 128)) == repr(command.digits()[0])
+    for theirs, ours in (
+        (importlib.import_module("autoencoder").Autoencoder(2, 64), command.autoencoder()[0]),
+        (
+            importlib.import_module("vanishing_gradients").network("sigmoid", "Kaiming", 20, torch.rand(2, 64)),
+            command.vanishing_gradients()[0],
+        ),
+    ):
+        assert [p.shape for p in theirs.parameters()] == [p.shape for p in ours.parameters()]
 
 
 MODULE = """

@@ -97,9 +97,23 @@ def linear_regression(batch: int = 100) -> tuple[Any, ...]:
     return nn.Linear(1, 1), torch.rand(batch, 1), nn.MSELoss(), torch.rand(batch, 1)
 
 
+def autoencoder(batch: int = 64) -> tuple[Any, ...]:
+    """The nonlinear one of examples/autoencoder.py, with a code of 2 numbers."""
+    inner, outer = (nn.Linear(64, 64), nn.Tanh(), nn.Linear(64, 2)), (nn.Linear(2, 64), nn.Tanh(), nn.Linear(64, 64))
+    return nn.Sequential(*inner, *outer), (x := torch.rand(batch, 64)), nn.MSELoss(), x
+
+
+def vanishing_gradients(batch: int = 64) -> tuple[Any, ...]:
+    """The twenty sigmoid layers of examples/vanishing_gradients.py."""
+    layers = [layer for _ in range(20) for layer in (nn.Linear(64, 64), nn.Sigmoid())]
+    return nn.Sequential(*layers, nn.Linear(64, 10)), torch.rand(batch, 64), nn.CrossEntropyLoss(), torch.randint(10, (batch,))
+
+
 def transformer(batch: int = 8) -> tuple[Any, ...]:
     """An encoder layer: sequences of 128 tokens, 64 features, 4 heads."""
     return nn.TransformerEncoderLayer(64, 4, 256, dropout=0.0, batch_first=True), torch.rand(batch, 128, 64)
 
 
-EXAMPLES: dict[str, Callable[..., tuple[Any, ...]]] = {f.__name__: f for f in (digits, linear_regression, transformer)}
+EXAMPLES: dict[str, Callable[..., tuple[Any, ...]]] = {
+    f.__name__: f for f in (digits, linear_regression, autoencoder, vanishing_gradients, transformer)
+}
