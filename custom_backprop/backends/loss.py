@@ -133,11 +133,19 @@ def _one_by_one(fill: Callable[..., None], x: Tensor, t: Tensor, v: None, k: flo
     return total
 
 
+def _binary_cross_entropy_with_logits_total(x: Tensor, t: Tensor, v: None, k: float, g: Tensor) -> float:
+    """Σ log(1 + e^-|x|) and Σ (max(x, 0) - t x), neither of which has a negative term, each where l_x will stand."""
+    total = torch.abs(x, out=g).neg_().exp_().log1p_().sum().item()
+    total += torch.clamp_min(x, 0, out=g).addcmul_(t, x, value=-1).sum().item()
+    torch.sigmoid(x, out=g).sub_(t).mul_(k)
+    return total
+
+
 #: name -> writes k l_x into g and returns Σ l, with no memory of the size of g beside it
-TOTAL: dict[str, Callable[..., float]] = {"mse_loss": _mse_loss_total} | {
-    name: functools.partial(_one_by_one, FILL[name])
-    for name in ("smooth_l1_loss", "huber_loss", "binary_cross_entropy", "binary_cross_entropy_with_logits")
-}
+TOTAL: dict[str, Callable[..., float]] = {
+    "mse_loss": _mse_loss_total,
+    "binary_cross_entropy_with_logits": _binary_cross_entropy_with_logits_total,
+} | {name: functools.partial(_one_by_one, FILL[name]) for name in ("smooth_l1_loss", "huber_loss", "binary_cross_entropy")}
 
 #: name -> PyTorch's own operator, which is as quick while its temporary fits in cache, and has nothing to hold
 WHOLE: dict[str, Callable[..., Tensor]] = {
