@@ -57,7 +57,7 @@ def test_help(command, capsys):
         (["kernels", "relu", "--json", "/nowhere/found.json"], "no file can be written there"),
         (["cost", "digits", "--json", "/nowhere/found.json"], "no file can be written there"),
         (["check", "relu", "--device", "meta"], "--device meta: the checks need numbers"),
-        (["check", "relu", "--device", "abacus"], "--device abacus: "),
+        (["check", "relu", "--device", "abacus"], "no device 'abacus': "),
         (["kernels", "relu", "--target", "sm_90,sm_1"], "no target sm_1; there are sm_80"),
     ],
 )

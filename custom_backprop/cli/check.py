@@ -14,7 +14,7 @@ import torch
 from ..backends import BACKENDS, why_not
 from ..testing import CHECKS, Report, Result, check_op, database
 from ..testing.validate import SYMBOL
-from .work import add_common, check_json, in_processes, interpreter, refuse, select, table
+from .work import add_common, check_device, check_json, in_processes, interpreter, refuse, select, table
 
 
 def add_parser(subparsers: Any) -> argparse.ArgumentParser:
@@ -32,7 +32,9 @@ def run(args: argparse.Namespace) -> int:
     check_json(args.json)
     names = select(args.ops)
     checks = args.checks or list(CHECKS)
-    _check_device(args.device)
+    check_device(args.device)
+    if torch.device(args.device).type not in ("cpu", "cuda"):
+        refuse(f"--device {args.device}: the checks need numbers, on a CPU or a GPU")
     with interpreter(True) if args.device == "cpu" else nullcontext():  # without a GPU the interpreter runs the kernels, and so proves them
         reasons = {b: why_not(b, args.device) for b in args.backend or BACKENDS}
         for backend, reason in reasons.items():
@@ -59,15 +61,6 @@ def run(args: argparse.Namespace) -> int:
         Path(args.json).write_text(json.dumps(found, indent=1) + "\n")
         print(f"wrote {args.json}")
     return 1 if failed else 0
-
-
-def _check_device(device: str) -> None:
-    try:
-        torch.empty(0, device=device)
-    except (RuntimeError, AssertionError) as error:
-        refuse(f"--device {device}: {str(error).splitlines()[0]}")
-    if torch.device(device).type not in ("cpu", "cuda"):
-        refuse(f"--device {device}: the checks need numbers, on a CPU or a GPU")
 
 
 def _check(name: str, backend: str, device: str, checks: tuple[str, ...]) -> Report:

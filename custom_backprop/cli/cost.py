@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_map_only
 
 from ..cost import LEGEND, cost
-from .work import check_json, refuse
+from .work import check_device, check_json, refuse
 
 
 def add_parser(subparsers: Any) -> argparse.ArgumentParser:
@@ -34,10 +34,7 @@ def add_parser(subparsers: Any) -> argparse.ArgumentParser:
 def run(args: argparse.Namespace) -> int:
     """Returns 0."""
     check_json(args.json)
-    try:
-        torch.empty(0, device=args.device)
-    except (AssertionError, RuntimeError) as error:  # AssertionError: cuda, of a torch built without it
-        refuse(f"no device {args.device!r}: {str(error).splitlines()[0]}")
+    check_device(args.device)
     build = EXAMPLES[args.model] if args.model in EXAMPLES else _found(args.model)
     arguments = {"batch": args.batch} if args.batch else {}
     try:

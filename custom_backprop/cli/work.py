@@ -37,6 +37,14 @@ def check_json(path: str | None) -> None:
         refuse(f"--json {path}: no file can be written there")
 
 
+def check_device(device: str) -> None:
+    """Refuses a device that this machine does not have."""
+    try:
+        torch.empty(0, device=device)
+    except (AssertionError, RuntimeError) as error:  # AssertionError: cuda, of a torch built without it
+        refuse(f"no device {device!r}: {str(error).splitlines()[0]}")
+
+
 def select(wanted: Sequence[str]) -> list[str]:
     """The names of the ops that are named, or whose family is; all if nothing is."""
     specs = database()
