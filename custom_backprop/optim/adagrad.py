@@ -22,8 +22,8 @@ class Adagrad(MultiTensor, torch.optim.Adagrad):
     _slots = ("sum",)
 
     def _aten(self, group: Group, bucket: Bucket, grads: list[Tensor], hyper: dict[str, Any], factor: float) -> None:
-        for params, d, states in bucket.scaled(grads, factor):
-            torch._fused_adagrad_(
-                params, d, states["sum"], states["step"], lr=hyper["lr"], lr_decay=hyper["lr_decay"], weight_decay=hyper["weight_decay"],
-                eps=hyper["eps"], maximize=hyper["maximize"],
+        for run, params, d, states in bucket.scaled(grads, factor):
+            run(
+                torch._fused_adagrad_, params, d, states["sum"], states["step"], lr=hyper["lr"], lr_decay=hyper["lr_decay"],
+                weight_decay=hyper["weight_decay"], eps=hyper["eps"], maximize=hyper["maximize"],
             )  # fmt: skip

@@ -21,9 +21,9 @@ class _Adam(MultiTensor):
     def _aten(self, group: Group, bucket: Bucket, grads: list[Tensor], hyper: dict[str, Any], factor: float) -> None:
         beta1, beta2 = hyper["betas"]
         kernel = torch._fused_adamw_ if hyper["decoupled_weight_decay"] else torch._fused_adam_
-        for params, d, states in bucket.scaled(grads, factor):
-            kernel(
-                params, d, states["exp_avg"], states["exp_avg_sq"], states.get("max_exp_avg_sq", []), states["step"],
+        for run, params, d, states in bucket.scaled(grads, factor):
+            run(
+                kernel, params, d, states["exp_avg"], states["exp_avg_sq"], states.get("max_exp_avg_sq", []), states["step"],
                 amsgrad=hyper["amsgrad"], lr=hyper["lr"], beta1=beta1, beta2=beta2, weight_decay=hyper["weight_decay"], eps=hyper["eps"],
                 maximize=hyper["maximize"],
             )  # fmt: skip

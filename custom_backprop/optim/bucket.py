@@ -17,9 +17,12 @@ from torch import Tensor
 from ..backends.kernels import kernels
 from ..dtensor import local
 from ..formulas.precision import HALF
+from .threads import SMALL, Run, by_all_threads, by_one_thread
 
 #: a tensor of more elements is updated in pieces of as many a thread, which stay in a core's cache; smaller ones share a piece
 PIECE = 2**18
+#: a call of its own for the small tensors among others pays for itself from this many on
+MANY = 8
 
 _dtype, _layout, _shape, _version = map(attrgetter, ("dtype", "layout", "shape", "_version"))
 
@@ -50,6 +53,7 @@ class Piece:
         states: by name, flat state of each parameter.
         homes: by name, one tensor over all of ``states[name]``, where they are adjacent.
         scratch: two flat tensors to compute in, which all pieces of a bucket share.
+        run: calls a fused kernel on lists of this piece, with as many threads as its tensors are worth.
     """
 
     def __init__(
@@ -62,6 +66,7 @@ class Piece:
         sizes = list(map(Tensor.numel, self.params))
         self.scratch = [t[: sum(sizes)] for t in scratch]
         self._views = list(self.scratch[0].split(sizes))
+        self.run = by_one_thread if sum(sizes) <= SMALL * len(sizes) else by_all_threads
 
     def part(self, tensors: list[Tensor]) -> list[Tensor]:
         """This piece's part of a list with one contiguous tensor a parameter."""
@@ -84,13 +89,23 @@ class Piece:
             self.params[0].add_(update, alpha=-lr)
             return
         views = next((self.states[name] for name, home in self.homes.items() if home is update), self._views)
-        if not weight_decay:  # without threads that wait for each other at each parameter
-            torch._foreach_add_(self.params, views, alpha=-lr)
-            return
-        torch._fused_sgd_(  # of a step without momentum, torch's fused kernel rounds as add_ does
-            self.params, views, [], weight_decay=weight_decay, momentum=0.0, lr=lr, dampening=0.0, nesterov=False, maximize=False,
-            is_first_step=False,
+        self.run(  # of a step without momentum, torch's fused kernel rounds as add_ does
+            torch._fused_sgd_, self.params, views, [], weight_decay=weight_decay, momentum=0.0, lr=lr, dampening=0.0, nesterov=False,
+            maximize=False, is_first_step=False,
         )  # fmt: skip
+
+
+class Part:
+    """Those tensors of a bucket that a fused kernel is to walk through alike: the small ones, or the others."""
+
+    def __init__(self, params: list[Tensor], states: dict[str, list[Tensor]], which: list[int] | None, run: Run) -> None:
+        self._which, self.run = which, run
+        self.params = self.of(params)
+        self.states = {name: self.of(tensors) for name, tensors in states.items()}
+
+    def of(self, tensors: list[Tensor]) -> list[Tensor]:
+        """This part of a list with one tensor a parameter."""
+        return tensors if self._which is None else [tensors[i] for i in self._which]
 
 
 def _home(tensors: list[Tensor]) -> Tensor:
@@ -171,7 +186,6 @@ class Bucket:
         states: by name, the flat state of each parameter.
         steps: how many steps each has made, one tensor over ``states["step"]``; None if no state counts them, or they lie apart.
         fresh: the states were made for this step and hold nothing yet.
-        as_given: this step's gradients have the parameters' shapes; otherwise they are flat.
     """
 
     def __init__(
@@ -185,7 +199,7 @@ class Bucket:
         together: bool,
         adjacent: tuple[str, ...] = (),
     ) -> None:
-        self.params, self.backend, self.fresh, self.as_given = params, backend, fresh, False
+        self.params, self.backend, self.fresh = params, backend, fresh
         self._together, self._adjacent = together, adjacent
         shards = list(map(local, params))
         self.device, self.dtype = shards[0].device, shards[0].dtype
@@ -223,9 +237,8 @@ class Bucket:
             or (not all(map(Tensor.is_contiguous, params)) if self._contiguous else list(map(Tensor.stride, params)) != self._strides)
         ):
             return None
-        self.as_given = self._contiguous and all(map(Tensor.is_contiguous, grads))
-        if self.as_given:
-            return grads
+        if self._contiguous:
+            return grads if all(map(Tensor.is_contiguous, grads)) else None
         return list(map(flat, grads)) if list(map(Tensor.stride, grads)) == self._strides else None
 
     def refresh_masters(self) -> None:
@@ -240,9 +253,17 @@ class Bucket:
             self._written = list(map(_version, self.rounded))
 
     @cached_property
-    def shaped(self) -> list[Tensor]:
-        """``flats`` in the shapes of the parameters, where these are contiguous."""
-        return [t.view(local(p).shape) for t, p in zip(self.flats, self.params, strict=True)]
+    def parts(self) -> list[Part]:
+        """Small tensors and others, each in their order; all together where few of many kinds are small."""
+        params = self.flats
+        if self._contiguous:  # the shapes of the gradients, as :meth:`grads` returns them
+            params = [t.view(shape) for t, shape in zip(params, self._shapes, strict=True)]
+        sizes = list(map(Tensor.numel, params))
+        small = [i for i, n in enumerate(sizes) if n <= SMALL]
+        if MANY <= len(small) < len(sizes):
+            large = [i for i, n in enumerate(sizes) if n > SMALL]
+            return [Part(params, self.states, small, by_one_thread), Part(params, self.states, large, by_all_threads)]
+        return [Part(params, self.states, None, by_one_thread if len(small) == len(sizes) else by_all_threads)]
 
     @cached_property
     def pieces(self) -> list[Piece]:
@@ -260,13 +281,14 @@ class Bucket:
         elif "step" in self.states:
             torch._foreach_add_(self.states["step"], made)
 
-    def scaled(self, grads: list[Tensor], factor: float) -> Iterator[tuple[list[Tensor], list[Tensor], dict[str, list[Tensor]]]]:
-        """(parameters, gradients times ``factor``, states) for torch's fused kernels: all at once, or in pieces where they are scaled."""
+    def scaled(self, grads: list[Tensor], factor: float) -> Iterator[tuple[Run, list[Tensor], list[Tensor], dict[str, list[Tensor]]]]:
+        """(who calls it, parameters, gradients times ``factor``, states) for torch's fused kernels: in pieces where they are scaled."""
         if factor == 1:
-            yield self.flats, grads, self.states
+            for part in self.parts:
+                yield part.run, part.params, part.of(grads), part.states
         else:
             for piece in self.pieces:
-                yield piece.params, piece.scaled(grads, factor), piece.states
+                yield piece.run, piece.params, piece.scaled(grads, factor), piece.states
 
     def norms(self, grads: list[Tensor]) -> list[Tensor]:
         """2-norms whose 2-norm is that of all gradients together."""

@@ -22,6 +22,7 @@ from ..dtensor import local
 from ..formulas.optim import clip_factor, stochastically_rounded
 from ..formulas.precision import HALF, widen
 from .bucket import Bucket, flat, gaps, gathered, norm, runs
+from .observers import is_observed, is_profiled
 
 Group = dict[str, Any]
 
@@ -158,10 +159,27 @@ class MultiTensor(Optimizer):
 
     def step(self, closure: Callable[[], Any] | None = None) -> Any:
         """One step. ``closure``, if given, computes the loss again (and its gradients), and the loss is returned."""
+        # a subclass that overrides this has torch's wrapper around its own
+        if type(self).step is MultiTensor.step and (torch.compiler.is_compiling() or is_observed(self)):
+            return _observed_step(self, closure)
+        return self._unobserved_step(closure)
+
+    step.hooked = True  # type: ignore[attr-defined]  # so that torch does not wrap it at every call
+
+    def _unobserved_step(self, closure: Callable[[], Any] | None) -> Any:
         if torch.compiler.is_compiling():
             extra = self.max_grad_norm is not None or self.master_weights or self.bf16_stochastic_round
             return torch.compiler.disable(self._eager)(closure) if extra else _plain_step(self._torch)(self, closure)
         return _plain_step(self._torch)(self, closure) if self.defaults["differentiable"] else self._eager(closure)
+
+    def zero_grad(self, set_to_none: bool = True) -> None:
+        """Sets every gradient to None, or to 0."""
+        if not set_to_none or is_profiled():
+            super().zero_grad(set_to_none)
+            return
+        for group in self.param_groups:
+            for p in group["params"]:
+                p.grad = None
 
     def _eager(self, closure: Callable[[], Any] | None) -> Any:
         loss = None
@@ -398,6 +416,9 @@ class MultiTensor(Optimizer):
 def _moved(count: Tensor, device: torch.device) -> Tensor:
     """A count of steps on ``device``. Some of torch's own classes begin it on the default device, and there may be none behind "meta"."""
     return torch.zeros_like(count, device=device) if count.is_meta else count.to(device)
+
+
+_observed_step = Optimizer.profile_hook_step(MultiTensor._unobserved_step)
 
 
 def _plain_step(kind: type[Optimizer]) -> Callable[..., Any]:

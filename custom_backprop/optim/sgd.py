@@ -8,8 +8,9 @@ import torch
 from torch import Tensor
 
 from ..formulas import optim as formulas
-from .bucket import Bucket
+from .bucket import MANY, Bucket
 from .optimizer import Group, MultiTensor
+from .threads import by_one_thread
 
 
 class SGD(MultiTensor, torch.optim.SGD):
@@ -29,15 +30,17 @@ class SGD(MultiTensor, torch.optim.SGD):
         dampening, nesterov = hyper["dampening"], hyper["nesterov"]
         same: dict[str, Any] = {"weight_decay": weight_decay, "lr": lr, "nesterov": nesterov, "maximize": maximize}
         wide = bucket.flats[0].dtype in (torch.float32, torch.float64)  # in half precision the kernel's other sums differ too
-        if wide and not (momentum or weight_decay):  # the bits of all of torch's variants, without waiting for threads at each parameter
-            for params, scaled, _ in bucket.scaled(grads, factor):
-                params = bucket.shaped if scaled is grads and bucket.as_given else params
-                torch._foreach_add_(params, scaled, alpha=lr if maximize else -lr)
+        if wide and not (momentum or weight_decay):  # all of torch's variants give the same bits
+            for run, *lists, _ in bucket.scaled(grads, factor):
+                if run is by_one_thread and len(lists[0]) >= MANY:
+                    run(torch._fused_sgd_, *lists, [], momentum=0.0, dampening=0.0, is_first_step=False, **same)
+                else:
+                    torch._foreach_add_(*lists, alpha=lr if maximize else -lr)
             return
         if group["fused"] is not False:
-            for params, scaled, states in bucket.scaled(grads, factor):
+            for run, *lists, states in bucket.scaled(grads, factor):
                 buffers = states["momentum_buffer"] if momentum else []
-                torch._fused_sgd_(params, scaled, buffers, momentum=momentum, dampening=dampening, is_first_step=bucket.fresh, **same)
+                run(torch._fused_sgd_, *lists, buffers, momentum=momentum, dampening=dampening, is_first_step=bucket.fresh, **same)
             return
         if wide and factor == 1 and not (momentum and (dampening or nesterov)):
             for piece in bucket.pieces:  # μ b by itself, and then the kernel adds d
@@ -45,7 +48,7 @@ class SGD(MultiTensor, torch.optim.SGD):
                 if momentum and not bucket.fresh:
                     piece.homes["momentum_buffer"].mul_(momentum)
                 once: dict[str, Any] = {"momentum": 1.0 if momentum else 0.0, "dampening": 0.0, "is_first_step": bucket.fresh}
-                torch._fused_sgd_(piece.params, piece.part(grads), buffers, **once, **same)
+                piece.run(torch._fused_sgd_, piece.params, piece.part(grads), buffers, **once, **same)
             return
         for piece in bucket.pieces:
             d, out = piece.joined(grads), piece.scratch[0]
