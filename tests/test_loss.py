@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import math
 import warnings
 
 import pytest
@@ -124,6 +125,26 @@ def test_mse_by_the_norms_of_rows(shape, dtype, rtol):
         if layout == "transposed":
             x, t = x.t(), t.t()
         agree("mse_loss", [x.requires_grad_(), t.requires_grad_()], {"reduction": reduction}, rtol=rtol)
+
+
+@pytest.mark.parametrize("scale", [1e-30, 1e-22, 1e-18, 1e-14, 1e-6, 1e6, 1e15, 3e18])
+@pytest.mark.parametrize("reduction", ["mean", "sum"])
+def test_mse_whose_gradients_squares_are_too_small_or_too_large(scale, reduction):
+    x = torch.randn(300, 128, device=DEVICE) * scale
+    t = torch.zeros_like(x)
+    truth = stock.mse_loss(x.double(), t.double(), reduction=reduction).item()
+    theirs = stock.mse_loss(x, t, reduction=reduction).item()
+    ours = functional.mse_loss(x.requires_grad_(), t, reduction=reduction).item()
+    if math.isinf(theirs):  # a sum that float32 cannot hold; its mean may be held, by us
+        assert math.isinf(ours) or (reduction == "mean" and ours == pytest.approx(truth, rel=1e-6))
+    else:
+        assert abs(ours - truth) <= abs(theirs - truth) + 2e-7 * truth
+
+
+def test_mse_that_float32_holds_though_not_four_times_it():
+    x = torch.zeros(300, 128, device=DEVICE)
+    x[7, 5] = 1.5e19
+    assert functional.mse_loss(x.requires_grad_(), torch.zeros_like(x), reduction="sum").item() == pytest.approx(2.25e38, rel=1e-6)
 
 
 def test_the_sum_of_a_million_is_as_exact_as_stock():
