@@ -81,6 +81,19 @@ def test_extreme_values(spec, kwargs, dtype, backend):
         assert good.all(), f"{what} at {x[~good].tolist()}: {our[~good].tolist()}, true {true[~good].tolist()}"
 
 
+@pytest.mark.parametrize(("spec", "kwargs"), CALLS)
+def test_second_derivatives_at_kinks(spec, kwargs, backend):
+    """There too ours is stock's choice, and a second derivative that is 0 everywhere can be asked for."""
+    x = torch.tensor([-3, -1.2, -1, -0.5, -0.0, 0, 0.1, 0.5, 1, 1.2, 1.5, 3, 6, 20], dtype=torch.float64, device=DEVICE)
+    weights = torch.linspace(0.5, 1.5, len(x), dtype=torch.float64, device=DEVICE)
+    results = []
+    for function in (spec.function, spec.reference):
+        leaf = x.clone().requires_grad_()
+        (dx,) = torch.autograd.grad(function(leaf, **kwargs), leaf, weights, create_graph=True)
+        results.append(torch.autograd.grad(dx, leaf, weights)[0])
+    torch.testing.assert_close(*results, rtol=1e-7, atol=1e-7)
+
+
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16], ids=str)
 @pytest.mark.parametrize(("spec", "kwargs"), CALLS)
 def test_kinks(spec, kwargs, dtype, backend):

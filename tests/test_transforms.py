@@ -106,3 +106,19 @@ def test_compiled(name, transform):
     ours, theirs = (weighted(f, leaves) for f in (case.call, case.call_reference))
     torch._dynamo.reset()
     close([torch.compile(of, backend="aot_eager")(ours)], [of(theirs)])
+
+
+@every_op
+def test_a_gradient_depends_on_what_stocks_does(spec, backend):
+    """Of an input, or of a weight: a second derivative that is 0 is found where stock finds it, and is not an error."""
+    case, leaves = first_case(spec)
+    leaves = tuple(leaf.requires_grad_() for leaf in leaves)
+    for i in range(len(leaves)):
+        seconds = []
+        for function in (case.call, case.call_reference):
+            (dx,) = torch.autograd.grad(weighted(function, leaves)(*leaves), leaves[i], create_graph=True)
+            wanted = dx.requires_grad
+            seconds.append(torch.autograd.grad(dx.sum(), leaves, allow_unused=True) if wanted else (None,) * len(leaves))
+        for ours, theirs in zip(*seconds, strict=True):
+            assert ours is not None or theirs is None
+            close([ours], [theirs])

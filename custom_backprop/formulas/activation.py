@@ -3,8 +3,8 @@
 The chain rule for an elementwise f is one product: dL/dx_i = dL/dy_i · f'(x_i). So an activation is a pair (f, f'). Where f' can be written
 with y = f(x) alone and loses nothing, y is what backward keeps: the next layer keeps it as its input anyway, so it costs no memory.
 
-At a kink, where no derivative exists, f' is what torch takes. NaN in gives NaN out. Throughout, σ(x) = 1 / (1 + e^-x), σ' = σ (1 - σ),
-t = tanh(x), t' = 1 - t², and [c] is 1 where c holds, else 0.
+At a kink, where no derivative exists, f' is what torch takes, and so is f''. NaN in gives NaN out. Throughout, σ(x) = 1 / (1 + e^-x),
+σ' = σ (1 - σ), t = tanh(x), t' = 1 - t², and [c] is 1 where c holds, else 0.
 """
 
 from __future__ import annotations
@@ -16,6 +16,7 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
+from .constant import constant_in
 from .precision import rounded_once
 
 SELU_ALPHA, SELU_SCALE = 1.6732632423543772848170429916717, 1.0507009873554804934193349852946
@@ -30,6 +31,7 @@ class Activation:
         value: f, as ``value(x, *parameters)``.
         derivative: f', as ``derivative(saved, *parameters)``, where ``saved`` is x, or y if ``saves_output``.
         parameters: the names of the parameters and their defaults, in order (None: no default).
+        piecewise_linear: f is made of straight lines: f'' = 0 where there is one.
     """
 
     name: str
@@ -38,13 +40,15 @@ class Activation:
     derivative: Callable[..., Tensor]
     saves_output: bool = False
     parameters: dict[str, float | None] = field(default_factory=dict)
+    piecewise_linear: bool = False
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "value", rounded_once(self.value))
 
     def backward(self, dy: Tensor, saved: Tensor, *parameters: float) -> Tensor:
         """dx = dy f'."""
-        return rounded_once(lambda saved, dy: dy * self.derivative(saved, *parameters))(saved, dy)
+        dx = rounded_once(lambda saved, dy: dy * self.derivative(saved, *parameters))(saved, dy)
+        return constant_in(dx, saved) if self.piecewise_linear else dx
 
 
 def relu(x: Tensor) -> Tensor:
@@ -104,17 +108,17 @@ def relu_squared(x: Tensor) -> Tensor:
 
 def relu_squared_derivative(x: Tensor) -> Tensor:
     """f' = 2 max(x, 0)."""
-    return 2 * relu(x)
+    return 2 * torch.where(x <= 0, 0.0, x)
 
 
 def elu(x: Tensor, alpha: float) -> Tensor:
     """y = x where x > 0, else α (e^x - 1)."""
-    return torch.where(x <= 0, alpha * torch.expm1(x.clamp_max(0)), x)
+    return torch.where(x <= 0, alpha * torch.expm1(x.where(x <= 0, 0)), x)
 
 
 def elu_derivative(x: Tensor, alpha: float) -> Tensor:
     """f' = 1 where x > 0, else α e^x."""
-    return torch.where(x <= 0, alpha * torch.exp(x.clamp_max(0)), 1.0)
+    return torch.where(x <= 0, alpha * torch.exp(x.where(x < 0, 0)), 1.0)
 
 
 def selu(x: Tensor) -> Tensor:
@@ -134,7 +138,7 @@ def celu(x: Tensor, alpha: float) -> Tensor:
 
 def celu_derivative(x: Tensor, alpha: float) -> Tensor:
     """f' = 1 where x > 0, else e^(x/α): the α of y and the 1/α inside cancel, so f' is continuous at 0."""
-    return torch.where(x <= 0, torch.exp((x / alpha).where(x <= 0, 0)), 1.0)
+    return torch.where(x <= 0, torch.exp((x / alpha).where(x < 0, 0)), 1.0)
 
 
 def gelu(x: Tensor) -> Tensor:
@@ -256,7 +260,7 @@ def softplus(x: Tensor, beta: float, threshold: float) -> Tensor:
 def softplus_derivative(x: Tensor, beta: float, threshold: float) -> Tensor:
     """f' = σ(βx), and 1 where βx > θ."""
     z = x * beta
-    return torch.where(z > threshold, 1.0, torch.sigmoid(z))
+    return torch.where(z > threshold, 1.0, torch.sigmoid(torch.where(z >= threshold, threshold, z)))
 
 
 def softsign(x: Tensor) -> Tensor:
@@ -287,14 +291,15 @@ def shrink_derivative(x: Tensor, lambd: float) -> Tensor:
 ACTIVATIONS = {
     a.name: a
     for a in (
-        Activation("relu", "y = max(x, 0);  dx = dy [y > 0]", relu, relu_derivative, True),
-        Activation("relu6", "y = min(max(x, 0), 6);  dx = dy [0 < y < 6]", relu6, relu6_derivative, True),
+        Activation("relu", "y = max(x, 0);  dx = dy [y > 0]", relu, relu_derivative, True, piecewise_linear=True),
+        Activation("relu6", "y = min(max(x, 0), 6);  dx = dy [0 < y < 6]", relu6, relu6_derivative, True, piecewise_linear=True),
         Activation(
             "leaky_relu",
             "y = x [x > 0] + a x [x <= 0];  dx = dy ([x > 0] + a [x <= 0])",
             leaky_relu,
             leaky_relu_derivative,
             parameters={"negative_slope": 0.01},
+            piecewise_linear=True,
         ),
         Activation("elu", "y = x or α(e^x - 1);  dx = dy or dy α e^x", elu, elu_derivative, parameters={"alpha": 1.0}),
         Activation("selu", "y = λ elu(x; α);  dx = dy λ elu'(x; α)", selu, selu_derivative),
@@ -307,7 +312,13 @@ ACTIVATIONS = {
         Activation("mish", "y = x t, t = tanh(softplus x);  dx = dy (t + x (1 - t²) σ(x))", mish, mish_derivative),
         Activation("sigmoid", "y = σ(x);  dx = dy y (1 - y)", sigmoid, sigmoid_derivative, True),
         Activation("logsigmoid", "y = log σ(x);  dx = dy σ(-x)", logsigmoid, logsigmoid_derivative),
-        Activation("hardsigmoid", "y = min(max(x/6 + 1/2, 0), 1);  dx = dy [|x| < 3] / 6", hardsigmoid, hardsigmoid_derivative),
+        Activation(
+            "hardsigmoid",
+            "y = min(max(x/6 + 1/2, 0), 1);  dx = dy [|x| < 3] / 6",
+            hardsigmoid,
+            hardsigmoid_derivative,
+            piecewise_linear=True,
+        ),
         Activation("hardswish", "y = x hardsigmoid(x);  dx = dy (x/3 + 1/2) inside, 0 or dy outside", hardswish, hardswish_derivative),
         Activation(
             "hardtanh",
@@ -316,6 +327,7 @@ ACTIVATIONS = {
             hardtanh_derivative,
             True,
             {"min_val": -1.0, "max_val": 1.0},
+            piecewise_linear=True,
         ),
         Activation("tanh", "y = tanh x;  dx = dy (1 - y²)", tanh, tanh_derivative, True),
         Activation("tanhshrink", "y = x - tanh x;  dx = dy tanh² x", tanhshrink, tanhshrink_derivative),
@@ -327,14 +339,29 @@ ACTIVATIONS = {
             parameters={"beta": 1.0, "threshold": 20.0},
         ),
         Activation("softsign", "y = x / (1 + |x|);  dx = dy / (1 + |x|)²", softsign, softsign_derivative),
-        Activation("softshrink", "y = x -+ λ or 0;  dx = dy [|x| > λ]", softshrink, shrink_derivative, parameters={"lambd": 0.5}),
-        Activation("hardshrink", "y = x [|x| > λ];  dx = dy [|x| > λ]", hardshrink, shrink_derivative, parameters={"lambd": 0.5}),
+        Activation(
+            "softshrink",
+            "y = x -+ λ or 0;  dx = dy [|x| > λ]",
+            softshrink,
+            shrink_derivative,
+            parameters={"lambd": 0.5},
+            piecewise_linear=True,
+        ),
+        Activation(
+            "hardshrink",
+            "y = x [|x| > λ];  dx = dy [|x| > λ]",
+            hardshrink,
+            shrink_derivative,
+            parameters={"lambd": 0.5},
+            piecewise_linear=True,
+        ),
         Activation(
             "threshold",
             "y = x [x > θ] + v [x <= θ];  dx = dy [x > θ]",
             threshold,
             threshold_derivative,
             parameters={"threshold": None, "value": None},
+            piecewise_linear=True,
         ),
         Activation("relu_squared", "y = max(x, 0)²;  dx = 2 dy max(x, 0)", relu_squared, relu_squared_derivative),
     )

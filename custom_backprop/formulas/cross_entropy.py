@@ -30,6 +30,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from .constant import constant_in
 from .loss import MEAN, NONE
 from .precision import widen
 
@@ -75,10 +76,10 @@ def nll_forward(x: Tensor, target: Tensor, weight: Tensor | None, reduction: int
 
 
 def nll_backward(dy: Tensor, x: Tensor, target: Tensor, weight: Tensor | None, total: Tensor, reduction: int, ignore_index: int) -> Tensor:
-    """dx_rc = -w_t dy_r [c = t]. Of x the shape alone is read; ``total`` is derived again."""
+    """dx_rc = -w_t dy_r [c = t]. No value of x is read; ``total`` is derived again."""
     index, w = classes_and_weights(target, weight, ignore_index, x.shape[1], widen(x).dtype)
     hard = (-w * of_rows(dy, target, w, reduction, ignore_index)).unsqueeze(1)
-    return torch.where(_onehot(index, x), hard, 0).to(x.dtype)
+    return constant_in(torch.where(_onehot(index, x), hard, 0).to(x.dtype), x)
 
 
 def _onehot(index: Tensor, x: Tensor) -> Tensor:

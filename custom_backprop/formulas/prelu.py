@@ -11,6 +11,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from .constant import constant_in
 from .precision import rounded_once, widen
 
 
@@ -34,8 +35,8 @@ def prelu_backward(dy: Tensor, x: Tensor, weight: Tensor, need_x: bool, need_wei
     """dx and dw; an empty tensor for one that is not needed."""
     dtype, nothing = dy.dtype, dy.new_empty(0)
     dy, x, weight = widen(dy), widen(x), widen(weight)
-    dx = torch.where(x > 0, dy, spread(weight, x) * dy).to(dtype) if need_x else nothing
-    dw = summed(torch.where(x > 0, 0.0, x * dy), weight).to(dtype) if need_weight else nothing
+    dx = constant_in(torch.where(x > 0, dy, spread(weight, x) * dy), x).to(dtype) if need_x else nothing
+    dw = constant_in(summed(torch.where(x > 0, 0.0, x * dy), weight), weight).to(dtype) if need_weight else nothing
     return dx, dw
 
 
