@@ -241,7 +241,7 @@ def test_underscored_names_write_in_place(name, backend):
 @pytest.mark.parametrize("dtype", [torch.int64, torch.int8, torch.uint8, torch.bool, torch.complex64], ids=str)
 @pytest.mark.parametrize("spec", SPECS, ids=str)
 def test_other_dtypes_do_as_stock(spec, dtype, backend):
-    """An integer tensor gives stock's result or stock's error; a complex one that wants a gradient is refused, where stock takes it too."""
+    """An integer or complex tensor gives stock's result and gradient, or stock's error."""
     kwargs = next(iter(spec.samples(Make()))).kwargs
     x = torch.tensor([-2, 0, 3], device=DEVICE).to(dtype).requires_grad_(dtype.is_complex)
     try:
@@ -250,13 +250,32 @@ def test_other_dtypes_do_as_stock(spec, dtype, backend):
         with pytest.raises(type(error)):
             spec.function(x, **kwargs)
         return
-    if dtype.is_complex:
-        with pytest.raises(NotImplementedError, match="complex"):
-            spec.function(x, **kwargs)
-        return
     result = spec.function(x, **kwargs)
     assert result.dtype == expected.dtype
     torch.testing.assert_close(result, expected)
+    if dtype.is_complex:
+        torch.testing.assert_close(*(torch.autograd.grad(y.abs().sum(), x)[0] for y in (result, expected)))
+
+
+@pytest.mark.filterwarnings("ignore:The PyTorch API of nested tensors")
+@pytest.mark.parametrize("layout", [torch.strided, torch.jagged], ids=str)
+@pytest.mark.parametrize("function", ["relu", "gelu", "silu", "relu in place", "softmax", "linear", "linear_activation"])
+def test_rows_of_several_lengths_do_as_stock(function, layout, backend):
+    rows, weight = [torch.randn(2, 4, device=DEVICE), torch.randn(3, 4, device=DEVICE)], torch.randn(5, 4, device=DEVICE)
+    calls = {
+        "relu in place": lambda module, x: module.relu(x + x, inplace=True),
+        "softmax": lambda module, x: module.softmax(x, -1),
+        "linear": lambda module, x: module.linear(x, weight),
+        "linear_activation": lambda module, x: (
+            module.linear_activation(x, weight) if module is functional else module.relu(module.linear(x, weight))
+        ),
+    }
+    results = []
+    for module in (functional, F):
+        x = torch.nested.nested_tensor(rows, layout=layout, requires_grad=True)
+        y = calls.get(function, lambda module, x: getattr(module, function)(x))(module, x).to_padded_tensor(0.0)
+        results.append((y, torch.autograd.grad(y.square().sum(), x)[0].to_padded_tensor(0.0)))
+    torch.testing.assert_close(*results)
 
 
 LAYOUTS = {

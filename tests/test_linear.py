@@ -289,3 +289,13 @@ def test_a_bias_that_broadcasts(shape, backend):
     dy = torch.randn(3, 5, dtype=torch.float64, device=DEVICE)
     ours, theirs = (torch.autograd.grad(m.linear(*args), args, dy) for m in (functional, torch.nn.functional))
     torch.testing.assert_close(ours, theirs)
+
+
+def test_complex_numbers_are_left_to_stock(backend):
+    x, weight, bias = (torch.randn(s, dtype=torch.complex64, device=DEVICE, requires_grad=True) for s in ((3, 4), (5, 4), (5,)))
+    results = []
+    for ours in (True, False):
+        y = functional.linear(x, weight, bias) if ours else F.linear(x, weight, bias)
+        z = functional.linear_activation(x, weight, bias, "tanh") if ours else torch.tanh(F.linear(x, weight, bias))
+        results.append((y, z, *torch.autograd.grad(y.abs().sum() + z.abs().sum(), (x, weight, bias))))
+    torch.testing.assert_close(*results)

@@ -1,12 +1,11 @@
 """Activations, with the names and signatures of ``torch.nn.functional``.
 
-Each takes a floating-point tensor of any shape and strides and returns one of the same shape and dtype. An integer tensor gives what stock
-gives, result or error. ``inplace=True`` writes the result over the input. It saves memory where backward needs the output alone (relu,
-leaky_relu with a slope >= 0, threshold with a value <= its threshold); the others keep a copy of the input.
+Each takes a floating-point tensor of any shape and strides and returns one of the same shape and dtype. An integer, complex or nested
+tensor gives what stock gives, result or error. ``inplace=True`` writes the result over the input. It saves memory where backward needs the
+output alone (relu, leaky_relu with a slope >= 0, threshold with a value <= its threshold); the others keep a copy of the input.
 
 Raises:
     TypeError: what is no tensor, or a parameter that is no number.
-    NotImplementedError: a complex tensor that wants a gradient.
     RuntimeError: ``inplace=True`` for a leaf that requires grad.
 
 Derivations: :mod:`custom_backprop.formulas.activation`.

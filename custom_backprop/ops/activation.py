@@ -14,7 +14,7 @@ from torch.overrides import handle_torch_function, has_torch_function
 from ..backends.activation import ATEN, ATEN_INTO, ATEN_KEEPING, in_place, primitives
 from ..backends.library import TENSORS
 from ..formulas.activation import ACTIVATIONS, Activation
-from .function import differentiable, differentiated
+from .function import differentiable, differentiated, is_stocks
 from .reuse import LEAST, is_unseen, place
 
 #: activations that torch's autocast computes in float32 on a GPU
@@ -25,16 +25,26 @@ _FLOAT32_ON_CUDA = {"softplus"}
 _OUTPUT_IS_FREE = {"hardtanh", "relu6"}
 
 
+#: those that are not in ``torch.nn.functional`` by their name
+_STOCK: dict[str, Callable[..., Tensor]] = {
+    "gelu_tanh": lambda x: torch.nn.functional.gelu(x, approximate="tanh"),
+    "relu_squared": lambda x: torch.nn.functional.relu(x).square(),
+}
+
+
+def stock_of(name: str) -> Callable[..., Tensor]:
+    """PyTorch's own function for an activation."""
+    return _STOCK[name] if name in _STOCK else getattr(torch.nn.functional, name)
+
+
 def _saves_output(name: str) -> bool:
     return ACTIVATIONS[name].saves_output and name not in _OUTPUT_IS_FREE
 
 
 def check(name: str, x: Any) -> None:
-    """Raises TypeError, as stock does, for what is no tensor, and NotImplementedError for complex numbers."""
+    """Raises TypeError, as stock does, for what is no tensor."""
     if not isinstance(x, Tensor):
         raise TypeError(f"{name}: the input must be a Tensor, not {type(x).__name__}")
-    if x.is_complex():
-        raise NotImplementedError(f"{name} has no complex derivative here: got a tensor of {x.dtype}")
 
 
 def number(name: str, p: Any) -> float:
@@ -116,7 +126,7 @@ def _function(a: Activation) -> Callable[..., Tensor]:
     Definition.__name__ = a.name
     Definition.__doc__ = a.formula
     policy = "float32" if a.name in _FLOAT32_ON_CUDA else None
-    return differentiable(autocast_cuda=policy, unary=True, overwrites=True, prepare=prepare)(Definition)
+    return differentiable(autocast_cuda=policy, unary=True, overwrites=True, prepare=prepare, stock=stock_of(a.name))(Definition)
 
 
 def _keep(definition: Any, forward: Callable[..., tuple[Tensor, Tensor]], backward: Callable[..., Tensor]) -> None:
@@ -177,6 +187,8 @@ def activate_(name: str, x: Tensor, *parameters: float) -> Tensor:
     Raises:
         RuntimeError: x is a leaf that requires grad, or a view of one.
     """
+    if is_stocks(x):
+        return stock_of(name)(x, *parameters, inplace=True)
     if type(x) not in TENSORS and has_torch_function((x,)):
         return handle_torch_function(activate_, (x,), name, x, *parameters)
     check(name, x)

@@ -35,6 +35,7 @@ def differentiable(
     unary: bool = False,
     overwrites: bool = False,
     prepare: Callable[..., tuple[Any, ...]] | None = None,
+    stock: Callable[..., Any] | None = None,
 ) -> Callable[[type], Callable[..., Any]]:
     """Class decorator: a definition (static methods ``forward``, ``setup_context``, ``backward``, ``jvp``) -> the callable op.
 
@@ -50,6 +51,7 @@ def differentiable(
         overwrites: ``direct_backward`` may write over dy (see ``reuse.py``): where ``direct_forward`` set ``ctx.large``, it finds the
             references to dy in ``ctx.references``.
         prepare: checks and converts the arguments, on the way to every face but the direct one.
+        stock: PyTorch's own function of the same arguments, which takes complex and nested tensors.
 
     The op's attribute ``apply_directly`` is the direct face itself, for a caller that has asked all of what leads to it.
     """
@@ -131,6 +133,8 @@ def differentiable(
             direct_apply = super(torch.autograd.Function, direct).apply  # type: ignore[misc]
 
         def call(*args: Any) -> Any:
+            if stock is not None and is_stocks(args[0]):
+                return stock(*args)
             if type(args[0]) not in TENSORS and has_torch_function(args):
                 return handle_torch_function(op, args, *args)
             if prepare is not None:
@@ -160,6 +164,7 @@ def differentiable(
                 and selection._forced in BY_ATEN
                 and forward_ad._current_level < 0
                 and x.is_floating_point()
+                and not x.is_nested
             ):
                 return direct_apply(x, *parameters) if x.requires_grad else direct_value(x, *parameters)
             return call(x, *parameters)
@@ -173,6 +178,7 @@ def differentiable(
                 and forward_ad._current_level < 0
                 and PLAIN.issuperset(map(type, args))
                 and args[0].is_floating_point()
+                and not args[0].is_nested
             ):
                 if _grad_enabled():
                     for a in args:
@@ -220,6 +226,11 @@ class _Opened:
     def saved_tensors(self) -> tuple[torch.Tensor | None, ...]:
         saved = self.ctx.saved_tensors
         return tuple([None if i is None else saved[i] for i in self.ctx.places[self.use]])
+
+
+def is_stocks(x: Any) -> bool:
+    """Whether no formula of ours is written for such a tensor: complex numbers, and rows of several lengths (which no Function bears)."""
+    return isinstance(x, torch.Tensor) and (x.is_nested or x.is_complex())
 
 
 def differentiated() -> bool:

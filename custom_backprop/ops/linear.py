@@ -11,6 +11,7 @@ from ..backends import linear as primitives
 from ..backends.activation import ATEN, ATEN_IN_PLACE, ATEN_INTO
 from ..formulas import linear as formula
 from ..formulas.activation import ACTIVATIONS
+from .activation import stock_of
 from .function import differentiable, differentiated, wanted
 from .reuse import LEAST, is_unseen, place
 
@@ -18,12 +19,10 @@ _product = torch.nn.functional.linear
 
 
 def check(x: Tensor, weight: Tensor, bias: Tensor | None) -> None:
-    """Raises TypeError for what is no tensor, NotImplementedError for complex numbers. The product refuses what does not fit."""
+    """Raises TypeError for what is no tensor. The product refuses what does not fit."""
     if not (isinstance(x, Tensor) and isinstance(weight, Tensor) and (bias is None or isinstance(bias, Tensor))):
         got = ", ".join(type(a).__name__ for a in (x, weight, bias))
         raise TypeError(f"linear: input and weight must be Tensors, and bias a Tensor or None, not {got}")
-    if x.is_complex():
-        raise NotImplementedError(f"linear has no complex derivative here: got a tensor of {x.dtype}")
 
 
 class Linear:
@@ -71,7 +70,7 @@ class Linear:
         return primitives.gradients(dy, *ctx.saved_tensors, *ctx.needs_input_grad)
 
 
-linear = differentiable(autocast_cpu="lower", autocast_cuda="lower")(Linear)
+linear = differentiable(autocast_cpu="lower", autocast_cuda="lower", stock=_product)(Linear)
 
 
 def _direct_backward(ctx: Any, dy: Tensor) -> Any:
@@ -187,8 +186,12 @@ def _activation_jvp(ctx: Any, tangents: tuple[Tensor | None, ...]) -> Tensor | N
     return None if tz is None else ACTIVATIONS[activation].backward(tz, saved, *parameters)
 
 
-_of_input = differentiable(autocast_cpu="lower", autocast_cuda="lower", keeps=True, overwrites=True)(OfInput)
-_of_output = differentiable(autocast_cpu="lower", autocast_cuda="lower", overwrites=True)(OfOutput)
+def _stock(x: Tensor, weight: Tensor, bias: Tensor | None, activation: str, parameters: tuple[float, ...]) -> Tensor:
+    return stock_of(activation)(_product(x, weight, bias), *parameters)
+
+
+_of_input = differentiable(autocast_cpu="lower", autocast_cuda="lower", keeps=True, overwrites=True, stock=_stock)(OfInput)
+_of_output = differentiable(autocast_cpu="lower", autocast_cuda="lower", overwrites=True, stock=_stock)(OfOutput)
 
 
 def linear_activation(x: Tensor, weight: Tensor, bias: Tensor | None, activation: str, parameters: tuple[float, ...]) -> Tensor:

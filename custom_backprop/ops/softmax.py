@@ -13,7 +13,7 @@ from torch.overrides import handle_torch_function, has_torch_function
 from ..backends.library import TENSORS
 from ..backends.softmax import ATEN, ATEN_INTO, primitives
 from ..formulas.softmax import SOFTMAXES, Softmax
-from .function import differentiable, differentiated
+from .function import differentiable, differentiated, is_stocks
 from .reuse import LEAST, is_unseen, place
 
 
@@ -81,6 +81,8 @@ def apply(name: str, x: Tensor, dim: int, dtype: torch.dtype | None) -> Tensor:
     Raises:
         IndexError, TypeError, NotImplementedError: as :mod:`custom_backprop.functional.softmax` says.
     """
+    if is_stocks(x):
+        return getattr(torch.nn.functional, name)(x, dim, dtype=dtype)
     if type(x) not in TENSORS and has_torch_function((x,)):
         return handle_torch_function(apply, (x,), name, x, dim, dtype)
     count, dim = x.dim() or 1, index(dim)
