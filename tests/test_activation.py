@@ -81,6 +81,14 @@ def test_extreme_values(spec, kwargs, dtype, backend):
         assert good.all(), f"{what} at {x[~good].tolist()}: {our[~good].tolist()}, true {true[~good].tolist()}"
 
 
+def test_celu_with_a_negative_alpha(backend):
+    """e^(x/α) grows there without bound."""
+    x = torch.tensor([-INF, -200, -1, -0.3, -1e-9, 0, 1, INF], dtype=torch.float64, device=DEVICE)
+    ours, theirs = (value_and_gradient(m.celu, x, {"alpha": -0.5}) for m in (functional, F))
+    torch.testing.assert_close(ours[0], theirs[0], rtol=1e-12, atol=1e-15)
+    torch.testing.assert_close(ours[1], theirs[1], rtol=1e-12, atol=1e-15, equal_nan=True)
+
+
 @pytest.mark.parametrize(("spec", "kwargs"), CALLS)
 def test_second_derivatives_at_kinks(spec, kwargs, backend):
     """There too ours is stock's choice, and a second derivative that is 0 everywhere can be asked for."""

@@ -37,10 +37,10 @@ def log1p(u):
 
 @triton.jit
 def expm1(x):
-    """e^x - 1 for x <= 0, by the same cancellation (Kahan)."""
+    """e^x - 1, near 0 by the same cancellation (Kahan)."""
     e = tl.exp(x)
-    plain = (e == 1) | (e < 0.5)
-    return tl.where(e == 1, x, tl.where(e < 0.5, e - 1, (e - 1) * (x / tl.log(tl.where(plain, 0.75, e)))))
+    far = (e < 0.5) | (e > 2)
+    return tl.where(e == 1, x, tl.where(far, e - 1, (e - 1) * (x / tl.log(tl.where(far | (e == 1), 0.75, e)))))
 
 
 @triton.jit
