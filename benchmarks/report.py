@@ -18,7 +18,8 @@ import torch
 
 import custom_backprop
 from custom_backprop.cli.progress import progress
-from custom_backprop.testing import OpSpec, database, peak_memory
+from custom_backprop.testing import OpSpec, peak_memory
+from custom_backprop.testing.database import named
 
 from .cases import DIRECTIONS, SIZES, pair
 from .measure import compare, keep_freed_memory
@@ -29,16 +30,17 @@ RESULTS = Path(__file__).parent / "results"
 
 def main() -> int:
     parser = argparse.ArgumentParser(prog="python -m benchmarks.report", description=__doc__)
-    parser.add_argument("ops", nargs="*", metavar="OP", help="names of ops or families; default: all")
+    parser.add_argument("ops", nargs="*", metavar="OP", help="an op, or a family that is no op, all its ops; default: all")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--sizes", nargs="+", choices=SIZES, default=SIZES)
     parser.add_argument("--seconds", type=float, default=1.0, help="for each ratio")
     parser.add_argument("--allocator", choices=("default", "kept"), default="default", help="of a CPU: as it is, or keeping what is freed")
     parser.add_argument("--out", type=Path, default=RESULTS, metavar="DIR")
     args = parser.parse_args()
-    specs = [s for s in database().values() if not args.ops or s.name in args.ops or s.family in args.ops]
-    if not specs:
-        parser.error(f"no op or family {' '.join(args.ops)}; there are: {', '.join(database())}")
+    try:
+        specs = named(args.ops)
+    except ValueError as error:
+        parser.error(str(error))
     kept = args.device == "cpu" and args.allocator == "kept" and keep_freed_memory()
     rows: list[dict[str, Any]] = []
     with progress(len(specs) * len(args.sizes) * len(DIRECTIONS) + len(HIDDEN), "ratio") as bar:

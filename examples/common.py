@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import argparse
+import io
 import os
 import sys
 from collections.abc import Callable
+from hashlib import sha256
 from pathlib import Path
+from tempfile import TemporaryFile
 from typing import Any
 
 import matplotlib
@@ -51,34 +54,44 @@ def options(name: str, description: str | None, **own: int | tuple[str, ...]) ->
         parser.add_argument(f"--{option}", help="default: %(default)s", **kind)
     args = parser.parse_args()
     try:
-        torch.empty(0, device=args.device)
+        torch.zeros((), device=args.device).item()  # which meta, a device without numbers, refuses
         if args.backend == "triton" and torch.device(args.device).type == "cpu":
             os.environ["TRITON_INTERPRET"] = "1"  # triton is imported, and reads it, when the first kernel is used
         custom_backprop.use_backend(args.backend)
         args.out.mkdir(parents=True, exist_ok=True)
+        TemporaryFile(dir=args.out).close()  # sooner than after the first epoch
     except (AssertionError, OSError, RuntimeError, ValueError) as error:  # AssertionError: cuda, of a torch built without it
         parser.error(str(error))
     return args
 
 
 def save(state: dict[str, Any], path: Path) -> None:
-    """Writes a checkpoint whole or not at all: an interruption leaves the one before."""
+    """Writes a checkpoint whole or not at all: an interruption leaves the one before.
+
+    After what torch writes and reads stands its SHA-256: torch would take a damaged file's numbers as they are.
+    """
     temporary = path.with_name(path.name + ".tmp")
     torch.save(state, temporary)
+    with temporary.open("r+b") as file:
+        file.write(sha256(file.read()).digest())
     os.replace(temporary, path)
 
 
 def load(path: Path, settings: dict[str, Any]) -> dict[str, Any] | None:
-    """The checkpoint at ``path``, or None if there is none. Leaves the program where it is unreadable or of other settings."""
+    """The checkpoint at ``path``, or None if there is none. Leaves the program where it is damaged or of other settings."""
     if not path.exists():
         return None
+    anew = "delete it, or name another folder by --out, to start anew"
     try:
-        state = torch.load(path, weights_only=True)
-        saved = state["settings"]
+        content = path.read_bytes()
+        state = torch.load(io.BytesIO(content), weights_only=True)
+        saved = dict(state["settings"])
     except Exception as error:  # whatever a damaged file makes the reader raise
-        sys.exit(f"cannot read the checkpoint {path} ({type(error).__name__}): delete it to start anew")
-    if changed := [f"{k} {saved.get(k)!r}, now {v!r}" for k, v in settings.items() if saved.get(k) != v]:
-        sys.exit(f"the checkpoint {path} is of a run with other settings ({'; '.join(changed)}): repeat those, or delete it to start anew")
+        sys.exit(f"cannot read the checkpoint {path} ({type(error).__name__}): {anew}")
+    if sha256(content[:-32]).digest() != content[-32:]:
+        sys.exit(f"cannot use the checkpoint {path}: it is damaged, its checksum is not that of its content; {anew}")
+    if changed := [f"{k} {saved.get(k)!r}, now {settings.get(k)!r}" for k in settings | saved if saved.get(k) != settings.get(k)]:
+        sys.exit(f"the checkpoint {path} is of a run with other settings ({'; '.join(changed)}): repeat those; or {anew}")
     return state
 
 

@@ -14,14 +14,17 @@ On several machines set TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1 (PyTorch issue 1357
 
 from __future__ import annotations
 
+import json
 import os
 import shutil
 import sys
+import traceback
 from argparse import Namespace
-from collections.abc import Iterator
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, nullcontext, redirect_stderr
+from hashlib import sha256
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 try:
     import torch
@@ -41,6 +44,8 @@ except ImportError as error:
     sys.exit(f"{error}; the examples need: pip install -e '.[demo]'")
 
 BATCH = 128  # of all ranks together
+CHECKSUMS = "checksums.json"
+ANEW = "delete it, or name another folder by --out, to start anew"
 
 
 def join(device: str) -> DeviceMesh:
@@ -74,6 +79,16 @@ def syncing(model: torch.nn.Module, last: bool) -> AbstractContextManager[Any]:
         model.set_requires_gradient_sync(last)
         return nullcontext()
     return nullcontext() if last else model.no_sync()  # type: ignore[operator]
+
+
+def checksums(folder: Path) -> dict[str, str]:
+    """Of each file of a checkpoint: torch would take a damaged one's numbers as they are."""
+    return {p.name: sha256(p.read_bytes()).hexdigest() for p in sorted(folder.iterdir()) if p.name != CHECKSUMS}
+
+
+def refuse(message: str) -> NoReturn:
+    """Ends every rank; one says why."""
+    sys.exit(message if dist.get_rank() == 0 else 1)
 
 
 class Learner:
@@ -112,6 +127,7 @@ class Learner:
         whole = folder / f"step-{len(self.losses):06d}"
         dcp.save(self.state_dict(), checkpoint_id=folder / "unfinished")
         if dist.get_rank() == 0:
+            (folder / "unfinished" / CHECKSUMS).write_text(json.dumps(checksums(folder / "unfinished")), encoding="utf-8")
             os.rename(folder / "unfinished", whole)
             for other in folder.glob("step-*"):
                 if other != whole:
@@ -128,11 +144,14 @@ class Learner:
             return None
         state = self.state_dict()
         try:
+            if json.loads((checkpoint / CHECKSUMS).read_text(encoding="utf-8")) != checksums(checkpoint):
+                raise ValueError("a checksum is not that of its file")
             dcp.load(state, checkpoint_id=checkpoint)
         except Exception as error:  # what a damaged file makes of its reader
-            sys.exit(f"cannot read the checkpoint {checkpoint} ({type(error).__name__}: {error}): delete it to begin anew")
+            refuse(f"cannot read the checkpoint {checkpoint} ({type(error).__name__}: {str(error).splitlines()[0]}): {ANEW}")
         if state["settings"] != self.settings:
-            sys.exit(f"{checkpoint} is of a run with the settings {state['settings']}, not {self.settings}: repeat those, or delete it")
+            given = f"the settings {state['settings']}, not {self.settings}"
+            refuse(f"the checkpoint {checkpoint} is of a run with {given}: repeat those; or {ANEW}")
         set_state_dict(self.model, self.optimizer, model_state_dict=state["model"], optim_state_dict=state["optimizer"])
         self.losses = state["losses"]
         return checkpoint
@@ -171,33 +190,67 @@ def draw(losses: list[float], ranks: int, args: Namespace) -> None:
 
 
 def main() -> None:
-    args = options("distributed", __doc__, strategy=("ddp", "fsdp2"), epochs=20, interval=50, accumulate=2)
+    with nullcontext() if os.environ.get("LOCAL_RANK", "0") == "0" else redirect_stderr(None):  # one rank says what is wrong with them
+        args = options("distributed", __doc__, strategy=("ddp", "fsdp2"), epochs=20, interval=50, accumulate=2)
     args.checkpoints = args.out / "checkpoints"
     args.checkpoints.mkdir(exist_ok=True)
     torch.set_num_threads(1)  # matrices this small gain nothing from a second thread
     if args.device == "cuda":
         torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", 0)))
-    mesh = join(args.device)
+    learn(args, join(args.device))
+    dist.destroy_process_group()
+
+
+def learn(args: Namespace, mesh: DeviceMesh) -> None:
+    """What a rank does between joining the others and leaving them."""
+    first = dist.get_rank() == 0
+    x, test_x, y, test_y = data(args.seed, args.device)
+    torch.manual_seed(args.seed)
+    settings = {"seed": args.seed, "epochs": args.epochs, "batch": BATCH, "rate": RATE, "momentum": MOMENTUM}
+    learner = Learner(spread(our_model(256, 128).to(args.device), args.strategy, mesh), settings)
+    if first:
+        print(f"{len(x)} digits to learn from; {args.strategy}, {mesh.size()} x {args.device}, {dist.get_backend()}", flush=True)
     try:
-        x, test_x, y, test_y = data(args.seed, args.device)
-        torch.manual_seed(args.seed)
-        settings = {"seed": args.seed, "epochs": args.epochs, "batch": BATCH, "rate": RATE, "momentum": MOMENTUM}
-        learner = Learner(spread(our_model(256, 128).to(args.device), args.strategy, mesh), settings)
-        if dist.get_rank() == 0:
-            print(f"{len(x)} digits to learn from; {args.strategy}, {mesh.size()} x {args.device}, {dist.get_backend()}", flush=True)
         train(learner, x, y, args)
-        accuracy = learner.accuracy(test_x, test_y)
-        weights = get_model_state_dict(learner.model, options=StateDictOptions(full_state_dict=True, cpu_offload=True))
-        if dist.get_rank() == 0:
-            draw(learner.losses, mesh.size(), args)
-            save(weights, args.out / "weights.pt")
-            print(f"wrote {args.out / 'weights.pt'}")
-            shutil.rmtree(args.checkpoints)
-            print(f"test accuracy: {100 * accuracy:.2f} %, last loss {learner.losses[-1]:.6f}")
-        dist.barrier()  # torchrun ends all ranks when one dies, and none may while the first still writes
-    finally:
-        dist.destroy_process_group()
+    except KeyboardInterrupt:
+        kept = max(args.checkpoints.glob("step-*"), default=None)
+        what = f"{kept} is kept; the same command goes on from there" if kept else "no checkpoint is complete yet, nothing is kept"
+        if first:
+            print(f"\ninterrupted: {what}", file=sys.stderr)
+        sys.exit(130)
+    accuracy = learner.accuracy(test_x, test_y)
+    weights = get_model_state_dict(learner.model, options=StateDictOptions(full_state_dict=True, cpu_offload=True))
+    if first:
+        draw(learner.losses, mesh.size(), args)
+        save(weights, args.out / "weights.pt")
+        print(f"wrote {args.out / 'weights.pt'}")
+        shutil.rmtree(args.checkpoints)
+        print(f"test accuracy: {100 * accuracy:.2f} %, last loss {learner.losses[-1]:.6f}")
+    dist.barrier()  # torchrun ends all ranks when one dies, and none may while the first still writes
+
+
+def run(program: Callable[[], None]) -> NoReturn:
+    """``program``, and the end of the process, without that of the interpreter.
+
+    What still refers to a group keeps gloo's threads alive beyond ``destroy_process_group``: DTensor's caches do, and so does a failed run.
+    Such a thread that lets go of a tensor while the interpreter ends aborts the process: "terminate called without an active exception"
+    (PyTorch issue 190489). After a failure the group is not even destroyed, since that may wait for ranks that are gone.
+    """
+    code: Any = 0
+    try:
+        program()
+    except SystemExit as error:
+        code = error.code
+    except BaseException:
+        traceback.print_exc()
+        code = 1
+    if isinstance(code, str):
+        print(code, file=sys.stderr)
+        code = 1
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(code or 0)
 
 
 if __name__ == "__main__":
-    main()
+    run(main)

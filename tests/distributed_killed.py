@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import atexit
 import os
 import signal
 import sys
@@ -30,4 +31,12 @@ if os.environ["RANK"] == "1":
         folder = Path(sys.argv[sys.argv.index("--out") + 1], "checkpoints")
         print("found", *sorted(p.name for p in folder.iterdir()), flush=True)
 
-example.main()
+
+@atexit.register
+def tell():
+    """Of what may abort an interpreter that ends: it runs where one does."""
+    threads = {p.read_text().strip() for p in Path("/proc/self/task").glob("*/comm")}
+    print("an interpreter ended beside", *(t for t in threads if "gloo" in t), flush=True)
+
+
+example.run(example.main)

@@ -7,6 +7,7 @@ import os
 import signal
 import subprocess
 import sys
+from contextlib import suppress
 from pathlib import Path
 
 import pytest
@@ -75,10 +76,36 @@ def test_info(capsys):
         assert word in out
 
 
-@pytest.mark.parametrize("wanted", [["relu", "silu"], ["linear"]])
-def test_ops_and_families(wanted):
-    chosen = work.select(wanted)
-    assert chosen == [s.name for s in database().values() if s.name in wanted or s.family in wanted]
+@pytest.mark.parametrize(
+    ("wanted", "chosen"),
+    [
+        (["silu", "relu"], ["relu", "silu"]),
+        (["softmax"], ["softmax"]),
+        (["linear", "prelu", "cross_entropy"], ["linear", "prelu", "cross_entropy"]),
+        (["contrastive", "mse_loss"], ["triplet_margin_loss", "info_nce", "mse_loss"]),
+        (["activation"], [s.name for s in database().values() if s.family == "activation"]),
+        ([], list(database())),
+    ],
+)
+def test_a_name_means_that_op_alone_and_a_family_all_its_ops(wanted, chosen):
+    assert sorted(work.select(wanted)) == sorted(chosen)
+    assert set(chosen) <= database().keys()
+
+
+@pytest.mark.parametrize("command", ["check", "kernels"])
+def test_the_commands_share_the_selection(command, monkeypatch, capsys):
+    if command == "kernels":
+        pytest.importorskip("triton")
+    worked = []
+    monkeypatch.setattr(
+        {"check": check, "kernels": kernels}[command], "in_processes", lambda function, items, jobs: worked.extend(items) or {}
+    )
+    with suppress(ValueError, KeyError):  # of a table without rows
+        main([command, "softmax"])
+    assert {item[0] for item in worked} == {"softmax"}
+    with pytest.raises(SystemExit):
+        main([command, "--help"])
+    assert "an op, that one alone; or a family that is no op" in " ".join(capsys.readouterr().out.split())
 
 
 def test_check_end_to_end(tmp_path):

@@ -46,6 +46,7 @@ def output_of(process):
 
 CHECKS = {
     "training", "accumulation", "checkpoint", "tensor_parallel", "placements", "vocabulary_parallel", "edges_of_vocabulary_parallel",
+    "second_derivatives_of_classes",
 }  # fmt: skip
 
 
@@ -63,11 +64,46 @@ def test_killed_and_restarted(monkeypatch, tmp_path):
         one_process(monkeypatch, "--out", str(tmp_path / "alone"), *options)
         output = output_of(agent)
     assert "found step-000004 unfinished" in output
+    assert not re.search("an interpreter ended beside.*gloo|terminate called", output)
     assert re.findall(r"^going on after step (\d+)", output, re.MULTILINE) == ["4"]
     weights = [torch.load(tmp_path / name / "weights.pt", weights_only=True) for name in ("killed", "alone")]
     torch.testing.assert_close(*weights, rtol=0, atol=1e-6)
     for name in ("killed", "alone"):
         assert sorted(p.name for p in (tmp_path / name).iterdir()) == ["distributed.png", "weights.pt"]
+
+
+def test_an_interrupt_is_told_in_one_line(example, monkeypatch, tmp_path, capsys):
+    module, main = example("distributed")
+    step, steps = module.Learner.step, []
+
+    def interrupted(*args):
+        if len(steps) % 2:
+            steps.clear()
+            raise KeyboardInterrupt
+        return steps.append(1) or step(*args)
+
+    monkeypatch.setattr(module.Learner, "step", interrupted)
+    for interval, kept in ((2, "no checkpoint is complete yet"), (1, f"{tmp_path / 'checkpoints' / 'step-000001'} is kept")):
+        try:
+            with pytest.raises(SystemExit) as error:
+                main("--epochs", 1, "--interval", interval)
+        finally:
+            dist.destroy_process_group()
+        assert error.value.code == 130
+        assert f"interrupted: {kept}" in capsys.readouterr().err.splitlines()[-1]
+
+
+@pytest.mark.parametrize(
+    ("program", "code", "said"),
+    [("pass", 0, ""), ("sys.exit('why')", 1, "why\n"), ("sys.exit(130)", 130, ""), ("1 / 0", 1, "ZeroDivisionError: division by zero\n")],
+)
+def test_a_rank_ends_as_its_program_does(program, code, said, example, monkeypatch, capfd):
+    module, _ = example("distributed")
+    ended = []
+    monkeypatch.setattr(module.os, "_exit", ended.append)
+    module.run(lambda: exec(program))
+    assert ended == [code]
+    assert capfd.readouterr().err.endswith(said)
 
 
 def one_process(monkeypatch, *options):

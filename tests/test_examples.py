@@ -37,6 +37,10 @@ def run(name, *options, cwd):
     return done
 
 
+def _interrupt():
+    raise KeyboardInterrupt
+
+
 def rows(text):
     """The table of linear_regression: name -> W, b, the difference."""
     return {name: tuple(map(float, rest)) for name, *rest in re.findall(r"^(NumPy|ours|stock) +(\S+) +(\S+) +(\S+)$", text, re.MULTILINE)}
@@ -154,7 +158,10 @@ def test_digits_by_formula(example, capsys):
         (b"not a checkpoint", "cannot read the checkpoint"),
         ({"epoch": 1}, "cannot read the checkpoint"),
         ([1], "cannot read the checkpoint"),
-        ({"settings": {"seed": 5}}, r"other settings \(seed 5, now 0; epochs None, now 2;"),
+        (
+            {"settings": {"seed": 5, "depth": 7}},
+            r"other settings \(seed 5, now 0; epochs None, now 2;.*; depth 7, now None\): repeat those",
+        ),
     ],
 )
 def test_digits_refuses_a_checkpoint_it_cannot_go_on_from(content, message, example, tmp_path):
@@ -163,11 +170,40 @@ def test_digits_refuses_a_checkpoint_it_cannot_go_on_from(content, message, exam
     if isinstance(content, bytes):
         path.write_bytes(content)
     else:
-        torch.save(content, path)
+        example("common")[0].save(content, path)
     with pytest.raises(SystemExit, match=message) as error:
         main("--epochs", 2)
     assert str(path) in str(error.value)
+    assert "delete it, or name another folder by --out, to start anew" in str(error.value)
     assert path.exists(), "it is the user's to delete"
+
+
+def test_a_damaged_checkpoint_is_noticed_wherever_the_damage_is(example, tmp_path):
+    common, _ = example("common")
+    path, settings = tmp_path / "checkpoint.pt", {"seed": 0, "torch": "2"}
+    common.save({"settings": settings, "epoch": 1, "weights": torch.randn(50)}, path)
+    whole = path.read_bytes()
+    assert common.load(path, settings)["epoch"] == 1
+    flipped = [whole[:i] + bytes([whole[i] ^ 1 << i % 8]) + whole[i + 1 :] for i in range(0, len(whole), 5)]
+    for content in [*flipped, *(whole[:i] for i in range(0, len(whole), 50)), whole[:-1]]:
+        path.write_bytes(content)
+        with pytest.raises(SystemExit, match=r"checkpoint\.pt.*to start anew$"):
+            common.load(path, settings)
+
+
+@pytest.mark.parametrize("damage", ["flipped byte", "truncated"])
+def test_digits_does_not_go_on_from_damaged_weights(damage, example, monkeypatch, tmp_path):
+    module, main = example("digits")
+    path, after = tmp_path / "checkpoint.pt", []
+    monkeypatch.setattr(module, "keep", lambda *args: (common_keep(*args), after.append(1), _interrupt() if len(after) == 1 else None))
+    common_keep = example("common")[0].keep
+    with pytest.raises(SystemExit):
+        main("--epochs", 2)
+    content = bytearray(path.read_bytes())
+    content[len(content) // 2] ^= 16
+    path.write_bytes(content if damage == "flipped byte" else content[: len(content) // 2])
+    with pytest.raises(SystemExit, match=r"cannot (use|read) the checkpoint .*to start anew$"):
+        main("--epochs", 2)
 
 
 def test_a_checkpoint_is_written_whole_or_not_at_all(example, monkeypatch, tmp_path):
@@ -185,10 +221,12 @@ def test_a_checkpoint_is_written_whole_or_not_at_all(example, monkeypatch, tmp_p
     assert common.load(path, {})["epoch"] == 1
 
 
-@pytest.mark.parametrize("name", ["linear_regression", "digits"])
+@pytest.mark.parametrize("name", ["linear_regression", "digits", "distributed"])
 @pytest.mark.parametrize(
     ("options", "message"),
     [
+        (("--device", "meta"), "meta"),
+        (("--out", "/dev/fd"), "/dev/fd"),  # a folder that takes no file
         (("--backend", "cuda"), "unknown backend 'cuda'"),
         (("--device", "nowhere"), "nowhere"),
         (("--seed", -1), "-1 is less than 0"),

@@ -127,7 +127,7 @@ def test_bad_options_and_packages_are_told(name, example, monkeypatch, capsys, t
         main("--epochs", 0)
     assert error.value.code == 2
     assert "0 is less than 1" in capsys.readouterr().err.splitlines()[-1]
-    torch.save({"settings": {"seed": 5}}, tmp_path / "checkpoint.pt")
+    module.save({"settings": {"seed": 5}}, tmp_path / "checkpoint.pt")
     with pytest.raises(SystemExit, match="other settings"):
         main("--epochs", 2)
     sys.modules.pop(module.__name__)

@@ -14,13 +14,18 @@ from typing import Any, NoReturn
 
 import torch
 
-from ..testing import database
+from ..testing.database import named
 from .progress import progress
 
 
 def add_common(parser: argparse.ArgumentParser) -> None:
     """The arguments of every command that works on ops."""
-    parser.add_argument("ops", nargs="*", metavar="OP", help="names of ops or families; default: all")
+    parser.add_argument(
+        "ops",
+        nargs="*",
+        metavar="OP",
+        help="an op, that one alone; or a family that is no op (activation, loss, contrastive), all its ops; default: all",
+    )
     parser.add_argument("--jobs", type=int, default=os.cpu_count() or 1, metavar="N", help="processes; default: one a core")
     parser.add_argument("--json", metavar="F", help="also write the results to this file")
 
@@ -47,12 +52,10 @@ def check_device(device: str) -> None:
 
 def select(wanted: Sequence[str]) -> list[str]:
     """The names of the ops that are named, or whose family is; all if nothing is."""
-    specs = database()
-    families = {s.family for s in specs.values()}
-    unknown = [w for w in wanted if w not in specs and w not in families]
-    if unknown:
-        refuse(f"no op or family {', '.join(unknown)}; there are the ops {', '.join(specs)} and the families {', '.join(sorted(families))}")
-    return [name for name, spec in specs.items() if not wanted or name in wanted or spec.family in wanted]
+    try:
+        return [spec.name for spec in named(wanted)]
+    except ValueError as error:
+        refuse(str(error))
 
 
 @contextmanager

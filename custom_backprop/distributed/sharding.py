@@ -10,6 +10,8 @@ With S(i) sharded along dimension i, R replicated, P a partial sum, and W (out, 
     rows      x S(i),  W R,    b R      ->  y S(i);     dy S(i)   ->  dx S(i),  dW P,    db P
     columns   x R,     W S(0), b S(0)   ->  y S(-1);    dy S(-1)  ->  dx P,     dW S(0), db S(0)
     inner     x S(-1), W S(1), b P      ->  y P;        dy R      ->  dx S(-1), dW S(1), db R
+
+Under ``create_graph=True`` no primitive runs but a formula, of PyTorch's operators, which know DTensors themselves.
 """
 
 from __future__ import annotations
@@ -154,6 +156,28 @@ def _cross_entropy_backward(
             yield outputs, [_row(i) if reduction == NONE else R, S(i), t, R, _statistics(i)]
 
 
+def _triplet(a: Tensor, p: Tensor, n: Tensor, *options: Any) -> Iterable[Way]:
+    """The distances are (2, ...) or (3, ...), for a of shape (..., D)."""
+    if (reduction := options[-1]) != MEAN:
+        for i in range(a.dim() - 1):
+            yield [S(i) if reduction == NONE else P, S(i + 1)], [S(i)] * 3
+
+
+def _triplet_backward(dy: Tensor, a: Tensor, p: Tensor, n: Tensor, d: Tensor, *options: Any) -> Iterable[Way]:
+    *_, reduction, needs = options
+    if reduction != MEAN:
+        for i in range(a.dim() - 1):
+            yield [S(i) if need else R for need in needs], [S(i) if reduction == NONE else R, *[S(i)] * 3, S(i + 1)]
+
+
+def _unit(x: Tensor, eps: float) -> Iterable[Way]:
+    return (([S(i), S(i)], [S(i)]) for i in range(x.dim() - 1))
+
+
+def _unit_backward(dy: Tensor, y: Tensor, r: Tensor, eps: float) -> Iterable[Way]:
+    return (([S(i)], [S(i)] * 3) for i in range(y.dim() - 1))
+
+
 def _scale(grad: Tensor, dy: Tensor) -> Iterable[Way]:
     return (([S(i)], [S(i), R]) for i in range(grad.dim()))
 
@@ -177,6 +201,10 @@ WAYS: dict[str, Ways] = {
     "nll_loss_backward": _nll_backward,
     "cross_entropy_forward": _cross_entropy,
     "cross_entropy_backward": _cross_entropy_backward,
+    "triplet_forward": _triplet,
+    "triplet_backward": _triplet_backward,
+    "unit_forward": _unit,
+    "unit_backward": _unit_backward,
     "scale": _scale,
     "scale_": lambda grad, dy: (([], inputs) for _, inputs in _scale(grad, dy)),
 }
@@ -238,7 +266,12 @@ def _refusal(name: str, tensors: list[DTensor]) -> str:
     ways_out = "redistribute or gather it first (x.redistribute(placements=[Replicate()]), x.full_tensor()), or call it on x.to_local()"
     if name.startswith(("cross_entropy", "nll_loss")) and any(p.is_shard(1) for p in tensors[0].placements):
         ways_out += "; for classes spread over ranks: custom_backprop.distributed.vocab_parallel_cross_entropy(x.to_local(), ...)"
-    elif "_loss" in name or "entropy" in name or name.startswith("kl_div"):
+    elif name == "info_nce":
+        ways_out = (
+            "every query meets every key: redistribute them (x.redistribute(placements=[Replicate()]), x.full_tensor()); on x.to_local() "
+        )
+        ways_out += "it is another loss, with no negatives but this rank's"
+    elif "_loss" in name or "entropy" in name or name.startswith(("kl_div", "triplet")):
         ways_out += "; for a mean: reduction='sum', divided by the count"
     return f"{name} cannot be computed shard by shard of inputs placed so: {given}; {ways_out}"
 

@@ -1,4 +1,4 @@
-"""Derivatives of 0 that autograd can find."""
+"""Constants that are tensors like those they meet."""
 
 from __future__ import annotations
 
@@ -13,3 +13,8 @@ def constant_in(result: Tensor, t: Tensor) -> Tensor:
     would be an error: autograd finds no way.
     """
     return t.where(t.new_zeros((), dtype=torch.bool), result)
+
+
+def numbers(t: Tensor, n: int) -> Tensor:
+    """0, 1, ..., n - 1. They are made from ``t``: where that is a DTensor, so are they (``torch.arange`` would not be)."""
+    return t.new_ones(n, dtype=torch.int64).cumsum(0) - 1

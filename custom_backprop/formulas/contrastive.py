@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from .constant import numbers
 from .loss import MEAN, NONE, reduced
 from .precision import widen
 from .softmax import log_softmax, softmax
@@ -156,10 +157,9 @@ def slope(s: Tensor, among_keys: bool, symmetric: bool) -> Tensor:
     The latter is the gradient of the sum (and, divided, of the mean) of the losses, not of each.
     """
     P = (softmax(s, 1) + softmax(s, 0)) / 2 if symmetric else softmax(s, 1)
-    is_positive = (
-        torch.eye(len(s), dtype=s.dtype, device=s.device) if among_keys else (torch.arange(s.shape[1], device=s.device) == 0).to(s.dtype)
-    )
-    return P - is_positive
+    columns = numbers(s, s.shape[1])
+    is_positive = columns == numbers(s, len(s)).unsqueeze(1) if among_keys else columns == 0
+    return P - is_positive.to(s.dtype)
 
 
 def info_nce_gradients(

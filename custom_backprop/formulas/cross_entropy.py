@@ -30,7 +30,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from .constant import constant_in
+from .constant import constant_in, numbers
 from .loss import MEAN, NONE
 from .precision import widen
 
@@ -84,7 +84,7 @@ def nll_backward(dy: Tensor, x: Tensor, target: Tensor, weight: Tensor | None, t
 
 def _onehot(index: Tensor, x: Tensor) -> Tensor:
     """[c = t], of the shape of x."""
-    return along_classes(torch.arange(x.shape[1], device=x.device), x) == index.unsqueeze(1)
+    return along_classes(numbers(x, x.shape[1]), x) == index.unsqueeze(1)
 
 
 def _parts(

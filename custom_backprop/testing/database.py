@@ -5,7 +5,7 @@ from __future__ import annotations
 import importlib
 import pkgutil
 import shutil
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from functools import cache
 
 import torch
@@ -28,6 +28,24 @@ def database() -> dict[str, OpSpec]:
                 raise RuntimeError(f"two specs are named {spec.name!r}")
             found[spec.name] = spec
     return found
+
+
+def named(wanted: Sequence[str]) -> list[OpSpec]:
+    """The specs of those names, in the database's order: of the op of a name, or of all ops of a family that shares its name with no op.
+
+    All if nothing is wanted.
+
+    Raises:
+        ValueError: neither an op nor such a family.
+    """
+    specs = database()
+    families = sorted({s.family for s in specs.values()} - specs.keys())
+    if unknown := [w for w in wanted if w not in specs and w not in families]:
+        raise ValueError(
+            f"no op or family {', '.join(unknown)}; there are the ops {', '.join(specs)} and the families {', '.join(families)}"
+        )
+    meant = {f for f in families if f in wanted}
+    return [s for s in specs.values() if not wanted or s.name in wanted or s.family in meant]
 
 
 #: what depends on the tracing of an op, not on the backend that then runs it: too slow to repeat on every sample of every backend
