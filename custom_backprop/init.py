@@ -5,9 +5,9 @@ A layer z' = W f(z) with independent weights of mean 0 has E z'² = fan_in · Va
     Var w = g² / fan_in,    g = E[f(z)²]^(-1/2),  z ~ N(0, 1)
 
 which is what :func:`gain` computes from the activation's own formula. Backward, δ = f'(z) Wᵀ δ' has
-E δ² = fan_out · Var w · E f'(z)² · E δ'². With this gain and fan_in = fan_out a gradient is multiplied, each layer, by
-b = g E[f'(z)²]^(1/2). And a variance q next to 1 goes to 1 + s (q - 1), s = ½ g² E[f(z)² (z² - 1)] (the density of variance q,
-differentiated by q): it comes back if s < 1, stays if s = 1, drifts away if s > 1.
+E δ² = fan_out · Var w · E f'(z)² · E δ'² (a convolution's fans: channels of one group, times the size of the kernel). With this gain and
+fan_in = fan_out a gradient is multiplied, each layer, by b = g E[f'(z)²]^(1/2). And a variance q next to 1 goes to 1 + s (q - 1),
+s = ½ g² E[f(z)² (z² - 1)] (the density of variance q, differentiated by q): it comes back if s < 1, stays if s = 1, drifts away if s > 1.
 
 ================  ======  ======  ======
 activation         g       b       s
@@ -130,7 +130,8 @@ def init_for(
       assumption.
 
     Linear layers and convolutions are drawn, ours (``LinearActivation``: one layer) and torch's, in the order of registration; all else
-    is left.
+    is left. The groups of a convolution are drawn each by itself; a weight that several layers share is drawn, and scaled, once, for the
+    first of them.
 
     Args:
         activation: what stands between the layers, as in :func:`gain`; where they are ``LinearActivation``, theirs.
@@ -173,9 +174,14 @@ def init_for(
             raise ValueError(f"the weight of layer {name!r} is computed from others (a parametrization): draw it before that is registered")
         if isinstance(layer.weight, torch.nn.parameter.UninitializedParameter):
             raise ValueError(f"layer {name!r} is lazy and has no shape yet: pass a batch through the model first")
+    drawn: set[int] = set()
     with torch.no_grad():
-        for i, layer in enumerate(layers.values()):
-            _METHODS[method](layer.weight, known.gain if i else 1.0, generator)
+        for layer in layers.values():
+            if id(layer.weight) not in drawn:
+                groups = getattr(layer, "groups", 1)
+                for block in layer.weight.chunk(groups) if groups > 1 else [layer.weight]:
+                    _METHODS[method](block, known.gain if drawn else 1.0, generator)
+            drawn.add(id(layer.weight))
             if layer.bias is not None:
                 layer.bias.zero_()
         if method == "lsuv":
@@ -192,8 +198,12 @@ def _xavier(weight: Tensor, gain: float, generator: torch.Generator | None) -> N
 
 
 def _orthogonal(weight: Tensor, gain: float, generator: torch.Generator | None) -> None:
-    """Where there are more rows than columns, W keeps the length of x, spread over more elements: the factor makes up for it."""
-    torch.nn.init.orthogonal_(weight, gain * math.sqrt(max(1.0, len(weight) / weight[0].numel())), generator)
+    """Where there are more rows than columns, W keeps the length of x, spread over more elements: the factor makes up for it.
+
+    Decomposed in float32 at least, since torch decomposes nothing in half precision.
+    """
+    wide = torch.empty_like(weight, dtype=torch.promote_types(weight.dtype, torch.float32))
+    weight.copy_(torch.nn.init.orthogonal_(wide, gain * math.sqrt(max(1.0, len(weight) / weight[0].numel())), generator))
 
 
 _METHODS: dict[str, Callable[[Tensor, float, torch.Generator | None], None]] = {
@@ -209,18 +219,25 @@ def _to_unit_variance(model: torch.nn.Module, layers: dict[str, Any], inputs: tu
 
     Buffers (running statistics) are put back afterwards.
     """
-    left = dict(layers)
+    left: dict[int, str] = {}  # by weight: the first layer that has it
+    for name, layer in layers.items():
+        left.setdefault(id(layer.weight), name)
 
     def scale(name: str, layer: Any, x: Tensor) -> None:
-        if left.pop(name, None) is None:
-            return  # a layer that is used again keeps the scale of its first use
+        if left.pop(id(layer.weight), None) is None:
+            return  # a weight that is used again keeps the scale of its first use
         z = F.linear(x, layer.weight) if isinstance(layer, torch.nn.Linear) else layer._conv_forward(x, layer.weight, None)
         deviation = z.std()
         if not (deviation > 0 and deviation.isfinite()):
             raise ValueError(f"the output of layer {name!r} has the deviation {deviation.item():g} on this batch: it cannot be scaled")
         layer.weight.div_(deviation)
 
-    hooks = [layer.register_forward_pre_hook(lambda layer, args, name=name: scale(name, layer, args[0])) for name, layer in layers.items()]
+    def watch(name: str, layer: Any) -> Any:
+        return layer.register_forward_pre_hook(
+            lambda layer, args, kwargs: scale(name, layer, (*args, *kwargs.values())[0]), with_kwargs=True
+        )
+
+    hooks = [watch(name, layer) for name, layer in layers.items()]
     buffers = [(b, b.clone()) for b in model.buffers()]
     try:
         model(*inputs)
@@ -230,4 +247,4 @@ def _to_unit_variance(model: torch.nn.Module, layers: dict[str, Any], inputs: tu
         for buffer, before in buffers:
             buffer.copy_(before)
     if left:
-        raise ValueError(f"the batch did not reach {', '.join(map(repr, left))}: lsuv cannot scale what it does not see")
+        raise ValueError(f"the batch did not reach {', '.join(map(repr, left.values()))}: lsuv cannot scale what it does not see")

@@ -25,6 +25,11 @@ EXAMPLES = Path(__file__).parents[1] / "examples"
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 
 
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """The slowest first: a matrix product in the interpreter, begun last, would leave the other processes without work."""
+    items.sort(key=lambda item: "triton-linear" not in item.name)
+
+
 @pytest.fixture(params=[b for b in BACKENDS if why_not(b, DEVICE) is None])
 def backend(request: pytest.FixtureRequest) -> Iterator[str]:
     """The name of the backend, forced while the test runs."""

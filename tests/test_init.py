@@ -114,6 +114,77 @@ def test_deviation_of_a_rectangle(method, deviation):
     assert not model[0].bias.any()
 
 
+@pytest.mark.parametrize("method", ["kaiming", "xavier", "orthogonal"])
+@pytest.mark.parametrize(("groups", "out"), [(1, 128), (4, 128), (64, 64), (64, 192)])
+def test_variance_of_grouped_convolutions(method, groups, out):
+    """Forward and backward, measured. The fans are those of one group; circular padding: every pixel has all its neighbours."""
+    pad = {"padding": 1, "padding_mode": "circular", "bias": False}
+    model = nn.Sequential(nn.Conv2d(2, 64, 3, **pad), nn.Conv2d(64, out, 3, groups=groups, **pad))
+    init_for(model, "linear", method)
+    x = torch.randn(16, 64, 12, 12, requires_grad=True)
+    y = model[1](x)
+    (dx,) = torch.autograd.grad(y, x, torch.randn_like(y))
+    fan_in, fan_out = 64 // groups * 9, out // groups * 9
+    variance = {"xavier": 2 / (fan_in + fan_out)}.get(method, 1 / fan_in)
+    assert y.var().item() == pytest.approx(fan_in * variance, rel=0.15)
+    assert dx.var().item() == pytest.approx(fan_out * variance, rel=0.15)
+
+
+def test_each_group_is_orthogonal():
+    model = init_for(nn.Sequential(nn.Linear(3, 3), nn.Conv1d(32, 48, 3, groups=4), nn.Conv1d(32, 64, 1, groups=8)), "tanh", "orthogonal")
+    for rows in model[1].weight.detach().flatten(1).chunk(4):
+        torch.testing.assert_close(rows @ rows.T, gain("tanh") ** 2 * torch.eye(12), rtol=1e-4, atol=1e-4)
+    for rows in model[2].weight.detach().flatten(1).chunk(8):
+        torch.testing.assert_close(rows.T @ rows, 2 * gain("tanh") ** 2 * torch.eye(4), rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("method", ["kaiming", "xavier", "orthogonal", "lsuv"])
+def test_half_precision(method, dtype):
+    model = network("relu", 2, 64).to(dtype)
+    init_for(model, "relu", method, batch=torch.randn(64, 64, dtype=dtype) if method == "lsuv" else None)
+    assert model[1].weight.dtype is dtype
+    assert model[1].weight.float().std().item() == pytest.approx(gain("relu") / 8, rel=0.1 if method == "lsuv" else 0.05)
+
+
+class Tied(nn.Module):
+    """Two modules with one weight, one of them under two names, and called in another order than they are registered in."""
+
+    def __init__(self):
+        super().__init__()
+        self.first, self.shared, self.twin = nn.Linear(64, 64), nn.Linear(64, 64), nn.Linear(64, 64)
+        self.twin.weight, self.again = self.shared.weight, self.first
+
+    def forward(self, x):
+        x = torch.tanh(self.again(input=x))
+        return self.shared(torch.tanh(self.twin(x)))
+
+
+@pytest.mark.parametrize("method", ["kaiming", "xavier", "orthogonal"])
+def test_shared_weights_are_drawn_once(method):
+    """As if the others were not there: the same numbers, and the gain of the place of the first."""
+    alone, tied = nn.Sequential(nn.Linear(64, 64), nn.Linear(64, 64)), Tied()
+    for model in (alone, tied):
+        init_for(model, "tanh", method, generator=torch.Generator().manual_seed(3))
+    assert torch.equal(tied.first.weight, alone[0].weight)
+    assert torch.equal(tied.shared.weight, alone[1].weight)
+    assert not tied.twin.bias.any()
+
+    both = nn.Sequential(nn.Linear(64, 64), nn.Tanh(), nn.Linear(64, 64))
+    both[2].weight = both[0].weight
+    init_for(both, "tanh", method)
+    assert both[0].weight.std().item() == pytest.approx(1 / 8, rel=0.05)
+
+
+def test_lsuv_scales_a_shared_weight_at_its_first_use():
+    x, model = torch.randn(256, 64), Tied()
+    init_for(model, "tanh", "lsuv", batch=x)
+    with torch.no_grad():
+        first = model.first(x)
+        assert first.std().item() == pytest.approx(1, rel=1e-4)
+        assert model.twin(torch.tanh(first)).std().item() == pytest.approx(1, rel=1e-4)
+
+
 def test_convolutions_and_what_is_left_alone():
     model = nn.Sequential(
         nn.Conv2d(3, 24, 3), nn.BatchNorm2d(24), nn.SiLU(), nn.Conv2d(24, 24, 3, groups=2), nn.Flatten(), nn.LazyLinear(5)

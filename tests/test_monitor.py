@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import collections
 import copy
+import dataclasses
 import json
 import math
 import pickle
@@ -166,6 +168,89 @@ def test_shared_frozen_sparse_and_unused_parameters():
     assert not reading.verdicts
 
 
+@dataclasses.dataclass
+class Output:
+    loss: torch.Tensor | None = None
+    states: tuple[torch.Tensor, ...] = ()
+    absent: int = dataclasses.field(init=False)
+
+
+CONTAINERS = {
+    "dict": lambda y: {"steps": 3, "state": y},
+    "ordered dict that is a dataclass": lambda y: dataclasses.make_dataclass("ModelOutput", ["state"], bases=(collections.OrderedDict,))(y),
+    "nested": lambda y: [torch.ones(3, dtype=torch.int64), [None, (y,)]],
+    "dataclass": lambda y: Output(None, (y,)),
+}
+
+
+@pytest.mark.parametrize("container", CONTAINERS)
+def test_outputs_in_containers_are_read(container):
+    class Wrapped(nn.Linear):
+        def forward(self, x):
+            out = CONTAINERS[container](super().forward(x))
+            if isinstance(out, collections.OrderedDict):
+                out["state"] = out.state
+            return out
+
+    model, x = Wrapped(4, 3), torch.randn(7, 4)
+    monitor = GradientMonitor(model, every=1)
+    model(x)
+    nn.Linear.forward(model, x).square().sum().backward()
+    layer = monitor.step()["Wrapped"]
+    assert layer.activation_std == pytest.approx(nn.Linear.forward(model, x).std(correction=0).item(), rel=1e-5)
+
+
+def ring(y):
+    return (found := [None]).extend([found, found]) or found
+
+
+@pytest.mark.parametrize(
+    "output",
+    [
+        lambda y: None,
+        lambda y: Output,
+        ring,
+        lambda y: y[:0],
+        lambda y: y.detach().to_sparse_csr(),
+        lambda y: torch.nested.as_nested_tensor([y[:3], y[3:]], layout=torch.jagged),
+        lambda y: torch.nested.as_nested_tensor([y[:3], y[3:]]),
+        lambda y: y.detach().to(torch.float8_e4m3fn),
+        lambda y: torch.complex(y, y),
+    ],
+)
+@pytest.mark.filterwarnings("ignore:Sparse CSR tensor support:UserWarning", "ignore:The PyTorch API of nested tensors:UserWarning")
+def test_an_output_without_statistics_is_left_out(output):
+    class Odd(nn.Linear):
+        def forward(self, x):
+            return output(super().forward(x))
+
+    model = Odd(4, 3)
+    monitor = GradientMonitor(model, every=1)
+    model(torch.randn(7, 4))
+    model.weight.sum().backward()
+    layer = monitor.step()["Odd"]
+    assert layer.norm == pytest.approx(math.sqrt(12))
+    assert layer.activation_std is None
+
+
+def test_parameters_that_are_no_rows_of_the_output():
+    """A linear layer that holds LoRA's two matrices beside its frozen weight."""
+
+    class Adapted(nn.Linear):
+        def __init__(self):
+            super().__init__(16, 5)
+            self.weight.requires_grad_(False)
+            self.down, self.up = nn.Parameter(torch.randn(4, 16)), nn.Parameter(torch.zeros(5, 4))
+
+        def forward(self, x):
+            return super().forward(x) + x @ self.down.T @ self.up.T
+
+    reading = watched(nn.Sequential(nn.Linear(16, 16), nn.ReLU(), Adapted()), steps=1)
+    assert reading["2"].dead == 0
+    assert reading["2"].zeros == pytest.approx(64 / 89)
+    assert not reading.verdicts
+
+
 # What is said
 
 
@@ -252,7 +337,7 @@ def test_units_that_die():
 
 def test_a_unit_is_alive_if_any_step_of_the_window_reaches_it():
     model = nn.Linear(3, 4)
-    monitor = GradientMonitor(model, every=2, measure=2)
+    monitor = GradientMonitor(model, every=2, measure=2, activations=False)
     for i in (0, 1):
         model.zero_grad()
         model(torch.ones(1, 3))[0, i].backward()
@@ -369,7 +454,7 @@ def test_copies_of_a_watched_model_are_not_watched():
         x, y = batch()
         for m in (model, *copies):
             cross_entropy(m(x), y).backward()
-        assert len(monitor._seen) == len(monitor.names)
+        assert len(monitor._outputs.sums) == len(monitor.names)
         monitor.step()
     monitor.remove()
     with pytest.raises(RuntimeError, match=r"after remove\(\)"):
@@ -382,7 +467,7 @@ def test_transformations_of_a_watched_model_are_not_counted():
     parameters = {n: p.detach() for n, p in model.named_parameters()}
     x, y = batch()
     torch.vmap(torch.func.grad(lambda p, x, y: cross_entropy(torch.func.functional_call(model, p, x), y)), (None, 0, 0))(parameters, x, y)
-    assert not monitor._seen
+    assert not monitor._outputs.sums
 
 
 def test_a_scaler_that_is_off_hides_nothing():

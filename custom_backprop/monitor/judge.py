@@ -48,7 +48,7 @@ def _non_finite(reading: Reading, layers: list[Layer], overflows: bool) -> Verdi
 def _exploding(reading: Reading, layers: list[Layer], old: list[Reading]) -> Verdict | None:
     most = max((r.norm for r in old if math.isfinite(r.norm)), default=math.inf)
     if most > 0 and reading.norm > SURGE * most:
-        worst = max(layers, key=lambda layer: (layer.norm or 0) / max(most, *(r[layer.name].norm or 0 for r in old)))
+        worst = max(layers, key=lambda layer: layer.norm or 0)
         return Verdict(
             "exploding", worst.name, f"the gradient's norm is {reading.norm:.3g}, {reading.norm / most:.3g} times the most of the past"
         )
@@ -90,13 +90,16 @@ def _dead(reading: Reading, layers: list[Layer], history: list[Reading], normali
         if layer.dead is None or layer.name in cancelled:
             continue
         if layer.dead == 1:
-            after = next((other for other in layers[i + 1 :] if other.norm), None)
-            if after is None or after is not layers[i + 1]:
+            after = next((other for other in layers[i + 1 :] if other.dead is not None or other.norm), None)
+            if after is None or not after.norm:
                 continue  # nothing arrives from the loss, or a later layer is to blame
-        least = min((d for r in history if (d := r[layer.name].dead) is not None), default=1.0)
-        if layer.dead > DEAD or layer.dead > least + DIED:
+        past = [d for r in history if (d := r[layer.name].dead) is not None]
+        dead, long = layer.dead, ""
+        if layer.activation_std is None:  # gradients alone cannot tell the dead from those that the loss does not ask: death lasts
+            dead, long = min([dead, *past[1 - OLD :]]) if len(past) >= OLD - 1 else 0.0, f", {OLD} times in a row"
+        if dead > DEAD or dead > min(past, default=1.0) + DIED:
             source = _source(reading, place[layer.name])
-            yield Verdict("dead units", source, f"{layer.dead:.0%} of the units of {layer.name!r} get no gradient at all")
+            yield Verdict("dead units", source, f"{dead:.0%} of the units of {layer.name!r} get no gradient at all{long}")
 
 
 def _cancelled(reading: Reading, layers: list[Layer], place: dict[str, int], normalised: Collection[str]) -> set[str]:
@@ -105,7 +108,7 @@ def _cancelled(reading: Reading, layers: list[Layer], place: dict[str, int], nor
     for here, after in zip(layers[-2::-1], layers[:0:-1], strict=True):
         norm, rest = here.norm or 0.0, after.norm or 0.0
         beneath = any(other.name in normalised for other in reading.layers[place[here.name] + 1 : place[after.name] + 1])
-        if norm <= CANCELLED * rest if beneath else after.name in found and norm <= rest / CANCELLED:
+        if (beneath and rest > 0 and norm <= CANCELLED * rest) or (after.name in found and norm <= rest / CANCELLED):
             found.add(here.name)
     return found
 

@@ -39,7 +39,8 @@ class Layer:
     Attributes:
         norm: of the gradient, the root of the mean square over the steps in which it was finite; NaN if it never was.
         mean, std, zeros, nonfinite: of the gradient's elements; the last two are fractions.
-        dead: the fraction of output units that got no gradient at all in any measured step.
+        dead: the fraction of output units that got no gradient at all in any measured step and, where outputs are measured, were silent
+            in all of them: of one value, or under a function never above 0.
         activation_*: the same of the module's output, of this rank.
         update: ‖Δw‖ / ‖w‖ of one optimizer step.
     """

@@ -9,9 +9,10 @@ from torch import Tensor
 
 from .reading import Layer
 
-# Columns of the sums, all of which add up over steps and over shards: seven of gradients, seven of activations, then updates and units.
+# Columns of the sums, all of which add up over steps and over shards: seven of gradients, seven of activations, then updates and units
+# (without a gradient, of how many; silent, of how many).
 SQUARES, SUM, NONZERO, NONFINITE, ELEMENTS, GOOD, BAD = range(7)
-GRADIENT, ACTIVATION, UPDATE, WEIGHT, DEAD_UNITS, UNITS, WIDTH = 0, 7, 14, 15, 16, 17, 18
+GRADIENT, ACTIVATION, UPDATE, WEIGHT, DEAD_UNITS, UNITS, SILENT_UNITS, SEEN_UNITS, WIDTH = 0, 7, 14, 15, 16, 17, 18, 19, 20
 
 
 def sums_of(x: Tensor, by_unit: Tensor | None = None) -> list[Tensor]:
@@ -49,6 +50,8 @@ def layer_of(name: str, row: list[float]) -> Layer:
     gradient, activation = _statistics(row[GRADIENT:ACTIVATION]), _statistics(row[ACTIVATION:UPDATE])
     found: dict[str, float | None] = {f"activation_{k}": v for k, v in activation.items() if k != "norm"}
     dead = row[DEAD_UNITS] / row[UNITS] if row[UNITS] else None
+    if dead is not None and row[SEEN_UNITS]:
+        dead = min(dead, row[SILENT_UNITS] / row[SEEN_UNITS])  # a silent unit gets no gradient; shards know the numbers, not which
     return Layer(name, **gradient, **found, dead=dead, update=root(row[UPDATE], row[WEIGHT]))
 
 

@@ -12,13 +12,13 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch._subclasses.fake_tensor import FakeTensor
 from torch.amp.grad_scaler import OptState
 from torch.nn.parallel import DistributedDataParallel
 
-from ..backends.library import functorch_active
 from ..dtensor import is_dtensor, local
+from ..nn import LinearActivation
 from .judge import judge
+from .outputs import LAYERS, Look, Outputs
 from .reading import Layer, Reading, Verdict
 from .sums import (
     ACTIVATION,
@@ -26,6 +26,8 @@ from .sums import (
     GRADIENT,
     NONFINITE,
     NONZERO,
+    SEEN_UNITS,
+    SILENT_UNITS,
     SQUARES,
     SUM,
     UNITS,
@@ -73,7 +75,8 @@ class GradientMonitor:
     - *exploding*: the norm is 100 times what the older half of the history knew, or an update is larger than the weights, or gradients or
       activations grow by four decades through the network;
     - *vanishing*: they fall by as much, or a layer's part of the norm falls to a thousandth of its own past;
-    - *dead units*: three quarters of a layer's units get no gradient at all in a window, or a quarter more than once did;
+    - *dead units*: three quarters of a layer's units are silent and get no gradient at all in a window, or a quarter more than once did.
+      Without outputs, silence of the gradients must last four readings;
     - *non-finite*: NaN or infinity, in the layer where it begins.
 
     One step down to rounding noise between two layers is no vanishing: the gradient of the sum of a normalised output is zero, and
@@ -128,11 +131,11 @@ class GradientMonitor:
         self.steps = 0
         named = [(n, m) for n, m in inner.named_modules() if m._parameters or not any(m.children())]
         self.names = [n or type(m).__name__ for n, m in named]
-        self._modules = [m for _, m in named]
+        self._model, self._modules = inner, [m for _, m in named]
         self._stride = every // measure
         self._hooks: list[Any] = []
         self._normalised = {n for n, m in zip(self.names, self._modules, strict=True) if NORMALISED.search(type(m).__name__)}
-        self._seen: list[tuple[int, list[Tensor]]] = []  # row and sums of an output
+        self._outputs = Outputs({row for row, m in enumerate(self._modules) if isinstance(m, LinearActivation)})
         self._removed = False
         self._called: list[int] = []  # rows in the order of forward
         self._before: list[tuple[int, nn.Parameter, Tensor, float]] = []  # row, parameter, its value before the update, part
@@ -168,7 +171,8 @@ class GradientMonitor:
         for hook in self._hooks:
             hook.remove()
         self._hooks, self._before, self._alive, self._table, self._removed = [], [], {}, None, True
-        self._seen.clear()  # the hooks hold this very list
+        self._outputs.end_step()
+        self._outputs.end_window()
 
     def __enter__(self) -> GradientMonitor:
         return self
@@ -216,7 +220,8 @@ class GradientMonitor:
 
     def state_dict(self) -> dict[str, Any]:
         """For a checkpoint: the steps counted, the history and the open window, without the update that follows a step just measured."""
-        window = {"table": None if self._table is None else self._table.clone(), "alive": dict(self._alive)}
+        table = None if self._table is None else self._table.clone()
+        window = {"table": table, "alive": dict(self._alive), "ranges": dict(self._outputs.ranges), "passed": list(self._outputs.passed)}
         return {"steps": self.steps, "history": [asdict(r) for r in self.history], "window": window}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
@@ -228,9 +233,11 @@ class GradientMonitor:
         for r in state["history"]:
             layers, verdicts = tuple(Layer(**x) for x in r["layers"]), tuple(Verdict(**v) for v in r["verdicts"])
             self.history.append(Reading(**{**r, "layers": layers, "verdicts": verdicts}))
-        table, device = state["window"]["table"], next(p.device for m in self._modules for p in m.parameters())
-        self._table = None if table is None else table.to(device)
-        self._alive = {row: (alive.to(device), part) for row, (alive, part) in state["window"]["alive"].items()}
+        window, device = state["window"], next(p.device for m in self._modules for p in m.parameters())
+        self._table = None if window["table"] is None else window["table"].to(device)
+        self._alive = {row: (alive.to(device), part) for row, (alive, part) in window["alive"].items()}
+        self._outputs.ranges = {stage: (least.to(device), most.to(device)) for stage, (least, most) in window["ranges"].items()}
+        self._outputs.passed = set(window["passed"])
         self._watch()
 
     def _measured(self, place: int) -> bool:
@@ -242,7 +249,8 @@ class GradientMonitor:
         """Puts the forward hooks on before a measured step and takes them off after it."""
         wanted = self.activations and self._measured(self.steps % self.every + 1)
         if wanted and not self._hooks:
-            self._hooks = [m.register_forward_hook(_Look(row, self._seen)) for row, m in enumerate(self._modules)]
+            self._hooks = [m.register_forward_hook(Look(row, self._outputs)) for row, m in enumerate(self._modules)]
+            self._hooks.append(self._model.register_forward_hook(Look(None, self._outputs)))
         elif not wanted and self._hooks:
             for hook in self._hooks:
                 hook.remove()
@@ -251,13 +259,14 @@ class GradientMonitor:
     def _gradients(self) -> Iterator[tuple[int, nn.Parameter, Tensor, float, bool]]:
         """Row, parameter, this rank's gradient, what it counts for among the ranks, and whether each of its rows is an output unit."""
         seen: set[int] = set()
-        found = [(r, p) for r, m in enumerate(self._modules) for p in m._parameters.values() if p is not None and p.grad is not None]
-        self._mesh = _mesh([p for _, p in found])
-        for row, p in found:
+        named = [(r, name, p) for r, m in enumerate(self._modules) for name, p in m._parameters.items()]
+        found = [(r, name, p) for r, name, p in named if p is not None and p.grad is not None]
+        self._mesh = _mesh([p for *_, p in found])
+        for row, name, p in found:
             if id(p) in seen:
                 continue
             seen.add(id(p))
-            units, part = isinstance(self._modules[row], (nn.Linear, nn.Conv1d, nn.Conv2d, nn.Conv3d)), 1.0
+            units, part = isinstance(self._modules[row], tuple(LAYERS)) and name in ("weight", "bias"), 1.0
             if self._mesh is not None:
                 placements = getattr(p.grad, "placements", ())
                 if any(at.is_partial() for at in placements):
@@ -283,11 +292,11 @@ class GradientMonitor:
                 self._before.append((row, p, local(p).clone(), part))
         if rows:
             self._add(GRADIENT, rows, parts, table, self._inverse_scale())
-        if self._seen:
-            rows, table = [row for row, _ in self._seen], [s for _, sums in self._seen for s in sums]
-            self._called = list(dict.fromkeys(rows))
-            self._seen.clear()
+        if seen := self._outputs.sums:
+            rows, table = [row for row, _ in seen], [s for _, sums in seen for s in sums]
+            self._called = list(dict.fromkeys(self._outputs.called))
             self._add(ACTIVATION, rows, [1 / self._ranks()] * len(rows), table)
+        self._outputs.end_step()
 
     def _add(self, first: int, rows: list[int], parts: list[float], table: list[Tensor], scale: Tensor | None = None) -> None:
         """Adds one step. A layer with anything non-finite counts as a bad step, with no norm and no mean."""
@@ -360,6 +369,9 @@ class GradientMonitor:
             for row, (alive, part) in self._alive.items():
                 self._table[row, DEAD_UNITS] = (alive == 0).sum() * part
                 self._table[row, UNITS] = alive.numel() * part
+            for row, silent in self._outputs.silent():
+                self._table[row, SILENT_UNITS] = silent.sum()
+                self._table[row, SEEN_UNITS] = silent.numel()
             if self._mesh is not None:
                 for dim in range(self._mesh.ndim):
                     torch.distributed.all_reduce(self._table, group=self._mesh.get_group(dim))
@@ -367,6 +379,7 @@ class GradientMonitor:
             layers = [layer_of(name, row) for name, row in zip(self.names, table, strict=True)]
             update = root(sum(row[UPDATE] for row in table), sum(row[WEIGHT] for row in table))
         self._table, self._alive = None, {}
+        self._outputs.end_window()
         norms = [layer.norm for layer in layers if layer.norm is not None]
         reading = Reading(self.steps, math.sqrt(sum(n * n for n in norms)) if norms else math.nan, update, tuple(layers))
         scaled = self.scaler is not None and self.scaler.is_enabled()
@@ -375,35 +388,6 @@ class GradientMonitor:
         if self.writer is not None and (not torch.distributed.is_initialized() or torch.distributed.get_rank() == 0):
             self.writer.write(reading)
         return reading
-
-
-class _Look:
-    """A forward hook that adds up a module's output, in training only: a validation pass without gradients is none of ours, nor is a trace.
-
-    A copy of the module, and what is loaded from a file, is watched by nobody.
-    """
-
-    def __init__(self, row: int, seen: list[tuple[int, list[Tensor]]]) -> None:
-        self._row, self._seen = row, seen
-
-    def __call__(self, module: nn.Module, args: Any, output: Any) -> None:
-        first = output[0] if isinstance(output, (tuple, list)) and output else output
-        if torch.compiler.is_compiling() or not torch.is_grad_enabled() or not isinstance(first, Tensor) or not first.is_floating_point():
-            return
-        if functorch_active() or torch.jit.is_tracing() or isinstance(first, FakeTensor):
-            return
-        with torch.no_grad():
-            self._seen.append((self._row, sums_of(local(first.detach()))))
-
-    def __reduce__(self) -> tuple[Any, ...]:
-        return _Unwatched, ()
-
-
-class _Unwatched:
-    """What a copy of :class:`_Look` is."""
-
-    def __call__(self, module: nn.Module, args: Any, output: Any) -> None:
-        pass
 
 
 def _mesh(parameters: list[Any]) -> Any:
