@@ -173,3 +173,20 @@ def test_zero_grad() -> None:
     assert torch.equal(params[0].grad, torch.zeros(2))
     optimizer.zero_grad()
     assert [p.grad for p in params] == [None, None]
+
+
+def test_zero_grad_and_step_compiled() -> None:
+    p = Parameter(torch.zeros(2))
+    optimizer = optim.SGD([p], lr=1.0)
+
+    def step() -> None:
+        optimizer.step()
+        optimizer.zero_grad()
+
+    torch._dynamo.reset()
+    compiled = torch.compile(step, backend="aot_eager")
+    for _ in range(3):
+        p.grad = torch.ones(2)
+        compiled()
+        assert p.grad is None
+    assert torch.equal(p, torch.full((2,), -3.0))
