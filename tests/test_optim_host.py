@@ -157,7 +157,7 @@ def test_a_subclass_with_a_step_of_its_own_runs_hooks_once() -> None:
 def test_a_profiler_sees_step_and_zero_grad_by_name() -> None:
     optimizer = optim.AdamW([Parameter(torch.zeros(2))])
     one_step(optimizer)
-    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU]) as profile:
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], acc_events=True) as profile:
         one_step(optimizer)
         optimizer.zero_grad()
     names = {event.key for event in profile.key_averages()}
