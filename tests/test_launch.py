@@ -89,7 +89,9 @@ def test_one_bfloat16_storage_under_two_names():
 
 
 def key(*args, kernel=_double, warps=4, stages=3, **constexprs):
-    return launcher._key(kernel, warps, stages, args, constexprs)
+    tensors = sum(a is None or isinstance(a, torch.Tensor) for a in args)
+    key_of, _ = launcher._written_out(tensors, len(args) - tensors, {}, None, ())
+    return launcher._variant(kernel, warps, stages, constexprs), key_of(*args)
 
 
 def aligned(dtype=torch.float32):
@@ -178,7 +180,7 @@ def gpus(monkeypatch):
     monkeypatch.setattr(torch.cuda, "device", guard)
     monkeypatch.setattr(torch._C, "_cuda_getDevice", lambda: current[0], raising=False)
     monkeypatch.setattr(torch._C, "_cuda_getCurrentRawStream", lambda index: f"stream {index} of {current[0]}", raising=False)
-    monkeypatch.setattr(launcher, "_compiled", {})
+    monkeypatch.setattr(launcher, "_bound", {})
     return seen
 
 
@@ -198,6 +200,34 @@ def test_a_compiled_kernel_gets_the_arguments_that_triton_gives_it(index, guards
     stream = f"stream {index} of {index}"
     assert kernel.compiled.calls == [(7, 1, 1, stream, "function", "packed", None, None, None, x, y, 64, 16)]
     assert gpus == guards
+
+
+def test_a_bound_launcher_that_is_kept(gpus):
+    kernel, x, made = _Kernel(), on_gpu(0), []
+
+    @launcher.kept
+    def bound(scale, *more):
+        made.append((scale, *more))
+        return launcher.bind(kernel, 2, 1, BLOCK=16, num_warps=8)
+
+    for n in (48, 64, 49):
+        bound(0.0)(7, x, x, n)
+    bound(0.0)(0, x, x, 48)
+    assert len(kernel.compilations) == 2
+    assert kernel.compilations[1] == ((x, x, 49), (7,), {"BLOCK": 16, "num_warps": 8, "num_stages": 3})
+    assert [call[11] for call in kernel.compiled.calls] == [64]
+    assert bound(-0.0) is not bound(0.0)
+    assert bound(1.0, 2.0) is bound(1.0, 2.0)
+    assert list(map(str, made)) == ["(0.0,)", "(-0.0,)", "(1.0, 2.0)"]
+
+
+def test_an_absent_tensor_may_be_there_the_next_time(gpus):
+    kernel, x, odd = _Kernel(), on_gpu(0), aligned()[1:].as_subclass(_OnGpu)
+    odd.index = 0
+    for y in (None, x, None, odd):
+        launch(kernel, 7, x, y, 64, BLOCK=16)
+    assert [args[1] is None for args, *_ in kernel.compilations] == [True, False, False]
+    assert len(kernel.compiled.calls) == 1
 
 
 def test_a_kernel_is_compiled_on_the_gpu_of_its_tensors(gpus):

@@ -13,7 +13,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .launch import cdiv, launch
+from .launch import bind, cdiv, kept
 
 
 @triton.jit
@@ -352,17 +352,27 @@ def like(t: Tensor, layout: Tensor) -> Tensor:
     return t if t.stride() == layout.stride() else torch.empty_like(layout, dtype=t.dtype).copy_(t)
 
 
+@kept
+def _bound_forward(name: str, *parameters: float) -> Any:
+    return bind(_forward, 2, 1, **constants(name, 0, parameters), BLOCK=BLOCK)
+
+
+@kept
+def _bound_backward(warps: int, name: str, *parameters: float) -> Any:
+    return bind(_backward, 3, 1, **constants(name, 1, parameters), BLOCK=BLOCK, num_warps=warps)
+
+
 def forward(name: str, x: Tensor, *parameters: float) -> Tensor:
     """y = f(x), in the dtype of x, and in its strides if they have neither gaps nor overlaps."""
-    y = torch.empty_like(x)
-    launch(_forward, cdiv(x.numel(), BLOCK), like(x, y), y, x.numel(), **constants(name, 0, parameters), BLOCK=BLOCK)
+    y, n = torch.empty_like(x), x.numel()
+    _bound_forward(name, *parameters)(cdiv(n, BLOCK), like(x, y), y, n)
     return y
 
 
 def forward_(name: str, x: Tensor, *parameters: float) -> None:
     """y = f(x) over x."""
     if x.is_contiguous():
-        launch(_forward, cdiv(x.numel(), BLOCK), x, x, x.numel(), **constants(name, 0, parameters), BLOCK=BLOCK)
+        _bound_forward(name, *parameters)(cdiv(x.numel(), BLOCK), x, x, x.numel())
     else:
         x.copy_(forward(name, x, *parameters))
 
@@ -372,7 +382,8 @@ def backward(name: str, dy: Tensor, saved: Tensor, *parameters: float) -> Tensor
     dx = torch.empty_like(saved)
     dy, saved = like(dy, dx), like(saved, dx)
     warps = 8 if dx.dtype == torch.float64 else 4  # float64 takes two registers a number: at four warps silu spills on sm_80
-    launch(_backward, cdiv(dx.numel(), BLOCK), dy, saved, dx, dx.numel(), **constants(name, 1, parameters), BLOCK=BLOCK, num_warps=warps)
+    n = dx.numel()
+    _bound_backward(warps, name, *parameters)(cdiv(n, BLOCK), dy, saved, dx, n)
     return dx
 
 

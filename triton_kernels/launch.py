@@ -1,14 +1,15 @@
 """The one way a kernel is launched: device guard, empty work returns early, and a cache of compiled kernels with a cheap key.
 
-A kernel takes its runtime arguments first and its ``tl.constexpr`` parameters last. ``kernel[grid](...)`` binds and specialises at every
-call; here the compiled kernel is kept under a key of our own, and a launch that hits it goes straight to the driver.
+A kernel takes its runtime arguments first, tensors before numbers, and its ``tl.constexpr`` parameters last. ``kernel[grid](...)`` binds
+and specialises at every call. Here the compiled kernel is kept under a key of our own, and a launch that finds it goes straight to the
+driver.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from functools import cache
+from functools import cache, wraps
 from typing import Any
 
 import numpy as np
@@ -20,15 +21,15 @@ from triton.runtime.jit import JITFunction
 
 _HIP = torch.version.hip is not None
 
-_compiled: dict[Any, Any] = {}
-_observer: Callable[..., None] | None = None
+_bound: dict[Any, Callable[..., None]] = {}
+_observers: list[Callable[..., None]] = []
 
 
 def launch(kernel: Any, programs: int, *args: Any, num_warps: int = 4, num_stages: int = 3, **constexprs: Any) -> None:
     """Runs ``kernel`` on a grid of ``programs`` programs (all on axis x, whose limit is 2**31 - 1).
 
     Args:
-        args: the runtime arguments in the order of the kernel's signature: tensors, numbers, or None for an absent tensor.
+        args: the runtime arguments in the order of the kernel's signature: tensors, or None for an absent one, then numbers.
         constexprs: the kernel's constexpr parameters, in the order of its signature.
 
     Raises:
@@ -37,69 +38,116 @@ def launch(kernel: Any, programs: int, *args: Any, num_warps: int = 4, num_stage
     """
     if programs == 0:
         return
-    compiled = isinstance(kernel, JITFunction)
-    if compiled and _observer is None:
-        key = _key(kernel, num_warps, num_stages, args, constexprs)
-        known = _compiled.get(key)
-        if known is not None and not knobs.runtime.launch_enter_hook.calls and not knobs.runtime.launch_exit_hook.calls:
-            index, run, function, metadata = known
-            if index != torch._C._cuda_getDevice():
-                with torch.cuda.device(index):
-                    launch(kernel, programs, *args, num_warps=num_warps, num_stages=num_stages, **constexprs)
-                return
-            stream = torch._C._cuda_getCurrentRawStream(index)
-            run(programs, 1, 1, stream, function, metadata, None, None, None, *args, *constexprs.values())
-            return
-    device = _device(kernel, args)
-    given = args
-    if not compiled and device.type != "meta":
-        args = _in_float32(args)
-    if _observer is not None:
-        _observer(kernel, programs, args, constexprs, {"num_warps": num_warps, "num_stages": num_stages})
-    if device.type == "meta":
-        return
-    _check_order(kernel, args, constexprs)
-    options = {"num_warps": num_warps, "num_stages": num_stages}
-    if compiled:
-        with torch.cuda.device(device):
-            binary = kernel[(programs,)](*args, **constexprs, **options)
-        ready = device.index, binary.run, binary.function, binary.packed_metadata
-        _compiled[_key(kernel, num_warps, num_stages, args, constexprs)] = ready
-    else:
-        _take_arrays_of_one_element_as_integers()
-        with np.errstate(all="ignore"):  # a GPU says nothing of an overflow, nor of what masked lanes compute
-            kernel[(programs,)](*args, **constexprs, **options)
-        _round_back(given, args)
+    variant = _variant(kernel, num_warps, num_stages, constexprs)
+    bound = _bound.get(variant)
+    if bound is None:
+        tensors = next((i for i, a in enumerate(args) if isinstance(a, (int, float))), len(args))
+        bound = _bound[variant] = bind(kernel, tensors, len(args) - tensors, num_warps=num_warps, num_stages=num_stages, **constexprs)
+    bound(programs, *args)
 
 
-def _key(kernel: Any, num_warps: int, num_stages: int, args: tuple[Any, ...], constexprs: dict[str, Any]) -> tuple[Any, ...]:
-    """All that a compiled kernel depends on: device, dtype and 16-byte alignment of a pointer; an integer's width and divisibility by 16.
+def bind(kernel: Any, tensors: int, numbers: int, *, num_warps: int = 4, num_stages: int = 3, **constexprs: Any) -> Callable[..., None]:
+    """``launch`` for one choice of the constexprs, as a function ``bound(programs, *args)``: half the cost of a call, if it is kept.
 
-    Tensors of two devices give a key that no kernel has. Functions stand for themselves by ``id`` (a compiled kernel keeps them alive):
-    Triton hashes them by their source, at every call.
+    Args:
+        tensors, numbers: how many of the runtime arguments are tensors (or None), and how many numbers.
+
+    Raises:
+        TypeError: a constexpr is missing, or they are not in order.
     """
-    key: list[Any] = [id(kernel), num_warps, num_stages]
-    add = key.append
-    for a in args:
-        kind = type(a)
-        if kind is int:
-            add(1 if a == 1 else (a % 16 == 0, -(2**31) <= a < 2**31))
-        elif a is None or kind is float or kind is bool:
-            add(kind)
-        else:
-            key += a.get_device(), a.dtype, not a.data_ptr() & 15
-            if _HIP:  # AMD's buffer instructions reach 2 GiB
-                add(a.untyped_storage().nbytes() < 2**31)
-    for c in constexprs.values():
-        add(id(c) if type(c) is JITFunction else c or repr(c))  # 0.0, -0.0 and False are equal, and not the same
-    return tuple(key)
-
-
-def _check_order(kernel: Any, args: tuple[Any, ...], constexprs: dict[str, Any]) -> None:
-    """A launch from the cache passes every argument by position."""
-    names = kernel.arg_names[len(args) :]
+    names = kernel.arg_names[tensors + numbers :]
     if names != list(constexprs):
         raise TypeError(f"{kernel.__name__} takes the constexprs {names}, all of them and in this order, but was given {list(constexprs)}")
+    options = {"num_warps": num_warps, "num_stages": num_stages}
+    compiled: dict[tuple[Any, ...], Any] | None = {} if isinstance(kernel, JITFunction) else None
+
+    def by_triton(programs: int, *args: Any) -> None:
+        """Every launch but those of a kernel that is compiled, on the current device, when nobody looks."""
+        if programs == 0:
+            return
+        device = _device(kernel, args)
+        given = args
+        if compiled is None and device.type != "meta":
+            args = _in_float32(args)
+        for observer in _observers[-1:]:
+            observer(kernel, programs, args, constexprs, options)
+        if device.type == "meta":
+            return
+        if compiled is None:
+            _take_arrays_of_one_element_as_integers()
+            with np.errstate(all="ignore"):  # a GPU says nothing of an overflow, nor of what masked lanes compute
+                kernel[(programs,)](*args, **constexprs, **options)
+            _round_back(given, args)
+            return
+        with torch.cuda.device(device):
+            hooked = knobs.runtime.launch_enter_hook.calls or knobs.runtime.launch_exit_hook.calls  # which see every launch
+            if (key := key_of(*args)) in compiled and not _observers and not hooked:
+                bound(programs, *args)
+                return
+            binary = kernel[(programs,)](*args, **constexprs, **options)
+        compiled[key] = device.index, binary.run, binary.function, binary.packed_metadata
+
+    if compiled is None:
+        return by_triton
+    key_of, bound = _written_out(tensors, numbers, compiled, by_triton, tuple(constexprs.values()))
+    return bound
+
+
+def kept(make: Callable[..., Callable[..., None]]) -> Callable[..., Callable[..., None]]:
+    """Decorator of a function that binds: what it made for these arguments, strings and numbers, is made once."""
+    made: dict[tuple[Any, ...], Callable[..., None]] = {}
+
+    @wraps(make)
+    def get(*args: Any) -> Callable[..., None]:
+        key = tuple([a or repr(a) for a in args])  # 0.0 and -0.0 are equal, and not the same
+        found = made.get(key)
+        if found is None:
+            found = made[key] = make(*args)
+        return found
+
+    return get
+
+
+def _variant(kernel: Any, num_warps: int, num_stages: int, constexprs: dict[str, Any]) -> tuple[Any, ...]:
+    """What a launcher is kept under. Functions stand for themselves by ``id`` (what is compiled of them keeps them alive): Triton hashes
+    them by their source, at every call."""
+    return id(kernel), num_warps, num_stages, *[id(c) if type(c) is JITFunction else c or repr(c) for c in constexprs.values()]
+
+
+def _written_out(
+    tensors: int, numbers: int, compiled: dict[tuple[Any, ...], Any], by_triton: Callable[..., None], constexprs: tuple[Any, ...]
+) -> tuple[Callable[..., tuple[Any, ...]], Callable[..., None]]:
+    """The key of some arguments, and a launch of them, argument by argument: a loop over them would take twice as long.
+
+    The key holds all that a compiled kernel depends on: device, dtype and 16-byte alignment of a pointer; an integer's width and
+    divisibility by 16. Tensors of two devices give a key that no kernel has.
+    """
+    names = [f"a{i}" for i in range(tensors + numbers)]
+    reach = ", {0}.untyped_storage().nbytes() < 2147483648" if _HIP else ""  # AMD's buffer instructions reach 2 GiB
+    tensor = "{0} if {0} is None else ({0}.get_device(), {0}.dtype, not {0}.data_ptr() & 15" + reach + ")"
+    number = "({0} == 1 or ({0} & 15 == 0, -2147483648 <= {0} < 2147483648)) if type({0}) is int else type({0})"
+    key = "".join(f"{part}, " for part in [tensor.format(a) for a in names[:tensors]] + [number.format(a) for a in names[tensors:]])
+    args = ", ".join(names)
+    source = f"""
+def key_of({args}):
+    return ({key})
+
+def bound(programs, {args}):
+    ready = get(({key}))
+    if (
+        ready is None or ready[0] != device() or observers or programs == 0
+        or runtime.launch_enter_hook.calls or runtime.launch_exit_hook.calls
+    ):
+        by_triton(programs, {args})
+    else:
+        ready[1](programs, 1, 1, stream(ready[0]), ready[2], ready[3], None, None, None, {args}, *constexprs)
+"""
+    space: dict[str, Any] = {
+        "get": compiled.get, "observers": _observers, "runtime": knobs.runtime, "by_triton": by_triton, "constexprs": constexprs,
+        "device": getattr(torch._C, "_cuda_getDevice", None), "stream": getattr(torch._C, "_cuda_getCurrentRawStream", None),
+    }  # fmt: skip
+    exec(source, space)
+    return space["key_of"], space["bound"]
 
 
 @cache
@@ -157,12 +205,11 @@ def _device(kernel: Any, args: tuple[Any, ...]) -> torch.device:
 @contextmanager
 def observed(observer: Callable[..., None]) -> Iterator[None]:
     """Calls ``observer(kernel, programs, args, constexprs, options)`` before each launch. On meta tensors nothing else happens."""
-    global _observer
-    previous, _observer = _observer, observer
+    _observers.append(observer)
     try:
         yield
     finally:
-        _observer = previous
+        _observers.pop()
 
 
 def multiprocessors(device: torch.device) -> int:

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
 from .activation import BLOCK, upcast
-from .launch import cdiv, launch
+from .launch import bind, cdiv, kept
 
 
 @triton.jit
@@ -24,13 +26,19 @@ def _scale(G, DY, DX, n, IN_PLACE: tl.constexpr, BLOCK: tl.constexpr):
     tl.store(DX + start + offsets, (dy * g).to(DX.dtype.element_ty), inside)
 
 
+@kept
+def _bound(in_place: bool) -> Any:
+    return bind(_scale, 3, 1, IN_PLACE=in_place, BLOCK=BLOCK)
+
+
 def scale(grad: Tensor, dy: Tensor) -> Tensor:
     """dy g in a new tensor, for a dense ``grad`` of any strides."""
-    dx = torch.empty_like(grad)
-    launch(_scale, cdiv(grad.numel(), BLOCK), grad, dy, dx, grad.numel(), IN_PLACE=False, BLOCK=BLOCK)
+    dx, n = torch.empty_like(grad), grad.numel()
+    _bound(False)(cdiv(n, BLOCK), grad, dy, dx, n)
     return dx
 
 
 def scale_(grad: Tensor, dy: Tensor) -> None:
     """dy g over ``grad``, which is dense."""
-    launch(_scale, cdiv(grad.numel(), BLOCK), grad, dy, grad, grad.numel(), IN_PLACE=True, BLOCK=BLOCK)
+    n = grad.numel()
+    _bound(True)(cdiv(n, BLOCK), grad, dy, grad, n)
