@@ -254,7 +254,7 @@ class Bucket:
 
     @cached_property
     def parts(self) -> list[Part]:
-        """Small tensors and others, each in their order; all together where few of many kinds are small."""
+        """Small tensors and others, each in their order; all together where only few are small."""
         params = self.flats
         if self._contiguous:  # the shapes of the gradients, as :meth:`grads` returns them
             params = [t.view(shape) for t, shape in zip(params, self._shapes, strict=True)]
