@@ -37,6 +37,10 @@ def at_least(least: int) -> Callable[[str], int]:
     return whole_number
 
 
+#: what to do with a checkpoint that cannot be used
+ANEW = "delete it, or name another folder by --out, to start anew"
+
+
 def options(name: str, description: str | None, **own: int | tuple[str, ...]) -> argparse.Namespace:
     """The command line of the example ``name``: --out, --device, --backend, --seed, and its ``own``: a count's default, or the choices.
 
@@ -81,17 +85,16 @@ def load(path: Path, settings: dict[str, Any]) -> dict[str, Any] | None:
     """The checkpoint at ``path``, or None if there is none. Leaves the program where it is damaged or of other settings."""
     if not path.exists():
         return None
-    anew = "delete it, or name another folder by --out, to start anew"
     try:
         content = path.read_bytes()
         state = torch.load(io.BytesIO(content), weights_only=True)
         saved = dict(state["settings"])
     except Exception as error:  # whatever a damaged file makes the reader raise
-        sys.exit(f"cannot read the checkpoint {path} ({type(error).__name__}): {anew}")
+        sys.exit(f"cannot read the checkpoint {path} ({type(error).__name__}): {ANEW}")
     if sha256(content[:-32]).digest() != content[-32:]:
-        sys.exit(f"cannot use the checkpoint {path}: it is damaged, its checksum is not that of its content; {anew}")
+        sys.exit(f"cannot use the checkpoint {path}: it is damaged, its checksum is not that of its content; {ANEW}")
     if changed := [f"{k} {saved.get(k)!r}, now {settings.get(k)!r}" for k in settings | saved if saved.get(k) != settings.get(k)]:
-        sys.exit(f"the checkpoint {path} is of a run with other settings ({'; '.join(changed)}): repeat those; or {anew}")
+        sys.exit(f"the checkpoint {path} is of a run with other settings ({'; '.join(changed)}): repeat those; or {ANEW}")
     return state
 
 

@@ -30,7 +30,7 @@ try:
     import torch
     import torch.distributed as dist
     import torch.distributed.checkpoint as dcp
-    from common import options, plt, save, write
+    from common import ANEW, options, plt, save, write
     from digits import MOMENTUM, RATE, data, our_model
     from torch import Tensor
     from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict, get_state_dict, set_state_dict
@@ -45,7 +45,6 @@ except ImportError as error:
 
 BATCH = 128  # of all ranks together
 CHECKSUMS = "checksums.json"
-ANEW = "delete it, or name another folder by --out, to start anew"
 
 
 def join(device: str) -> DeviceMesh:

@@ -99,7 +99,7 @@ def kept(make: Callable[..., Callable[..., None]]) -> Callable[..., Callable[...
 
     @wraps(make)
     def get(*args: Any) -> Callable[..., None]:
-        key = tuple([a or repr(a) for a in args])  # 0.0 and -0.0 are equal, and not the same
+        key = args if all(args) else tuple([a or repr(a) for a in args])  # 0.0 and -0.0 are equal, and not the same
         found = made.get(key)
         if found is None:
             found = made[key] = make(*args)

@@ -16,7 +16,7 @@ import triton.language as tl
 from torch import Tensor
 
 from .activation import BLOCK, constant, like, log1p, upcast
-from .launch import accumulator, cdiv, launch, multiprocessors, next_power_of_2
+from .launch import accumulator, bind, cdiv, kept, multiprocessors, next_power_of_2
 
 NONE, MEAN = 0, 1
 
@@ -285,6 +285,25 @@ def _backward(
         tl.store(DV + start + offsets, (dy * L_V(x, t, v, A, B, C)).to(DV.dtype.element_ty), inside)
 
 
+@kept
+def _bound_forward(reduction: int, name: str, *parameters: Any) -> Any:
+    value, gradient, *_ = DEVICE_FUNCTIONS[name]
+    constants = {"F": value, "L_X": gradient, **_parameters(parameters), "REDUCED": reduction != NONE, "MEAN": reduction == MEAN}
+    return bind(_forward, 6, 2, **constants, BLOCK=BLOCK)
+
+
+@kept
+def _bound_backward(warps: int, scalar: bool, reduction: int, name: str, *parameters: Any) -> Any:
+    value, dx, dt, dv = DEVICE_FUNCTIONS[name]
+    constants = {"F": value, "L_X": dx, "L_T": dt, "L_V": dv, **_parameters(parameters), "SCALAR": scalar, "MEAN": reduction == MEAN}
+    return bind(_backward, 9, 1, **constants, BLOCK=BLOCK, num_warps=warps)
+
+
+@kept
+def _bound_finish(reduction: int, block: int) -> Any:
+    return bind(_finish, 2, 2, MEAN=reduction == MEAN, BLOCK=block)
+
+
 def forward(
     name: str, x: Tensor, t: Tensor, v: Tensor | None, w: Tensor | None, reduction: int, hold: bool, *parameters: Any
 ) -> tuple[Tensor, Tensor]:
@@ -293,20 +312,18 @@ def forward(
     dx = torch.empty_like(x) if hold else None
     layout = dx if dx is not None else x if x.is_contiguous() else torch.empty_like(x)
     operands = [None if a is None else like(a, layout) for a in (x, t, v, w)]
-    value, gradient, *_ = DEVICE_FUNCTIONS[name]
-    constants = {"F": value, "L_X": gradient, **_parameters(parameters), "REDUCED": reduction != NONE, "MEAN": reduction == MEAN}
-    count, blocks = cdiv(n, BLOCK), 1
+    run, count, blocks = _bound_forward(reduction, name, *parameters), cdiv(n, BLOCK), 1
     if reduction == NONE:
         y = torch.empty_like(x)
-        launch(_forward, count, *operands, y, dx, n, blocks, **constants, BLOCK=BLOCK)
+        run(count, *operands, y, dx, n, blocks)
     elif n == 0:
         y = x.new_full((), math.nan if reduction == MEAN else 0.0)
     else:
         blocks = cdiv(count, PROGRAMS * multiprocessors(x.device))
         count = cdiv(count, blocks)
         y, partial = x.new_empty(()), x.new_empty(count, dtype=accumulator(x.dtype))
-        launch(_forward, count, *operands, partial, dx, n, blocks, **constants, BLOCK=BLOCK)
-        launch(_finish, 1, partial, y, count, n, MEAN=reduction == MEAN, BLOCK=next_power_of_2(count))
+        run(count, *operands, partial, dx, n, blocks)
+        _bound_finish(reduction, next_power_of_2(count))(1, partial, y, count, n)
     return y, x.new_empty(0) if dx is None else dx
 
 
@@ -318,13 +335,10 @@ def backward(
     layout = next(g for g in grads if g is not None)
     operands = [None if a is None else like(a, layout) for a in (x, t, v, w)]
     scalar = not any(dy.stride())
-    value, dx, dt, dv = DEVICE_FUNCTIONS[name]
-    constants = {"F": value, "L_X": dx, "L_T": dt, "L_V": dv, **_parameters(parameters), "SCALAR": scalar, "MEAN": reduction == MEAN}
     n = x.numel()
     warps = 8 if x.dtype == torch.float64 else 4  # four gradients of doubles fill the registers of four
-    launch(
-        _backward, cdiv(n, BLOCK), dy if scalar else like(dy, layout), *operands, *grads, n, num_warps=warps, **constants, BLOCK=BLOCK
-    )  # fmt: skip
+    run = _bound_backward(warps, scalar, reduction, name, *parameters)
+    run(cdiv(n, BLOCK), dy if scalar else like(dy, layout), *operands, *grads, n)
     return tuple(x.new_empty(0) if g is None else g for g in grads)
 
 

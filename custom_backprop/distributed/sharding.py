@@ -269,8 +269,8 @@ def _refusal(name: str, tensors: list[DTensor]) -> str:
     elif name == "info_nce":
         ways_out = (
             "every query meets every key: redistribute them (x.redistribute(placements=[Replicate()]), x.full_tensor()); on x.to_local() "
+            "it is another loss, with no negatives but this rank's"
         )
-        ways_out += "it is another loss, with no negatives but this rank's"
     elif "_loss" in name or "entropy" in name or name.startswith(("kl_div", "triplet")):
         ways_out += "; for a mean: reduction='sum', divided by the count"
     return f"{name} cannot be computed shard by shard of inputs placed so: {given}; {ways_out}"
