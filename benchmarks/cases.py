@@ -9,9 +9,11 @@ from typing import Any
 import torch
 
 from custom_backprop.testing import Make, OpSpec
-from custom_backprop.testing.case import is_float, outputs, weights_for
+from custom_backprop.testing.case import is_float, outputs
 
 SIZES = ("small", "medium", "large")
+#: on a GPU, in bfloat16: larger than its L2 cache
+HUGE = "huge"
 DIRECTIONS = ("forward", "forward+backward")
 
 
@@ -43,15 +45,18 @@ class _RestOfNetwork(torch.autograd.Function):
         return grads
 
 
-def pair(spec: OpSpec, size: str, direction: str, device: str = "cpu", dtype: torch.dtype = torch.float32) -> Pair:
-    """Both calls of one op. A loss is followed by a gradient of 1, as in training; another op by random ones, new for each call."""
-    sample = spec.large(Make(device, dtype), size)
+def pair(spec: OpSpec, size: str, direction: str, device: str = "cpu") -> Pair:
+    """Both calls of one op, in float32, in bfloat16 of the size "huge".
+
+    A loss is followed by a gradient of 1, as in training; another op by random ones, new for each call.
+    """
+    sample = spec.large(Make(device, torch.bfloat16 if size == HUGE else torch.float32, there=device == "cuda"), size)
     if direction == "forward":
         args = tuple(a.detach() if isinstance(a, torch.Tensor) else a for a in sample.args)
         return Pair(lambda: spec.function(*args, **sample.kwargs), lambda: spec.reference(*args, **sample.kwargs), tuple)
     leaves = [a for a in sample.args if is_float(a) and a.requires_grad]
     results = outputs(spec.reference(*sample.args, **sample.kwargs))
-    dys = weights_for(results)
+    dys = [torch.randn_like(y) for y in results]
     scalar = results[0].dim() == 0
     del results
 

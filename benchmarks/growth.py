@@ -24,7 +24,7 @@ import custom_backprop
 from custom_backprop.cli.progress import progress
 from custom_backprop.cost import cost
 
-from .measure import cuda_seconds
+from .measure import Recorded, Timer
 from .report import RESULTS, machine_of
 
 
@@ -81,7 +81,8 @@ def slopes(rows: list[dict[str, Any]]) -> dict[str, float]:
 def measured(axis: Axis, device: str, seconds: float) -> list[dict[str, Any]]:
     """One row a size: what a step costs by count, and its seconds, stock and ours: the fastest of rounds that each time every size."""
     rows: list[dict[str, Any]] = []
-    steps: list[tuple[dict[str, Any], str, Callable[[], None]]] = []
+    timers: list[tuple[dict[str, Any], str, Timer]] = []
+    timer_of: Callable[[Callable[[], None]], Timer] = Recorded if device == "cuda" else on_processor
     for size in axis.sizes:
         built, x = axis.build(size)
         model, x = built.to(device), x.to(device)
@@ -90,24 +91,27 @@ def measured(axis: Axis, device: str, seconds: float) -> list[dict[str, Any]]:
         row = {"axis": axis.name, "size": size, "parameters": total.parameters, "flops": total.forward_flops + total.backward_flops}
         rows.append(row | {"saved": total.saved_bytes, "ours_saved": report.ours.total.saved_bytes})
         ours = custom_backprop.convert(copy.deepcopy(model))
-        steps += [(rows[-1], "stock", step(model, x)), (rows[-1], "ours", step(ours, x))]
-    timer = cuda_seconds if device == "cuda" else processor_seconds
-    calls = [max(1, int(2e-3 / timer(run, 3))) for _, _, run in steps]
+        timers += [(rows[-1], "stock", timer_of(step(model, x))), (rows[-1], "ours", timer_of(step(ours, x)))]
+    calls = [max(1, int(2e-3 / timer(3))) for _, _, timer in timers]
     end = time.perf_counter() + seconds * len(axis.sizes)
     rounds = 0
     while rounds < 5 or time.perf_counter() < end:
-        for (found, side, run), count in zip(steps, calls, strict=True):
-            found[side] = min(found.get(side, math.inf), timer(run, count))
+        for (found, side, timer), count in zip(timers, calls, strict=True):
+            found[side] = min(found.get(side, math.inf), timer(count))
         rounds += 1
     return rows
 
 
-def processor_seconds(run: Callable[[], None], calls: int) -> float:
+def on_processor(run: Callable[[], None]) -> Timer:
     """Of one call, in processor time: what other programs take is not in it."""
-    start = time.process_time()
-    for _ in range(calls):
-        run()
-    return (time.process_time() - start) / calls
+
+    def timer(calls: int) -> float:
+        start = time.process_time()
+        for _ in range(calls):
+            run()
+        return (time.process_time() - start) / calls
+
+    return timer
 
 
 def step(model: nn.Module, x: Tensor) -> Callable[[], None]:
@@ -152,8 +156,9 @@ def markdown(machine: dict[str, Any], fitted: dict[str, dict[str, float]]) -> st
         "; ".join(f"{k}: {v}" for k, v in machine.items()) + ".",
         "",
         "Forward + backward: the fastest of rounds, each of which times every size, stock and ours, once; on a CPU in processor time, in",
-        "which other programs have no part but by the caches they share. Slopes by least squares over the upper half of the sizes: 1 is",
-        "linear, 2 quadratic. Flops and bytes are counts (`custom_backprop.cost`, stock). Written by `python -m benchmarks.growth`.",
+        "which other programs have no part but by the caches they share; on a GPU of recorded calls (CUDA graphs). Slopes by least squares",
+        "over the upper half of the sizes: 1 is linear, 2 quadratic. Flops and bytes are counts (`custom_backprop.cost`, stock).",
+        "Written by `python -m benchmarks.growth`.",
         "",
         f"| what grows | sizes | the rest | {' | '.join(FIGURES.values())} |",
         "|---" * (len(FIGURES) + 3) + "|",

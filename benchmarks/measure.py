@@ -7,9 +7,14 @@ import statistics
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
+
+Prepare = Callable[[], tuple[Any, ...]]
+#: calls -> seconds a call
+Timer = Callable[[int], float]
 
 
 @dataclass(frozen=True)
@@ -28,21 +33,31 @@ def compare(
     stock: Callable[..., Any],
     seconds: float = 1.0,
     device: str = "cpu",
-    prepare: Callable[[], tuple[Any, ...]] = tuple,
+    prepare: Prepare = tuple,
+    host: bool = False,
 ) -> Comparison:
     """Times both for about ``seconds`` in all, at least seven pairs, each turn of a pair long enough for the clock.
 
-    ``prepare`` makes the arguments of each call, outside of what is timed.
+    ``prepare`` makes the arguments of each call, outside of what is timed. On a GPU the device's time is taken, of recorded calls, which
+    the host has no part in; with ``host`` the time until calls made one after the other have all run: the longer one of the two.
     """
-    timer = cuda_seconds if device == "cuda" else _cpu_seconds
-    once = max(timer(stock, 3, prepare), timer(ours, 3, prepare))
+    both = ours, stock
+    if device != "cuda":
+        timers: list[Timer] = [partial(_clocked, call, prepare) for call in both]
+    else:
+        try:
+            timers = [partial(_finished, call, prepare) if host else Recorded(call, prepare) for call in both]
+        except RuntimeError:  # a call that waits for the GPU, as stock's gaussian_nll_loss does, cannot be recorded
+            torch.cuda.synchronize()
+            timers = [partial(_finished, call, prepare) for call in both]
+    once = max(timer(3) for timer in timers)
     calls = max(1, int(2e-3 / once))
     pairs = max(7, min(2000, int(seconds / (2 * calls * once))))
     mine, theirs = [], []
     for i in range(pairs):
-        turns = ((mine, ours), (theirs, stock)) if i % 2 else ((theirs, stock), (mine, ours))
-        for times, call in turns:
-            times.append(timer(call, calls, prepare))
+        turns = [(mine, timers[0]), (theirs, timers[1])]
+        for times, timer in turns if i % 2 else turns[::-1]:
+            times.append(timer(calls))
     ratios = sorted(t / m for m, t in zip(mine, theirs, strict=True))
     low, _, high = statistics.quantiles(ratios, n=4)
     return Comparison(statistics.median(mine), statistics.median(theirs), statistics.median(ratios), low, high)
@@ -59,7 +74,7 @@ def keep_freed_memory() -> bool:
     return mallopt is not None and bool(mallopt(trim_threshold, 2**31 - 1)) and bool(mallopt(mmap_max, 0))
 
 
-def _cpu_seconds(call: Callable[..., Any], calls: int, prepare: Callable[[], tuple[Any, ...]]) -> float:
+def _clocked(call: Callable[..., Any], prepare: Prepare, calls: int) -> float:
     given = [prepare() for _ in range(calls)]
     start = time.perf_counter()
     for args in given:
@@ -67,17 +82,42 @@ def _cpu_seconds(call: Callable[..., Any], calls: int, prepare: Callable[[], tup
     return (time.perf_counter() - start) / calls
 
 
-def cuda_seconds(call: Callable[..., Any], calls: int, prepare: Callable[[], tuple[Any, ...]] = tuple) -> float:
-    """By events, the L2 cache overwritten before each call."""
-    flush = torch.empty(256 * 2**20, dtype=torch.int8, device="cuda")
-    total = 0.0
-    for _ in range(calls):
-        args = prepare()
-        flush.zero_()
-        start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-        start.record()
+def _finished(call: Callable[..., Any], prepare: Prepare, calls: int) -> float:
+    """The same until the GPU has finished them."""
+    given = [prepare() for _ in range(calls)]
+    torch.cuda.synchronize()
+    start = time.perf_counter()
+    for args in given:
         call(*args)
+    torch.cuda.synchronize()
+    return (time.perf_counter() - start) / calls
+
+
+class Recorded:
+    """A timer of a CUDA graph, by events: many calls in it if they are short. Inputs of a few megabytes are still in the L2 cache."""
+
+    def __init__(self, call: Callable[..., Any], prepare: Prepare = tuple) -> None:
+        stream = torch.cuda.Stream()
+        stream.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(stream):
+            for _ in range(2):
+                call(*prepare())
+            self._count = max(1, min(20, int(1e-3 / _finished(call, prepare, 3))))
+        torch.cuda.current_stream().wait_stream(stream)
+        given = [prepare() for _ in range(self._count)]
+        self._read = [list(a) if isinstance(a, list) else a for args in given for a in args]  # a call may empty a list that it is given
+        self._graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(self._graph):
+            for args in given:
+                call(*args)
+
+    def __call__(self, calls: int) -> float:
+        start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+        times = max(1, calls // self._count)
+        self._graph.replay()  # the first event then meets a GPU at work
+        start.record()
+        for _ in range(times):
+            self._graph.replay()
         end.record()
         end.synchronize()
-        total += start.elapsed_time(end) * 1e-3
-    return total / calls
+        return start.elapsed_time(end) * 1e-3 / (times * self._count)

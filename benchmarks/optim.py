@@ -16,6 +16,7 @@ from custom_backprop import optim
 from custom_backprop.optim.lion import _Loop
 
 from .measure import compare
+from .report import machine_of
 
 SIZES: dict[str, list[tuple[int, ...]]] = {
     "100 of 64x64": [(64, 64)] * 100,
@@ -33,6 +34,8 @@ OPTIMIZERS: list[tuple[str, dict[str, Any]]] = [
     ("AdamW", {"amsgrad": True}),
     ("Lion", {"weight_decay": 1e-2}),
 ]
+#: what torch has no fused kernel for
+UNFUSED = {"cpu": ("RMSprop",), "cuda": ("RMSprop", "Adagrad")}
 VARIANTS: dict[str, dict[str, bool]] = {"default": {}, "foreach": {"foreach": True}, "fused": {"fused": True}}
 
 
@@ -56,7 +59,9 @@ def main() -> int:
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--seconds", type=float, default=1.0, help="for each ratio")
     args = parser.parse_args()
-    print(f"# torch / ours on {args.device}: above 1 we win\n\n| optimizer | parameters | ours, us | {' | '.join(VARIANTS)} |")
+    print(f"# torch / ours on {args.device}: above 1 we win\n")
+    print("; ".join(f"{k}: {v}" for k, v in machine_of(args.device).items()) + ".\n")
+    print(f"| optimizer | parameters | ours, us | {' | '.join(VARIANTS)} |")
     print("|---" * (len(VARIANTS) + 3) + "|")
     for name, kwargs in OPTIMIZERS:
         if args.names and name not in args.names:
@@ -65,18 +70,18 @@ def main() -> int:
             ours = stepper(getattr(optim, name), shapes, args.device, **kwargs)
             cells, took = [], 0.0
             for variant, flags in VARIANTS.items():
-                if (name == "RMSprop" and variant == "fused") or (name == "Lion" and variant != "default"):
+                if (variant == "fused" and name in UNFUSED[args.device]) or (name == "Lion" and variant != "default"):
                     cells.append("")
                     continue
                 stock = _Loop if name == "Lion" else getattr(torch.optim, name)
-                result = compare(ours, stepper(stock, shapes, args.device, **kwargs, **flags), args.seconds, args.device)
+                result = compare(ours, stepper(stock, shapes, args.device, **kwargs, **flags), args.seconds, args.device, host=True)
                 cells.append(f"{result.ratio:.2f}")
                 took = took or result.ours
             print(f"| {name} {' '.join(kwargs)} | {size} | {took * 1e6:.0f} | {' | '.join(cells)} |", flush=True)
     print("\nAdamW with clipping (max_grad_norm) against clip_grad_norm_ and a fused step:\n")
     for size, shapes in SIZES.items():
         ours = stepper(optim.AdamW, shapes, args.device, max_grad_norm=1.0)
-        result = compare(ours, stepper(torch.optim.AdamW, shapes, args.device, clip=1.0, fused=True), args.seconds, args.device)
+        result = compare(ours, stepper(torch.optim.AdamW, shapes, args.device, clip=1.0, fused=True), args.seconds, args.device, host=True)
         print(f"- {size}: {result.ratio:.2f} ({result.ours * 1e6:.0f} us)", flush=True)
     return 0
 

@@ -21,18 +21,25 @@ from custom_backprop.cli.progress import progress
 from custom_backprop.testing import OpSpec, peak_memory
 from custom_backprop.testing.database import named
 
-from .cases import DIRECTIONS, SIZES, pair
+from .cases import DIRECTIONS, HUGE, SIZES, pair
 from .measure import compare, keep_freed_memory
 from .training import HIDDEN, training_step
 
 RESULTS = Path(__file__).parent / "results"
+
+ON_A_GPU = (
+    "",
+    "Small: calls one after the other, until the GPU has finished them, so that the host's time counts. The others: the GPU's own time, of",
+    "CUDA graphs. Medium and large inputs are in the L2 cache, as the last layer would leave them. Huge is of bfloat16 and larger than it;",
+    "in brackets the time of ours.",
+)
 
 
 def main() -> int:
     parser = argparse.ArgumentParser(prog="python -m benchmarks.report", description=__doc__)
     parser.add_argument("ops", nargs="*", metavar="OP", help="an op, or a family that is no op, all its ops; default: all")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
-    parser.add_argument("--sizes", nargs="+", choices=SIZES, default=SIZES)
+    parser.add_argument("--sizes", nargs="+", choices=(*SIZES, HUGE), help="default: all, without a GPU all but the last")
     parser.add_argument("--seconds", type=float, default=1.0, help="for each ratio")
     parser.add_argument("--allocator", choices=("default", "kept"), default="default", help="of a CPU: as it is, or keeping what is freed")
     parser.add_argument("--out", type=Path, default=RESULTS, metavar="DIR")
@@ -41,11 +48,12 @@ def main() -> int:
         specs = named(args.ops)
     except ValueError as error:
         parser.error(str(error))
+    sizes = args.sizes or (SIZES if args.device == "cpu" else (*SIZES, HUGE))
     kept = args.device == "cpu" and args.allocator == "kept" and keep_freed_memory()
     rows: list[dict[str, Any]] = []
-    with progress(len(specs) * len(args.sizes) * len(DIRECTIONS) + len(HIDDEN), "ratio") as bar:
+    with progress(len(specs) * len(sizes) * len(DIRECTIONS) + len(HIDDEN), "ratio") as bar:
         for spec in specs:
-            for size in args.sizes:
+            for size in sizes:
                 for direction in DIRECTIONS:
                     bar.set_postfix_str(f"{spec.name} {size}")
                     rows.append(_row(spec, size, direction, args.device, args.seconds))
@@ -54,7 +62,7 @@ def main() -> int:
             bar.set_postfix_str("digits training step")
             rows.append(_training(args.device, hidden, args.seconds * 5))
             bar.update()
-    name = f"cpu{'-kept' * kept}" if args.device == "cpu" else torch.cuda.get_device_name().lower().replace(" ", "-")
+    name = f"cpu{'-kept' * kept}" if args.device == "cpu" else card()
     args.out.mkdir(parents=True, exist_ok=True)
     machine = machine_of(args.device)
     if kept:
@@ -64,23 +72,36 @@ def main() -> int:
     _plot(rows, args.out / f"{name}.png")
     print(_markdown(machine, rows, name))
     print(f"wrote {', '.join(str(args.out / f'{name}.{kind}') for kind in ('json', 'md', 'png'))}", file=sys.stderr)
-    return 0
+    return int(any("error" in r for r in rows))
 
 
 def _row(spec: OpSpec, size: str, direction: str, device: str, seconds: float) -> dict[str, Any]:
-    calls = pair(spec, size, direction, device)
     row = {"op": spec.name, "family": spec.family, "size": size, "direction": direction}
-    row |= asdict(compare(calls.ours, calls.stock, seconds, device, calls.prepare))
-    if size == "large" and direction == "forward+backward":
+    try:
+        return row | _measured(spec, size, direction, device, seconds)
+    except RuntimeError as error:  # of memory, say, hours after the first row
+        print(f"{spec.name} {size} {direction}: {error}", file=sys.stderr)
+        return row | {"error": str(error)}
+
+
+def _measured(spec: OpSpec, size: str, direction: str, device: str, seconds: float) -> dict[str, Any]:
+    calls = pair(spec, size, direction, device)
+    row = asdict(compare(calls.ours, calls.stock, seconds, device, calls.prepare, host=size == "small"))
+    if size in ("large", HUGE) and direction == "forward+backward":
         for name, call in (("ours_bytes", calls.ours), ("stock_bytes", calls.stock)):
             row[name] = peak_memory(lambda call=call: call(*calls.prepare()), device)
     return row
 
 
 def _training(device: str, hidden: tuple[int, int], seconds: float) -> dict[str, Any]:
-    result = compare(training_step(True, device, hidden), training_step(False, device, hidden), seconds, device)
+    result = compare(training_step(True, device, hidden), training_step(False, device, hidden), seconds, device, host=True)
     size = " -> ".join(map(str, (64, *hidden, 10)))
     return {"op": "digits training step", "family": "training", "size": size, "direction": "step"} | asdict(result)
+
+
+def card() -> str:
+    """The GPU's name as part of a file's."""
+    return torch.cuda.get_device_name().lower().replace(" ", "-")
 
 
 def machine_of(device: str) -> dict[str, Any]:
@@ -97,21 +118,24 @@ def machine_of(device: str) -> dict[str, Any]:
 
 def _markdown(machine: dict[str, Any], rows: list[dict[str, Any]], name: str) -> str:
     by = {(r["op"], r["size"], r["direction"]): r for r in rows}
+    sizes = [s for s in (*SIZES, HUGE) if any(r["size"] == s for r in rows)]
+    largest = sizes[-1]
     lines = [
         f"# Stock / ours on {name}: above 1 we win",
         "",
         "; ".join(f"{k}: {v}" for k, v in machine.items()) + ".",
         "",
         "Each ratio is the median over pairs of turns, ours and stock alternating in one process. Memory: peak of forward + backward at",
-        "the large size, the incoming gradient included, beyond the inputs. Written by `python -m benchmarks.report`.",
+        f"the {largest} size, the incoming gradient included, beyond the inputs. Written by `python -m benchmarks.report`.",
+        *(ON_A_GPU if HUGE in sizes else ()),
         "",
-        "| op | " + " | ".join(f"{s} {d}" for s in SIZES for d in DIRECTIONS) + " | memory ours / stock, MiB |",
-        "|---" * (len(SIZES) * len(DIRECTIONS) + 2) + "|",
+        "| op | " + " | ".join(f"{s} {d}" for s in sizes for d in DIRECTIONS) + " | memory ours / stock, MiB |",
+        "|---" * (len(sizes) * len(DIRECTIONS) + 2) + "|",
     ]
     for op in dict.fromkeys(r["op"] for r in rows if r["family"] != "training"):
-        cells = [f"{by[op, s, d]['ratio']:.2f}" if (op, s, d) in by else "" for s in SIZES for d in DIRECTIONS]
-        large = by.get((op, "large", "forward+backward"))
-        memory = f"{large['ours_bytes'] / 2**20:.1f} / {large['stock_bytes'] / 2**20:.1f}" if large else ""
+        cells = [_cell(by.get((op, s, d))) for s in sizes for d in DIRECTIONS]
+        last = by.get((op, largest, "forward+backward"), {})
+        memory = f"{last['ours_bytes'] / 2**20:.1f} / {last['stock_bytes'] / 2**20:.1f}" if "ours_bytes" in last else ""
         lines.append(f"| {op} | " + " | ".join(cells) + f" | {memory} |")
     lines += [
         "",
@@ -125,13 +149,20 @@ def _markdown(machine: dict[str, Any], rows: list[dict[str, Any]], name: str) ->
     return "\n".join(lines)
 
 
+def _cell(row: dict[str, Any] | None) -> str:
+    if row is None or "error" in row:
+        return "" if row is None else "failed"
+    return f"{row['ratio']:.2f}" + (f" ({row['ours'] * 1e6:.0f} us)" if row["size"] == HUGE else "")
+
+
 def _plot(rows: list[dict[str, Any]], file: Path) -> None:
     import matplotlib
 
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
 
-    shown = [r for r in rows if r["size"] == "large"]
+    size = HUGE if any(r["size"] == HUGE for r in rows) else "large"
+    shown = [r for r in rows if r["size"] == size and "error" not in r]
     ops = list(dict.fromkeys(r["op"] for r in shown))
     figure, axes = plt.subplots(figsize=(max(6, 0.32 * len(ops)), 5), layout="constrained")
     for offset, direction in enumerate(DIRECTIONS):
@@ -140,7 +171,7 @@ def _plot(rows: list[dict[str, Any]], file: Path) -> None:
     axes.axhline(1, color="black", linewidth=0.8)
     axes.set_xticks([i + 0.2 for i in range(len(ops))], ops, rotation=90)
     axes.set_ylabel("stock / ours (above 1 we win)")
-    axes.set_title("large size, float32")
+    axes.set_title(f"{size} size, {'bfloat16' if size == HUGE else 'float32'}")
     axes.legend()
     figure.savefig(file, dpi=110)
     plt.close(figure)

@@ -11,8 +11,13 @@ from torch import Tensor
 from ... import functional, nn
 from ..spec import Make, OpSpec, Sample
 
-SIZES = {"small": (64, 64), "medium": (256, 256), "large": (1024, 32000)}
-NLL_SIZES = {"small": (64, 64), "medium": (4096, 16), "large": (2**18, 32)}  # many rows: forward reads one number of each
+SIZES = {"small": (64, 64), "medium": (256, 256), "large": (1024, 32000), "huge": (8192, 131072)}
+NLL_SIZES = {
+    "small": (64, 64),
+    "medium": (4096, 16),
+    "large": (2**18, 32),
+    "huge": (2**20, 64),
+}  # many rows: forward reads one number of each
 
 
 def _classes(make: Make, *shape: int, high: int) -> Tensor:

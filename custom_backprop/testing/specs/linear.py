@@ -11,7 +11,7 @@ from torch import Tensor
 from ... import functional, nn
 from ..spec import Make, OpSpec, Sample
 
-SIZES = {"small": (64, 64, 64), "medium": (256, 256, 256), "large": (1024, 1024, 1024)}
+SIZES = {"small": (64, 64, 64), "medium": (256, 256, 256), "large": (1024, 1024, 1024), "huge": (16384, 4096, 4096)}
 
 
 # gradcheck runs a call twice an element of its inputs, so these are small; tests/test_linear.py meets the larger ones

@@ -13,7 +13,7 @@ from ... import functional, nn
 from ...formulas.loss import LOSSES
 from ..spec import Make, OpSpec, Sample
 
-SIZES = {"small": (64, 64), "medium": (256, 256), "large": (1024, 1024)}
+SIZES = {"small": (64, 64), "medium": (256, 256), "large": (1024, 1024), "huge": (16384, 4096)}
 
 
 def _spec(

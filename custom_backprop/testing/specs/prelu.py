@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from ... import functional, nn
 from ..spec import Make, OpSpec, Sample
 
-SIZES = {"small": (8, 8, 8, 8), "medium": (16, 16, 16, 16), "large": (8, 32, 64, 64)}
+SIZES = {"small": (8, 8, 8, 8), "medium": (16, 16, 16, 16), "large": (8, 32, 64, 64), "huge": (32, 128, 128, 128)}
 
 
 def _samples(make: Make) -> Iterator[Sample]:
