@@ -13,34 +13,9 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from . import elementary
+from .elementary import constant, expm1, upcast
 from .launch import bind, cdiv, kept
-
-
-@triton.jit
-def upcast(x):
-    """float64 as it is, everything else in float32."""
-    return x if x.dtype == tl.float64 else x.to(tl.float32)
-
-
-@triton.jit
-def constant(value, x):
-    """In the dtype of x. A comparison would take a number in float32, whatever it is compared with (triton before 3.9)."""
-    return tl.full((), value, x.dtype)
-
-
-@triton.jit
-def log1p(u):
-    """log(1 + u) for u >= 0, without the loss of 1 + u: the rounding of w = 1 + u cancels in log(w) / (w - 1)."""
-    w = 1 + u
-    return tl.where(w == 1, u, tl.log(w) * (u / tl.where(w == 1, 1.0, w - 1)))
-
-
-@triton.jit
-def expm1(x):
-    """e^x - 1, near 0 by the same cancellation (Kahan)."""
-    e = tl.exp(x)
-    far = (e < 0.5) | (e > 2)
-    return tl.where(e == 1, x, tl.where(far, e - 1, (e - 1) * (x / tl.log(tl.where(far | (e == 1), 0.75, e)))))
 
 
 @triton.jit
@@ -112,7 +87,7 @@ def elu(x, A, B):
 
 @triton.jit
 def elu_derivative(x, A, B):
-    return tl.where(x <= 0, A * tl.exp(tl.where(x <= 0, x, 0.0)), 1.0)
+    return tl.where(x <= 0, A * elementary.exp_minus(tl.where(x <= 0, -x, 0.0)), 1.0)
 
 
 @triton.jit
@@ -132,7 +107,7 @@ def celu(x, A, B):
 
 @triton.jit
 def celu_derivative(x, A, B):
-    return tl.where(x <= 0, tl.exp(tl.where(x <= 0, x / A, 0.0)), 1.0)
+    return tl.where(x <= 0, elementary.exp(tl.where(x <= 0, x / A, 0.0)), 1.0)
 
 
 @triton.jit
@@ -147,23 +122,23 @@ def gelu_derivative(x, A, B):
 
 @triton.jit
 def gelu_tanh(x, A, B):
-    return 0.5 * x * (1 + tanh(0.7978845608028654 * (x + 0.044715 * x * x * x), A, B))
+    return 0.5 * x * (1 + elementary.tanh(0.7978845608028654 * (x + 0.044715 * x * x * x)))
 
 
 @triton.jit
 def gelu_tanh_derivative(x, A, B):
-    t = tanh(0.7978845608028654 * (x + 0.044715 * x * x * x), A, B)
+    t = elementary.tanh(0.7978845608028654 * (x + 0.044715 * x * x * x))
     return 0.5 * (1 + t) + 0.5 * x * (1 - t * t) * (0.7978845608028654 * (1 + 3 * 0.044715 * x * x))
 
 
 @triton.jit
 def silu(x, A, B):
-    return x * tl.sigmoid(x)
+    return x * elementary.sigmoid(x)
 
 
 @triton.jit
 def silu_derivative(x, A, B):
-    s = tl.sigmoid(x)
+    s = elementary.sigmoid(x)
     return s * (1 + x * (1 - s))
 
 
@@ -171,7 +146,7 @@ def silu_derivative(x, A, B):
 def _tanh_softplus(x):
     """t = tanh(log(1 + e^x)) = (n - 1) / (n + 1) with n = (1 + e^x)², divided by e^2x where x > 0 so that nothing overflows; also the
     divided n + 1, and e^-|x|."""
-    e = tl.exp(-tl.abs(x))
+    e = elementary.exp_minus(tl.abs(x))
     d = tl.where(x > 0, 1 + 2 * e * (1 + e), 2 + e * (2 + e))
     return tl.where(x > 0, 1 + 2 * e, e * (2 + e)) / d, d, e
 
@@ -190,7 +165,7 @@ def mish_derivative(x, A, B):
 
 @triton.jit
 def sigmoid(x, A, B):
-    return tl.sigmoid(x)
+    return elementary.sigmoid(x)
 
 
 @triton.jit
@@ -200,12 +175,12 @@ def sigmoid_derivative(y, A, B):
 
 @triton.jit
 def logsigmoid(x, A, B):
-    return tl.where(x < 0, x, 0.0) - log1p(tl.exp(-tl.abs(x)))
+    return -elementary.softplus(-x)
 
 
 @triton.jit
 def logsigmoid_derivative(x, A, B):
-    return tl.sigmoid(-x)
+    return elementary.sigmoid(-x)
 
 
 @triton.jit
@@ -230,11 +205,7 @@ def hardswish_derivative(x, A, B):
 
 @triton.jit
 def tanh(x, A, B):
-    """1 - 2 / (e^2|x| + 1), and where that would cancel (e^2|x| - 1) / (e^2|x| + 1), with the sign of x."""
-    u = tl.abs(x)
-    m = expm1(-2 * u)
-    t = tl.where(u > 0.5, 1 - 2 / (tl.exp(2 * u) + 1), -m / (m + 2))
-    return tl.where(x < 0, -t, t)
+    return elementary.tanh(x)
 
 
 @triton.jit
@@ -244,25 +215,25 @@ def tanh_derivative(y, A, B):
 
 @triton.jit
 def tanhshrink(x, A, B):
-    return x - tanh(x, A, B)
+    return x - elementary.tanh(x)
 
 
 @triton.jit
 def tanhshrink_derivative(x, A, B):
-    t = tanh(x, A, B)
+    t = elementary.tanh(x)
     return t * t
 
 
 @triton.jit
 def softplus(x, A, B):
     z = x * A
-    return tl.where(z > B, x, (tl.where(z > 0, z, 0.0) + log1p(tl.exp(-tl.abs(z)))) / A)
+    return tl.where(z > B, x, elementary.softplus(z) / A)
 
 
 @triton.jit
 def softplus_derivative(x, A, B):
     z = x * A
-    return tl.where(z > B, 1.0, tl.sigmoid(z))
+    return tl.where(z > B, 1.0, elementary.sigmoid(z))
 
 
 @triton.jit

@@ -8,6 +8,7 @@ Formulas: ``custom_backprop/formulas/cross_entropy.py``.
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -16,7 +17,7 @@ import triton.language as tl
 from torch import Tensor
 
 from .activation import like
-from .launch import accumulator, cdiv, launch, next_power_of_2
+from .launch import accumulator, cdiv, launch, multiprocessors, next_power_of_2
 
 NONE, MEAN = 0, 1
 GRADIENT, STATISTICS = 1, 2
@@ -60,12 +61,12 @@ def _nll(
 
 
 @triton.jit
-def _tile(inner, outer_stride, inner_stride, WIDE: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr):
+def _tile(tile, inner, outer_stride, inner_stride, WIDE: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr):
     """(row numbers, which exist, offsets of their first class, columns of a block): ROWS rows of one n."""
-    program = tl.program_id(0).to(tl.int64 if WIDE else tl.int32)
+    tile += tl.full((), 0, tl.int64 if WIDE else tl.int32)
     tiles = tl.cdiv(inner, ROWS)
-    n = program // tiles
-    d = program % tiles * ROWS + tl.arange(0, ROWS)
+    n = tile // tiles
+    d = tile % tiles * ROWS + tl.arange(0, ROWS)
     first = n * outer_stride + d * inner_stride
     return n * inner + d, d < inner, first[:, None], tl.arange(0, BLOCK).to(d.dtype)[None, :]
 
@@ -97,76 +98,118 @@ def _soft(TARGET, WEIGHT, column, mask, classes, x_class, PROBABILITIES: tl.cons
 
 
 @triton.jit
-def _forward(
-    X, TARGET, WEIGHT, TOTAL, LOSS, DX, LARGEST, LOG_SUM, rows, classes, inner, x_outer, x_class, x_inner, ignore_index,
+def _forward_tile(
+    tile, X, TARGET, WEIGHT, TOTAL, LOSS, DX, LARGEST, LOG_SUM, rows, classes, inner, x_outer, x_class, x_inner, ignore_index,
     PROBABILITIES: tl.constexpr, HAS_WEIGHT: tl.constexpr, SMOOTHING: tl.constexpr, SHARE: tl.constexpr, MEAN: tl.constexpr,
     REDUCE: tl.constexpr, NEED_DX: tl.constexpr, STATISTICS: tl.constexpr, dtype: tl.constexpr,
-    WIDE: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr,
+    WIDE: tl.constexpr, LOOP: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
-    """ROWS rows a program: one reading of x for m and z = Σ e^(x-m), and where dx or a soft loss is wanted one more, backwards.
-
-    The second reading begins with what the first read last, which is what the cache still holds of rows that are larger than their share.
-    """
+    """The loss of ROWS rows, all of them read at once, or in a loop for m and z = Σ e^(x-m), and where dx or a soft loss is wanted in one
+    more, backwards: it begins with what the first has read last, which is what the cache still holds."""
     SOFT: tl.constexpr = PROBABILITIES or SMOOTHING > 0
-    row, alive, first, column = _tile(inner, x_outer, x_inner, WIDE, ROWS, BLOCK)
-    X += first
-    Q = TARGET + first if PROBABILITIES else TARGET
-    # m and z of each lane by itself, so that no iteration waits for another warp. m starts at the lowest finite number, not at -inf, and
-    # -inf adds e^-inf = 0 to z. One exponential serves both cases: x <= m adds e^(x-m), x > m scales z by e^(m-x) and adds 1.
     lowest: tl.constexpr = -1.7976931348623157e308 if dtype == tl.float64 else -3.4028234663852886e38
-    m = tl.full((ROWS, BLOCK), lowest, dtype)
-    z = tl.zeros((ROWS, BLOCK), dtype)
-    total = tl.zeros((ROWS, BLOCK), dtype)
-    for start in range(0, classes, BLOCK):
-        place = start + column
-        mask = alive[:, None] & (place < classes)
-        x = tl.load(X + place * x_class, mask, other=float("-inf")).to(dtype)
-        e = tl.exp(-tl.abs(x - m))
-        z = tl.where(x > m, z * e + 1, z + e)
-        m = tl.maximum(m, x)
-        if SOFT:
-            total += _soft(Q, WEIGHT, place, mask, classes, x_class, PROBABILITIES, HAS_WEIGHT, SMOOTHING, SHARE, dtype)
-    lane = m
-    m = tl.max(lane, 1)
-    log_z = tl.log(tl.sum(z * tl.exp(lane - m[:, None]), 1))
-    if STATISTICS:
-        tl.store(LARGEST + row, m, alive)
-        tl.store(LOG_SUM + row, log_z, alive)
-
+    row, alive, first, column = _tile(tile, inner, x_outer, x_inner, WIDE, ROWS, BLOCK)
+    # what is read row by row, before what takes longest
     counted = alive
-    loss = tl.zeros((ROWS,), dtype)
     hard = tl.zeros((ROWS,), dtype)
+    x_t = tl.zeros((ROWS,), dtype)
     chosen = tl.full((ROWS,), -1, column.dtype)
     if not PROBABILITIES:
         t, valid, counted, w = _class(TARGET, WEIGHT, row, alive, classes, ignore_index, HAS_WEIGHT, dtype)
         hard = w * (1 - SMOOTHING)
-        x_t = tl.load(X + (t * x_class)[:, None], valid[:, None], other=0.0).to(dtype)
-        loss = hard * (log_z - (tl.sum(x_t, 1) - m))
+        x_t = tl.sum(tl.load(X + first + (t * x_class)[:, None], valid[:, None], other=0.0).to(dtype), 1)
         chosen = tl.where(valid, t, -1).to(column.dtype)
     share = _share(None, TOTAL, row, alive, rows, False, MEAN, PROBABILITIES, dtype)
-    if SOFT or NEED_DX:
-        mass = (tl.sum(total, 1) + hard)[:, None]
+    total = tl.zeros((ROWS, BLOCK), dtype)
+    mass = hard
+    if LOOP:
+        # m and z of each lane by itself, so that no iteration waits for another warp. m starts at the lowest finite number, not at
+        # -inf, and -inf adds e^-inf = 0 to z. One exponential serves both cases: x <= m adds e^(x-m), x > m scales z by e^(m-x) and
+        # adds 1.
+        lane = tl.full((ROWS, BLOCK), lowest, dtype)
+        z = tl.zeros((ROWS, BLOCK), dtype)
+        for start in range(0, classes, BLOCK):
+            place = start + column
+            mask = alive[:, None] & (place < classes)
+            x = tl.load(X + first + place * x_class, mask, other=float("-inf")).to(dtype)
+            e = tl.exp(-tl.abs(x - lane))
+            z = tl.where(x > lane, z * e + 1, z + e)
+            lane = tl.maximum(lane, x)
+            if SOFT:
+                total += _soft(TARGET + first, WEIGHT, place, mask, classes, x_class, PROBABILITIES, HAS_WEIGHT, SMOOTHING, SHARE, dtype)
+        m = tl.max(lane, 1)
+        log_z = tl.log(tl.sum(z * tl.exp(lane - m[:, None]), 1))
+    else:
+        mask = alive[:, None] & (column < classes)
+        x = tl.load(X + first + column * x_class, mask, other=float("-inf")).to(dtype)
+        m = tl.maximum(tl.max(x, 1), lowest)
+        e = tl.exp(x - m[:, None])
+        z = tl.sum(e, 1)
+        log_z = tl.log(z)
+        if SOFT:
+            total = _soft(TARGET + first, WEIGHT, column, mask, classes, x_class, PROBABILITIES, HAS_WEIGHT, SMOOTHING, SHARE, dtype)
+    if SOFT:
+        mass += tl.sum(total, 1)
+    loss = hard * (log_z - (x_t - m))
+    if STATISTICS:
+        tl.store(LARGEST + row, m, alive)
+        tl.store(LOG_SUM + row, log_z, alive)
+    if not LOOP:
+        if SOFT:
+            loss -= tl.sum(tl.where(mask, total * (x - m[:, None] - log_z[:, None]), 0.0), 1)
+        if NEED_DX:
+            q = tl.where(column == chosen[:, None], (share * hard)[:, None], 0.0)
+            if SOFT:
+                q += share[:, None] * total
+            dx = tl.where(counted[:, None], e * (share * mass / z)[:, None] - q, 0.0)
+            tl.store(DX + first + column * x_class, dx.to(DX.dtype.element_ty), mask)
+    elif SOFT or NEED_DX:
         soft_loss = tl.zeros((ROWS, BLOCK), dtype)
         last = tl.cdiv(classes, BLOCK) * BLOCK - BLOCK
         for back in range(0, classes, BLOCK):
             place = last - back + column
             mask = alive[:, None] & (place < classes)
-            x = tl.load(X + place * x_class, mask, other=0.0).to(dtype)
+            x = tl.load(X + first + place * x_class, mask, other=0.0).to(dtype)
             log_p = x - m[:, None] - log_z[:, None]
             q = tl.where(place == chosen[:, None], hard[:, None], 0.0)
             if SOFT:
-                u = _soft(Q, WEIGHT, place, mask, classes, x_class, PROBABILITIES, HAS_WEIGHT, SMOOTHING, SHARE, dtype)
+                u = _soft(TARGET + first, WEIGHT, place, mask, classes, x_class, PROBABILITIES, HAS_WEIGHT, SMOOTHING, SHARE, dtype)
                 soft_loss -= tl.where(mask, u * log_p, 0.0)
                 q += u
             if NEED_DX:
-                dx = tl.where(counted[:, None], share[:, None] * (tl.exp(log_p) * mass - q), 0.0)
+                dx = tl.where(counted[:, None], share[:, None] * (tl.exp(log_p) * mass[:, None] - q), 0.0)
                 tl.store(DX + first + place * x_class, dx.to(DX.dtype.element_ty), mask)
         loss += tl.sum(soft_loss, 1)
     loss = tl.where(counted, loss, 0.0)
     if REDUCE:
-        tl.store(LOSS + tl.program_id(0), tl.sum(loss * share if MEAN else loss))
+        return loss * share if MEAN else loss
+    tl.store(LOSS + row, loss.to(LOSS.dtype.element_ty), alive)
+    return loss
+
+
+@triton.jit
+def _forward(
+    X, TARGET, WEIGHT, TOTAL, LOSS, DX, LARGEST, LOG_SUM, rows, classes, inner, x_outer, x_class, x_inner, ignore_index, tiles,
+    PROBABILITIES: tl.constexpr, HAS_WEIGHT: tl.constexpr, SMOOTHING: tl.constexpr, SHARE: tl.constexpr, MEAN: tl.constexpr,
+    REDUCE: tl.constexpr, NEED_DX: tl.constexpr, STATISTICS: tl.constexpr, dtype: tl.constexpr,
+    WIDE: tl.constexpr, LOOP: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
+    """A tile a program; of rows that are read in a loop several, one after the other, so that no more are under way than the cache holds
+    until their second reading."""
+    if LOOP:
+        total = tl.zeros((ROWS,), dtype)
+        for tile in range(tl.program_id(0), tiles, tl.num_programs(0)):
+            total += _forward_tile(
+                tile, X, TARGET, WEIGHT, TOTAL, LOSS, DX, LARGEST, LOG_SUM, rows, classes, inner, x_outer, x_class, x_inner, ignore_index,
+                PROBABILITIES, HAS_WEIGHT, SMOOTHING, SHARE, MEAN, REDUCE, NEED_DX, STATISTICS, dtype, WIDE, LOOP, ROWS, BLOCK,
+            )  # fmt: skip
     else:
-        tl.store(LOSS + row, loss.to(LOSS.dtype.element_ty), alive)
+        total = _forward_tile(
+            tl.program_id(0), X, TARGET, WEIGHT, TOTAL, LOSS, DX, LARGEST, LOG_SUM, rows, classes, inner, x_outer, x_class, x_inner,
+            ignore_index, PROBABILITIES, HAS_WEIGHT, SMOOTHING, SHARE, MEAN, REDUCE, NEED_DX, STATISTICS, dtype, WIDE, LOOP, ROWS, BLOCK,
+        )  # fmt: skip
+    if REDUCE:
+        tl.store(LOSS + tl.program_id(0), tl.sum(total))
 
 
 @triton.jit
@@ -178,7 +221,7 @@ def _backward(
 ):  # fmt: skip
     """The same tiles, from x and the statistics of its rows."""
     SOFT: tl.constexpr = PROBABILITIES or SMOOTHING > 0
-    row, alive, first, column = _tile(inner, x_outer, x_inner, WIDE, ROWS, BLOCK)
+    row, alive, first, column = _tile(tl.program_id(0), inner, x_outer, x_inner, WIDE, ROWS, BLOCK)
     X += first
     Q = TARGET + first if PROBABILITIES else TARGET
     m, log_z = tl.load(LARGEST + row, alive, other=0.0)[:, None], tl.load(LOG_SUM + row, alive, other=0.0)[:, None]
@@ -223,7 +266,7 @@ def _nll_backward(
     WIDE: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     """dx = -w_t dy where c = t, 0 elsewhere: ROWS rows a program."""
-    row, alive, first, column = _tile(inner, x_outer, x_inner, WIDE, ROWS, BLOCK)
+    row, alive, first, column = _tile(tl.program_id(0), inner, x_outer, x_inner, WIDE, ROWS, BLOCK)
     t, valid, counted, w = _class(TARGET, WEIGHT, row, alive, classes, ignore_index, HAS_WEIGHT, dtype)
     dy = _share(DY, TOTAL, row, alive, rows, PER_ROW, MEAN, False, dtype)
     hard = tl.where(counted, -w * dy, 0.0)
@@ -236,9 +279,11 @@ def _nll_backward(
         tl.store(DX + first + place * x_class, dx.to(DX.dtype.element_ty), alive[:, None] & (place < classes))
 
 
-#: elements of a block, of each of x, m, z, u and its sum. Few and large programs: the fewer rows are under way, the more of each is still
-#: in the cache at its second reading
-HELD = 8192
+#: elements that a program holds at once: 32 a thread at 16 warps, the most that 64-wide warps allow (of 64 ptxas spills some registers)
+HELD = 16384
+
+#: elements of a block where a row is read in a loop: of each of x, m and z
+LOOPED = 16384
 
 #: the same where rows lie side by side and each element needs an address of its own
 SIDE_BY_SIDE = 2048
@@ -249,17 +294,36 @@ def _view(x: Tensor) -> Tensor:
     return x if x.dim() == 3 else x.t().unsqueeze(0)
 
 
-def _shape(x: Tensor, soft: bool) -> dict[str, Any]:
-    """The kernels' WIDE, ROWS and BLOCK, and the options of the launch, by shape and layout alone, and by whether q has a soft part."""
-    _, classes, inner = x.shape
-    last = x.stride(1) <= x.stride(2)
-    words = max(x.dtype.itemsize // 4, 1)
-    held = (HELD // (1 + soft) if last else SIDE_BY_SIDE) // words
-    block = min(next_power_of_2(classes), held)
-    rows = min(max(1024 // words // block, 1) if last else 64, next_power_of_2(max(inner, 1)))
-    block = min(block, held // rows)
-    # 8 warps at most: at 16 ptxas spills a few registers to fit two programs on a multiprocessor
-    return {"WIDE": _wide(x), "ROWS": rows, "BLOCK": block, "num_warps": min(max(rows * block * words // 256, 1), 8)}
+@dataclass(frozen=True)
+class Config:
+    """``rows`` rows by ``block`` classes at a time."""
+
+    rows: int
+    block: int
+    num_warps: int
+
+
+def config(classes: int, inner: int, dtype: torch.dtype, last: bool, tensors: int) -> Config:
+    """The tile of rows of ``classes``, which lie one behind the other if ``last``, else ``inner`` of them side by side; ``tensors`` of
+    them are read."""
+    words = 4 if dtype == torch.float64 else 1  # a number takes two registers, and its exponential many more
+    block = next_power_of_2(classes)
+    if not last:
+        rows = min(64, next_power_of_2(inner))
+        block = min(block, SIDE_BY_SIDE // max(dtype.itemsize // 4, 1) // rows)
+        return Config(rows, block, min(max(rows * block * max(dtype.itemsize // 4, 1) // 256, 1), 8))
+    if block > HELD // tensors // words:
+        return Config(1, LOOPED // tensors // words, 16)
+    rows = min(max(1024 // words // block, 1), next_power_of_2(inner))
+    return Config(rows, block, min(max(rows * block * words * tensors // 1024, 1), 16))
+
+
+def _shape(x: Tensor, soft: bool) -> tuple[int, dict[str, Any]]:
+    """How many tiles x has, and the kernels' WIDE, LOOP, ROWS and BLOCK, and the options of the launch."""
+    outer, classes, inner = x.shape
+    c = config(classes, inner, x.dtype, x.stride(1) <= x.stride(2), 2 if soft else 1)
+    options = {"WIDE": _wide(x), "LOOP": classes > c.block, "ROWS": c.rows, "BLOCK": c.block, "num_warps": c.num_warps}
+    return outer * cdiv(inner, c.rows), options
 
 
 def _wide(x: Tensor) -> bool:
@@ -267,17 +331,17 @@ def _wide(x: Tensor) -> bool:
     return sum((size - 1) * stride for size, stride in zip(x.shape, x.stride(), strict=True)) >= 2**30
 
 
-def _programs(x: Tensor, soft: bool) -> int:
-    return x.shape[0] * cdiv(x.shape[2], _shape(x, soft)["ROWS"])
-
-
 def _run(kernel: Any, x: Tensor, before: tuple[Any, ...], ignore_index: int, soft: bool, **constexprs: Any) -> None:
-    """One of the kernels that take tiles of x, a dense (outer, C, inner)."""
+    """One of the kernels that take a tile of x, a dense (outer, C, inner), a program."""
+    tiles, options = _shape(x, soft)
+    del options["LOOP"]
+    _launch(kernel, tiles, x, before, (ignore_index,), constexprs, options)
+
+
+def _launch(kernel: Any, programs: int, x: Tensor, before: tuple[Any, ...], after: tuple[int, ...], *constexprs: dict[str, Any]) -> None:
     outer, classes, inner = x.shape
-    launch(
-        kernel, _programs(x, soft), *before, outer * inner, classes, inner, *x.stride(), ignore_index,
-        **constexprs, dtype=_dtype(x), **_shape(x, soft),
-    )  # fmt: skip
+    first, last = constexprs
+    launch(kernel, programs, *before, outer * inner, classes, inner, *x.stride(), *after, **first, dtype=_dtype(x), **last)
 
 
 def _dtype(x: Tensor) -> tl.dtype:
@@ -365,13 +429,14 @@ def forward(
     dx = torch.empty_like(x) if keep == GRADIENT else None
     statistics = x.new_empty((2, *shape), dtype=wide) if keep == STATISTICS else None
     v = _view(x)
-    soft = kind["PROBABILITIES"] or smoothing > 0
-    partial = None if reduction == NONE else x.new_empty(_programs(v, soft), dtype=wide)
+    tiles, options = _shape(v, kind["PROBABILITIES"] or smoothing > 0)
+    programs = min(tiles, multiprocessors(x.device)) if options["LOOP"] else tiles
+    partial = None if reduction == NONE else x.new_empty(programs, dtype=wide)
     loss = x.new_empty(shape) if partial is None else partial
     m, log_sum = (None, None) if statistics is None else statistics
-    _run(
-        _forward, v, (v, target, weight, total, loss, dx, m, log_sum), ignore_index, soft, **kind,
-        REDUCE=partial is not None, NEED_DX=dx is not None, STATISTICS=statistics is not None,
+    made = {"REDUCE": partial is not None, "NEED_DX": dx is not None, "STATISTICS": statistics is not None}
+    _launch(
+        _forward, programs, v, (v, target, weight, total, loss, dx, m, log_sum), (ignore_index, tiles), {**kind, **made}, options
     )  # fmt: skip
     if partial is not None:
         loss = _sum(partial).to(x.dtype) if x.numel() else x.new_full((), float("nan") if reduction == MEAN else 0.0)

@@ -13,8 +13,9 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .activation import constants, upcast
+from .activation import constants
 from .activation import forward as activation_forward_pass
+from .elementary import upcast
 from .launch import accumulator, cdiv, launch, multiprocessors, next_power_of_2
 
 SAVES_OUTPUT = frozenset({"relu", "relu6", "hardtanh", "sigmoid", "tanh"})
@@ -95,7 +96,7 @@ def _columns(
     part = (tl.program_id(0) // tiles_n).to(tl.int64)
     column = (tl.program_id(0) % tiles_n) * N + tl.arange(0, N)
     wide = tl.float64 if DY.dtype.element_ty == tl.float64 else tl.float32
-    total = tl.zeros((N,), dtype=wide)
+    total = tl.zeros((M, N), dtype=wide)  # each thread adds up its own, so that no iteration waits for another's
     for first in range(0, rows, M):
         row = part * rows + first + tl.arange(0, M)
         inside = (first + tl.arange(0, M) < rows)[:, None] & (row < m)[:, None] & (column < n)[None, :]
@@ -105,9 +106,9 @@ def _columns(
             dz *= F(upcast(tl.load(SAVED + place, inside, other=0.0)), A, B)
             tl.store(DZ + place, dz.to(DZ.dtype.element_ty), inside)
         if NEED_BIAS:
-            total += tl.sum(tl.where(inside, dz, 0.0), 0)
+            total += tl.where(inside, dz, 0.0)
     if NEED_BIAS:
-        tl.store(PARTIAL + part * n + column, total, column < n)
+        tl.store(PARTIAL + part * n + column, tl.sum(total, 0), column < n)
 
 
 def rows_of(t: Tensor) -> Tensor:
@@ -156,7 +157,7 @@ def columns(
     dz = dy if activation is None else torch.empty_like(dy)
     block_m, block_n = (16, 64) if dy.dtype == torch.float64 else (16, 128)
     tiles = cdiv(n, block_n)
-    parts = max(1, min(cdiv(m, block_m), cdiv(4 * multiprocessors(dy.device), max(tiles, 1))))
+    parts = max(1, min(cdiv(m, block_m), cdiv(8 * multiprocessors(dy.device), max(tiles, 1))))
     partial = dy.new_empty((parts, n) if need_bias else 0, dtype=accumulator(dy.dtype))
     function = dict.fromkeys("FAB") if activation is None else constants(activation, 1, parameters)
     if m and n:

@@ -15,29 +15,14 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .activation import BLOCK, constant, like, log1p, upcast
+from .activation import BLOCK, like
+from .elementary import constant, exp, exp_minus, log1p, log1p_positive, sigmoid, softplus, upcast
 from .launch import accumulator, bind, cdiv, kept, multiprocessors, next_power_of_2
 
 NONE, MEAN = 0, 1
 
 # programs a multiprocessor that a summing kernel is cut into: enough to keep it full, few enough for the second stage to be one block
 PROGRAMS = 8
-
-
-@triton.jit
-def exp(x):
-    """e^x to one unit of rounding: 2^k e^r with x = k log 2 + r, and a polynomial in r (Cody and Waite).
-
-    In float32 a GPU's own exp, 2^(x log2 e), is off by |x| units, which a loss that grows like e^x would show.
-    """
-    if x.dtype == tl.float64:
-        return tl.exp(x)
-    x = tl.where(x < -104, -104.0, tl.where(x > 89, 89.0, x))
-    k = tl.floor(x * 1.4426950408889634 + 0.5)
-    r = (x - k * 0.693359375) + k * 2.12194440e-4
-    p = ((1.9875691500e-4 * r + 1.3981999507e-3) * r + 8.3334519073e-3) * r + 4.1665795894e-2
-    p = (p * r + 1.6666665459e-1) * r + 5.0000001201e-1
-    return (p * r * r + r + 1) * tl.exp2(k - 1) * 2
 
 
 @triton.jit
@@ -116,18 +101,13 @@ def positive(x):
 
 
 @triton.jit
-def softplus(x):
-    return positive(x) + log1p(exp(-tl.abs(x)))
-
-
-@triton.jit
 def binary_cross_entropy_with_logits(x, t, p, A, B, C):
-    return p * t * positive(-x) + (1 - t) * positive(x) + (1 + (p - 1) * t) * log1p(exp(-tl.abs(x)))
+    return p * t * positive(-x) + (1 - t) * positive(x) + (1 + (p - 1) * t) * log1p_positive(exp_minus(tl.abs(x)))
 
 
 @triton.jit
 def binary_cross_entropy_with_logits_dx(x, t, p, A, B, C):
-    return (1 + (p - 1) * t) * tl.sigmoid(x) - p * t
+    return (1 + (p - 1) * t) * sigmoid(x) - p * t
 
 
 @triton.jit

@@ -12,7 +12,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .activation import BLOCK, like, upcast
+from .activation import BLOCK, like
+from .elementary import upcast
 from .launch import accumulator, cdiv, launch, multiprocessors, next_power_of_2
 
 

@@ -15,7 +15,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .launch import cdiv, launch, next_power_of_2
+from .launch import cdiv, launch, multiprocessors, next_power_of_2
 
 
 @triton.jit
@@ -25,17 +25,17 @@ def _value(x, m, z, LOG: tl.constexpr):
 
 
 @triton.jit
-def _forward(
-    X, Y, rows, n, inner, x_outer, x_n, x_inner,
+def _forward_tile(
+    tile, X, Y, rows, n, inner, x_outer, x_n, x_inner,
     LOG: tl.constexpr, NEGATE: tl.constexpr, LOOP: tl.constexpr, WIDE: tl.constexpr, WIDE_COLUMNS: tl.constexpr,
     ROWS: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
-    """ROWS rows a program, n <= BLOCK at once, or in a loop: one reading for m and z, and one, backwards, for y.
+    """ROWS rows, n <= BLOCK at once, or in a loop: one reading for m and z, and one, backwards, for y.
 
     The second reading begins with what the first read last, which is what the cache still holds of rows that are larger than their share.
     """
     dtype: tl.constexpr = tl.float64 if Y.dtype.element_ty == tl.float64 else tl.float32
-    row = tl.program_id(0).to(tl.int64 if WIDE else tl.int32) * ROWS + tl.arange(0, ROWS)
+    row = tile * tl.full((), ROWS, tl.int64 if WIDE else tl.int32) + tl.arange(0, ROWS)
     column = tl.arange(0, BLOCK).to(tl.int64 if WIDE_COLUMNS else tl.int32)[None, :]
     alive = (row < rows)[:, None]
     nothing = tl.where(alive, float("inf") if NEGATE else float("-inf"), 0.0)  # past a row's end; rows past the last are zeros
@@ -72,6 +72,21 @@ def _forward(
 
 
 @triton.jit
+def _forward(
+    X, Y, rows, n, inner, x_outer, x_n, x_inner, tiles,
+    LOG: tl.constexpr, NEGATE: tl.constexpr, LOOP: tl.constexpr, WIDE: tl.constexpr, WIDE_COLUMNS: tl.constexpr,
+    ROWS: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
+    """A tile a program; of rows that are read in a loop several, one after the other, so that no more are under way than the cache holds
+    until their second reading."""
+    if LOOP:
+        for tile in range(tl.program_id(0), tiles, tl.num_programs(0)):
+            _forward_tile(tile, X, Y, rows, n, inner, x_outer, x_n, x_inner, LOG, NEGATE, LOOP, WIDE, WIDE_COLUMNS, ROWS, BLOCK)
+    else:
+        _forward_tile(tl.program_id(0), X, Y, rows, n, inner, x_outer, x_n, x_inner, LOG, NEGATE, LOOP, WIDE, WIDE_COLUMNS, ROWS, BLOCK)
+
+
+@triton.jit
 def _gradient(dy, y, total, LOG: tl.constexpr, NEGATE: tl.constexpr):
     """dx, with total = Σ dy of a log-softmax, else Σ y dy."""
     dx = dy - tl.exp(y) * total if LOG else y * (dy - total)
@@ -79,14 +94,14 @@ def _gradient(dy, y, total, LOG: tl.constexpr, NEGATE: tl.constexpr):
 
 
 @triton.jit
-def _backward(
-    DY, Y, DX, rows, n, inner, dy_outer, dy_n, dy_inner,
+def _backward_tile(
+    tile, DY, Y, DX, rows, n, inner, dy_outer, dy_n, dy_inner,
     LOG: tl.constexpr, NEGATE: tl.constexpr, LOOP: tl.constexpr, WIDE: tl.constexpr, WIDE_COLUMNS: tl.constexpr,
     ROWS: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     """The same tiles: a row's sum, then dx."""
     dtype: tl.constexpr = tl.float64 if Y.dtype.element_ty == tl.float64 else tl.float32
-    row = tl.program_id(0).to(tl.int64 if WIDE else tl.int32) * ROWS + tl.arange(0, ROWS)
+    row = tile * tl.full((), ROWS, tl.int64 if WIDE else tl.int32) + tl.arange(0, ROWS)
     column = tl.arange(0, BLOCK).to(tl.int64 if WIDE_COLUMNS else tl.int32)[None, :]
     alive = (row < rows)[:, None]
     outer, side = row // inner, row % inner
@@ -113,8 +128,28 @@ def _backward(
         tl.store(DX + column * inner, _gradient(dy, y, total, LOG, NEGATE).to(DX.dtype.element_ty), alive & (column < n))
 
 
+@triton.jit
+def _backward(
+    DY, Y, DX, rows, n, inner, dy_outer, dy_n, dy_inner, tiles,
+    LOG: tl.constexpr, NEGATE: tl.constexpr, LOOP: tl.constexpr, WIDE: tl.constexpr, WIDE_COLUMNS: tl.constexpr,
+    ROWS: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
+    """As in forward."""
+    if LOOP:
+        for tile in range(tl.program_id(0), tiles, tl.num_programs(0)):
+            _backward_tile(tile, DY, Y, DX, rows, n, inner, dy_outer, dy_n, dy_inner, LOG, NEGATE, LOOP, WIDE, WIDE_COLUMNS, ROWS, BLOCK)
+    else:
+        _backward_tile(
+            tl.program_id(0), DY, Y, DX, rows, n, inner, dy_outer, dy_n, dy_inner, LOG, NEGATE, LOOP, WIDE, WIDE_COLUMNS, ROWS, BLOCK
+        )
+
+
 #: offsets from here on are int64: half of what int32 holds, since the masked end of the last tile needs room too
 FAR = 2**30
+
+
+#: numbers of a block where a row is read in a loop
+LOOPED = 16384
 
 
 @dataclass(frozen=True)
@@ -135,7 +170,7 @@ def config(n: int, inner: int, dtype: torch.dtype, tensors: int) -> Config:
     # short rows: 2048 elements a program, if it may hold as many. Side by side: enough of them to fill a cache line of 128 bytes
     rows = max(min(2048, held) // block, min(next_power_of_2(inner), 128 // dtype.itemsize))
     if rows * block > held:
-        block = min(held // 2, 8192) // rows  # x, m and z, or y, dy and their sum
+        block = min(held // 2, LOOPED) // rows  # x, m and z, or y, dy and their sum
     a_thread = 8 if inner > 1 else 16
     return Config(rows, block, min(max(rows * block // (32 * a_thread), 1), 16))
 
@@ -150,10 +185,12 @@ def _launch(kernel: Any, name: str, read: Tensor, others: tuple[Tensor, ...], dt
     """One kernel on ``read`` (outer, n, inner), of any strides, and on ``others``, which are contiguous."""
     outer, n, inner = read.shape
     c = config(n, inner, dtype, tensors)
+    tiles = cdiv(outer * inner, c.rows)
+    programs = min(tiles, multiprocessors(read.device)) if n > c.block and inner == 1 else tiles
     columns = (n - 1) * max(read.stride(1), inner)
     extent = max(read.numel(), columns, (outer - 1) * read.stride(0) + (inner - 1) * read.stride(2) + columns)
     launch(
-        kernel, cdiv(outer * inner, c.rows), read, *others, outer * inner, n, inner, *read.stride(),
+        kernel, programs, read, *others, outer * inner, n, inner, *read.stride(), tiles,
         LOG=name == "log_softmax", NEGATE=name == "softmin", LOOP=n > c.block, WIDE=extent >= FAR, WIDE_COLUMNS=columns >= FAR,
         ROWS=c.rows, BLOCK=c.block, num_warps=c.num_warps,
     )  # fmt: skip

@@ -1,0 +1,130 @@
+"""Elementary functions of kernels, in float32 to a unit or two of rounding, in the accumulator's dtype that they are given.
+
+A GPU's own exponential is 2^(x log2 e): the rounding of that product is an error of |x| / 2 units of e^x, 1e-6 at x = -30, where the C
+library's, and so stock's, is exact to a unit. A call of the special function unit (exponential, reciprocal) takes as long as eight
+multiplications, and 40 instructions an element are what hides behind the memory of a pass over bfloat16: hence the polynomials.
+float64 takes Triton's functions, which are exact there.
+
+Reduction of the argument after Cody and Waite (Software Manual for the Elementary Functions, 1980). The polynomial of tanh is that of
+Moshier's Cephes library; those of e^r and log(1 + u) are fitted for the least maximum of the relative error: 4e-9 and 5e-9.
+"""
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+
+
+@triton.jit
+def upcast(x):
+    """float64 as it is, everything else in float32."""
+    return x if x.dtype == tl.float64 else x.to(tl.float32)
+
+
+@triton.jit
+def constant(value, x):
+    """In the dtype of x. A comparison would take a number in float32, whatever it is compared with (triton before 3.9)."""
+    return tl.full((), value, x.dtype)
+
+
+@triton.jit
+def _reduced(x, MAGIC: tl.constexpr):
+    """(t, r) with x = t log 2 + r: t is x log2 e rounded to a multiple of 2^-23 MAGIC / 1.5, which adding MAGIC does.
+
+    0.693359375 has so few digits that its product with t is exact.
+    """
+    t = (x * 1.4426950408889634 + MAGIC) - MAGIC
+    return t, (x - t * 0.693359375) + t * 2.12194440e-4
+
+
+@triton.jit
+def _expm1_near_0(r):
+    """e^r - 1 for |r| <= log(2) / 2."""
+    p = ((1.381417399e-3 * r + 8.368921797e-3) * r + 4.166840798e-2) * r + 1.666651894e-1
+    return (p * r + 4.999999333e-1) * (r * r) + r
+
+
+@triton.jit
+def exp(x):
+    """e^x = 2^k e^r with a whole k."""
+    if x.dtype == tl.float64:
+        return tl.exp(x)
+    k, r = _reduced(tl.where(x < -104, -104.0, tl.where(x > 89, 89.0, x)), 12582912.0)
+    return (_expm1_near_0(r) + 1) * tl.exp2(k - 1) * 2  # 2^k may overflow where e^x does not
+
+
+@triton.jit
+def exp_minus(x):
+    """e^-x for x >= 0."""
+    if x.dtype == tl.float64:
+        return tl.exp(-x)
+    k, r = _reduced(tl.where(x > 104, -104.0, -x), 12582912.0)
+    return (_expm1_near_0(r) + 1) * tl.exp2(k)
+
+
+@triton.jit
+def _exp_minus_roughly(x):
+    """e^-x for x >= 0 to 1.5 units, in fewer instructions: 2^t e^r, |r| < 0.003."""
+    t, r = _reduced(tl.where(x > 104, -104.0, -x), 98304.0)
+    p = tl.exp2(t)
+    return p + p * (r * (0.5 * r + 1))
+
+
+@triton.jit
+def expm1(x):
+    """e^x - 1 = (2^k - 1) + 2^k (e^r - 1); in float64 the rounding of e = e^x cancels in (e - 1) / log(e) (Kahan)."""
+    if x.dtype == tl.float64:
+        e = tl.exp(x)
+        far = (e < 0.5) | (e > 2)
+        return tl.where(e == 1, x, tl.where(far, e - 1, (e - 1) * (x / tl.log(tl.where(far | (e == 1), 0.75, e)))))
+    k, r = _reduced(tl.where(x < -104, -104.0, tl.where(x > 89, 89.0, x)), 12582912.0)
+    s = tl.exp2(k - 1)
+    return 2 * ((s - 0.5) + s * _expm1_near_0(r))
+
+
+@triton.jit
+def log1p(u):
+    """log(1 + u) for -1 <= u <= 1: of w = 1 + u rounded, and what the rounding took, over w, which is near 1 where that matters."""
+    w = 1 + u
+    return tl.log(w) + (u - (w - 1)) * (2 - w)
+
+
+@triton.jit
+def log1p_positive(u):
+    """log(1 + u) for 0 <= u <= 1: 2 artanh(u / (2 + u))."""
+    if u.dtype == tl.float64:
+        return log1p(u)
+    s = u / (2 + u)
+    z = s * s
+    p = ((0.28024459 * z + 0.27999141) * z + 0.40021699) * z + 0.66666413
+    return 2 * s + s * z * p
+
+
+@triton.jit
+def sigmoid(x):
+    """1 / (1 + e^-x), from e^-|x|."""
+    e = exp_minus(tl.abs(x))
+    s = 1 / (1 + e)
+    return tl.where(x < 0, e * s, s)
+
+
+@triton.jit
+def softplus(x):
+    """log(1 + e^x) = max(x, 0) + log(1 + e^-|x|)."""
+    return tl.where(x < 0, 0.0, x) + log1p_positive(exp_minus(tl.abs(x)))
+
+
+@triton.jit
+def tanh(x):
+    """(1 - e) / (1 + e) with e = e^-2|x|, where that would cancel a polynomial in x² (float64: by e - 1), with the sign of x."""
+    u = tl.abs(x)
+    if x.dtype == tl.float64:
+        m = expm1(-2 * u)
+        t = -m / (m + 2)
+    else:
+        z = u * u
+        p = ((-5.70498872745e-3 * z + 2.06390887954e-2) * z - 5.37397155531e-2) * z + 1.33314422036e-1
+        near = u + u * z * (p * z - 3.33332819422e-1)
+        e = _exp_minus_roughly(2 * u)
+        t = tl.where(u < 0.625, near, (1 - e) / (1 + e))
+    return tl.where(x < 0, -t, t)
