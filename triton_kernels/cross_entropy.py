@@ -8,7 +8,9 @@ Formulas: ``custom_backprop/formulas/cross_entropy.py``.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
+from functools import lru_cache
 from typing import Any
 
 import torch
@@ -17,7 +19,7 @@ import triton.language as tl
 from torch import Tensor
 
 from .activation import like
-from .launch import accumulator, cdiv, launch, multiprocessors, next_power_of_2
+from .launch import accumulator, bind, cdiv, kept, launch, multiprocessors, next_power_of_2
 
 NONE, MEAN = 0, 1
 GRADIENT, STATISTICS = 1, 2
@@ -318,34 +320,54 @@ def config(classes: int, inner: int, dtype: torch.dtype, last: bool, tensors: in
     return Config(rows, block, min(max(rows * block * words * tensors // 1024, 1), 16))
 
 
-def _shape(x: Tensor, soft: bool) -> tuple[int, dict[str, Any]]:
-    """How many tiles x has, and the kernels' WIDE, LOOP, ROWS and BLOCK, and the options of the launch."""
-    outer, classes, inner = x.shape
-    c = config(classes, inner, x.dtype, x.stride(1) <= x.stride(2), 2 if soft else 1)
-    options = {"WIDE": _wide(x), "LOOP": classes > c.block, "ROWS": c.rows, "BLOCK": c.block, "num_warps": c.num_warps}
-    return outer * cdiv(inner, c.rows), options
+@lru_cache(maxsize=4096)
+def _tiles(shape: tuple[int, ...], strides: tuple[int, ...], dtype: torch.dtype, soft: bool) -> tuple[int, dict[str, Any], tuple[int, ...]]:
+    """(tiles, the kernels' last constexprs and options, their numbers but for ignore_index) of a dense x (outer, C, inner)."""
+    outer, classes, inner = shape
+    c = config(classes, inner, dtype, strides[1] <= strides[2], 2 if soft else 1)
+    options = {"WIDE": _wide(shape, strides), "LOOP": classes > c.block, "ROWS": c.rows, "BLOCK": c.block, "num_warps": c.num_warps}
+    return outer * cdiv(inner, c.rows), options, (outer * inner, classes, inner, *strides)
 
 
-def _wide(x: Tensor) -> bool:
+def _wide(shape: tuple[int, ...], strides: tuple[int, ...]) -> bool:
     """Whether offsets need int64: half of what int32 holds, as the masked end of the last tile needs room too."""
-    return sum((size - 1) * stride for size, stride in zip(x.shape, x.stride(), strict=True)) >= 2**30
+    return sum((size - 1) * stride for size, stride in zip(shape, strides, strict=True)) >= 2**30
 
 
 def _run(kernel: Any, x: Tensor, before: tuple[Any, ...], ignore_index: int, soft: bool, **constexprs: Any) -> None:
     """One of the kernels that take a tile of x, a dense (outer, C, inner), a program."""
-    tiles, options = _shape(x, soft)
-    del options["LOOP"]
-    _launch(kernel, tiles, x, before, (ignore_index,), constexprs, options)
+    tiles, options, numbers = _tiles(x.shape, x.stride(), x.dtype, soft)
+    options = {name: value for name, value in options.items() if name != "LOOP"}
+    launch(kernel, tiles, *before, *numbers, ignore_index, **constexprs, dtype=_dtype(x.dtype), **options)
 
 
-def _launch(kernel: Any, programs: int, x: Tensor, before: tuple[Any, ...], after: tuple[int, ...], *constexprs: dict[str, Any]) -> None:
-    outer, classes, inner = x.shape
-    first, last = constexprs
-    launch(kernel, programs, *before, outer * inner, classes, inner, *x.stride(), *after, **first, dtype=_dtype(x), **last)
+@lru_cache(maxsize=4096)
+def _forward_of(
+    shape: tuple[int, ...], strides: tuple[int, ...], dtype: torch.dtype, count: int,
+    probabilities: bool, weighted: bool, smoothing: float, reduction: int, keep: int,
+) -> tuple[Callable[..., None], int, tuple[int, ...], int]:  # fmt: skip
+    """(launcher, programs, the kernel's numbers up to ignore_index, tiles) of forward, on ``count`` multiprocessors."""
+    tiles, options, numbers = _tiles(shape, strides, dtype, probabilities or smoothing > 0)
+    run = _bound_forward(
+        probabilities, weighted, smoothing, smoothing / shape[1], reduction, keep, dtype == torch.float64, *options.values()
+    )
+    return run, min(tiles, count) if options["LOOP"] else tiles, numbers, tiles
 
 
-def _dtype(x: Tensor) -> tl.dtype:
-    return tl.float64 if x.dtype == torch.float64 else tl.float32
+@kept
+def _bound_forward(
+    probabilities: bool, weighted: bool, smoothing: float, share: float, reduction: int, keep: int, double: bool,
+    wide: bool, loop: bool, rows: int, block: int, warps: int,
+) -> Callable[..., None]:  # fmt: skip
+    return bind(
+        _forward, 8, 8, PROBABILITIES=probabilities, HAS_WEIGHT=weighted, SMOOTHING=smoothing, SHARE=share,
+        MEAN=reduction == MEAN, REDUCE=reduction != NONE, NEED_DX=keep == GRADIENT, STATISTICS=keep == STATISTICS,
+        dtype=tl.float64 if double else tl.float32, WIDE=wide, LOOP=loop, ROWS=rows, BLOCK=block, num_warps=warps,
+    )  # fmt: skip
+
+
+def _dtype(dtype: torch.dtype) -> tl.dtype:
+    return tl.float64 if dtype == torch.float64 else tl.float32
 
 
 def _dense(x: Tensor) -> Tensor:
@@ -366,18 +388,25 @@ def _pick(
 ) -> Any:
     """(losses of the rows or their sum, Σ w_t for a mean) of nll_loss; of ``x`` None the second alone."""
     rows = target.numel()
-    inner = target.shape[-1]
     wide = accumulator(dtype)
     programs = cdiv(rows, PICKED)
-    loss = target.new_empty(target.shape, dtype=dtype) if reduction == NONE else target.new_empty(programs, dtype=wide)
     total = target.new_empty(programs, dtype=wide) if reduction == MEAN else None
-    launch(
-        _nll, programs, x, target, weight, None if x is None else loss, total, rows, classes, inner,
-        *((0, 0, 0) if x is None else _view(x).stride()), ignore_index,
-        HAS_X=x is not None, HAS_WEIGHT=weight is not None, REDUCE=reduction != NONE, HAS_TOTAL=total is not None,
-        dtype=tl.float64 if wide == torch.float64 else tl.float32, WIDE=rows >= 2**30 or (x is not None and _wide(x)), ROWS=PICKED,
+    loss, strides, far = None, (0, 0, 0), rows >= 2**30
+    if x is not None:
+        loss = target.new_empty(target.shape, dtype=dtype) if reduction == NONE else target.new_empty(programs, dtype=wide)
+        v = _view(x)
+        strides, far = v.stride(), far or _wide(v.shape, v.stride())
+    run = _bound_pick(x is not None, weight is not None, reduction, dtype == torch.float64, far)
+    run(programs, x, target, weight, loss, total, rows, classes, target.shape[-1], *strides, ignore_index)
+    return loss if reduction == NONE or loss is None else _sum(loss), None if total is None else _sum(total)
+
+
+@kept
+def _bound_pick(has_x: bool, weighted: bool, reduction: int, double: bool, wide: bool) -> Callable[..., None]:
+    return bind(
+        _nll, 5, 7, HAS_X=has_x, HAS_WEIGHT=weighted, REDUCE=reduction != NONE, HAS_TOTAL=reduction == MEAN,
+        dtype=tl.float64 if double else tl.float32, WIDE=wide, ROWS=PICKED,
     )  # fmt: skip
-    return loss if reduction == NONE or x is None else _sum(loss), None if total is None else _sum(total)
 
 
 def nll_forward(x: Tensor, target: Tensor, weight: Tensor | None, reduction: int, ignore_index: int) -> tuple[Tensor, Tensor]:
@@ -400,44 +429,34 @@ def nll_backward(dy: Tensor, x: Tensor, target: Tensor, weight: Tensor | None, t
 
 
 def _prepare(
-    x: Tensor, target: Tensor, weight: Tensor | None, reduction: int, ignore_index: int, smoothing: float
-) -> tuple[Tensor, Tensor, Tensor | None, Tensor | None, dict[str, Any]]:
-    """x and what the kernels want beside it: target, weight, total, and the constexprs of the target's kind."""
+    x: Tensor, target: Tensor, weight: Tensor | None, reduction: int, ignore_index: int
+) -> tuple[Tensor, Tensor, Tensor | None, Tensor | None]:
+    """x and what the kernels want beside it: target, weight, and total."""
     x = _dense(x)
     probabilities = target.is_floating_point()
     target = like(target, x) if probabilities else target.contiguous()
     weight = None if weight is None else weight.contiguous()
-    mean = reduction == MEAN
-    total = _pick(None, target, weight, x.shape[1], x.dtype, reduction, ignore_index)[1] if mean and not probabilities else None
-    kind = {
-        "PROBABILITIES": probabilities,
-        "HAS_WEIGHT": weight is not None,
-        "SMOOTHING": smoothing,
-        "SHARE": smoothing / x.shape[1],
-        "MEAN": mean,
-    }
-    return x, target, weight, total, kind
+    counted = reduction == MEAN and not probabilities
+    return x, target, weight, _pick(None, target, weight, x.shape[1], x.dtype, reduction, ignore_index)[1] if counted else None
 
 
 def forward(
     x: Tensor, target: Tensor, weight: Tensor | None, reduction: int, ignore_index: int, smoothing: float, keep: int
 ) -> tuple[Tensor, Tensor]:
     """The loss, and what ``keep`` says: nothing, dx for a dy of 1, or (m, log Σ e^(x-m)) of each row."""
-    x, target, weight, total, kind = _prepare(x, target, weight, reduction, ignore_index, smoothing)
+    x, target, weight, total = _prepare(x, target, weight, reduction, ignore_index)
     shape = (x.shape[0], *x.shape[2:])
     wide = accumulator(x.dtype)
     dx = torch.empty_like(x) if keep == GRADIENT else None
     statistics = x.new_empty((2, *shape), dtype=wide) if keep == STATISTICS else None
     v = _view(x)
-    tiles, options = _shape(v, kind["PROBABILITIES"] or smoothing > 0)
-    programs = min(tiles, multiprocessors(x.device)) if options["LOOP"] else tiles
+    run, programs, numbers, tiles = _forward_of(
+        v.shape, v.stride(), x.dtype, multiprocessors(x.device), target.is_floating_point(), weight is not None, smoothing, reduction, keep
+    )
     partial = None if reduction == NONE else x.new_empty(programs, dtype=wide)
     loss = x.new_empty(shape) if partial is None else partial
     m, log_sum = (None, None) if statistics is None else statistics
-    made = {"REDUCE": partial is not None, "NEED_DX": dx is not None, "STATISTICS": statistics is not None}
-    _launch(
-        _forward, programs, v, (v, target, weight, total, loss, dx, m, log_sum), (ignore_index, tiles), {**kind, **made}, options
-    )  # fmt: skip
+    run(programs, v, target, weight, total, loss, dx, m, log_sum, *numbers, ignore_index, tiles)
     if partial is not None:
         loss = _sum(partial).to(x.dtype) if x.numel() else x.new_full((), float("nan") if reduction == MEAN else 0.0)
     return loss, dx if dx is not None else statistics if statistics is not None else x.new_empty(0)
@@ -449,13 +468,14 @@ def backward(
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
     """dx and the gradient of class probabilities; an empty tensor for one that is not needed."""
     layout = target
-    x, target, weight, total, kind = _prepare(x, target, weight, reduction, ignore_index, smoothing)
+    x, target, weight, total = _prepare(x, target, weight, reduction, ignore_index)
     dx = torch.empty_like(x) if need_x else None
     dtarget = torch.empty_like(target) if need_target else None
-    v, soft = _view(x), kind["PROBABILITIES"] or smoothing > 0
+    v, probabilities = _view(x), target.is_floating_point()
     _run(
-        _backward, v, (dy.contiguous(), v, target, weight, total, *statistics, dx, dtarget), ignore_index, soft, **kind,
-        PER_ROW=reduction == NONE, NEED_DX=need_x, NEED_DTARGET=need_target,
+        _backward, v, (dy.contiguous(), v, target, weight, total, *statistics, dx, dtarget), ignore_index, probabilities or smoothing > 0,
+        PROBABILITIES=probabilities, HAS_WEIGHT=weight is not None, SMOOTHING=smoothing, SHARE=smoothing / x.shape[1],
+        MEAN=reduction == MEAN, PER_ROW=reduction == NONE, NEED_DX=need_x, NEED_DTARGET=need_target,
     )  # fmt: skip
     nothing = x.new_empty(0)
     if dtarget is not None and dtarget.stride() != layout.stride():

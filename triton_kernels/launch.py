@@ -212,6 +212,7 @@ def observed(observer: Callable[..., None]) -> Iterator[None]:
         _observers.pop()
 
 
+@cache
 def multiprocessors(device: torch.device) -> int:
     """Streaming multiprocessors of a GPU; on other devices a number that lets every path of a kernel be met at small sizes."""
     if device.type == "cuda":

@@ -15,8 +15,9 @@ from torch import Tensor
 
 from .activation import constants
 from .activation import forward as activation_forward_pass
+from .activation import forward_ as activation_over
 from .elementary import upcast
-from .launch import accumulator, cdiv, launch, multiprocessors, next_power_of_2
+from .launch import accumulator, bind, cdiv, kept, launch, multiprocessors, next_power_of_2
 
 SAVES_OUTPUT = frozenset({"relu", "relu6", "hardtanh", "sigmoid", "tanh"})
 
@@ -113,7 +114,7 @@ def _columns(
 
 def rows_of(t: Tensor) -> Tensor:
     """(..., n) as (rows, n)."""
-    return t.reshape(t.shape[:-1].numel(), t.shape[-1])
+    return t if t.dim() == 2 else t.reshape(t.shape[:-1].numel(), t.shape[-1])
 
 
 def _precision() -> str:
@@ -122,7 +123,7 @@ def _precision() -> str:
 
 
 def _ours(always: bool, dtype: torch.dtype, m: int, n: int, k: int) -> bool:
-    return always or FASTER.get((dtype, next_power_of_2(m), next_power_of_2(n), next_power_of_2(k)), False)
+    return always or (bool(FASTER) and FASTER.get((dtype, next_power_of_2(m), next_power_of_2(n), next_power_of_2(k)), False))
 
 
 def product(
@@ -132,12 +133,12 @@ def product(
     activation: str | None = None,
     parameters: tuple[float, ...] = (),
     keep_z: bool = False,
-) -> tuple[Tensor, Tensor]:
-    """(f(x y + bias), z) for x (m, k) and y (k, n) of any strides; z is empty unless ``keep_z``."""
+) -> tuple[Tensor, Tensor | None]:
+    """(f(x y + bias), z) for x (m, k) and y (k, n) of any strides; z is None unless ``keep_z``."""
     (m, k), n = x.shape, y.shape[1]
     bias = None if bias is None else bias.contiguous()
     out = x.new_empty(m, n)
-    z = x.new_empty((m, n) if keep_z else 0)
+    z = x.new_empty(m, n) if keep_z else None
     c = config(m, n, x.dtype)
     function = dict.fromkeys("FAB") if activation is None else constants(activation, 0, parameters)
     launch(
@@ -148,30 +149,41 @@ def product(
     return out, z
 
 
+#: rows whose columns are added up by one program: beyond, several leave partial sums, for which one more kernel is launched
+ALONE = 256
+
+
 def columns(
     dy: Tensor, saved: Tensor | None, activation: str | None, parameters: tuple[float, ...], need_bias: bool
-) -> tuple[Tensor, Tensor]:
-    """(dz, db) of dy (m, n) in one pass: dz = dy f'(saved), db = Σ_rows dz. Without an activation dz is dy itself."""
+) -> tuple[Tensor, Tensor | None]:
+    """(dz, db) of dy (m, n) in one pass: dz = dy f'(saved), db = Σ_rows dz (None unless it is needed). Without an activation dz is dy."""
     m, n = dy.shape
     dy = dy.contiguous()
     dz = dy if activation is None else torch.empty_like(dy)
+    if not (m and n):
+        return dz, dy.new_zeros(n) if need_bias else None
     block_m, block_n = (16, 64) if dy.dtype == torch.float64 else (16, 128)
     tiles = cdiv(n, block_n)
-    parts = max(1, min(cdiv(m, block_m), cdiv(8 * multiprocessors(dy.device), max(tiles, 1))))
-    partial = dy.new_empty((parts, n) if need_bias else 0, dtype=accumulator(dy.dtype))
-    function = dict.fromkeys("FAB") if activation is None else constants(activation, 1, parameters)
-    if m and n:
-        launch(
-            _columns, parts * tiles, dy, saved, None if activation is None else dz, partial if need_bias else None, m, n, cdiv(m, parts),
-            HAS_F=activation is not None, NEED_BIAS=need_bias, **function, M=block_m, N=block_n,
-        )  # fmt: skip
-    else:
-        partial.zero_()
-    return dz, partial.sum(0).to(dy.dtype) if need_bias else dy.new_empty(0)
+    parts = 1 if m <= ALONE else min(cdiv(m, block_m), cdiv(8 * multiprocessors(dy.device), tiles))
+    sums = None
+    if need_bias:
+        sums = dy.new_empty(n) if parts == 1 else dy.new_empty(parts, n, dtype=accumulator(dy.dtype))
+    _bound_columns(activation or "", dy.dtype == torch.float64, need_bias, *parameters)(
+        parts * tiles, dy, saved, None if activation is None else dz, sums, m, n, cdiv(m, parts)
+    )
+    return dz, sums if sums is None or parts == 1 else sums.sum(0).to(dy.dtype)
+
+
+@kept
+def _bound_columns(activation: str, double: bool, need_bias: bool, *parameters: float) -> Any:
+    function = constants(activation, 1, parameters) if activation else dict.fromkeys("FAB")
+    return bind(_columns, 4, 3, HAS_F=bool(activation), NEED_BIAS=need_bias, **function, M=16, N=64 if double else 128)
 
 
 def forward(x: Tensor, weight: Tensor, bias: Tensor | None, *, always: bool) -> Tensor:
     """y = x Wᵀ + b."""
+    if not (always or FASTER):
+        return torch.nn.functional.linear(x, weight, bias)
     flat = rows_of(x)
     if not _ours(always, x.dtype, flat.shape[0], *weight.shape):
         return torch.nn.functional.linear(x, weight, bias)
@@ -180,39 +192,45 @@ def forward(x: Tensor, weight: Tensor, bias: Tensor | None, *, always: bool) -> 
 
 def backward(
     dy: Tensor, x: Tensor, weight: Tensor, need_x: bool, need_weight: bool, need_bias: bool, *, always: bool
-) -> tuple[Tensor, Tensor, Tensor]:
-    """dx = dy W, dW = dyᵀ x, db = Σ_rows dy."""
+) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
+    """dx = dy W, dW = dyᵀ x, db = Σ_rows dy; None for each that is not needed."""
     flat = rows_of(dy)
-    db = columns(flat, None, None, (), True)[1] if need_bias else dy.new_empty(0)
+    db = columns(flat, None, None, (), True)[1] if need_bias else None
     dx, dw = _products(flat, x, weight, need_x, need_weight, always)
-    return dx.view(*dy.shape[:-1], weight.shape[1]) if need_x else dx, dw, db
+    if dx is not None and dy.dim() != 2:
+        dx = dx.view(*dy.shape[:-1], weight.shape[1])
+    return dx, dw, db
 
 
 def activation_forward(
     x: Tensor, weight: Tensor, bias: Tensor | None, activation: str, parameters: Any, *, always: bool
-) -> tuple[Tensor, Tensor]:
+) -> tuple[Tensor, Tensor | None]:
     """y = f(z), and z where the derivative needs it: both from the product's epilogue."""
-    flat, shape = rows_of(x), (*x.shape[:-1], weight.shape[0])
     keep = activation not in SAVES_OUTPUT
-    if _ours(always, x.dtype, flat.shape[0], *weight.shape):
-        y, z = product(flat, weight.t(), bias, activation, tuple(parameters), keep)
-        return y.view(shape), z.view(shape) if keep else z
+    if always or FASTER:
+        flat, shape = rows_of(x), (*x.shape[:-1], weight.shape[0])
+        if _ours(always, x.dtype, flat.shape[0], *weight.shape):
+            y, z = product(flat, weight.t(), bias, activation, tuple(parameters), keep)
+            return y.view(shape), None if z is None else z.view(shape)
     z = torch.nn.functional.linear(x, weight, bias)
-    return activation_forward_pass(activation, z, *parameters), z if keep else z.new_empty(0)
+    if keep:
+        return activation_forward_pass(activation, z, *parameters), z
+    activation_over(activation, z, *parameters)
+    return z, None
 
 
 def activation_backward(
     dy: Tensor, x: Tensor, weight: Tensor, saved: Tensor, activation: str, parameters: Any,
     need_x: bool, need_weight: bool, need_bias: bool, *, always: bool,
-) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
-    """dz and db in one pass, then dx = dz W and dW = dzᵀ x."""
+) -> tuple[Tensor | None, Tensor | None, Tensor | None]:  # fmt: skip
+    """dz and db in one pass, then dx = dz W and dW = dzᵀ x; None for each that is not needed."""
     dz, db = columns(rows_of(dy), rows_of(saved).contiguous(), activation, tuple(parameters), need_bias)
     dx, dw = _products(dz, x, weight, need_x, need_weight, always)
-    return dx.view(x.shape) if need_x else dx, dw, db
+    return None if dx is None else dx.view(x.shape), dw, db
 
 
-def _products(dz: Tensor, x: Tensor, weight: Tensor, need_x: bool, need_weight: bool, always: bool) -> tuple[Tensor, Tensor]:
-    dx = dw = dz.new_empty(0)
+def _products(dz: Tensor, x: Tensor, weight: Tensor, need_x: bool, need_weight: bool, always: bool) -> tuple[Tensor | None, Tensor | None]:
+    dx = dw = None
     if need_x:
         ours = _ours(always, dz.dtype, dz.shape[0], weight.shape[1], dz.shape[1])
         dx = product(dz, weight)[0] if ours else torch.mm(dz, weight)

@@ -7,15 +7,16 @@ Formulas: ``custom_backprop/formulas/softmax.py``.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
+from functools import lru_cache
 
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
-from .launch import cdiv, launch, multiprocessors, next_power_of_2
+from .launch import bind, cdiv, kept, multiprocessors, next_power_of_2
 
 
 @triton.jit
@@ -177,30 +178,48 @@ def config(n: int, inner: int, dtype: torch.dtype, tensors: int) -> Config:
 
 def _view(t: Tensor, dim: int) -> Tensor:
     """``t`` as (outer, n, inner). Copied where its strides allow no such view, and where its memory runs along outer."""
+    if t.dim() == 2 and dim == 1 and t.is_contiguous():
+        return t.unsqueeze(2)
     v = t.reshape(t.shape[:dim].numel(), t.shape[dim], t.shape[dim + 1 :].numel())
     return v.contiguous() if v.shape[2] == 1 and v.stride(1) > max(v.stride(0), 1) else v
 
 
-def _launch(kernel: Any, name: str, read: Tensor, others: tuple[Tensor, ...], dtype: torch.dtype, tensors: int) -> None:
-    """One kernel on ``read`` (outer, n, inner), of any strides, and on ``others``, which are contiguous."""
-    outer, n, inner = read.shape
-    c = config(n, inner, dtype, tensors)
+@lru_cache(maxsize=4096)
+def _planned(
+    which: str, name: str, shape: tuple[int, ...], strides: tuple[int, ...], dtype: torch.dtype, count: int
+) -> tuple[Callable[..., None], int, tuple[int, ...]]:
+    """(launcher, programs, numbers that the kernel takes) of what is read (outer, n, inner) in these strides, on ``count``
+    multiprocessors."""
+    outer, n, inner = shape
+    c = config(n, inner, dtype, 1 if which == "forward" else 2)
     tiles = cdiv(outer * inner, c.rows)
-    programs = min(tiles, multiprocessors(read.device)) if n > c.block and inner == 1 else tiles
-    columns = (n - 1) * max(read.stride(1), inner)
-    extent = max(read.numel(), columns, (outer - 1) * read.stride(0) + (inner - 1) * read.stride(2) + columns)
-    launch(
-        kernel, programs, read, *others, outer * inner, n, inner, *read.stride(), tiles,
-        LOG=name == "log_softmax", NEGATE=name == "softmin", LOOP=n > c.block, WIDE=extent >= FAR, WIDE_COLUMNS=columns >= FAR,
-        ROWS=c.rows, BLOCK=c.block, num_warps=c.num_warps,
+    programs = min(tiles, count) if n > c.block and inner == 1 else tiles
+    columns = (n - 1) * max(strides[1], inner)
+    extent = max(outer * n * inner, columns, (outer - 1) * strides[0] + (inner - 1) * strides[2] + columns)
+    run = _bound(which, name, n > c.block, extent >= FAR, columns >= FAR, c.rows, c.block, c.num_warps)
+    return run, programs, (outer * inner, n, inner, *strides, tiles)
+
+
+@kept
+def _bound(which: str, name: str, loop: bool, wide: bool, wide_columns: bool, rows: int, block: int, warps: int) -> Callable[..., None]:
+    kernel, tensors = (_forward, 2) if which == "forward" else (_backward, 3)
+    return bind(
+        kernel, tensors, 7, LOG=name == "log_softmax", NEGATE=name == "softmin", LOOP=loop, WIDE=wide, WIDE_COLUMNS=wide_columns, ROWS=rows,
+        BLOCK=block, num_warps=warps,
     )  # fmt: skip
+
+
+def _launch(which: str, name: str, read: Tensor, others: tuple[Tensor, ...], dtype: torch.dtype) -> None:
+    """One kernel on ``read`` (outer, n, inner), of any strides, and on ``others``, which are contiguous."""
+    run, programs, numbers = _planned(which, name, read.shape, read.stride(), dtype, multiprocessors(read.device))
+    run(programs, read, *others, *numbers)
 
 
 def forward(name: str, x: Tensor, dim: int, dtype: torch.dtype | None) -> Tensor:
     """y, contiguous, of x cast to ``dtype``."""
     y = x.new_empty(x.shape, dtype=dtype)
     if x.numel():
-        _launch(_forward, name, _view(x, dim), (y,), y.dtype, 1)
+        _launch("forward", name, _view(x, dim), (y,), y.dtype)
     return y
 
 
@@ -208,5 +227,5 @@ def backward(name: str, dy: Tensor, y: Tensor, dim: int, dtype: torch.dtype) -> 
     """dx, contiguous, in ``dtype``."""
     dx = y.new_empty(y.shape, dtype=dtype)
     if y.numel():
-        _launch(_backward, name, _view(dy, dim), (y.contiguous(), dx), y.dtype, 2)
+        _launch("backward", name, _view(dy, dim), (y.contiguous(), dx), y.dtype)
     return dx

@@ -57,7 +57,7 @@ def primitive(
         library: where it is defined; a project that builds on this one passes a library of its own name.
 
     Returns:
-        the operator, as a function.
+        the operator, as a function, whose attribute ``kernels`` is ``triton``.
     """
     name = schema[: schema.index("(")]
     library.define(schema)
@@ -100,6 +100,7 @@ def primitive(
             return by_aten(*args) if selection._forced in BY_ATEN else on_cpu(*args)
         return on_cuda(*args) if first.is_cuda else operator(*args)
 
+    call.kernels = triton  # type: ignore[attr-defined]
     return call
 
 

@@ -69,12 +69,18 @@ def _checked(run: Callable[..., Any]) -> Callable[..., Any]:
     return call
 
 
-def _triton(name: str) -> Callable[..., Any]:
-    def call(*args: Any) -> Any:
-        """Forced, the products run in our kernels; by default a table of measurements decides between them and the vendor's library."""
-        return getattr(kernels("linear"), name)(*args, always=selection.get_backend() == "triton")
+def by_kernels(name: str) -> Callable[..., Any]:
+    """A launcher. Forced, its products run in our kernels; else a table of measurements decides between them and the vendor's library."""
 
-    return call
+    def call(*args: Any) -> Any:
+        return getattr(kernels("linear"), name)(*args, always=selection._forced == "triton")
+
+    return _checked(call) if name.endswith("forward") else call
+
+
+def _filled(run: Callable[..., Any]) -> Callable[..., Any]:
+    """With an empty tensor for each None, which no primitive returns."""
+    return lambda t, *args: tuple(t.new_empty(0) if r is None else r for r in run(t, *args))
 
 
 def _fake_forward(x: Tensor, weight: Tensor, bias: Tensor | None, *rest: Any) -> Tensor:
@@ -103,21 +109,21 @@ forward = primitive(
     "linear_forward(Tensor x, Tensor weight, Tensor? bias) -> Tensor",
     formula=_checked(formula.linear),
     aten=torch.nn.functional.linear,
-    triton=_checked(_triton("forward")),
+    triton=by_kernels("forward"),
     fake=_checked(_fake_forward),
 )
 backward = primitive(
     f"linear_backward(Tensor dy, Tensor x, Tensor weight, {_NEEDS}) -> (Tensor dx, Tensor dw, Tensor db)",
     formula=formula.linear_backward,
     aten=_backward,
-    triton=_triton("backward"),
+    triton=_filled(by_kernels("backward")),
     fake=_fake_backward,
 )
 activation_forward = primitive(
     "linear_activation_forward(Tensor x, Tensor weight, Tensor? bias, str activation, float[] parameters) -> (Tensor y, Tensor z)",
     formula=_checked(formula.linear_activation),
     aten=_activation_forward,
-    triton=_checked(_triton("activation_forward")),
+    triton=_filled(by_kernels("activation_forward")),
     fake=_checked(_fake_activation_forward),
 )
 activation_backward = primitive(
@@ -125,6 +131,6 @@ activation_backward = primitive(
     f"{_NEEDS}) -> (Tensor dx, Tensor dw, Tensor db)",
     formula=formula.linear_activation_backward,
     aten=_activation_backward,
-    triton=_triton("activation_backward"),
+    triton=_filled(by_kernels("activation_backward")),
     fake=lambda dy, x, weight, saved, activation, parameters, *needs: _fake_backward(dy, x, weight, *needs),
 )

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from functools import cache
 from importlib.util import find_spec
 from types import TracebackType
 
@@ -34,7 +35,7 @@ def why_not(backend: str, device_type: str) -> str | None:
 def backend_for(device_type: str) -> str:
     """The backend that a primitive takes on tensors of ``device_type``."""
     if _forced is None:
-        return "triton" if device_type == "cuda" and why_not("triton", "cuda") is None else "aten"
+        return "triton" if device_type == "cuda" and _kernels_run_on_cuda() else "aten"
     if _forced == "triton" and (reason := why_not("triton", device_type)) is not None:
         raise RuntimeError(f"backend 'triton' cannot run on {device_type} tensors: {reason}")
     return _forced
@@ -78,6 +79,19 @@ class use_backend:
 def get_backend() -> str | None:
     """The forced backend, or None while each tensor's device decides."""
     return _forced
+
+
+def takes_kernels(t: torch.Tensor) -> bool:
+    """Whether a primitive on a plain tensor takes the kernels, and can."""
+    if _forced is None:
+        return t.is_cuda and _kernels_run_on_cuda()
+    return _forced == "triton" and why_not("triton", t.device.type) is None
+
+
+@cache
+def _kernels_run_on_cuda() -> bool:
+    """Found out once: what is installed stays, and the interpreter's setting counts when a kernel is decorated."""
+    return why_not("triton", "cuda") is None
 
 
 def _has_gpu() -> bool:

@@ -1,7 +1,7 @@
-"""The short ways on a CPU, each at the cost of one look at the arguments.
+"""The short ways, each at the cost of one look at the arguments.
 
-Where nothing wants a gradient there is nothing of ours to add, and stock's own function answers. Where a loss of two plain tensors is to
-be trained on, its direct face does.
+Where nothing wants a gradient on a CPU there is nothing of ours to add, and stock's own function answers. Where a loss of two plain tensors
+is to be trained on, its direct face does, or on a GPU that by kernels.
 """
 
 from __future__ import annotations
@@ -15,6 +15,7 @@ from torch.autograd import forward_ad
 
 from ..backends import selection
 from ..backends.library import BY_ATEN, TENSORS, autocast_active, functorch_active, modes
+from ..backends.selection import takes_kernels
 from ..formulas.loss import MEAN, SUM
 from ..ops.reuse import is_unseen
 
@@ -30,7 +31,7 @@ def stock_without_gradient(
     stock: Callable[..., Any],
     tensors: int = 1,
     options: tuple[str, ...] | None = None,
-    direct: Callable[..., Any] | None = None,
+    direct: tuple[Callable[..., Any], Callable[..., Any]] | None = None,
     parameters: tuple[Any, ...] = (),
 ) -> Callable[[F], F]:
     """Decorator: calls ``stock`` instead where backward, forward mode and torch.func have no part, and no other backend is asked for.
@@ -43,8 +44,9 @@ def stock_without_gradient(
             are left to the function itself.
         options: of a function of two tensors of one shape, what stock may be given by name. The rest makes it warn, of a caller that
             would be this module.
-        direct: of a loss of two tensors, its direct face, which takes the call if nothing but the reduction is given.
-        parameters: what the direct face takes last: the defaults of the loss.
+        direct: of a loss of two tensors, its direct face, which takes the call if nothing but the reduction is given, and on a GPU that by
+            kernels.
+        parameters: what these faces take last: the defaults of the loss.
     """
 
     names = frozenset(options or ())
@@ -66,18 +68,17 @@ def stock_without_gradient(
                 type(input) in TENSORS
                 and type(other) in TENSORS
                 and not (args or functorch_active())
-                and input.is_cpu
-                and other.is_cpu
                 and input.dtype is other.dtype
                 and input.dtype in _FULL_PRECISION
-                and selection._forced in BY_ATEN
                 and forward_ad._current_level < 0
                 and (not kwargs if options is None else input.shape == other.shape and kwargs.keys() <= names)
             ):
-                if not (input.requires_grad or other.requires_grad):
+                on_cpu = input.is_cpu and other.is_cpu and selection._forced in BY_ATEN
+                if on_cpu and not (input.requires_grad or other.requires_grad):
                     return stock(input, other, **kwargs)
                 if (
                     direct is not None
+                    and (on_cpu or (takes_kernels(input) and input.device == other.device))
                     and input.requires_grad
                     and _grad_enabled()
                     and not (_tracing() or modes() or autocast_active())
@@ -85,7 +86,7 @@ def stock_without_gradient(
                     and len(kwargs) == ("reduction" in kwargs)
                     and is_unseen()
                 ):
-                    return direct(input, other, None, None, MEAN if reduction == "mean" else SUM, True, *parameters)
+                    return direct[not on_cpu](input, other, None, None, MEAN if reduction == "mean" else SUM, True, *parameters)
             return function(input, other, *args, **kwargs)
 
         return functools.wraps(function)(of_one if tensors == 1 else of_two)  # type: ignore[return-value]

@@ -67,10 +67,16 @@ def numbers(name: str, parameters: tuple[Any, ...]) -> tuple[float, ...]:
 
 def _function(a: Activation) -> Callable[..., Tensor]:
     run_forward, run_backward = primitives[a.name]
+    kernels_forward, kernels_backward = run_forward.kernels, run_backward.kernels  # type: ignore[attr-defined]
     aten_forward, aten_backward = ATEN[a.name]
     aten_into = ATEN_INTO.get(a.name)
     derivative, formula_backward, saves_output = a.derivative, a.backward, _saves_output(a.name)
     no_gradients = (None,) * len(a.parameters)
+
+    def as_floats(parameters: tuple[Any, ...]) -> tuple[float, ...]:
+        if parameters and not type(parameters[0]) is float is type(parameters[-1]):  # none has more than two
+            return numbers(a.name, parameters)
+        return parameters
 
     class Definition:
         forward = staticmethod(run_forward)
@@ -100,8 +106,7 @@ def _function(a: Activation) -> Callable[..., Tensor]:
 
         @staticmethod
         def direct_forward(ctx: Any, x: Tensor, *parameters: float) -> Tensor:
-            if parameters and not type(parameters[0]) is float is type(parameters[-1]):  # none has more than two
-                parameters = numbers(a.name, parameters)
+            parameters = as_floats(parameters)
             y = aten_forward(x, *parameters)
             ctx.to_save, ctx.materialize_grads = (y if saves_output else x,), False  # what the methods set, without their frames
             ctx.parameters = parameters
@@ -115,6 +120,22 @@ def _function(a: Activation) -> Callable[..., Tensor]:
             if ctx.large and (dx := place(ctx.references, dy, saved, ctx.may_take_saved)) is not None:
                 return aten_into(dx, dy, saved, *ctx.parameters), *no_gradients  # type: ignore[misc]
             return aten_backward(dy, saved, *ctx.parameters), *no_gradients
+
+        @staticmethod
+        def kernel_value(x: Tensor, *parameters: float) -> Tensor:
+            return kernels_forward(x, *as_floats(parameters))
+
+        @staticmethod
+        def kernel_forward(ctx: Any, x: Tensor, *parameters: float) -> Tensor:
+            parameters = as_floats(parameters)
+            y = kernels_forward(x, *parameters)
+            ctx.to_save, ctx.materialize_grads = (y if saves_output else x,), False
+            ctx.parameters = parameters
+            return y
+
+        @staticmethod
+        def kernel_backward(ctx: Any, dy: Tensor) -> Any:
+            return kernels_backward(dy, *ctx.saved_tensors, *ctx.parameters), *no_gradients
 
     if a.name in ATEN_KEEPING:
         _keep(Definition, *ATEN_KEEPING[a.name])

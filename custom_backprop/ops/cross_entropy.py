@@ -12,7 +12,7 @@ from ..formulas import cross_entropy as formula
 from ..formulas.cross_entropy import GRADIENT, NOTHING, STATISTICS
 from ..formulas.loss import NONE
 from .function import differentiable, differentiated
-from .held import holds, release, release_directly
+from .held import holds, release, release_by_kernels, release_directly
 
 
 def _check_dtype(name: str, x: Tensor, weight: Tensor | None) -> None:
@@ -70,6 +70,23 @@ class NLLLoss:
     @staticmethod
     def direct_backward(ctx: Any, dy: Tensor) -> Any:
         return primitives.nll_backward_aten(dy, *ctx.saved_tensors, *ctx.options), None, None, None, None
+
+    @staticmethod
+    def kernel_value(x: Tensor, target: Tensor, weight: Tensor | None, reduction: int, ignore_index: int) -> Tensor:
+        _check_dtype("nll_loss", x, weight)
+        return primitives.nll_forward.kernels(x, target, weight, reduction, ignore_index)[0]  # type: ignore[attr-defined]
+
+    @staticmethod
+    def kernel_forward(ctx: Any, x: Tensor, target: Tensor, weight: Tensor | None, *options: int) -> Tensor:
+        _check_dtype("nll_loss", x, weight)
+        loss, total = primitives.nll_forward.kernels(x, target, weight, *options)  # type: ignore[attr-defined]
+        ctx.options = options
+        ctx.to_save, ctx.materialize_grads = (x, target, weight, total), False
+        return loss
+
+    @staticmethod
+    def kernel_backward(ctx: Any, dy: Tensor) -> Any:
+        return primitives.nll_backward.kernels(dy, *ctx.saved_tensors, *ctx.options), None, None, None, None  # type: ignore[attr-defined]
 
 
 class CrossEntropy:
@@ -139,6 +156,25 @@ class CrossEntropy:
         _, target, weight, log_p, total = ctx.saved_tensors
         dlog_p = primitives.nll_backward_aten(dy, log_p, target, weight, total, reduction, ignore_index)
         return torch._log_softmax_backward_data(dlog_p, log_p, 1, log_p.dtype), None, None, None, None, None, None
+
+    @staticmethod
+    def kernel_value(x: Tensor, target: Tensor, weight: Tensor | None, *options: Any) -> Tensor:
+        _check_dtype("cross_entropy", x, weight)
+        return primitives.forward.kernels(x, target, weight, *options)[0]  # type: ignore[attr-defined]
+
+    @staticmethod
+    def kernel_forward(ctx: Any, x: Tensor, target: Tensor, weight: Tensor | None, *options: Any) -> Tensor:
+        _check_dtype("cross_entropy", x, weight)
+        loss, kept = primitives.forward.kernels(x, target, weight, *options)  # type: ignore[attr-defined]
+        ctx.options = options
+        ctx.to_save, ctx.materialize_grads = (x, target, weight, kept), False
+        return loss
+
+    @staticmethod
+    def kernel_backward(ctx: Any, dy: Tensor) -> Any:
+        if ctx.options[3] == GRADIENT:
+            return release_by_kernels(ctx.saved_tensors[3], dy), None, None, None, None, None, None
+        return CrossEntropy.backward(ctx, dy)
 
 
 _nll_loss = differentiable(autocast_cpu="float32", autocast_cuda="float32", keeps=True)(NLLLoss)

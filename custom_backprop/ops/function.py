@@ -3,9 +3,10 @@
 ``torch.compile`` refuses a Function that defines ``jvp``; forward-mode AD and ``torch.func`` need one with ``setup_context``, which
 costs three times the overhead. So each op is written once, and :func:`differentiable` makes both.
 
-Where an op is called often on small tensors, a third face is worth writing: on plain CPU tensors in eager mode, which need none of the
-rest, ``direct_value``, ``direct_forward`` and ``direct_backward`` go to ATen in the fewest calls. Between two passes over large tensors
-every Python frame and every lookup is fetched from memory again, some microseconds each: what is asked on that way is counted.
+Where an op is called often on small tensors, two more faces are worth writing, for plain tensors in eager mode, which need none of the
+rest: ``direct_value``, ``direct_forward`` and ``direct_backward`` go to ATen in the fewest calls, on a CPU, and ``kernel_value`` and so on
+to the kernels, on a GPU. Between two passes over large tensors every Python frame and every lookup is fetched from memory again, some
+microseconds each, and a GPU waits for the host wherever its work is short: what is asked on that way is counted.
 """
 
 from __future__ import annotations
@@ -22,6 +23,7 @@ from torch.overrides import handle_torch_function, has_torch_function
 
 from ..backends import selection
 from ..backends.library import BY_ATEN, PLAIN, TENSORS, autocast_active, functorch_active, legacy_batched, modes, wrapped
+from ..backends.selection import takes_kernels
 
 _tracing = torch.compiler.is_dynamo_compiling  # which Dynamo answers; what follows it cannot trace
 _grad_enabled = torch.is_grad_enabled
@@ -40,7 +42,8 @@ def differentiable(
     """Class decorator: a definition (static methods ``forward``, ``setup_context``, ``backward``, ``jvp``) -> the callable op.
 
     A definition may also have ``direct_value(*args)``, which computes y, ``direct_forward(ctx, *args)``, which fills the context for
-    ``backward`` as well, and with them ``direct_backward(ctx, dy)``, for a dy that is a plain CPU tensor and will not be differentiated.
+    ``backward`` as well, and with them ``direct_backward(ctx, dy)``, for a dy that is a plain CPU tensor and will not be differentiated;
+    and the same three by ``kernel_``, for tensors that the kernels take.
 
     Args:
         autocast_cpu, autocast_cuda: what autocast does to the op's floating-point inputs on that device, as torch does to its own:
@@ -53,7 +56,8 @@ def differentiable(
         prepare: checks and converts the arguments, on the way to every face but the direct one.
         stock: PyTorch's own function of the same arguments, which takes complex and nested tensors.
 
-    The op's attribute ``apply_directly`` is the direct face itself, for a caller that has asked all of what leads to it.
+    The op's attributes ``apply_directly`` and ``apply_by_kernels`` are these faces themselves, for a caller that has asked all of what
+    leads to them.
     """
     policies = {"cpu": autocast_cpu, "cuda": autocast_cuda}
 
@@ -132,6 +136,26 @@ def differentiable(
             direct._backward_cls.apply = faces["backward"].__func__  # as Function's own apply does, one Python call sooner
             direct_apply = super(torch.autograd.Function, direct).apply  # type: ignore[misc]
 
+        kernel_forward = getattr(definition, "kernel_forward", None)
+        if kernel_forward is not None:
+            kernel_value, kernel_backward = definition.kernel_value, definition.kernel_backward  # type: ignore[attr-defined]
+
+            def backward_by_kernels(ctx: Any, dy: torch.Tensor | None) -> Any:
+                if (
+                    type(dy) is torch.Tensor
+                    and not (_grad_enabled() or _tracing() or modes() or autocast_active() or wrapped(dy) or legacy_batched(dy))
+                    and forward_ad._current_level < 0
+                    and takes_kernels(dy)
+                ):
+                    return kernel_backward(ctx, dy)
+                return backward(ctx, dy)
+
+            faces = {"forward": staticmethod(kernel_forward), "backward": staticmethod(backward_by_kernels)}
+            by_kernels: Any = type(definition.__name__, (torch.autograd.Function,), {**members, **faces})
+            by_kernels._backward_cls.save_for_forward = _nothing
+            by_kernels._backward_cls.apply = backward_by_kernels
+            apply_by_kernels = super(torch.autograd.Function, by_kernels).apply  # type: ignore[misc]
+
         def call(*args: Any) -> Any:
             if stock is not None and is_stocks(args[0]):
                 return stock(*args)
@@ -159,38 +183,45 @@ def differentiable(
         def call_unary(x: Any, *parameters: Any) -> Any:
             if (
                 type(x) in TENSORS
-                and x.is_cpu
                 and not (_tracing() or functorch_active() or modes())
-                and selection._forced in BY_ATEN
                 and forward_ad._current_level < 0
                 and x.is_floating_point()
                 and not x.is_nested
             ):
-                return direct_apply(x, *parameters) if x.requires_grad else direct_value(x, *parameters)
+                if x.is_cpu and selection._forced in BY_ATEN:
+                    return direct_apply(x, *parameters) if x.requires_grad else direct_value(x, *parameters)
+                if kernel_forward is not None and takes_kernels(x) and not autocast_active():
+                    return (apply_by_kernels if x.requires_grad and _grad_enabled() else kernel_value)(x, *parameters)
             return call(x, *parameters)
 
         def call_any(*args: Any) -> Any:
+            x = args[0]
             if (
-                type(args[0]) in TENSORS
-                and args[0].is_cpu
+                type(x) in TENSORS
                 and not (_tracing() or functorch_active() or modes() or autocast_active())
-                and selection._forced in BY_ATEN
                 and forward_ad._current_level < 0
                 and PLAIN.issuperset(map(type, args))
-                and args[0].is_floating_point()
-                and not args[0].is_nested
+                and x.is_floating_point()
+                and not x.is_nested
             ):
+                if x.is_cpu and selection._forced in BY_ATEN:
+                    apply, value = direct_apply, direct_value
+                elif kernel_forward is not None and takes_kernels(x):
+                    apply, value = apply_by_kernels, kernel_value
+                else:
+                    return call(*args)
                 if _grad_enabled():
                     for a in args:
                         if type(a) in TENSORS and a.requires_grad:
-                            return direct_apply(*args)
-                return direct_value(*args)
+                            return apply(*args)
+                return value(*args)
             return call(*args)
 
         op: Any = call if direct_forward is None else call_unary if unary else call_any
         op.__name__ = op.__qualname__ = definition.__name__
         op.__doc__ = definition.__doc__
         op.apply_directly = direct_apply if direct_forward is not None else None
+        op.apply_by_kernels = apply_by_kernels if kernel_forward is not None else None
         return op
 
     return decorate

@@ -53,3 +53,11 @@ def release_directly(grad: Tensor, dy: Tensor) -> Tensor:
         return grad * dy
     scale_aten_(grad, dy)
     return grad
+
+
+def release_by_kernels(grad: Tensor, dy: Tensor) -> Tensor:
+    """The same for a dy that the kernels take, as ``kernel_backward`` has it."""
+    if _keeps_graph():
+        return scale.kernels(grad, dy)  # type: ignore[attr-defined]
+    scale_.kernels(grad, dy)  # type: ignore[attr-defined]
+    return grad

@@ -16,6 +16,9 @@ from .function import differentiable, differentiated, wanted
 from .reuse import LEAST, is_unseen, place
 
 _product = torch.nn.functional.linear
+_forward_by_kernels, _backward_by_kernels = primitives.by_kernels("forward"), primitives.by_kernels("backward")
+_activation_forward_by_kernels = primitives.by_kernels("activation_forward")
+_activation_backward_by_kernels = primitives.by_kernels("activation_backward")
 
 
 def check(x: Tensor, weight: Tensor, bias: Tensor | None) -> None:
@@ -69,6 +72,22 @@ class Linear:
     def direct_backward(ctx: Any, dy: Tensor) -> Any:
         return primitives.gradients(dy, *ctx.saved_tensors, *ctx.needs_input_grad)
 
+    @staticmethod
+    def kernel_value(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+        check(x, weight, bias)
+        return _forward_by_kernels(x, weight, bias)
+
+    @staticmethod
+    def kernel_forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+        check(x, weight, bias)
+        need_x, need_weight, *_ = ctx.needs_input_grad
+        ctx.to_save, ctx.materialize_grads = (x if need_weight else None, weight if need_x else None), False
+        return _forward_by_kernels(x, weight, bias)
+
+    @staticmethod
+    def kernel_backward(ctx: Any, dy: Tensor) -> Any:
+        return _backward_by_kernels(dy, *ctx.saved_tensors, *ctx.needs_input_grad)
+
 
 linear = differentiable(autocast_cpu="lower", autocast_cuda="lower", stock=_product)(Linear)
 
@@ -81,6 +100,24 @@ def _direct_backward(ctx: Any, dy: Tensor) -> Any:
     else:
         dz = ATEN[activation][1](dy, saved, *parameters)
     return *primitives.gradients(dz, x, weight, *ctx.needs_input_grad[:3]), None, None
+
+
+def _kernel_value(x: Tensor, weight: Tensor, bias: Tensor | None, *function: Any) -> Tensor:
+    check(x, weight, bias)
+    return _activation_forward_by_kernels(x, weight, bias, *function)[0]
+
+
+def _kernel_forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None, *function: Any) -> Tensor:
+    check(x, weight, bias)
+    y, z = _activation_forward_by_kernels(x, weight, bias, *function)
+    ctx.function = function
+    ctx.to_save, ctx.materialize_grads = (x, weight, None, y) if z is None else (x, weight, bias, z), False
+    return y
+
+
+def _kernel_backward(ctx: Any, dy: Tensor) -> Any:
+    x, weight, _, saved = ctx.saved_tensors
+    return *_activation_backward_by_kernels(dy, x, weight, saved, *ctx.function, *ctx.needs_input_grad[:3]), None, None
 
 
 class OfInput:
@@ -117,6 +154,9 @@ class OfInput:
         return ATEN[activation][0](z, *parameters)
 
     direct_backward = staticmethod(_direct_backward)
+    kernel_value = staticmethod(_kernel_value)
+    kernel_forward = staticmethod(_kernel_forward)
+    kernel_backward = staticmethod(_kernel_backward)
 
 
 class OfOutput:
@@ -154,6 +194,9 @@ class OfOutput:
         return y
 
     direct_backward = staticmethod(_direct_backward)
+    kernel_value = staticmethod(_kernel_value)
+    kernel_forward = staticmethod(_kernel_forward)
+    kernel_backward = staticmethod(_kernel_backward)
 
 
 def _keep(ctx: Any, inputs: tuple[Any, ...], y: Tensor, saved: Tensor) -> None:

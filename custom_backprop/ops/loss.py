@@ -15,7 +15,7 @@ from ..backends.library import is_batched
 from ..backends.loss import ATEN, primitives
 from ..formulas.loss import LOSSES, NONE, Loss
 from .function import differentiable, differentiated, wanted
-from .held import holds, release, release_directly
+from .held import holds, release, release_by_kernels, release_directly
 
 
 def _definition(loss: Loss) -> type:
@@ -60,25 +60,33 @@ def _definition(loss: Loss) -> type:
         def jvp(ctx: Any, *tangents: Any) -> Any:
             return loss.jvp(tangents[:4], *ctx.saved_tensors[:4], ctx.reduction, *ctx.parameters)
 
-        @staticmethod
-        def direct_value(*args: Any) -> Tensor:
-            return aten_forward(*args)[0]
+    def value_of(run: Callable[..., tuple[Tensor, Tensor]]) -> Callable[..., Tensor]:
+        return lambda *args: run(*args)[0]
 
-        @staticmethod
-        def direct_forward(ctx: Any, *args: Any) -> Tensor:
-            y, held = aten_forward(*args)
+    def forward_of(run: Callable[..., tuple[Tensor, Tensor]]) -> Callable[..., Tensor]:
+        def forward(ctx: Any, *args: Any) -> Tensor:
+            y, held = run(*args)
             *tensors, ctx.reduction, ctx.hold = args[:6]
             ctx.parameters = args[6:]
             ctx.to_save, ctx.materialize_grads = (*tensors, held if ctx.hold else None), False  # as the methods set it
             return y
 
-        @staticmethod
-        def direct_backward(ctx: Any, dy: Tensor) -> Any:
+        return forward
+
+    def backward_of(release: Callable[[Tensor, Tensor], Tensor]) -> Callable[..., Any]:
+        def backward(ctx: Any, dy: Tensor) -> Any:
             held = ctx.saved_tensors[4]
             if held is None or True in ctx.needs_input_grad[1:4]:
                 return Definition.backward(ctx, dy)
-            return release_directly(held, dy), None, None, None, *no_gradients
+            return release(held, dy), None, None, None, *no_gradients
 
+        return backward
+
+    faces: Any = Definition
+    for way, run, release_way in (("direct", aten_forward, release_directly), ("kernel", run_forward.kernels, release_by_kernels)):  # type: ignore[attr-defined]
+        setattr(faces, f"{way}_value", staticmethod(value_of(run)))
+        setattr(faces, f"{way}_forward", staticmethod(forward_of(run)))
+        setattr(faces, f"{way}_backward", staticmethod(backward_of(release_way)))
     Definition.__name__ = loss.name
     Definition.__doc__ = loss.formula
     return Definition
@@ -93,8 +101,12 @@ _PLAIN = {name: _function(loss, composed=name == "gaussian_nll_loss") for name, 
 _WEIGHTED = _PLAIN | {name: _function(LOSSES[name], composed=True) for name in ("mse_loss", "l1_loss")}
 
 
-#: name -> the direct face of the plain loss. Its arguments are those of the primitive: x, t, v, w, reduction, hold and the parameters.
-DIRECT: dict[str, Callable[..., Tensor]] = {name: op.apply_directly for name, op in _PLAIN.items()}  # type: ignore[attr-defined]
+#: name -> the direct face of the plain loss, and that by kernels. Their arguments are those of the primitive: x, t, v, w, reduction, hold
+#: and the parameters.
+DIRECT: dict[str, tuple[Callable[..., Tensor], Callable[..., Tensor]]] = {
+    name: (op.apply_directly, op.apply_by_kernels)  # type: ignore[attr-defined]
+    for name, op in _PLAIN.items()
+}
 
 
 def pointwise(name: str, x: Tensor, t: Tensor, v: Tensor | None, w: Tensor | None, reduction: int, *parameters: Any) -> Tensor:

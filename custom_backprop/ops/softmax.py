@@ -19,6 +19,7 @@ from .reuse import LEAST, is_unseen, place
 
 def _function(s: Softmax) -> Callable[..., Tensor]:
     run_forward, run_backward = primitives[s.name]
+    kernels_forward, kernels_backward = run_forward.kernels, run_backward.kernels  # type: ignore[attr-defined]
     aten_forward, aten_backward = ATEN[s.name]
     aten_into = ATEN_INTO[s.name]
     formula_backward, jvp_of = s.backward, s.jvp
@@ -66,6 +67,19 @@ def _function(s: Softmax) -> Callable[..., Tensor]:
             if ctx.large and (dx := place(ctx.references, dy, y, ctx.may_take_saved)) is not None:
                 return aten_into(dx, dy, y, ctx.dim), None, None
             return aten_backward(dy, y, ctx.dim, ctx.dtype), None, None
+
+        kernel_value = staticmethod(kernels_forward)
+
+        @staticmethod
+        def kernel_forward(ctx: Any, x: Tensor, dim: int, dtype: torch.dtype | None) -> Tensor:
+            y = kernels_forward(x, dim, dtype)
+            ctx.to_save, ctx.materialize_grads = (y,), False
+            ctx.dim, ctx.dtype = dim, x.dtype
+            return y
+
+        @staticmethod
+        def kernel_backward(ctx: Any, dy: Tensor) -> Any:
+            return kernels_backward(dy, *ctx.saved_tensors, ctx.dim, ctx.dtype), None, None
 
     Definition.__name__ = s.name
     Definition.__doc__ = s.formula
