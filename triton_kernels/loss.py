@@ -135,22 +135,28 @@ def kl_div_dt(x, t, v, LOG_TARGET, B, C):
 
 
 @triton.jit
+def _variance(v, EPS):
+    """max(v, ε), and NaN where v is negative: to raise, the host would have to wait."""
+    return tl.where(v < 0, float("nan"), tl.where(v < EPS, EPS, v))
+
+
+@triton.jit
 def gaussian_nll_loss(x, t, v, FULL, EPS, C):
     d = x - t
-    v = tl.where(v < EPS, EPS, v)
+    v = _variance(v, EPS)
     loss = 0.5 * (tl.log(v) + d * d / v)
     return loss + 0.9189385332046727 if FULL else loss  # log(2π) / 2
 
 
 @triton.jit
 def gaussian_nll_loss_dx(x, t, v, FULL, EPS, C):
-    return (x - t) / tl.where(v < EPS, EPS, v)
+    return (x - t) / _variance(v, EPS)
 
 
 @triton.jit
 def gaussian_nll_loss_dv(x, t, v, FULL, EPS, C):
     d = x - t
-    v = tl.where(v < EPS, EPS, v)
+    v = _variance(v, EPS)
     return 0.5 * (1 - d * d / v) / v
 
 

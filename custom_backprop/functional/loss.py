@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 from torch.nn import _reduction as _Reduction
 
+from ..backends.selection import takes_kernels
 from ..formulas.loss import SUM
 from ..ops.loss import DIRECT, pointwise
 from .inference import stock_without_gradient
@@ -224,7 +225,8 @@ def gaussian_nll_loss(
 
     Raises:
         ValueError: an unknown reduction, a variance of another shape, or a negative one (not looked for while torch.compile traces or
-            torch.func transforms: there it is bounded like any other).
+            torch.func transforms: there it is bounded like any other; nor by the kernels on a GPU, where to look is to wait: there the
+            loss and its gradients are NaN).
         RuntimeError: shapes that do not broadcast.
     """
     if isinstance(var, float):
@@ -233,7 +235,7 @@ def gaussian_nll_loss(
         var = torch.full_like(input, var)
     elif not isinstance(var, Tensor):
         raise TypeError(f"gaussian_nll_loss: var must be a Tensor or a float, not {type(var).__name__}")
-    elif _known(var) and torch.any(var < 0):
+    elif _known(var) and not (var.is_cuda and takes_kernels(var)) and torch.any(var < 0):
         raise ValueError("var has negative entry/entries")
     if var.size() != input.size():
         if input.size()[:-1] == var.size():
