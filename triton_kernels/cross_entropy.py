@@ -315,7 +315,7 @@ def config(classes: int, inner: int, dtype: torch.dtype, last: bool, tensors: in
         block = min(block, SIDE_BY_SIDE // max(dtype.itemsize // 4, 1) // rows)
         return Config(rows, block, min(max(rows * block * max(dtype.itemsize // 4, 1) // 256, 1), 8))
     if block > HELD // tensors // words:
-        return Config(1, LOOPED // tensors // words, 16)
+        return Config(1, LOOPED // tensors**2 // words, 16 // tensors)
     rows = min(max(1024 // words // block, 1), next_power_of_2(inner))
     return Config(rows, block, min(max(rows * block * words * tensors // 1024, 1), 16))
 

@@ -83,7 +83,10 @@ def outputs(result: Any) -> tuple[Tensor, ...]:
 def weights_for(results: Sequence[Tensor], seed: int = 1) -> tuple[Tensor, ...]:
     """Random gradients for the outputs: a plain sum would hide a wrong gradient (of a softmax it is zero)."""
     generator = torch.Generator().manual_seed(seed)
-    return tuple(torch.randn(r.shape, generator=generator, dtype=torch.float64).to(r.device, r.dtype) for r in results)
+    return tuple(
+        torch.empty_like(r) if r.is_meta else torch.randn(r.shape, generator=generator, dtype=torch.float64).to(r.device, r.dtype)
+        for r in results
+    )
 
 
 def gradients(
