@@ -69,6 +69,8 @@ def test_extreme_values(spec, kwargs, dtype, backend):
     ours, theirs = (value_and_gradient(f, x, kwargs) for f in (spec.function, stock(spec)))
     if spec.name == "softsign":  # autograd gives inf / inf = NaN; the limit is 0
         truth[1][x.isinf()] = 0
+    if spec.name == "hardswish":  # as does the oracle on a GPU
+        truth[1][x.isinf()] = (x[x.isinf()] > 0).double()
     if spec.name == "gelu" and backend == "aten" and ours[0][x == INF].isnan():  # stock's own: test_gelu_at_infinity
         below = x != INF
         x, ours, theirs, truth = x[below], *([v[below] for v in pair] for pair in (ours, theirs, truth))

@@ -109,12 +109,12 @@ def test_autocast_of_another_device_casts_nothing():
 
 
 def test_backward_under_autocast_is_not_cast_again(backend):
-    x = torch.randn(4, 5, requires_grad=True)
-    w = torch.randn(3, 5, requires_grad=True)
-    dy = torch.randn(4, 3)
+    x = torch.randn(4, 5, device=DEVICE, requires_grad=True)
+    w = torch.randn(3, 5, device=DEVICE, requires_grad=True)
+    dy = torch.randn(4, 3, device=DEVICE)
     expected = torch.autograd.grad(functional.linear(x, w), (x, w), dy)
     y = functional.linear(x, w)
-    with torch.autocast("cpu", torch.bfloat16):
+    with torch.autocast(DEVICE, torch.bfloat16):
         grads = torch.autograd.grad(y, (x, w), dy)
     for g, e in zip(grads, expected, strict=True):
         assert g.dtype == torch.float32

@@ -31,7 +31,7 @@ def both(function, *inputs):
     [
         lambda x: functional.gelu(2 * x) + 1,
         lambda x: functional.softmax(functional.relu(x), dim=0),
-        lambda x: functional.cross_entropy(x * 2, torch.tensor([1, 0, 2])),
+        lambda x: functional.cross_entropy(x * 2, torch.tensor([1, 0, 2], device=DEVICE)),
     ],
     ids=["gelu", "relu and softmax", "cross_entropy"],
 )
@@ -42,12 +42,12 @@ def test_ops(function):
 
 def test_a_network_trains_compiled_as_it_does_eager():
     torch.manual_seed(0)
-    x, target = torch.randn(16, 6), torch.randint(0, 3, (16,))
+    x, target = torch.randn(16, 6, device=DEVICE), torch.randint(0, 3, (16,), device=DEVICE)
     losses = {}
     for compiled in (False, True):
         torch._dynamo.reset()
         torch.manual_seed(1)
-        model = torch.nn.Sequential(nn.LinearActivation(6, 8, activation="silu"), nn.Linear(8, 3))
+        model = torch.nn.Sequential(nn.LinearActivation(6, 8, activation="silu"), nn.Linear(8, 3)).to(DEVICE)
         step = torch.compile(model, fullgraph=True) if compiled else model
         optimizer = torch.optim.SGD(model.parameters(), 0.1)
         losses[compiled] = []

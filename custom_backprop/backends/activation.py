@@ -74,7 +74,7 @@ def _hardsigmoid_backward(dy: Tensor, x: Tensor) -> Tensor:
 # log σ(x) = -softplus(-x), which is softplus with beta = -1: one pass each way, no buffer kept. Beyond 40, 1 + e^-40 is 1 in float64 too.
 _LOGSIGMOID = (-1.0, 40.0)
 
-#: name -> (forward, backward) by PyTorch's operators
+#: name -> (forward, backward) by PyTorch's operators on a CPU
 ATEN: dict[str, tuple[Callable[..., Tensor], Callable[..., Tensor]]] = {
     "relu": (torch.relu, lambda dy, y: _threshold_backward(dy, y, 0)),
     "relu6": (lambda x: torch._C._nn.hardtanh(x, 0, 6), lambda dy, y: _hardtanh_backward(dy, y, 0, 6)),
@@ -121,6 +121,31 @@ ATEN_IN_PLACE: dict[str, Callable[..., Tensor]] = {
     "tanh": torch.tanh_,
     "threshold": aten.threshold_.default,
 }
+
+#: those that on a GPU multiply by 1/6 rounded to float32, in float64 too: there these are exact
+_EXACT: dict[str, Callable[[Tensor], Tensor]] = {
+    "hardsigmoid": lambda x: torch._C._nn.hardtanh(x + 3, 0, 6).div_(6),
+    "hardswish": lambda x: torch._C._nn.hardtanh(x + 3, 0, 6).mul_(x).div_(6),
+}
+
+
+def _on_any_device(name: str, in_place: bool = False) -> Callable[..., Tensor]:
+    """The forward of ``ATEN`` or ``ATEN_IN_PLACE``, and on a GPU an exact one. The direct faces, of CPU tensors alone, do without asking."""
+    run = ATEN_IN_PLACE[name] if in_place else ATEN[name][0]
+    if name not in _EXACT:
+        return run
+    exact = _EXACT[name]
+
+    def forward(x: Tensor) -> Tensor:
+        if not (x.is_cuda and x.dtype == torch.float64):
+            return run(x)
+        return x.copy_(exact(x)) if in_place else exact(x)
+
+    return forward
+
+
+#: name -> the forward by PyTorch's operators on any device
+ATEN_FORWARD = {name: _on_any_device(name) for name in ATEN}
 
 #: name -> the backward that writes into a dx that is dy or the saved tensor itself
 ATEN_INTO: dict[str, Callable[..., Tensor]] = {
@@ -178,7 +203,7 @@ def _in_strides_of_saved(run: Callable[..., Tensor]) -> Callable[..., Tensor]:
 
 def _define(a: Activation) -> tuple[Callable[..., Tensor], Callable[..., Tensor]]:
     parameters = "".join(f", float {name}" for name in a.parameters)
-    forward_aten, backward_aten = ATEN[a.name]
+    forward_aten, backward_aten = ATEN_FORWARD[a.name], ATEN[a.name][1]
 
     def on_floats(run: Callable[..., Tensor]) -> Callable[..., Tensor]:
         """Anything else has no gradient: stock's result, or stock's error."""
@@ -210,8 +235,10 @@ def _define(a: Activation) -> tuple[Callable[..., Tensor], Callable[..., Tensor]
 
 
 def _define_in_place(a: Activation) -> Callable[..., None]:
+    forward_aten = _on_any_device(a.name, in_place=True)
+
     def on_aten(x: Tensor, *parameters: float) -> None:
-        ATEN_IN_PLACE[a.name](x, *parameters)
+        forward_aten(x, *parameters)
 
     def formula(x: Tensor, *parameters: float) -> None:
         x.copy_(a.value(x, *parameters))

@@ -17,8 +17,8 @@ from ..formulas.activation import ACTIVATIONS, Activation
 from .function import differentiable, differentiated, is_stocks
 from .reuse import LEAST, is_unseen, place
 
-#: activations that torch's autocast computes in float32 on a GPU
-_FLOAT32_ON_CUDA = {"softplus"}
+#: activations that torch's autocast computes in float32 on a GPU (a square is a power there)
+FLOAT32_ON_CUDA = {"softplus", "relu_squared"}
 
 
 #: activations of which torch keeps the input, though the derivative can be had from the output: that may then be changed in place
@@ -146,7 +146,7 @@ def _function(a: Activation) -> Callable[..., Tensor]:
 
     Definition.__name__ = a.name
     Definition.__doc__ = a.formula
-    policy = "float32" if a.name in _FLOAT32_ON_CUDA else None
+    policy = "float32" if a.name in FLOAT32_ON_CUDA else None
     return differentiable(autocast_cuda=policy, unary=True, overwrites=True, prepare=prepare, stock=stock_of(a.name))(Definition)
 
 

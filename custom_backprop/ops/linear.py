@@ -11,7 +11,7 @@ from ..backends import linear as primitives
 from ..backends.activation import ATEN, ATEN_IN_PLACE, ATEN_INTO
 from ..formulas import linear as formula
 from ..formulas.activation import ACTIVATIONS
-from .activation import stock_of
+from .activation import FLOAT32_ON_CUDA, activations, stock_of
 from .function import differentiable, differentiated, wanted
 from .reuse import LEAST, is_unseen, place
 
@@ -238,7 +238,9 @@ _of_output = differentiable(autocast_cpu="lower", autocast_cuda="lower", overwri
 
 
 def linear_activation(x: Tensor, weight: Tensor, bias: Tensor | None, activation: str, parameters: tuple[float, ...]) -> Tensor:
-    """f(x Wᵀ + b) in one Function."""
+    """f(x Wᵀ + b) in one Function; in two where autocast wants f in another dtype than the product."""
+    if activation in FLOAT32_ON_CUDA and isinstance(x, Tensor) and x.is_cuda and torch.is_autocast_enabled("cuda"):
+        return activations[activation](linear(x, weight, bias), *parameters)
     if ACTIVATIONS[activation].saves_output:
         return _of_output(x, weight, bias, activation, parameters)
     return _of_input(x, weight, bias, activation, parameters)

