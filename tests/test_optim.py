@@ -8,7 +8,7 @@ import io
 import math
 import pickle
 from collections.abc import Iterator
-from contextlib import nullcontext
+from contextlib import nullcontext, suppress
 from typing import Any
 
 import pytest
@@ -22,8 +22,11 @@ from custom_backprop.backends.kernels import kernels
 from custom_backprop.formulas import optim as formulas
 from custom_backprop.nn.utils import clip_grad_norm_, clip_weights_
 from custom_backprop.optim import bucket as buckets
+from custom_backprop.optim.guards import guard
 from custom_backprop.optim.lion import _Loop
 
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+needs_kernels = pytest.mark.skipif(custom_backprop.backends.why_not("triton", DEVICE) is not None, reason="no kernels here")
 #: awkward: no element, one, a scalar, an odd few, rows, another order of memory, more than one block and more than one piece
 SHAPES = [(0,), (1,), (), (7,), (3, 5), (2, 3, 2, 2), (150,)]
 
@@ -259,6 +262,56 @@ def test_parameters_and_gradients_may_change_place_and_strides(name: str) -> Non
 
 
 @every_optimizer
+def test_of_a_size_of_1_any_stride_is_as_good_as_another(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    mine, theirs = parameters(shapes=[(5, 1), (4,)]), parameters(shapes=[(5, 1), (4,)])
+    our, their = ours(name)(mine, **FULL[name]), stock(name)(theirs, **FULL[name])
+    monkeypatch.delattr(optim.optimizer.MultiTensor, "_by_torch")
+    for step in range(5):
+        for optimizer, params in ((our, mine), (their, theirs)):
+            give_gradients(params, step, skip=False)
+            if step != 2:
+                params[0].grad = params[0].grad.view(1, 5).t()
+                assert params[0].grad.stride() != params[0].stride()
+            optimizer.step()
+    assert_equal(mine, theirs)
+
+
+@every_optimizer
+def test_gradients_stored_negated(name: str, backend: str, device: str) -> None:
+    """As ``z.conj().imag`` is: the sign is a bit of the tensor."""
+    mine, theirs = parameters(device, shapes=[(5,)]), parameters(device, shapes=[(5,)])
+    our, their = ours(name)(mine, **FULL[name]), stock(name)(theirs, **FULL[name])
+    for step in range(5):
+        for optimizer, params in ((our, mine), (their, theirs)):
+            give_gradients(params, step, skip=False)
+            if step > 2:
+                params[0].grad = torch._neg_view(params[0].grad.neg())
+            optimizer.step()
+    assert_equal(mine, theirs)
+
+
+@every_optimizer
+def test_a_parameter_goes_to_another_place_and_back(name: str) -> None:
+    """What is kept by address is made, for the clipping, while it is away."""
+    (mine,), (theirs,) = parameters(shapes=[(5,)]), parameters(shapes=[(5,)])
+    our, their = ours(name)([mine], **FULL[name]), stock(name)([theirs], **FULL[name])
+    home, other = mine.data, mine.data.clone()
+    for step in range(9):
+        if step == 3:
+            mine.data = other.copy_(home)
+        elif step == 6:
+            mine.data = home.copy_(other)
+        our.max_grad_norm = 0.5 if step > 4 else None
+        give_gradients([mine], step, skip=False)
+        give_gradients([theirs], step, skip=False)
+        our.step()
+        if step > 4:
+            clip_grad_norm_([theirs], 0.5)
+        their.step()
+    assert_equal(mine, theirs)
+
+
+@every_optimizer
 def test_gradients_that_come_and_go(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """Each pattern is planned once, and no state moves for it: to plan takes longer than many steps."""
     planned: list[int] = []
@@ -296,6 +349,119 @@ def test_a_parameter_of_another_shape_at_the_same_address(name: str) -> None:
         params[0].grad = torch.ones(2, 4, dtype=params[0].dtype)
         with pytest.raises((RuntimeError, ValueError)):
             optimizer.step()
+
+
+def looks(monkeypatch: pytest.MonkeyPatch) -> list[int]:
+    """Grows by one each time that a bucket looks at its gradients in Python."""
+    seen: list[int] = []
+    look = buckets.Bucket._looked_at
+    monkeypatch.setattr(buckets.Bucket, "_looked_at", lambda self, grads: seen.append(1) or look(self, grads))
+    return seen
+
+
+@pytest.mark.parametrize("guarded", [True, False], ids=["guards", "no guards"])
+@every_optimizer
+def test_the_look_at_the_gradients_is_torchs_own_from_the_third_step_on(name: str, guarded: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Twice a change of autocast or inference mode is looked at in Python, for each of two orders of memory; the update is the same."""
+    if not guarded:
+        monkeypatch.setattr(buckets, "guard", lambda tensors: None)
+    seen = looks(monkeypatch)
+    mine, theirs = parameters(), parameters()
+    our, their = ours(name)(mine, **FULL[name]), stock(name)(theirs, **FULL[name])
+    quick = guarded and guard([torch.ones(1)]) is not None
+    for context in (nullcontext, lambda: torch.autocast("cpu", torch.bfloat16), torch.inference_mode, nullcontext):
+        seen.clear()
+        for step in range(5):
+            for optimizer, params in ((our, mine), (their, theirs)):
+                give_gradients(params, step, skip=False)
+                with context():
+                    optimizer.step()
+        assert len(seen) == (2 if quick else 5) * 2
+    assert_equal(mine, theirs)
+    assert_equal(our.state_dict(), their.state_dict())
+
+
+@every_optimizer
+def test_two_parameters_of_one_gradient(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Torch's own look never says yes to them: it is asked once."""
+    made: list[int] = []
+    monkeypatch.setattr(buckets, "guard", lambda tensors: made.append(1) or guard(tensors))
+    mine, theirs = parameters(shapes=[(5,), (5,)]), parameters(shapes=[(5,), (5,)])
+    our, their = ours(name)(mine, **FULL[name]), stock(name)(theirs, **FULL[name])
+    for step in range(6):
+        for optimizer, params in ((our, mine), (their, theirs)):
+            give_gradients(params, step, skip=False)
+            params[1].grad = params[0].grad
+            optimizer.step()
+    assert_equal(mine, theirs)
+    assert len(made) == 1
+
+
+def test_flags_changed_on_the_way(backend: str, device: str) -> None:
+    """Which a compiled kernel has built in."""
+    mine, theirs = parameters(device, shapes=[(5,)]), parameters(device, shapes=[(5,)])
+    our, their = (kind(p, lr=0.1, momentum=0.9) for kind, p in ((optim.SGD, mine), (torch.optim.SGD, theirs)))
+    for step in range(8):
+        for optimizer, params in ((our, mine), (their, theirs)):
+            optimizer.param_groups[0].update(maximize=bool(step & 1), nesterov=bool(step & 2), weight_decay=0.1 * (step & 4))
+            give_gradients(params, step, skip=False)
+            optimizer.step()
+    assert_equal(mine, theirs)
+
+
+@needs_kernels
+def test_a_gradient_at_an_odd_address(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Is seen as such, while it is there: the kernel would read 16 bytes at once. Addresses that have not changed are not sent again."""
+    params, home = [torch.zeros(8, device=DEVICE) for _ in range(2)], torch.zeros(17, device=DEVICE)
+    even, odd = [home[:8], home[8:16]], [home[:8], home[9:]]
+    table = kernels("optim").Table(params, [None, None, None], None)
+    sent: list[Any] = []
+    monkeypatch.setattr(table, "_sent", lambda *args: sent.append(args) or kernels("optim").Table._sent(table, *args))
+    assert [table.see(grads) for grads in (even, even, odd, odd, even)] == [True, True, False, False, True]
+    assert len(sent) == 3
+    assert table.table[3].tolist() == [t.data_ptr() for t in even]
+    assert not kernels("optim").Table([home[1:9], params[0]], [None, None, None], None).see(even)
+
+
+ANOTHER: dict[str, Any] = {
+    "strides": lambda p: p.data.t().contiguous().t(),
+    "address": lambda p: p.data.clone(),
+    "shape": lambda p: p.data.view(6, 4),
+    "size": lambda p: p.data[:2].clone(),
+    "storage": lambda p: p.data.view(4, 6)[:2],
+    "dtype": lambda p: p.data.float(),
+}
+
+
+@pytest.mark.parametrize("guarded", [True, False], ids=["guards", "no guards"])
+@pytest.mark.parametrize("what", ANOTHER)
+@pytest.mark.parametrize("of", ["parameter", "gradient"])
+@every_optimizer
+def test_data_replaced_under_a_parameter_or_its_gradient(
+    name: str, of: str, what: str, guarded: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """``.data = ...`` leaves no trace but the tensor itself. Where torch fails, so do we, at the same step."""
+    if not guarded:
+        monkeypatch.setattr(buckets, "guard", lambda tensors: None)
+    loop = {} if name == "Lion" else {"foreach": False}
+    results = []
+    for kind, more in ((ours(name), {}), (stock(name), loop)):
+        params = parameters(shapes=[(5,), (4, 6), (7,)])
+        optimizer = kind(params, **FULL[name], **more)
+        for step in range(4):
+            give_gradients(params, step, skip=False)
+            optimizer.step()
+        for step in range(4, 8):
+            give_gradients(params, step, skip=False)
+            tensor = params[1] if of == "parameter" else params[1].grad
+            tensor.data = ANOTHER[what](tensor)
+            with suppress(RuntimeError):
+                optimizer.step()
+                if step < 7:
+                    continue
+            break
+        results.append([p.detach().double() for p in params] if step == 7 else step)
+    assert_equal(results[0], results[1], 1e-12 if what != "dtype" else 1e-6)
 
 
 @pytest.mark.parametrize(
@@ -336,6 +502,21 @@ def test_the_default_device_has_no_part(name: str, backend: str, device: str) ->
 
 
 @every_optimizer
+def test_nor_where_torch_updates(name: str) -> None:
+    """As it does with a gradient of other strides."""
+    mine, theirs = parameters(shapes=[(4, 6)]), parameters(shapes=[(4, 6)])
+    our, their = ours(name)(mine, **FULL[name]), stock(name)(theirs, **FULL[name])
+    for step in range(3):
+        for optimizer, params, where in ((our, mine, "meta"), (their, theirs, "cpu")):
+            give_gradients(params, step, skip=False)
+            params[0].grad = params[0].grad.t().contiguous().t()
+            with torch.device(where):
+                optimizer.step()
+    assert_equal(mine, theirs)
+    assert_equal(our.state_dict(), their.state_dict())
+
+
+@every_optimizer
 def test_groups_schedulers_hooks_and_closures(name: str) -> None:
     def run(kind: Any) -> tuple[list[Parameter], list[float]]:
         params = parameters()
@@ -365,7 +546,7 @@ def test_groups_schedulers_hooks_and_closures(name: str) -> None:
     assert_equal(mine[0], theirs[0])
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, *([] if DEVICE == "cuda" else [torch.bfloat16])], ids=str)
 @every_optimizer
 def test_grad_scaler_and_an_infinity(name: str, dtype: torch.dtype, backend: str, device: str) -> None:
     """A step of scaled gradients is that of the gradients; a step with an infinity leaves parameters and state alone."""
@@ -390,6 +571,34 @@ def test_grad_scaler_and_an_infinity(name: str, dtype: torch.dtype, backend: str
             their.step()
     assert not hasattr(our, "grad_scale")
     assert_equal(mine, theirs, 0.0 if dtype != torch.float32 else 1e-6)
+
+
+@pytest.mark.skipif(DEVICE != "cuda", reason="asks a GPU")
+def test_on_a_gpu_torch_scales_no_bfloat16_gradients() -> None:
+    """pytorch issue 127176. Once it does, the test above can ask for them there too."""
+    with pytest.raises(NotImplementedError, match="BFloat16"):
+        torch._amp_foreach_non_finite_check_and_unscale_(
+            [torch.ones(1, dtype=torch.bfloat16, device=DEVICE)], torch.zeros(1, device=DEVICE), torch.ones(1, device=DEVICE)
+        )
+
+
+@every_optimizer
+def test_a_bucket_on_a_cpu_reads_the_infinity_that_a_gpu_found(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The kernels read it themselves, but parameters may lie on both."""
+    monkeypatch.setattr(optim.optimizer.MultiTensor, "_reads", lambda self, found: False)
+    params = parameters()
+    optimizer = ours(name)(params, **FULL[name])
+    give_gradients(params, 1)
+    optimizer.found_inf = torch.ones(())
+    before = copy.deepcopy(params)
+    optimizer.step()
+    assert_equal(params, before, 0.0)
+    del optimizer.found_inf
+    theirs = parameters()
+    give_gradients(theirs, 1)
+    optimizer.step()
+    stock(name)(theirs, **FULL[name]).step()
+    assert_equal(params, theirs)
 
 
 @every_optimizer
@@ -686,6 +895,98 @@ def test_stochastic_rounding_keeps_updates_too_small_for_bfloat16(name: str, bac
     assert abs(mine.detach().double().mean().item() - exact.item()) < bound
     assert 1 - exact.item() > bound or backend == "triton"
     assert all(s.dtype == torch.float32 for k, s in our.state[mine].items())
+
+
+WIDE: list[dict[str, Any]] = [{"master_weights": True}, {"bf16_stochastic_round": True}]
+
+
+@pytest.mark.parametrize("kwargs", WIDE, ids=lambda k: next(iter(k)))
+@every_optimizer
+def test_gradients_and_states_in_another_order_of_memory(name: str, kwargs: dict[str, Any], backend: str, device: str) -> None:
+    """A transposed gradient, and a checkpoint of a model in another memory format, are what they are by index."""
+
+    def run(transposed: bool) -> tuple[Tensor, dict[str, Tensor]]:
+        torch.manual_seed(0)
+        (p,) = parameters(device, torch.bfloat16, [(4, 6)])
+        optimizer = ours(name)([p], **kwargs, **FULL[name])
+        for step in range(6):
+            give_gradients([p], step, skip=False)
+            if transposed and step != 4:
+                p.grad = p.grad.t().contiguous().t()
+            optimizer.step()
+            if transposed and step == 2:
+                for key, state in optimizer.state[p].items():
+                    optimizer.state[p][key] = state.t().contiguous().t() if state.dim() == 2 else state
+        return p.detach(), optimizer.state[p]
+
+    (mine, states), (theirs, others) = run(True), run(False)
+    assert_equal(states, others, 1e-6 if "master_weights" in kwargs else 1e-2)
+    assert_equal(mine, theirs, 1e-6 if "master_weights" in kwargs else 1e-2)
+    assert {s.dtype for s in states.values()} == {torch.float32}
+
+
+class _Kind(Parameter):
+    pass
+
+
+REFUSED: dict[str, tuple[Any, str]] = {
+    "capturable": (lambda p: p, "capturable"),
+    "sparse": (lambda p: p, "dense"),
+    "subclass": (lambda p: _Kind(p.detach()), "_Kind"),
+    "apart": (lambda p: Parameter(torch.zeros(6, 8, dtype=p.dtype)[:, ::2]), "apart"),
+    "shape": (lambda p: p, "shape"),
+}
+
+
+@pytest.mark.parametrize("kwargs", WIDE, ids=lambda k: next(iter(k)))
+@pytest.mark.parametrize(
+    ("name", "what"), [(n, w) for n in NAMES for w in REFUSED if w != "capturable" or n in ("RMSprop", "Adam", "AdamW")]
+)
+def test_what_torchs_own_update_would_leave_out_is_refused(name: str, what: str, kwargs: dict[str, Any]) -> None:
+    (p,), (make, match) = parameters(dtype=torch.bfloat16, shapes=[(6, 4)]), REFUSED[what]
+    p = make(p)
+    optimizer = ours(name)([p], **kwargs, **FULL[name], **({"capturable": True} if what == "capturable" else {}))
+    p.grad = torch.ones_like(p)
+    if what == "sparse":
+        p.grad = p.grad.to_sparse()
+        if name not in ("SGD", "Adagrad"):
+            match = "does not support sparse gradients"  # torch's own
+    elif what == "shape":
+        p.grad.data = torch.ones(4, 6, dtype=p.dtype)
+    before = p.detach().clone()
+    with pytest.raises(RuntimeError, match=match):
+        optimizer.step()
+    assert torch.equal(p, before)
+    full = Parameter(p.detach().float())  # of what is asked for, a float32 parameter needs nothing
+    full.grad = torch.ones_like(full)
+    if what != "capturable":
+        ours(name)([full], **kwargs, **FULL[name]).step()
+
+
+@pytest.mark.parametrize("kwargs", WIDE, ids=lambda k: next(iter(k)))
+@every_optimizer
+def test_hyperparameters_out_of_a_graph(name: str, kwargs: dict[str, Any], backend: str, device: str) -> None:
+    """Read as the numbers they are, on whatever device."""
+
+    def run(lr: Any) -> Tensor:
+        torch.manual_seed(0)
+        (p,) = parameters(device, torch.bfloat16, [(5,)])
+        optimizer = ours(name)([p], **{**FULL[name], "lr": lr}, **kwargs)
+        train(optimizer, [p], 3)
+        assert all(s.dtype == torch.float32 for s in optimizer.state[p].values())
+        return p.detach()
+
+    assert_equal(run(torch.tensor(0.25, device=device, requires_grad=True)), run(0.25), 0.0)
+
+
+def test_where_aten_has_no_update_of_ours_the_formula_keeps_masters() -> None:
+    """On a device that is no CPU; here none at all."""
+    p = Parameter(torch.empty(3, dtype=torch.bfloat16, device="meta"))
+    p.grad = torch.empty_like(p)
+    optimizer = optim.SGD([p], lr=0.1, momentum=0.9, master_weights=True)
+    with custom_backprop.use_backend("aten"):
+        optimizer.step()
+    assert {name: s.dtype for name, s in optimizer.state[p].items()} == dict.fromkeys(("momentum_buffer", "master_param"), torch.float32)
 
 
 def test_stochastic_rounding_is_unbiased_and_leaves_what_bfloat16_can_hold(backend: str, device: str) -> None:

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import sys
 import threading
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -12,7 +14,7 @@ from torch.optim.optimizer import register_optimizer_step_post_hook, register_op
 
 from custom_backprop import optim
 from custom_backprop.optim import bucket as buckets
-from custom_backprop.optim import threads
+from custom_backprop.optim import observers, threads
 
 #: each optimizer with all its states
 OPTIONS: list[tuple[str, dict[str, Any]]] = [
@@ -164,6 +166,35 @@ def test_a_profiler_sees_step_and_zero_grad_by_name() -> None:
     assert {"Optimizer.step#AdamW.step", "Optimizer.zero_grad#AdamW.zero_grad"} <= names
 
 
+def test_an_execution_trace_sees_step_by_name(tmp_path: Path) -> None:
+    """As does whatever else PyTorch calls back for what runs: it need not be known to Python."""
+    optimizer = optim.AdamW([Parameter(torch.zeros(2))])
+    trace = torch.profiler.ExecutionTraceObserver().register_callback(str(tmp_path / "trace.json"))
+    trace.start()
+    one_step(optimizer)
+    optimizer.zero_grad()
+    trace.stop()
+    trace.unregister_callback()
+    written = (tmp_path / "trace.json").read_text()
+    assert "Optimizer.step#AdamW.step" in written
+    assert "Optimizer.zero_grad#AdamW.zero_grad" in written
+
+
+def test_without_a_name_in_torchs_library_python_says_who_looks(monkeypatch: pytest.MonkeyPatch) -> None:
+    if sys.platform == "linux":
+        assert observers._recorded() is not None
+    monkeypatch.setattr(observers.ctypes, "PyDLL", lambda name: object())
+    assert observers._recorded() is None
+    monkeypatch.setattr(torch.cuda, "is_initialized", lambda: False)
+    assert not observers._perhaps_recorded()
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], acc_events=True):
+        assert observers._perhaps_recorded()
+        assert observers.is_profiled()
+    assert not observers.is_profiled()
+    monkeypatch.setattr(torch.cuda, "is_initialized", lambda: True)
+    assert observers._perhaps_recorded()
+
+
 def test_zero_grad() -> None:
     params = [Parameter(torch.ones(2)), Parameter(torch.ones(3))]
     params[0].grad = torch.ones(2)
@@ -173,6 +204,15 @@ def test_zero_grad() -> None:
     assert torch.equal(params[0].grad, torch.zeros(2))
     optimizer.zero_grad()
     assert [p.grad for p in params] == [None, None]
+
+
+def test_zero_grad_compiled_is_no_break_in_a_graph() -> None:
+    p = Parameter(torch.zeros(2))
+    optimizer = optim.SGD([p], lr=1.0)
+    torch._dynamo.reset()
+    p.grad = torch.ones(2)
+    torch.compile(optimizer.zero_grad, backend="eager", fullgraph=True)()
+    assert p.grad is None
 
 
 def test_zero_grad_and_step_compiled() -> None:

@@ -10,6 +10,7 @@ hyperparameters come in float64, and 1 - β is taken before it is rounded: in fl
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -18,8 +19,8 @@ import triton.language as tl
 from torch import Tensor
 from triton.runtime.jit import JITFunction
 
-from .activation import expm1
-from .launch import accumulator, cdiv, launch
+from .elementary import expm1
+from .launch import accumulator, bind, cdiv, kept
 
 BLOCK, ROUNDS = 1024, 4
 
@@ -190,22 +191,25 @@ class Table:
     def __init__(self, params: list[Tensor], states: list[list[Tensor] | None], masters: list[Tensor] | None) -> None:
         self.params, self.states, self.masters = params, states, masters
         self.device, self.tensors = params[0].device, len(params)
-        self.programs = 0
         which: list[int] = []
         first: list[int] = []
         for i, p in enumerate(params):
             first.append(len(which))
             which += [i] * cdiv(p.numel(), BLOCK * ROUNDS)
+        held = next((s[0].dtype for s in states if s is not None), accumulator(params[0].dtype))
+        self._layout = params[0].dtype, held, sum(2**i for i, s in enumerate(states) if s is not None), masters is not None, ROUNDS, BLOCK
         self.programs = len(which)
         absent = [0] * self.tensors
         rows = [[p.numel() for p in params], first]
         rows += [
             absent if t is None else list(map(Tensor.data_ptr, t)) for t in (params, None, masters, *states, *[None] * (3 - len(states)))
         ]
-        self._aligned = not any(address % 16 for row in rows[2:] for address in row)
+        self._else_aligned = not any(address % 16 for row in rows[2:] for address in row)
         self.table = self._sent(rows, torch.int64)
         self.which = self._sent(which, torch.int32)
         self._grads: list[int] = []
+        self._aligned = False
+        self._launchers: dict[tuple[Any, ...], Callable[..., None]] = {}
 
     def _sent(self, values: list[Any], dtype: torch.dtype) -> Tensor:
         """Values on the device, without waiting for it. Pinned memory is freed only when the copy is done."""
@@ -218,7 +222,29 @@ class Table:
         if addresses != self._grads:
             self.table[3].copy_(self._sent(addresses, torch.int64))
             self._grads = addresses
-        return self._aligned and not any(a % 16 for a in addresses)
+            self._aligned = self._else_aligned and not any(a % 16 for a in addresses)
+        return self._aligned
+
+    def launcher(self, *variant: Any) -> Callable[..., None]:
+        """The launcher for a rule, the gradients' dtype, and the flags of :func:`_launcher`."""
+        found = self._launchers.get(variant)
+        if found is None:
+            found = self._launchers[variant] = _launcher(*variant, *self._layout)
+        return found
+
+
+@kept
+def _launcher(
+    rule: str, g: torch.dtype, flag: bool, fresh: bool, maximize: bool, stochastic: bool, aligned: bool,
+    p: torch.dtype, held: torch.dtype, states: int, master: bool, rounds: int, block: int,
+) -> Callable[..., None]:  # fmt: skip
+    acc = accumulator(p)
+    return bind(
+        _update, 5, 9, num_warps=8 if acc == torch.float64 else 4,
+        RULE=_RULES[rule][0], P=_TYPES[p], G=_TYPES[g], S=_TYPES[held], ACC=_TYPES[acc], STATES=states, MASTER=master,
+        FLAG=flag, FRESH=fresh, MAXIMIZE=maximize, STOCHASTIC=stochastic, BIAS=rule == "adam", ALIGNED=16 if aligned else 1,
+        ROUNDS=rounds, BLOCK=block,
+    )  # fmt: skip
 
 
 def update(
@@ -238,7 +264,7 @@ def update(
     Args:
         grads: contiguous gradients, of one dtype.
         steps: the number of this step for each tensor, where the rule asks for it.
-        hyper: the rule's hyperparameters, as in its formula.
+        hyper: the rule's hyperparameters, as in its formula: flags, and numbers of type float.
         scale: what gradients are multiplied by, one element on their device.
         found_inf: one element on their device; nothing is done unless it is 0.
         fresh: the states hold nothing yet (SGD's first step).
@@ -249,24 +275,19 @@ def update(
         if any(t.dtype == torch.bfloat16 for t in tensors):  # see launch.py: the interpreter cannot compute with it
             _in_float32(rule, table, grads, steps, hyper, scale=scale, found_inf=found_inf, fresh=fresh, seed=seed)
             return
-    function, first, second, flag = _RULES[rule]
+    _, first, second, flag = _RULES[rule]
     a, b = hyper["betas"] if first == "betas" else (hyper[first], hyper.get(second, 0.0))
-    states = [s for s in table.states if s is not None]
-    dtype = table.params[0].dtype
+    log_a, log_b = (_logarithm(a), _logarithm(b)) if rule == "adam" else (0.0, 0.0)
+    flags = bool(hyper.get(flag, False)), fresh, bool(hyper["maximize"]), seed is not None, table.see(grads)
+    launch = table.launcher(rule, grads[0].dtype, *flags)
     launch(
-        _update, table.programs, table.table, table.which, steps, scale, found_inf, table.tensors, (seed or 0) | 1 | 2**40,
-        *(float(x) for x in (hyper["lr"], hyper["weight_decay"], a, b, hyper.get("eps", 0.0), *_logarithms(a, b))),
-        num_warps=8 if accumulator(dtype) == torch.float64 else 4,
-        RULE=function, P=_TYPES[dtype], G=_TYPES[grads[0].dtype], S=_TYPES[states[0][0].dtype if states else accumulator(dtype)],
-        ACC=_TYPES[accumulator(dtype)], STATES=sum(2**i for i, s in enumerate(table.states) if s is not None),
-        MASTER=table.masters is not None,
-        FLAG=bool(hyper.get(flag, False)), FRESH=fresh, MAXIMIZE=hyper["maximize"], STOCHASTIC=seed is not None, BIAS=rule == "adam",
-        ALIGNED=16 if table.see(grads) else 1, ROUNDS=ROUNDS, BLOCK=BLOCK,
+        table.programs, table.table, table.which, steps, scale, found_inf, table.tensors, (seed or 0) | 1 | 2**40,
+        hyper["lr"], hyper["weight_decay"], a, b, hyper.get("eps", 0.0), log_a, log_b,
     )  # fmt: skip
 
 
-def _logarithms(*values: float) -> list[float]:
-    return [math.log(v) if v > 0 else -math.inf for v in values]
+def _logarithm(value: float) -> float:
+    return math.log(value) if value > 0 else -math.inf
 
 
 def _in_float32(rule: str, table: Table, grads: list[Tensor], *args: Any, **kwargs: Any) -> None:

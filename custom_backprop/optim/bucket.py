@@ -1,12 +1,12 @@
 """Parameters that one call updates together, and what must still hold for last step's lists to be used again.
 
 Asking Python for a hundred parameters, gradients and states takes longer than updating them. So the lists are kept, and each step looks
-only whether they are still the truth: the same parameters at the same addresses, gradients of the same kind.
+only whether they are still the truth: the same parameters, at the same addresses where these are kept, and gradients of the same kind.
 """
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterator
+from collections.abc import Callable, Collection, Iterator
 from functools import cached_property
 from operator import attrgetter
 from typing import Any
@@ -17,6 +17,7 @@ from torch import Tensor
 from ..backends.kernels import kernels
 from ..dtensor import local
 from ..formulas.precision import HALF
+from .guards import guard
 from .threads import SMALL, Run, by_all_threads, by_one_thread
 
 #: a tensor of more elements is updated in pieces of as many a thread, which stay in a core's cache; smaller ones share a piece
@@ -31,6 +32,16 @@ def flat(t: Tensor) -> Tensor:
     """All elements of a dense tensor of any strides as a 1-D view, in the order of memory. It shares ``t``'s version counter."""
     t = t.detach()
     return t.view(-1) if t.is_contiguous() else t.as_strided((t.numel(),), (1,))
+
+
+def same_order(t: Tensor, p: Tensor) -> bool:
+    """Whether the elements of ``t`` lie in memory as they are, and in the order of those of ``p``, which is dense and of the same shape."""
+    return (t.stride() == p.stride() or (t.is_contiguous() and p.is_contiguous())) and not t.is_neg()
+
+
+def in_order(t: Tensor, p: Tensor) -> Tensor:
+    """``t``, or a copy of it, in the order of ``p``."""
+    return t if same_order(local(t), local(p)) else torch.empty_like(p, dtype=t.dtype).copy_(t)
 
 
 def norm(grad: Tensor) -> Tensor:
@@ -181,8 +192,7 @@ class Bucket:
     Attributes:
         params: the parameters, of ``dtype``.
         backend: what updates them.
-        flats: the flat tensors that are updated: the parameters, or their float32 masters.
-        rounded: the flat parameters that are rounded from the masters; None where there are none.
+        flats_dtype: the dtype of ``flats``.
         states: by name, the flat state of each parameter.
         steps: how many steps each has made, one tensor over ``states["step"]``; None if no state counts them, or they lie apart.
         fresh: the states were made for this step and hold nothing yet.
@@ -203,10 +213,8 @@ class Bucket:
         self._together, self._adjacent = together, adjacent
         shards = list(map(local, params))
         self.device, self.dtype = shards[0].device, shards[0].dtype
-        self.flats = list(map(flat, shards))
-        self.rounded = None
-        if masters is not None:
-            self.rounded, self.flats = self.flats, [flat(local(m)) for m in masters]
+        self._masters = None if masters is None else [flat(local(m)) for m in masters]
+        self.flats_dtype = self.dtype if self._masters is None else self._masters[0].dtype
         self.states = {name: [flat(local(t)) for t in tensors] for name, tensors in states.items()}
         self.steps = _home(self.states["step"]) if "step" in states and _adjacent(self.states["step"]) else None
         self._table: Any = None
@@ -215,13 +223,38 @@ class Bucket:
         self._dtypes = {grads[0].dtype}
         self._placements = [getattr(p, "placements", None) for p in params]
         self._pointers = list(map(Tensor.data_ptr, shards))
+        self._held = False  # tensors are kept that lie at these addresses
         self._contiguous = all(map(Tensor.is_contiguous, shards))
         self._shapes, self._strides = list(map(_shape, shards)), list(map(Tensor.stride, shards))
+        self._relaid = not all(map(same_order, map(local, grads), shards))
+        self._guarded = not self._sharded
+        self._alike: Callable[..., bool] | None = None
+        self._others = False  # the last step's gradients were not such as ``_alike`` knows
         self._written: list[int] | None = None  # versions of ``rounded`` after the last step
 
     def grads(self) -> list[Tensor] | None:
         """This step's gradients, contiguous; None if they or the parameters are not of the kind that this bucket was made for."""
-        grads: list[Any] = [p.grad for p in self.params]
+        params = self.params
+        grads: list[Any] = [p.grad for p in params]
+        if self._alike is not None and self._alike(*params, *grads):
+            self._others = False
+            if self._held and list(map(Tensor.data_ptr, params)) != self._pointers:
+                return None
+        else:
+            if (known := self._looked_at(grads)) is None:
+                return None
+            if self._guarded:
+                if self._others:  # twice running: they will stay so
+                    self._alike = guard([*params, *grads])
+                    self._guarded = self._alike is not None
+                self._others = not self._others
+            grads = known
+        if self._relaid:
+            grads = list(map(in_order, grads, map(local, params)))
+        return grads if self._contiguous else list(map(flat, grads))
+
+    def _looked_at(self, grads: list[Any]) -> list[Tensor] | None:
+        """What this rank holds of the gradients; None for the same reasons."""
         if {*map(type, grads)} != {self._type}:
             return None
         params = self.params
@@ -233,13 +266,32 @@ class Bucket:
             {*map(_dtype, grads)} != self._dtypes
             or {*map(_layout, grads)} != {torch.strided}
             or list(map(Tensor.data_ptr, params)) != self._pointers
+            or list(map(_shape, params)) != self._shapes
             or list(map(_shape, grads)) != self._shapes
             or (not all(map(Tensor.is_contiguous, params)) if self._contiguous else list(map(Tensor.stride, params)) != self._strides)
         ):
             return None
-        if self._contiguous:
-            return grads if all(map(Tensor.is_contiguous, grads)) else None
-        return list(map(flat, grads)) if list(map(Tensor.stride, grads)) == self._strides else None
+        if self._relaid:
+            return grads
+        laid = all(map(Tensor.is_contiguous, grads)) if self._contiguous else list(map(Tensor.stride, grads)) == self._strides
+        return grads if laid and not any(map(Tensor.is_neg, grads)) else None
+
+    @cached_property
+    def _flat_params(self) -> list[Tensor]:
+        """The parameters, flat. Once they are made, a parameter at another address is not of this bucket any more."""
+        shards = list(map(local, self.params))
+        self._pointers, self._held = list(map(Tensor.data_ptr, shards)), True
+        return list(map(flat, shards))
+
+    @property
+    def flats(self) -> list[Tensor]:
+        """The flat tensors that are updated: the parameters, or their float32 masters."""
+        return self._flat_params if self._masters is None else self._masters
+
+    @property
+    def rounded(self) -> list[Tensor] | None:
+        """The flat parameters that are rounded from the masters; None where there are none."""
+        return None if self._masters is None else self._flat_params
 
     def refresh_masters(self) -> None:
         """Where somebody else has written to a parameter since the last step, its master takes the new value."""
@@ -255,9 +307,12 @@ class Bucket:
     @cached_property
     def parts(self) -> list[Part]:
         """Small tensors and others, each in their order; all together where only few are small."""
-        params = self.flats
-        if self._contiguous:  # the shapes of the gradients, as :meth:`grads` returns them
-            params = [t.view(shape) for t, shape in zip(params, self._shapes, strict=True)]
+        if self._contiguous and self._masters is None and not self._sharded:
+            params = self.params  # at whatever address
+        elif self._contiguous:  # the shapes of the gradients, as :meth:`grads` returns them
+            params = [t.view(shape) for t, shape in zip(self.flats, self._shapes, strict=True)]
+        else:
+            params = self.flats
         sizes = list(map(Tensor.numel, params))
         small = [i for i, n in enumerate(sizes) if n <= SMALL]
         if MANY <= len(small) < len(sizes):
@@ -294,7 +349,7 @@ class Bucket:
         """2-norms whose 2-norm is that of all gradients together."""
         if self._sharded:
             return [norm(p.grad) for p in self.params if p.grad is not None]
-        if self.device.type == "cpu" and self._dtypes == {self.flats[0].dtype}:
+        if self.device.type == "cpu" and self._dtypes == {self.flats_dtype}:
             return [torch.linalg.vector_norm(piece.joined(grads), dtype=_norm_dtype(self.dtype)) for piece in self.pieces]
         return list(torch._foreach_norm(grads, 2.0, dtype=_norm_dtype(self.dtype)))
 
@@ -302,6 +357,5 @@ class Bucket:
         """The kernels' table of this bucket, with states in the order of ``slots``."""
         if self._table is None:
             states = [self.states.get(name) for name in slots]
-            masters = None if self.rounded is None else self.flats
-            self._table = kernels("optim").Table(self.rounded or self.flats, states, masters)
+            self._table = kernels("optim").Table(self._flat_params, states, self._masters)
         return self._table

@@ -6,14 +6,30 @@ tensors that costs 30 to 50 us, as much as the step of a small network, also whe
 
 from __future__ import annotations
 
+import ctypes
+from collections.abc import Callable
+
 import torch
 from torch.autograd import profiler
 from torch.optim import Optimizer, optimizer
 
 
-def is_profiled() -> bool:
-    """Whether a profiler may be at work. (Where there is a GPU, one outside of Python may.)"""
+def _recorded() -> Callable[[], bool] | None:
+    """``at::hasCallbacks``: whether anybody is called for what runs on this thread. That may be a profiler of Python's, one that was
+    started from outside of it, or an execution trace. None where the library does not show it."""
+    found = getattr(ctypes.PyDLL(torch._C.__file__), "_ZN2at12hasCallbacksEv", None)
+    if found is not None:
+        found.argtypes, found.restype = [], ctypes.c_bool
+    return found
+
+
+def _perhaps_recorded() -> bool:
+    """The same, as far as Python knows. (Where there is a GPU, somebody outside of Python may look.)"""
     return profiler._is_profiler_enabled or torch.cuda.is_initialized()
+
+
+#: whether a profiler may be at work
+is_profiled: Callable[[], bool] = _recorded() or _perhaps_recorded
 
 
 def is_observed(of: Optimizer) -> bool:

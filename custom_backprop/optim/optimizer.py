@@ -9,6 +9,7 @@ from __future__ import annotations
 import inspect
 import operator
 from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
 from itertools import chain
 from typing import Any, ClassVar
 
@@ -21,7 +22,7 @@ from ..backends.kernels import kernels
 from ..dtensor import local
 from ..formulas.optim import clip_factor, stochastically_rounded
 from ..formulas.precision import HALF, widen
-from .bucket import Bucket, flat, gaps, gathered, norm, runs
+from .bucket import Bucket, flat, gaps, gathered, in_order, norm, runs, same_order
 from .observers import is_observed, is_profiled
 
 Group = dict[str, Any]
@@ -52,8 +53,12 @@ class Plan:
             or self._states != _states_of(group)
         ):
             return None
-        if any(p.grad is not None for p in self._without) or any(p.grad is None for p in self.rest):
-            return None
+        for p in self._without:
+            if p.grad is not None:
+                return None
+        for p in self.rest:
+            if p.grad is None:
+                return None
         grads = []
         for bucket in self.buckets:
             if (mine := bucket.grads()) is None:
@@ -81,6 +86,8 @@ class MultiTensor(Optimizer):
     Raises:
         ValueError: ``max_grad_norm`` is negative or NaN, two of the ways to round are asked for, or one of these arguments is combined
             with ``differentiable=True``.
+        RuntimeError: at a step, ``master_weights`` or ``bf16_stochastic_round`` meets what only torch's own update takes: ``capturable``,
+            sparse gradients, subclasses of Tensor.
     """
 
     #: ``step`` applies the attributes ``grad_scale`` and ``found_inf`` that a GradScaler sets; on a GPU without reading them
@@ -174,7 +181,7 @@ class MultiTensor(Optimizer):
 
     def zero_grad(self, set_to_none: bool = True) -> None:
         """Sets every gradient to None, or to 0."""
-        if not set_to_none or is_profiled():
+        if not set_to_none or (not torch.compiler.is_compiling() and is_profiled()):
             super().zero_grad(set_to_none)
             return
         for group in self.param_groups:
@@ -203,13 +210,14 @@ class MultiTensor(Optimizer):
         moved = not plans
         for group in self.param_groups:
             kept = plans.setdefault(id(group), [])
-            fitting = next(((plan, grads) for plan in kept if (grads := plan.grads(group)) is not None), None)
-            if fitting is None:
+            for plan in kept:
+                if (grads := plan.grads(group)) is not None:
+                    break
+            else:
                 plan, moved = self._plan(group, kept), True
                 grads = plan.grads(group)
                 assert grads is not None
-                fitting = plan, grads
-            work.append((group, *fitting))
+            work.append((group, plan, grads))
         factor = None if self.max_grad_norm is None and "grad_scale" not in self.__dict__ else self._factor(work)
         for group, plan, grads in work:
             for bucket, mine in zip(plan.buckets, grads, strict=True):
@@ -247,7 +255,8 @@ class MultiTensor(Optimizer):
         params: list[Tensor] = []
         grads: list[Tensor] = []
         lists: list[list[Any]] = [[] for _ in self._state_names]
-        self._init_group(group, params, grads, *lists)  # type: ignore[attr-defined]
+        with _away_from_the_default_device():
+            self._init_group(group, params, grads, *lists)  # type: ignore[attr-defined]
         states = {name: tensors for name, tensors in zip(self._state_names, lists, strict=True) if tensors}
         alike: dict[Any, list[int]] = {}
         for i, (p, g) in enumerate(zip(params, grads, strict=True)):
@@ -260,39 +269,63 @@ class MultiTensor(Optimizer):
         return Plan(group, buckets, rest)
 
     def _kind(self, group: Group, p: Tensor, g: Tensor, states: dict[str, Tensor | None]) -> Any:
-        """What parameters of one bucket have in common; None for one that torch updates."""
+        """What parameters of one bucket have in common; None for one that torch updates.
+
+        Raises:
+            RuntimeError: that would be one whose master, or whose rounding at random, torch would leave out.
+        """
+        if (why := self._why_not(group, p, g, states)) is not None:
+            if self._is_wide(p):
+                asked = "master_weights" if self.master_weights else "bf16_stochastic_round"
+                raise RuntimeError(f"{asked}=True does not go with {why}")
+            return None
+        here, missing = local(p), [*states.values()].count(None)
+        return self._backend(p), here.device, p.dtype, g.dtype, hasattr(p, "placements"), here.is_contiguous(), missing
+
+    def _why_not(self, group: Group, p: Tensor, g: Tensor, states: dict[str, Tensor | None]) -> str | None:
+        """Why a parameter is torch's to update, in words that end what it does not go with; None where it is ours."""
         placements = getattr(p, "placements", None)  # of a DTensor, whose shards are updated like any tensor
         plain = type(p) in (Tensor, torch.nn.Parameter) and type(g) is Tensor
-        held = [s for name, s in states.items() if name != "step" and s is not None]
+        wide = self._is_wide(p)
+        master = self.state[p].get("master_param") if wide and p in self.state else None
+        held = [s for s in (master, *(s for name, s in states.items() if name != "step")) if s is not None]
+        if group.get("capturable"):
+            return "capturable=True, which is torch's own update: leave out one of the two"
+        if any(t.layout != torch.strided for t in (p, g, *held)):
+            return "sparse tensors: make parameters, gradients and states dense"
+        if not p.is_floating_point():
+            return "complex parameters"
+        if not (plain or (placements and all(getattr(t, "placements", None) == placements for t in (g, *held)))):
+            return f"a {type(p).__name__} that has a gradient of type {type(g).__name__}: take plain tensors, or DTensors placed alike"
+        if any(t.shape != p.shape or t.device != p.device for t in (g, *held)):
+            return f"a gradient or state of another shape, or on another device, than the parameter: {tuple(p.shape)} on {p.device}"
+        here = local(p)
+        if here.is_neg() or not (here.is_contiguous() or here.stride() == torch.empty_like(here, device="meta").stride()):
+            return "a parameter whose elements lie apart in memory, or are stored negated: give it a clone of its data"
+        if wide:
+            return None
         numbers = chain(group.values(), group.get("betas", ()))
-        if (
-            group.get("capturable")
-            or any(isinstance(v, Tensor) and (v.requires_grad or not v.is_cpu) for v in numbers)
-            or any(t.layout != torch.strided for t in (p, g, *held))
-            or not p.is_floating_point()
-            or not (plain or (placements and all(getattr(t, "placements", None) == placements for t in (g, *held))))
-        ):
-            return None
-        here, wide = local(p), self._is_wide(p)
-        if here.device.type not in ("cpu", "cuda", "meta"):
-            return None
-        backend = selection.backend_for(here.device.type)
-        strides = torch.empty_like(here, device="meta").stride()
-        if (
-            any(local(t).stride() != strides for t in (p, g, *held))  # a tensor that is not dense, or two in different order
-            or any(s.dtype != p.dtype for s in held if not wide)
-            or (backend == "aten" and not (here.is_cpu and (wide or g.dtype == p.dtype)))
-        ):
-            return None
-        return backend, here.device, p.dtype, g.dtype, placements is not None, here.is_contiguous(), [*states.values()].count(None)
+        if any(isinstance(v, Tensor) and (v.requires_grad or not v.is_cpu) for v in numbers):
+            return "hyperparameters on a GPU, or part of a graph"
+        if not all(same_order(local(t), here) for t in (g, *held)) or any(s.dtype != p.dtype for s in held):
+            return "gradients or states of other strides or dtypes"
+        if here.device.type not in ("cpu", "cuda", "meta") or (self._backend(p) == "aten" and not (here.is_cpu and g.dtype == p.dtype)):
+            return f"the device {here.device}, or gradients of dtype {g.dtype}"
+        return None
 
     def _is_wide(self, p: Tensor) -> bool:
         """Whether the state of ``p`` is float32 though it is not."""
         return (self.master_weights and p.dtype in HALF) or (self.bf16_stochastic_round and p.dtype == torch.bfloat16)
 
+    def _backend(self, p: Tensor) -> str:
+        """What updates ``p``. By ATen we have an update on a CPU; elsewhere the formula does what torch's own would leave out."""
+        device = local(p).device.type
+        backend = selection.backend_for(device)
+        return "formula" if backend == "aten" and device != "cpu" and self._is_wide(p) else backend
+
     def _bucket(self, params: list[Tensor], grads: list[Tensor], states: dict[str, list[Any]]) -> Bucket:
         device, wide = local(params[0]).device, self._is_wide(params[0])
-        backend = selection.backend_for(device.type)
+        backend = self._backend(params[0])
         together = backend == "aten" and not hasattr(params[0], "placements")
         fresh = False
         for name, tensors in states.items():
@@ -304,7 +337,7 @@ class MultiTensor(Optimizer):
                 if backend == "triton" or len(gaps(tensors)) > len(tensors) // FEW:
                     tensors = gathered(tensors)
             else:
-                tensors = [t.float() for t in tensors] if wide else tensors
+                tensors = [in_order(t.float(), p) for t, p in zip(tensors, params, strict=True)] if wide else tensors
                 if together and name in self._adjacent and len(gaps(list(map(flat, tensors)))) > len(tensors) // FEW:
                     for which, elements in runs(tensors, together):
                         if elements is None:
@@ -314,7 +347,9 @@ class MultiTensor(Optimizer):
                 self.state[p][name] = t
         masters = None
         if wide and self.master_weights:
-            masters = [self.state[p].setdefault("master_param", p.detach().float()) for p in params]
+            masters = [in_order(self.state[p].get("master_param", p.detach().float()), p) for p in params]
+            for p, master in zip(params, masters, strict=True):
+                self.state[p]["master_param"] = master
         return Bucket(params, grads, states, masters, backend, fresh=fresh, together=together, adjacent=self._adjacent)
 
     def _numbers(self, group: Group) -> dict[str, Any]:
@@ -322,9 +357,7 @@ class MultiTensor(Optimizer):
         numbers = {}
         for name in self._hyper:
             value = group[name]
-            if type(value) not in (float, bool):
-                value = tuple(map(float, value)) if isinstance(value, (tuple, list)) else float(value)
-            numbers[name] = value
+            numbers[name] = value if type(value) in (float, bool) else _number(value)
         return numbers
 
     def _factor(self, work: list[tuple[Group, Plan, list[list[Tensor]]]]) -> Tensor | None:
@@ -346,8 +379,10 @@ class MultiTensor(Optimizer):
         return factor * clip_factor(total * factor, self.max_grad_norm)
 
     def _update(self, group: Group, bucket: Bucket, grads: list[Tensor], factor: Tensor | None, found: Tensor | None) -> None:
-        hyper = self._numbers(group)
         backend = bucket.backend
+        if found is not None and backend != "triton" and found.item():
+            return
+        hyper = self._numbers(group)
         bucket.refresh_masters()
         stochastic = self.bf16_stochastic_round and bucket.dtype == torch.bfloat16
         if backend == "triton":
@@ -401,16 +436,28 @@ class MultiTensor(Optimizer):
                 by = factor if group.get("capturable") else factor.item()
                 for p, g in zip(params, grads, strict=True):
                     p.grad = None if g is None else g * by
-            _plain_step(self._torch)(self)
+            with _away_from_the_default_device():
+                _plain_step(self._torch)(self)
         finally:
             self.param_groups = groups
             self.__dict__.update(scaler)
-            for p, g in zip(params, grads, strict=True):
-                p.grad = g
+            if factor is not None:
+                for p, g in zip(params, grads, strict=True):
+                    p.grad = g
 
     def _aten(self, group: Group, bucket: Bucket, grads: list[Tensor], hyper: dict[str, Any], factor: float) -> None:
         """The update of ``bucket.flats`` by PyTorch's operators, on a CPU."""
         raise NotImplementedError
+
+
+def _number(value: Any) -> Any:
+    """A hyperparameter, or a pair of them, in numbers of type float."""
+    return tuple(map(float, value)) if isinstance(value, (tuple, list)) else float(value)
+
+
+def _away_from_the_default_device() -> AbstractContextManager[Any]:
+    """torch's own classes count steps on the default device, and fail where the count is neither on the CPU nor with the parameters."""
+    return nullcontext() if torch.get_default_device().type == "cpu" else torch.device("cpu")
 
 
 def _moved(count: Tensor, device: torch.device) -> Tensor:

@@ -29,7 +29,7 @@ class SGD(MultiTensor, torch.optim.SGD):
         lr, weight_decay, momentum, maximize = hyper["lr"], hyper["weight_decay"], hyper["momentum"], hyper["maximize"]
         dampening, nesterov = hyper["dampening"], hyper["nesterov"]
         same: dict[str, Any] = {"weight_decay": weight_decay, "lr": lr, "nesterov": nesterov, "maximize": maximize}
-        wide = bucket.flats[0].dtype in (torch.float32, torch.float64)  # in half precision the kernel's other sums differ too
+        wide = bucket.flats_dtype in (torch.float32, torch.float64)  # in half precision the kernel's other sums differ too
         if wide and not (momentum or weight_decay):  # all of torch's variants give the same bits
             for run, *lists, _ in bucket.scaled(grads, factor):
                 if run is by_one_thread and len(lists[0]) >= MANY:

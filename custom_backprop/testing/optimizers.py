@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
+from functools import partial
 from typing import Any
 
 import torch
@@ -18,6 +19,16 @@ OPTIMIZERS: dict[str, dict[str, Any]] = {
     "RMSprop": {"centered": True, "momentum": 0.9},
     "Adam": {},
     "AdamW": {"amsgrad": True},
+    "Lion": {},
+}
+
+#: name -> the arguments under which it takes the other branches
+OTHERS: dict[str, dict[str, Any]] = {
+    "SGD": {"lr": 0.1, "momentum": 0.9, "dampening": 0.5},
+    "Adagrad": {},
+    "RMSprop": {},
+    "Adam": {"amsgrad": True},
+    "AdamW": {},
     "Lion": {},
 }
 
@@ -53,9 +64,22 @@ def audit_optimizer(name: str) -> Audit:
 
 
 def steps(name: str) -> Iterator[Callable[[], None]]:
-    """Calls that make one step each."""
+    """Calls that make a step of each kind, and two of the others: one that begins the states, and one of which a GradScaler has its say."""
     for dtype, how in _KINDS:
-        params = [torch.nn.Parameter(torch.empty(1000, 1000, device="meta", dtype=dtype)) for _ in range(3)]
-        for p in params:
-            p.grad = torch.empty_like(p)
-        yield getattr(optim, name)(params, **OPTIMIZERS[name], **how).step
+        yield getattr(optim, name)(_params(dtype), **OPTIMIZERS[name], **how).step
+    for dtype in (torch.float64, torch.float32):
+        yield partial(_two_steps, getattr(optim, name)(_params(dtype), **OTHERS[name], maximize=True, max_grad_norm=1.0))
+
+
+def _params(dtype: torch.dtype) -> list[torch.nn.Parameter]:
+    params = [torch.nn.Parameter(torch.empty(1000, 1000, device="meta", dtype=dtype)) for _ in range(3)]
+    for p in params:
+        p.grad = torch.empty_like(p)
+    return params
+
+
+def _two_steps(optimizer: Any) -> None:
+    optimizer.step()
+    if not optimizer.defaults.get("dampening"):  # with which the host reads it
+        optimizer.found_inf = torch.empty((), device="meta")
+        optimizer.step()
