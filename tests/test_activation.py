@@ -14,6 +14,7 @@ from strategies import layouts, tensors
 
 from custom_backprop import convert, functional, nn, use_backend
 from custom_backprop.backends import BACKENDS, why_not
+from custom_backprop.backends import activation as activation_primitives
 from custom_backprop.testing import Make, database
 from custom_backprop.testing.checks import sliced, transposed
 
@@ -74,7 +75,12 @@ def test_extreme_values(spec, kwargs, dtype, backend):
     if spec.name == "gelu" and backend == "aten" and ours[0][x == INF].isnan():  # stock's own: test_gelu_at_infinity
         below = x != INF
         x, ours, theirs, truth = x[below], *([v[below] for v in pair] for pair in (ours, theirs, truth))
-    if spec.name in ("relu6", "hardtanh", "hardsigmoid"):  # stock's vector and scalar code differ at NaN: the gradient is dy or 0
+    if spec.name in (
+        "relu6",
+        "hardtanh",
+        "hardsigmoid",
+        "hardswish",
+    ):  # stock's vector and scalar code differ at NaN: the gradient is dy or 0
         x, ours, theirs, truth = x[:-1], *([v[:-1] for v in pair] for pair in (ours, theirs, truth))
     for our, their, true, what in zip(ours, theirs, truth, ("value", "gradient"), strict=True):
         true = true.to(dtype).double()
@@ -136,6 +142,14 @@ def test_stocks_hardsigmoid_gradient_is_one_sixth_in_float32(backend):
     assert ours == 1 / 6
     if DEVICE == "cpu":
         assert theirs == torch.tensor(1 / 6).item() != 1 / 6
+
+
+@pytest.mark.parametrize("name", ["hardsigmoid", "hardswish"])
+def test_what_stands_for_aten_on_a_gpu(name):
+    """There ATEN's own multiplies by that float in float64 (tests/test_gpu.py); what we put together is what a CPU gives, bit for bit."""
+    x = torch.tensor([-4, -3, -2.9, -0.1, 0, 1e-3, 0.1, 2.9, 3, 4, INF, NAN], dtype=torch.float64)
+    exact = activation_primitives._EXACT[name](x)
+    torch.testing.assert_close(exact, getattr(F, name)(x), rtol=0, atol=0, equal_nan=True)
 
 
 @pytest.mark.parametrize("name", IN_PLACE)

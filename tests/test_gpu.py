@@ -99,7 +99,7 @@ def test_one_launch_a_step():
         p.grad = torch.randn_like(p)
     optimizer = optim.AdamW(params)
     optimizer.step()
-    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as profile:
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA], acc_events=True) as profile:
         optimizer.step()
         torch.cuda.synchronize()
     launched = [e.name for e in profile.events() if str(e.device_type).endswith("CUDA")]
@@ -115,7 +115,10 @@ def test_stock_multiplies_by_a_sixth_in_float32_on_a_gpu(name):
     assert 1e-9 < ((getattr(F, name)(x) - exact) / exact).abs().max() < 1e-7
     for backend in ("triton", "aten", "formula"):
         with custom_backprop.use_backend(backend):
-            torch.testing.assert_close(getattr(functional, name)(x), exact, rtol=1e-14, atol=0)
+            found = [getattr(functional, name)(x), getattr(functional, name)(x.clone(), inplace=True)]
+            found += [functional.linear_activation(x, torch.eye(7, dtype=x.dtype, device="cuda"), None, name)]
+            for y in found:
+                torch.testing.assert_close(y, exact, rtol=1e-14, atol=0)
 
 
 AUTOCAST = {

@@ -186,7 +186,8 @@ def gpus(monkeypatch):
 
 @pytest.mark.parametrize(("index", "guards"), [(0, []), (1, ["enter 1", "exit 1"])])
 def test_a_compiled_kernel_gets_the_arguments_that_triton_gives_it(index, guards, gpus):
-    """(grid x, y, z, stream, function, metadata, launch metadata, enter hook, exit hook, *arguments): triton/runtime/jit.py, 3.6 to 3.9.
+    """(grid x, y, z, stream, function, metadata, launch metadata, enter hook, exit hook, *arguments): triton/runtime/jit.py, 3.6 to 3.9,
+    a tensor by its address, which is what the launchers of both backends take beside one.
 
     And it runs on the GPU of its tensors, not on the current one, which is the first.
     """
@@ -198,7 +199,7 @@ def test_a_compiled_kernel_gets_the_arguments_that_triton_gives_it(index, guards
     launch(kernel, 7, x, y, 64, BLOCK=16, num_warps=8, num_stages=2)
     assert len(kernel.compilations) == 1
     stream = f"stream {index} of {index}"
-    assert kernel.compiled.calls == [(7, 1, 1, stream, "function", "packed", None, None, None, x, y, 64, 16)]
+    assert kernel.compiled.calls == [(7, 1, 1, stream, "function", "packed", None, None, None, x.data_ptr(), y.data_ptr(), 64, 16)]
     assert gpus == guards
 
 

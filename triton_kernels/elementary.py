@@ -116,15 +116,17 @@ def softplus(x):
 
 @triton.jit
 def tanh(x):
-    """(1 - e) / (1 + e) with e = e^-2|x|, where that would cancel a polynomial in x² (float64: by e - 1), with the sign of x."""
+    """1 - 2 e / (1 + e) with e = e^-2|x|, where that would cancel a polynomial in x² (float64: (1 - e) / (1 + e) by e - 1), with the sign
+    of x. Near 1 it is exact to half a unit, which 1 - tanh² wants."""
     u = tl.abs(x)
     if x.dtype == tl.float64:
+        e = exp_minus(2 * u)
         m = expm1(-2 * u)
-        t = -m / (m + 2)
+        near = -m / (m + 2)
     else:
+        e = _exp_minus_roughly(2 * u)
         z = u * u
         p = ((-5.70498872745e-3 * z + 2.06390887954e-2) * z - 5.37397155531e-2) * z + 1.33314422036e-1
         near = u + u * z * (p * z - 3.33332819422e-1)
-        e = _exp_minus_roughly(2 * u)
-        t = tl.where(u < 0.625, near, (1 - e) / (1 + e))
+    t = tl.where(u < 0.625, near, 1 - 2 * e / (1 + e))
     return tl.where(x < 0, -t, t)

@@ -120,19 +120,23 @@ def _written_out(
     """The key of some arguments, and a launch of them, argument by argument: a loop over them would take twice as long.
 
     The key holds all that a compiled kernel depends on: device, dtype and 16-byte alignment of a pointer; an integer's width and
-    divisibility by 16. Tensors of two devices give a key that no kernel has.
+    divisibility by 16. Tensors of two devices give a key that no kernel has. The driver is given addresses: of a tensor it would ask for
+    its address again, and then the GPU whether that is one of its own.
     """
     names = [f"a{i}" for i in range(tensors + numbers)]
+    addresses = [f"p{i}" for i in range(tensors)]
     reach = ", {0}.untyped_storage().nbytes() < 2147483648" if _HIP else ""  # AMD's buffer instructions reach 2 GiB
-    tensor = "{0} if {0} is None else ({0}.get_device(), {0}.dtype, not {0}.data_ptr() & 15" + reach + ")"
+    tensor = "{0} if {0} is None else ({0}.get_device(), {0}.dtype, not ({1} := {0}.data_ptr()) & 15" + reach + ")"
     number = "({0} == 1 or ({0} & 15 == 0, -2147483648 <= {0} < 2147483648)) if type({0}) is int else type({0})"
-    key = "".join(f"{part}, " for part in [tensor.format(a) for a in names[:tensors]] + [number.format(a) for a in names[tensors:]])
-    args = ", ".join(names)
+    parts = [tensor.format(*pair) for pair in zip(names[:tensors], addresses, strict=True)] + [number.format(a) for a in names[tensors:]]
+    key = "".join(f"{part}, " for part in parts)
+    args, passed = ", ".join(names), ", ".join(addresses + names[tensors:])
     source = f"""
 def key_of({args}):
     return ({key})
 
 def bound(programs, {args}):
+    {" = ".join([*addresses, "None"])}
     ready = get(({key}))
     if (
         ready is None or ready[0] != device() or observers or programs == 0
@@ -140,7 +144,7 @@ def bound(programs, {args}):
     ):
         by_triton(programs, {args})
     else:
-        ready[1](programs, 1, 1, stream(ready[0]), ready[2], ready[3], None, None, None, {args}, *constexprs)
+        ready[1](programs, 1, 1, stream(ready[0]), ready[2], ready[3], None, None, None, {passed}, *constexprs)
 """
     space: dict[str, Any] = {
         "get": compiled.get, "observers": _observers, "runtime": knobs.runtime, "by_triton": by_triton, "constexprs": constexprs,

@@ -78,13 +78,13 @@ def stock_without_gradient(
                     return stock(input, other, **kwargs)
                 if (
                     direct is not None
-                    and (on_cpu or (takes_kernels(input) and input.device == other.device))
                     and input.requires_grad
                     and _grad_enabled()
                     and not (_tracing() or modes() or autocast_active())
                     and (reduction := kwargs.get("reduction", "mean")) in ("mean", "sum")
                     and len(kwargs) == ("reduction" in kwargs)
                     and is_unseen()
+                    and (on_cpu or (takes_kernels(input) and input.device == other.device))
                 ):
                     return direct[not on_cpu](input, other, None, None, MEAN if reduction == "mean" else SUM, True, *parameters)
             return function(input, other, *args, **kwargs)
