@@ -27,6 +27,9 @@ GRADIENT, STATISTICS = 1, 2
 #: rows a program where only one number of each is read
 PICKED = 512
 
+#: rows whose weights each program adds up for itself, rather than wait for another kernel
+FEW = 1024
+
 
 @triton.jit
 def _class(TARGET, WEIGHT, row, alive, classes, ignore_index, HAS_WEIGHT: tl.constexpr, dtype: tl.constexpr):
@@ -101,7 +104,7 @@ def _soft(TARGET, WEIGHT, column, mask, classes, x_class, PROBABILITIES: tl.cons
 
 @triton.jit
 def _forward_tile(
-    tile, X, TARGET, WEIGHT, TOTAL, LOSS, DX, LARGEST, LOG_SUM, rows, classes, inner, x_outer, x_class, x_inner, ignore_index,
+    tile, total_weight, X, TARGET, WEIGHT, LOSS, DX, LARGEST, LOG_SUM, rows, classes, inner, x_outer, x_class, x_inner, ignore_index,
     PROBABILITIES: tl.constexpr, HAS_WEIGHT: tl.constexpr, SMOOTHING: tl.constexpr, SHARE: tl.constexpr, MEAN: tl.constexpr,
     REDUCE: tl.constexpr, NEED_DX: tl.constexpr, STATISTICS: tl.constexpr, dtype: tl.constexpr,
     WIDE: tl.constexpr, LOOP: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr,
@@ -121,7 +124,7 @@ def _forward_tile(
         hard = w * (1 - SMOOTHING)
         x_t = tl.sum(tl.load(X + first + (t * x_class)[:, None], valid[:, None], other=0.0).to(dtype), 1)
         chosen = tl.where(valid, t, -1).to(column.dtype)
-    share = _share(None, TOTAL, row, alive, rows, False, MEAN, PROBABILITIES, dtype)
+    share = tl.full((ROWS,), 1, dtype) / total_weight
     total = tl.zeros((ROWS, BLOCK), dtype)
     mass = hard
     if LOOP:
@@ -193,22 +196,33 @@ def _forward_tile(
 def _forward(
     X, TARGET, WEIGHT, TOTAL, LOSS, DX, LARGEST, LOG_SUM, rows, classes, inner, x_outer, x_class, x_inner, ignore_index, tiles,
     PROBABILITIES: tl.constexpr, HAS_WEIGHT: tl.constexpr, SMOOTHING: tl.constexpr, SHARE: tl.constexpr, MEAN: tl.constexpr,
-    REDUCE: tl.constexpr, NEED_DX: tl.constexpr, STATISTICS: tl.constexpr, dtype: tl.constexpr,
+    REDUCE: tl.constexpr, NEED_DX: tl.constexpr, STATISTICS: tl.constexpr, dtype: tl.constexpr, ALL: tl.constexpr,
     WIDE: tl.constexpr, LOOP: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     """A tile a program; of rows that are read in a loop several, one after the other, so that no more are under way than the cache holds
-    until their second reading."""
+    until their second reading. What a mean divides by is read, or, of ALL rows at most, added up by each program itself."""
+    total_weight = tl.full((), 1, dtype)
+    if MEAN:
+        if PROBABILITIES:
+            total_weight *= rows
+        elif ALL > 0:
+            every = tl.arange(0, ALL)
+            total_weight = tl.sum(_class(TARGET, WEIGHT, every, every < rows, classes, ignore_index, HAS_WEIGHT, dtype)[3])
+        else:
+            total_weight = tl.load(TOTAL).to(dtype)
     if LOOP:
         total = tl.zeros((ROWS,), dtype)
         for tile in range(tl.program_id(0), tiles, tl.num_programs(0)):
             total += _forward_tile(
-                tile, X, TARGET, WEIGHT, TOTAL, LOSS, DX, LARGEST, LOG_SUM, rows, classes, inner, x_outer, x_class, x_inner, ignore_index,
-                PROBABILITIES, HAS_WEIGHT, SMOOTHING, SHARE, MEAN, REDUCE, NEED_DX, STATISTICS, dtype, WIDE, LOOP, ROWS, BLOCK,
+                tile, total_weight, X, TARGET, WEIGHT, LOSS, DX, LARGEST, LOG_SUM, rows, classes, inner, x_outer, x_class, x_inner,
+                ignore_index, PROBABILITIES, HAS_WEIGHT, SMOOTHING, SHARE, MEAN, REDUCE, NEED_DX, STATISTICS, dtype,
+                WIDE, LOOP, ROWS, BLOCK,
             )  # fmt: skip
     else:
         total = _forward_tile(
-            tl.program_id(0), X, TARGET, WEIGHT, TOTAL, LOSS, DX, LARGEST, LOG_SUM, rows, classes, inner, x_outer, x_class, x_inner,
-            ignore_index, PROBABILITIES, HAS_WEIGHT, SMOOTHING, SHARE, MEAN, REDUCE, NEED_DX, STATISTICS, dtype, WIDE, LOOP, ROWS, BLOCK,
+            tl.program_id(0), total_weight, X, TARGET, WEIGHT, LOSS, DX, LARGEST, LOG_SUM, rows, classes, inner, x_outer, x_class, x_inner,
+            ignore_index, PROBABILITIES, HAS_WEIGHT, SMOOTHING, SHARE, MEAN, REDUCE, NEED_DX, STATISTICS, dtype,
+            WIDE, LOOP, ROWS, BLOCK,
         )  # fmt: skip
     if REDUCE:
         tl.store(LOSS + tl.program_id(0), tl.sum(total))
@@ -349,21 +363,23 @@ def _forward_of(
 ) -> tuple[Callable[..., None], int, tuple[int, ...], int]:  # fmt: skip
     """(launcher, programs, the kernel's numbers up to ignore_index, tiles) of forward, on ``count`` multiprocessors."""
     tiles, options, numbers = _tiles(shape, strides, dtype, probabilities or smoothing > 0)
+    counted = reduction == MEAN and not probabilities and numbers[0] <= FEW
     run = _bound_forward(
-        probabilities, weighted, smoothing, smoothing / shape[1], reduction, keep, dtype == torch.float64, *options.values()
+        probabilities, weighted, smoothing, smoothing / shape[1], reduction, keep, dtype == torch.float64, counted, *options.values()
     )
     return run, min(tiles, RESIDENT * count) if options["LOOP"] else tiles, numbers, tiles
 
 
 @kept
 def _bound_forward(
-    probabilities: bool, weighted: bool, smoothing: float, share: float, reduction: int, keep: int, double: bool,
+    probabilities: bool, weighted: bool, smoothing: float, share: float, reduction: int, keep: int, double: bool, counted: bool,
     wide: bool, loop: bool, rows: int, block: int, warps: int,
 ) -> Callable[..., None]:  # fmt: skip
     return bind(
         _forward, 8, 8, PROBABILITIES=probabilities, HAS_WEIGHT=weighted, SMOOTHING=smoothing, SHARE=share,
         MEAN=reduction == MEAN, REDUCE=reduction != NONE, NEED_DX=keep == GRADIENT, STATISTICS=keep == STATISTICS,
-        dtype=tl.float64 if double else tl.float32, WIDE=wide, LOOP=loop, ROWS=rows, BLOCK=block, num_warps=warps,
+        dtype=tl.float64 if double else tl.float32, ALL=FEW if counted else 0, WIDE=wide, LOOP=loop, ROWS=rows, BLOCK=block,
+        num_warps=warps,
     )  # fmt: skip
 
 
@@ -430,14 +446,14 @@ def nll_backward(dy: Tensor, x: Tensor, target: Tensor, weight: Tensor | None, t
 
 
 def _prepare(
-    x: Tensor, target: Tensor, weight: Tensor | None, reduction: int, ignore_index: int
+    x: Tensor, target: Tensor, weight: Tensor | None, reduction: int, ignore_index: int, few: int = -1
 ) -> tuple[Tensor, Tensor, Tensor | None, Tensor | None]:
-    """x and what the kernels want beside it: target, weight, and total."""
+    """x and what the kernels want beside it: target, weight, and of more than ``few`` rows their total."""
     x = _dense(x)
     probabilities = target.is_floating_point()
     target = like(target, x) if probabilities else target.contiguous()
     weight = None if weight is None else weight.contiguous()
-    counted = reduction == MEAN and not probabilities
+    counted = reduction == MEAN and not probabilities and target.numel() > few
     return x, target, weight, _pick(None, target, weight, x.shape[1], x.dtype, reduction, ignore_index)[1] if counted else None
 
 
@@ -445,7 +461,7 @@ def forward(
     x: Tensor, target: Tensor, weight: Tensor | None, reduction: int, ignore_index: int, smoothing: float, keep: int
 ) -> tuple[Tensor, Tensor]:
     """The loss, and what ``keep`` says: nothing, dx for a dy of 1, or (m, log Σ e^(x-m)) of each row."""
-    x, target, weight, total = _prepare(x, target, weight, reduction, ignore_index)
+    x, target, weight, total = _prepare(x, target, weight, reduction, ignore_index, FEW)
     shape = (x.shape[0], *x.shape[2:])
     wide = accumulator(x.dtype)
     dx = torch.empty_like(x) if keep == GRADIENT else None

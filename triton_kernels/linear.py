@@ -22,7 +22,8 @@ from .launch import accumulator, bind, cdiv, kept, launch, multiprocessors, next
 SAVES_OUTPUT = frozenset({"relu", "relu6", "hardtanh", "sigmoid", "tanh"})
 
 #: (dtype, rows of the result, columns of the result, inner size), each size rounded up to a power of two -> whether our product is the
-#: faster one. Written from benchmark runs on a card; what is not here goes to the vendor's library.
+#: faster one. What is not here goes to the vendor's library. Empty, since on an H100 that was the faster one by a quarter or more, and
+#: with the activation in our epilogue still, but for a few small sizes where 10 % are to be had (``python -m benchmarks.products``).
 FASTER: dict[tuple[torch.dtype, int, int, int], bool] = {}
 
 
@@ -40,9 +41,9 @@ class Config:
 def config(m: int, n: int, dtype: torch.dtype) -> Config:
     """By shape and dtype alone, so that every rank of a run takes the same."""
     if dtype == torch.float64:
-        return Config(32, 32, 16, 4, 1)  # 64-bit operands: larger tiles spill, and so do two stages with triton 3.6 on sm_100
+        return Config(32, 32, 16, 8, 1)  # 64-bit operands: larger tiles spill, as do two stages with triton 3.6 on sm_100, elu at 4 warps
     if dtype == torch.float32:
-        return Config(64, 64, 32, 4, 3) if min(m, n) >= 64 else Config(32, 32, 32, 4, 3)
+        return Config(64, 64, 16, 4, 3) if min(m, n) >= 64 else Config(32, 32, 32, 4, 3)  # of 32 deep, half of the activations spill
     if m >= 128 and n >= 128:
         return Config(128, 128, 64, 8, 3)  # a 128x128 accumulator is 64 registers a thread at 8 warps
     return Config(64, 64, 64, 4, 3) if min(m, n) >= 64 else Config(32, 32, 64, 4, 3)
