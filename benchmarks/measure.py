@@ -39,17 +39,15 @@ def compare(
     """Times both for about ``seconds`` in all, at least seven pairs, each turn of a pair long enough for the clock.
 
     ``prepare`` makes the arguments of each call, outside of what is timed. On a GPU the device's time is taken, of recorded calls, which
-    the host has no part in; with ``host`` the time until calls made one after the other have all run: the longer one of the two.
+    the host has no part in; with ``host``, and where a call waits for the GPU, the time until calls made one after the other have all run.
     """
     both = ours, stock
     if device != "cuda":
         timers: list[Timer] = [partial(_clocked, call, prepare) for call in both]
+    elif host or any(waits(call, prepare) for call in both):
+        timers = [partial(_finished, call, prepare) for call in both]
     else:
-        try:
-            timers = [partial(_finished, call, prepare) if host else Recorded(call, prepare) for call in both]
-        except RuntimeError:  # a call that waits for the GPU, as stock's gaussian_nll_loss does, cannot be recorded
-            torch.cuda.synchronize()
-            timers = [partial(_finished, call, prepare) for call in both]
+        timers = [Recorded(call, prepare) for call in both]
     once = max(timer(3) for timer in timers)
     calls = max(1, int(2e-3 / once))
     pairs = max(7, min(2000, int(seconds / (2 * calls * once))))
@@ -91,6 +89,21 @@ def _finished(call: Callable[..., Any], prepare: Prepare, calls: int) -> float:
         call(*args)
     torch.cuda.synchronize()
     return (time.perf_counter() - start) / calls
+
+
+def waits(call: Callable[..., Any], prepare: Prepare) -> bool:
+    """Whether the host waits for the GPU, as in stock's gaussian_nll_loss. Such a call cannot be recorded, and the attempt would leave
+    torch's random numbers unusable."""
+    call(*prepare())
+    torch.cuda.synchronize()
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        call(*prepare())
+    except RuntimeError:
+        return True
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+    return False
 
 
 class Recorded:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import functools
+
 import pytest
 import torch
 import torch.utils._python_dispatch
@@ -121,11 +123,10 @@ def test_backward_under_autocast_is_not_cast_again(backend):
         torch.testing.assert_close(g, e, rtol=0, atol=0)
 
 
-def with_a_direct_face(**options):
+def with_quick_faces(**options):
     """An op x² that tells which of its ways were taken."""
     ways = []
 
-    @differentiable(**({"autocast_cpu": "lower"} | options))
     class Square:
         @staticmethod
         def forward(x):
@@ -146,27 +147,27 @@ def with_a_direct_face(**options):
         def jvp(ctx, tangent):
             return 2 * tangent * ctx.saved_tensors[0]
 
-        @staticmethod
-        def direct_value(x):
-            ways.append("direct value")
-            return x * x
+    def value(way, x):
+        ways.append(f"{way} value")
+        return x * x
 
-        @staticmethod
-        def direct_forward(ctx, x):
-            ways.append("direct forward")
-            ctx.save_for_backward(x)
-            return x * x
+    def forward(way, ctx, x):
+        ways.append(f"{way} forward")
+        ctx.save_for_backward(x)
+        return x * x
 
-        @staticmethod
-        def direct_backward(ctx, dy):
-            ways.append("direct backward")
-            return 2 * dy * ctx.saved_tensors[0]
+    def backward(way, ctx, dy):
+        ways.append(f"{way} backward")
+        return 2 * dy * ctx.saved_tensors[0]
 
-    return Square, ways
+    for way in ("direct", "kernel"):
+        for name, function in (("value", value), ("forward", forward), ("backward", backward)):
+            setattr(Square, f"{way}_{name}", staticmethod(functools.partial(function, way)))
+    return differentiable(**({"autocast_cpu": "lower"} | options))(Square), ways
 
 
 def test_plain_cpu_tensors_take_the_direct_face():
-    op, ways = with_a_direct_face()
+    op, ways = with_quick_faces()
     x = torch.randn(5, requires_grad=True)
     dy = torch.randn(5)
     (dx,) = torch.autograd.grad(op(x), x, dy)
@@ -183,7 +184,7 @@ class Tagged(torch.Tensor):
 
 @pytest.mark.parametrize("unary", [False, True])
 def test_who_listens_meets_the_general_face(unary):
-    op, ways = with_a_direct_face(unary=unary)
+    op, ways = with_quick_faces(unary=unary)
     x = torch.randn(5, requires_grad=True)
     op(x.detach().as_subclass(Tagged))
     if not unary:
@@ -206,7 +207,7 @@ def test_who_listens_meets_the_general_face(unary):
 
 
 def test_a_backward_that_is_watched_or_differentiated_is_the_general_one():
-    op, ways = with_a_direct_face()
+    op, ways = with_quick_faces()
     x = torch.randn(5, requires_grad=True)
     y = op(x)
     (dx,) = torch.autograd.grad(y, x, torch.ones(5), create_graph=True)

@@ -7,11 +7,11 @@ import torch
 import torch.nn.functional as F
 import torch.utils.flop_counter
 from conftest import DEVICE
+from test_function import with_quick_faces
 from torch.autograd import forward_ad
 
 from custom_backprop import functional, use_backend
 from custom_backprop.backends import why_not
-from custom_backprop.extend import differentiable
 
 pytestmark = pytest.mark.skipif(why_not("triton", DEVICE) is not None, reason="kernels do not run here")
 
@@ -22,59 +22,13 @@ def _by_kernels():
         yield
 
 
-def square(**options):
-    """An op x² that tells which of its ways were taken."""
-    ways = []
-
-    @differentiable(**options)
-    class Square:
-        @staticmethod
-        def forward(x):
-            ways.append("forward")
-            return x * x
-
-        @staticmethod
-        def setup_context(ctx, inputs, output):
-            ctx.save_for_backward(inputs[0])
-            ctx.save_for_forward(inputs[0])
-
-        @staticmethod
-        def backward(ctx, dy):
-            ways.append("backward")
-            return 2 * dy * ctx.saved_tensors[0]
-
-        @staticmethod
-        def jvp(ctx, tangent):
-            return 2 * tangent * ctx.saved_tensors[0]
-
-        direct_value = direct_forward = direct_backward = staticmethod(lambda *_: ways.append("direct"))
-
-        @staticmethod
-        def kernel_value(x):
-            ways.append("kernel value")
-            return x * x
-
-        @staticmethod
-        def kernel_forward(ctx, x):
-            ways.append("kernel forward")
-            ctx.save_for_backward(x)
-            return x * x
-
-        @staticmethod
-        def kernel_backward(ctx, dy):
-            ways.append("kernel backward")
-            return 2 * dy * ctx.saved_tensors[0]
-
-    return Square, ways
-
-
 def leaf():
     return torch.randn(5, device=DEVICE, requires_grad=True)
 
 
 @pytest.mark.parametrize("unary", [False, True])
 def test_plain_tensors_take_it(unary):
-    op, ways = square(unary=unary)
+    op, ways = with_quick_faces(unary=unary)
     x = leaf()
     dy = torch.randn_like(x)
     (dx,) = torch.autograd.grad(op(x), x, dy)
@@ -87,7 +41,7 @@ def test_plain_tensors_take_it(unary):
 
 @pytest.mark.parametrize("unary", [False, True])
 def test_who_listens_meets_the_general_face(unary):
-    op, ways = square(unary=unary)
+    op, ways = with_quick_faces(unary=unary)
     x = leaf()
     with torch.autocast(DEVICE, torch.bfloat16):
         op(x)
@@ -103,7 +57,7 @@ def test_who_listens_meets_the_general_face(unary):
 
 
 def test_a_backward_that_is_watched_or_differentiated_is_the_general_one():
-    op, ways = square()
+    op, ways = with_quick_faces()
     x = leaf()
     ones, eye = torch.ones(5, device=DEVICE), torch.eye(5, device=DEVICE)
     (dx,) = torch.autograd.grad(op(x), x, ones, create_graph=True)
