@@ -51,12 +51,11 @@ def pair(spec: OpSpec, size: str, direction: str, device: str = "cpu") -> Pair:
     A loss is followed by a gradient of 1, as in training; another op by random ones, new for each call.
     """
     sample = spec.large(Make(device, torch.bfloat16 if size == HUGE else torch.float32, there=device == "cuda"), size)
-    stock = spec.stock or spec.reference
     if direction == "forward":
         args = tuple(a.detach() if isinstance(a, torch.Tensor) else a for a in sample.args)
-        return Pair(lambda: spec.function(*args, **sample.kwargs), lambda: stock(*args, **sample.kwargs), tuple)
+        return Pair(lambda: spec.function(*args, **sample.kwargs), lambda: spec.reference(*args, **sample.kwargs), tuple)
     leaves = [a for a in sample.args if is_float(a) and a.requires_grad]
-    results = outputs(stock(*sample.args, **sample.kwargs))
+    results = outputs(spec.reference(*sample.args, **sample.kwargs))
     dys = [torch.randn_like(y) for y in results]
     scalar = results[0].dim() == 0
     del results
@@ -70,4 +69,4 @@ def pair(spec: OpSpec, size: str, direction: str, device: str = "cpu") -> Pair:
 
         return run
 
-    return Pair(step(spec.function), step(stock), tuple if scalar else lambda: ([dy.clone() for dy in dys],))
+    return Pair(step(spec.function), step(spec.reference), tuple if scalar else lambda: ([dy.clone() for dy in dys],))

@@ -2,12 +2,18 @@
 
 from __future__ import annotations
 
+import inspect
+import re
+from collections import defaultdict
+from itertools import chain
+
 import pytest
 import torch
 from test_backends import python
 
-from custom_backprop.backends import interpreting
-from custom_backprop.testing import Resources, audit, compile_offline, offline
+from custom_backprop.backends import interpreting, selection
+from custom_backprop.testing import Resources, audit, compile_offline, database, offline
+from custom_backprop.testing.optimizers import OPTIMIZERS, steps
 
 triton = pytest.importorskip("triton")
 tl = pytest.importorskip("triton.language")
@@ -214,6 +220,29 @@ def test_compiled_for_a_gpu_that_is_not_here(tmp_path):
     (tmp_path / "kernels_on_disk.py").write_text(COMPILED)  # the compiler reads a kernel's source file
     printed = python(f"import runpy; runpy.run_path({str(tmp_path / 'kernels_on_disk.py')!r})").splitlines()
     assert printed == 2 * ["True [] *fp32, *fp32, i32", "False [] *fp32, *fp32, i32", "True"]
+
+
+def test_both_sides_of_every_branch_are_compiled(monkeypatch):
+    """What the interpreter alone runs may not compile: 1 / p of the maximum norm, which is kept as p = 0, did not."""
+    monkeypatch.setattr(selection, "why_not", lambda *_: None)  # the interpreter refuses meta tensors
+    sides, orders = defaultdict(set), set()
+    ops, optimizers = map(offline.calls, database().values()), map(steps, OPTIMIZERS)
+    for call in chain.from_iterable([*ops, *optimizers]):
+        for launch in offline.launches(call):
+            kernel = f"{launch.kernel.fn.__module__}.{launch.kernel.__name__}"
+            source = inspect.getsource(launch.kernel.fn)
+            for name, argument in zip(launch.kernel.arg_names, launch.args, strict=False):
+                if re.search(rf"\b{name} is (not )?None", source):
+                    sides[kernel, name].add(argument is None)
+            for name, value in launch.constexprs.items():
+                if isinstance(value, bool) and name not in ("A", "B", "C"):  # which are an op's own, and not the kernel's
+                    sides[kernel, name].add(value)
+                elif name == "ORDER":
+                    orders.add((kernel, value, launch.constexprs["SWAP"]))
+    assert len(sides) > 50
+    assert {key: seen for key, seen in sides.items() if len(seen) == 1} == {}
+    assert {seen[1:] for seen in orders} == {(p, swap) for p in (0.0, 1.0, 2.0, 3.0) for swap in (False, True)}
+    assert len(orders) == 16, "forward and backward"
 
 
 def test_the_optimizers_are_audited_through_their_table(monkeypatch):

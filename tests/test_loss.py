@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 import math
 import warnings
+from functools import partial
 
 import pytest
 import torch
@@ -15,6 +16,7 @@ from hypothesis import strategies as st
 
 from custom_backprop import functional, use_backend
 from custom_backprop.backends import BACKENDS, why_not
+from custom_backprop.backends.kernels import kernels
 from custom_backprop.formulas.loss import LOSSES
 
 pytestmark = pytest.mark.filterwarnings("ignore:.*(size_average and reduce|'batchmean' divides|different to the input size)")
@@ -316,6 +318,17 @@ def test_no_probability(bad, dtype, backend):
     same_error(RuntimeError, "binary_cross_entropy", x, off)
     with pytest.raises(RuntimeError, match="between 0 and 1"):
         functional.binary_cross_entropy(off, t, torch.ones_like(t))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("bad", [-0.1, 1.5, float("nan")])
+@pytest.mark.parametrize("by", [b for b in HERE if b != "aten"])
+def test_no_probability_is_nan_where_nobody_looks(by, bad, dtype):
+    """On a GPU, where ATen's own kernel would stop it; on a CPU ``functional`` has looked before."""
+    x = torch.tensor([0.5, bad, 0.5], dtype=dtype, device=DEVICE)
+    run = LOSSES["binary_cross_entropy"].forward if by == "formula" else partial(kernels("loss").forward, "binary_cross_entropy")
+    for reduction, expected in ((0, [False, True, False]), (1, True), (2, True)):
+        assert run(x, torch.full_like(x, 0.3), None, None, reduction, False)[0].isnan().tolist() == expected
 
 
 def warned(module, name, args, kwargs):

@@ -323,14 +323,19 @@ def block_of(dtype: torch.dtype) -> int:
     return 2 * BLOCK if dtype.itemsize == 2 else BLOCK
 
 
+def warps_of(dtype: torch.dtype) -> int:
+    """float64 takes two registers a number: at four warps silu spills."""
+    return 8 if dtype == torch.float64 else 4
+
+
 def like(t: Tensor, layout: Tensor) -> Tensor:
     """``t`` with the strides of ``layout`` (copied only if they differ)."""
     return t if t.stride() == layout.stride() else torch.empty_like(layout, dtype=t.dtype).copy_(t)
 
 
 @kept
-def _bound_forward(block: int, name: str, *parameters: float) -> Any:
-    return bind(_forward, 2, 1, **constants(name, 0, parameters), BLOCK=block)
+def _bound_forward(block: int, warps: int, name: str, *parameters: float) -> Any:
+    return bind(_forward, 2, 1, **constants(name, 0, parameters), BLOCK=block, num_warps=warps)
 
 
 @kept
@@ -341,7 +346,7 @@ def _bound_backward(block: int, warps: int, name: str, *parameters: float) -> An
 def forward(name: str, x: Tensor, *parameters: float) -> Tensor:
     """y = f(x), in the dtype of x, and in its strides if they have neither gaps nor overlaps."""
     y, n, block = torch.empty_like(x), x.numel(), block_of(x.dtype)
-    _bound_forward(block, name, *parameters)(cdiv(n, block), like(x, y), y, n)
+    _bound_forward(block, warps_of(x.dtype), name, *parameters)(cdiv(n, block), like(x, y), y, n)
     return y
 
 
@@ -349,7 +354,7 @@ def forward_(name: str, x: Tensor, *parameters: float) -> None:
     """y = f(x) over x."""
     if x.is_contiguous():
         n, block = x.numel(), block_of(x.dtype)
-        _bound_forward(block, name, *parameters)(cdiv(n, block), x, x, n)
+        _bound_forward(block, warps_of(x.dtype), name, *parameters)(cdiv(n, block), x, x, n)
     else:
         x.copy_(forward(name, x, *parameters))
 
@@ -358,9 +363,8 @@ def backward(name: str, dy: Tensor, saved: Tensor, *parameters: float) -> Tensor
     """dx = dy f'(saved), in the dtype and strides of ``saved``."""
     dx = torch.empty_like(saved)
     dy, saved = like(dy, dx), like(saved, dx)
-    warps = 8 if dx.dtype == torch.float64 else 4  # float64 takes two registers a number: at four warps silu spills on sm_80
     n, block = dx.numel(), block_of(dx.dtype)
-    _bound_backward(block, warps, name, *parameters)(cdiv(n, block), dy, saved, dx, n)
+    _bound_backward(block, warps_of(dx.dtype), name, *parameters)(cdiv(n, block), dy, saved, dx, n)
     return dx
 
 

@@ -15,7 +15,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .activation import upcast
+from .elementary import exp, exp_minus, upcast
 from .launch import accumulator, cdiv, launch, next_power_of_2
 from .loss import MEAN, NONE
 
@@ -38,45 +38,48 @@ def _load(X, row, x_row, place, inside):
     return upcast(tl.load(X + row[:, None] * x_row + place, inside, other=0.0))
 
 
+# below, one return for all branches: what follows a return in a branch Triton compiles as well, even 1 / ORDER where ORDER is 0
+
+
 @triton.jit
 def _gathered(total, v, ORDER: tl.constexpr):
     """What a norm is made of, lane by lane: Σ |v|^p, or for ORDER 0 max |v|."""
     a = tl.abs(v)
     if ORDER == 0:
-        return tl.where(a > total, a, tl.where(a == a, total, a))
-    if ORDER == 1:
-        return total + a
-    if ORDER == 2:
-        return total + v * v
-    return total + _power(a, ORDER)
+        total = tl.where(a > total, a, tl.where(a == a, total, a))
+    elif ORDER == 1:
+        total += a
+    elif ORDER == 2:
+        total += v * v
+    else:
+        total += _power(a, ORDER)
+    return total
 
 
 @triton.jit
 def _norm(total, ORDER: tl.constexpr):
     """‖v‖ of each row. A maximum passes over NaN, which a sum keeps."""
+    norm = tl.sum(total, 1)
     if ORDER == 0:
-        unknown = tl.sum((total != total).to(tl.int32), 1) > 0
-        return tl.where(unknown, tl.sum(total, 1), tl.max(total, 1))
-    total = tl.sum(total, 1)
-    if ORDER == 1:
-        return total
-    if ORDER == 2:
-        return tl.sqrt(total)
-    return _power(total, 1 / ORDER)
+        norm = tl.where(norm == norm, tl.max(total, 1), norm)
+    elif ORDER == 2:
+        norm = tl.sqrt(norm)
+    elif ORDER != 1:
+        norm = _power(norm, 1 / ORDER)
+    return norm
 
 
 @triton.jit
 def _direction(v, d, ORDER: tl.constexpr):
     """∂d/∂v, for ORDER 0 before it is shared among the largest; 0 where d is 0."""
-    sign = tl.where(v > 0, 1.0, tl.where(v < 0, -1.0, 0.0)).to(v.dtype)
+    u = tl.where(v > 0, 1.0, tl.where(v < 0, -1.0, 0.0)).to(v.dtype)
     if ORDER == 0:
-        return tl.where(tl.abs(v) == d, sign, 0.0)
-    if ORDER == 1:
-        return sign
-    d = tl.where(d == 0, float("inf"), d)
-    if ORDER == 2:
-        return v / d
-    return tl.where(v == 0, 0.0, sign * _power(tl.abs(v) / d, ORDER - 1))
+        u = tl.where(tl.abs(v) == d, u, 0.0)
+    elif ORDER == 2:
+        u = v / tl.where(d == 0, float("inf"), d)
+    elif ORDER != 1:
+        u = tl.where(v == 0, 0.0, u * _power(tl.abs(v) / tl.where(d == 0, float("inf"), d), ORDER - 1))
+    return u
 
 
 @triton.jit
@@ -184,17 +187,18 @@ def _softmax(
     lowest: tl.constexpr = -1.7976931348623157e308 if dtype == tl.float64 else -3.4028234663852886e38
     m = tl.full((ROWS, BLOCK), lowest, dtype)
     z = tl.zeros((ROWS, BLOCK), dtype)
+    SCALE: tl.constexpr = 1 / TEMPERATURE  # a GPU's quick division is off by two units, which e^s would magnify
     for start in range(0, width, BLOCK):
         place = start + column
         inside = alive[:, None] & (place < width)
-        x = tl.load(S + row[:, None] * s_row + place.to(tl.int64) * s_column, inside, other=float("-inf")) / TEMPERATURE
-        e = tl.exp(-tl.abs(x - m))
+        x = tl.load(S + row[:, None] * s_row + place.to(tl.int64) * s_column, inside, other=float("-inf")) * SCALE
+        e = exp_minus(tl.abs(x - m))
         z = tl.where(x > m, z * e + 1, z + e)
         m = tl.where(x <= m, m, x)
     lane = m
     m = tl.max(lane, 1)
-    log_z = tl.log(tl.sum(z * tl.exp(lane - m[:, None]), 1))
-    target = tl.load(S + row * s_row + (row * s_column if AMONG_KEYS else 0), alive, other=0.0) / TEMPERATURE
+    log_z = tl.log(tl.sum(z * exp(lane - m[:, None]), 1))
+    target = tl.load(S + row * s_row + (row * s_column if AMONG_KEYS else 0), alive, other=0.0) * SCALE
     tl.store(LOSS + row, log_z - (target - m), alive)
     if LARGEST is not None:
         tl.store(LARGEST + row, m, alive)
@@ -213,16 +217,17 @@ def _slope(
     alive = row < rows
     inside = alive[:, None] & (place < width)
     here = row[:, None] * width + place
-    s = tl.load(S + here, inside, other=0.0) / TEMPERATURE
+    SCALE: tl.constexpr = 1 / TEMPERATURE
+    s = tl.load(S + here, inside, other=0.0) * SCALE
     m = tl.load(LARGEST + row, alive, other=0.0)[:, None]
     log_z = tl.load(LOG_SUM + row, alive, other=0.0)[:, None]
-    p = tl.exp(s - m - log_z)
+    p = exp(s - m - log_z)
     if SYMMETRIC:
         m = tl.load(COLUMN_LARGEST + place, place < width, other=0.0)
         log_z = tl.load(COLUMN_LOG_SUM + place, place < width, other=0.0)
-        p = (p + tl.exp(s - m - log_z)) / 2
+        p = (p + exp(s - m - log_z)) / 2
     is_positive = place == (row[:, None] if AMONG_KEYS else 0)
-    g = tl.where(is_positive, p - 1, p) / TEMPERATURE
+    g = tl.where(is_positive, p - 1, p) * SCALE
     tl.store(G + here, g.to(G.dtype.element_ty), inside)
 
 

@@ -37,7 +37,7 @@ def _class(TARGET, WEIGHT, row, alive, classes, ignore_index, HAS_WEIGHT: tl.con
     t = tl.load(TARGET + row, alive, other=0)
     counted = alive & (t != ignore_index)
     valid = counted & (t >= 0) & (t < classes)
-    w = tl.where(valid, 1.0, float("nan")).to(dtype)
+    w = tl.where((t < 0) | (t >= classes), float("nan"), 1.0).to(dtype)  # by ``valid``, triton 3.6 stops where rows lie side by side
     if HAS_WEIGHT:
         w *= tl.load(WEIGHT + t, valid, other=0.0).to(dtype)
     return t, valid, counted, tl.where(counted, w, 0.0)
@@ -298,9 +298,10 @@ def _nll_backward(
 #: elements that a program holds at once: 32 a thread at 16 warps, the most that 64-wide warps allow (of 64 ptxas spills some registers)
 HELD = 16384
 
-#: elements of a block where a row is read in a loop, of each of x, m and z; and programs a multiprocessor: with one, too little is under
-#: way to hide the memory's latency (1.4 TB/s in place of 1.9 on an H200, with dx, of rows of 131072)
-LOOPED, RESIDENT = 8192, 2
+#: elements of a block where a row is read in a loop, of each of x, m and z; and programs a multiprocessor: with half as many, too little is
+#: under way to hide the memory's latency (1.4 TB/s in place of 1.9 on an H200, with dx, of rows of 131072). Two of twice as many elements
+#: and warps do as well, but of 16 warps ptxas spills some registers
+LOOPED, RESIDENT = 4096, 4
 
 #: the same where rows lie side by side and each element needs an address of its own
 SIDE_BY_SIDE = 2048
@@ -330,7 +331,7 @@ def config(classes: int, inner: int, dtype: torch.dtype, last: bool, tensors: in
         block = min(block, SIDE_BY_SIDE // max(dtype.itemsize // 4, 1) // rows)
         return Config(rows, block, min(max(rows * block * max(dtype.itemsize // 4, 1) // 256, 1), 8))
     if block > HELD // tensors // words:
-        return Config(1, LOOPED // tensors // words, 16 // tensors)
+        return Config(1, LOOPED // tensors // words, 8)
     rows = min(max(1024 // words // block, 1), next_power_of_2(inner))
     return Config(rows, block, min(max(rows * block * words * tensors // 1024, 1), 16))
 
@@ -422,7 +423,7 @@ def _pick(
 def _bound_pick(has_x: bool, weighted: bool, reduction: int, double: bool, wide: bool) -> Callable[..., None]:
     return bind(
         _nll, 5, 7, HAS_X=has_x, HAS_WEIGHT=weighted, REDUCE=reduction != NONE, HAS_TOTAL=reduction == MEAN,
-        dtype=tl.float64 if double else tl.float32, WIDE=wide, ROWS=PICKED,
+        dtype=tl.float64 if double else tl.float32, WIDE=wide, ROWS=PICKED, num_warps=8 if double else 4,
     )  # fmt: skip
 
 

@@ -322,7 +322,7 @@ def backward(
     operands = [None if a is None else like(a, layout) for a in (x, t, v, w)]
     scalar = not any(dy.stride())
     n = x.numel()
-    warps = 8 if x.dtype == torch.float64 else 4  # four gradients of doubles fill the registers of four
+    warps = 16 if x.dtype == torch.float64 else 4  # four gradients of doubles fill the registers of eight
     run = _bound_backward(warps, scalar, reduction, name, *parameters)
     run(cdiv(n, BLOCK), dy if scalar else like(dy, layout), *operands, *grads, n)
     return tuple(x.new_empty(0) if g is None else g for g in grads)

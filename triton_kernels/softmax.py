@@ -149,9 +149,10 @@ def _backward(
 FAR = 2**30
 
 
-#: numbers of a block where a row is read in a loop, and programs a multiprocessor: with one, too little is under way to hide the memory's
-#: latency (1.6 TB/s in place of 2.2 on an H200, softmax forward of rows of 131072)
-LOOPED, RESIDENT = 8192, 2
+#: numbers of a block where a row is read in a loop, and programs a multiprocessor: with half as many, too little is under way to hide the
+#: memory's latency (1.6 TB/s in place of 2.2 on an H200, softmax forward of rows of 131072). Two of twice as many numbers and warps do as
+#: well, but of 16 warps ptxas spills some registers
+LOOPED, RESIDENT = 4096, 4
 
 
 @dataclass(frozen=True)

@@ -130,7 +130,7 @@ _EXACT: dict[str, Callable[[Tensor], Tensor]] = {
 
 
 def _on_any_device(name: str, in_place: bool = False) -> Callable[..., Tensor]:
-    """The forward of ``ATEN`` or ``ATEN_IN_PLACE``, and on a GPU an exact one. The direct faces, of CPU tensors alone, do without asking."""
+    """The forward of ``ATEN`` or ``ATEN_IN_PLACE``, on a GPU an exact one. The direct faces, of CPU tensors alone, do without asking."""
     run = ATEN_IN_PLACE[name] if in_place else ATEN[name][0]
     if name not in _EXACT:
         return run

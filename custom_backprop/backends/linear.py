@@ -11,7 +11,7 @@ from torch import Tensor
 from ..formulas import linear as formula
 from ..formulas.linear import rows
 from . import selection
-from .activation import ATEN, ATEN_IN_PLACE
+from .activation import ATEN, ATEN_FORWARD, ATEN_IN_PLACE
 from .kernels import kernels
 from .library import primitive
 
@@ -41,7 +41,7 @@ def _activation_forward(x: Tensor, weight: Tensor, bias: Tensor | None, activati
     z = torch.nn.functional.linear(x, weight, bias)
     if formula.ACTIVATIONS[activation].saves_output:  # y over z, which then never stands beside it
         return ATEN_IN_PLACE[activation](z, *parameters), z.new_empty(0)
-    return ATEN[activation][0](z, *parameters), z
+    return ATEN_FORWARD[activation](z, *parameters), z
 
 
 def _activation_backward(

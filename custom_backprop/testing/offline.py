@@ -261,18 +261,23 @@ def both_ways(spec: OpSpec, sample: Sample) -> None:
     torch.autograd.backward(results, dys)
 
 
-def compile_op(spec: OpSpec, target: str) -> list[Resources]:
-    """Every kernel that an op launches in each of :data:`REGIMES` and of the spec's own, compiled."""
+def calls(spec: OpSpec) -> list[Callable[[], None]]:
+    """The op in each of :data:`REGIMES` and of the spec's own, on meta tensors."""
     samples = [spec.large(Make("meta", dtype), size) for dtype, size in REGIMES]
     for dtype in (torch.float64, torch.float32):  # half precision computes in float32
         samples += spec.regimes(Make("meta", dtype))
-    return compile_calls((partial(both_ways, spec, sample) for sample in samples), target)
+    return [partial(both_ways, spec, sample) for sample in samples]
 
 
-def compile_calls(calls: Iterable[Callable[[], Any]], target: str) -> list[Resources]:
-    """Every kernel that these calls, on meta tensors, launch, compiled."""
+def compile_op(spec: OpSpec, target: str) -> list[Resources]:
+    """Every kernel that an op launches in its :func:`calls`, compiled."""
+    return compile_calls(calls(spec), target)
+
+
+def compile_calls(functions: Iterable[Callable[[], Any]], target: str) -> list[Resources]:
+    """Every kernel that these functions, on meta tensors, launch, compiled."""
     compiled: dict[Any, Launch] = {}
-    for call in calls:
-        for launch in launches(call):
+    for function in functions:
+        for launch in launches(function):
             compiled.setdefault(_compile(launch, target), launch)
     return [_resources(launch, kernel, target) for kernel, launch in compiled.items()]

@@ -69,7 +69,6 @@ class OpSpec:
         regimes: large inputs that only ``kernels`` compiles for: with ``large``, they meet every way that the launchers take.
         module: (our class, torch's class, constructor's arguments, the modules' inputs from a ``Make``), for the tests of drop-in modules.
         double_backward: False if the op has no second derivative; then create_graph raises.
-        stock: stock torch, where it is not exact enough to be ``reference``: what benchmarks time.
         low_precision: the reduced dtypes that torch itself supports for this op on this device.
         batched: False if torch's own op cannot be batched by vmap either (data-dependent shapes).
     """
@@ -84,7 +83,6 @@ class OpSpec:
     module: tuple[type, type, dict[str, Any], Callable[[Make], tuple[Any, ...]]] | None = None
     double_backward: bool = True
     regimes: Callable[[Make], Iterable[Sample]] = lambda make: ()
-    stock: Callable[..., Any] | None = None
     low_precision: tuple[torch.dtype, ...] = (torch.float32, torch.bfloat16, torch.float16)
     batched: bool = True
 

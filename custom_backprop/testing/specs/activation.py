@@ -39,7 +39,6 @@ def _spec(
         formula=ACTIVATIONS[name].formula,
         function=getattr(functional, name),
         reference=reference or getattr(F, name),
-        stock=getattr(F, name, None),
         samples=samples,
         large=lambda make, size: Sample((make.tensor(*SIZES[size]),), first),
         # another number is the same code, another approximation is not
@@ -58,13 +57,14 @@ class _ReLUSquared(torch.nn.Module):
 
 
 def _hardsigmoid(x: torch.Tensor) -> torch.Tensor:
-    """Stock's own has no forward-mode derivative of its backward, and multiplies by 1/6 in float32 (see tests/test_activation.py)."""
-    return F.relu6(x + 3) / 6
+    """Stock's own, and in float64 one that is exact and has every derivative: stock's multiplies by 1/6 in float32 (see
+    tests/test_activation.py and tests/test_gpu.py), and its backward has no forward-mode derivative."""
+    return F.relu6(x + 3) / 6 if x.dtype == torch.float64 else F.hardsigmoid(x)
 
 
 def _hardswish(x: torch.Tensor) -> torch.Tensor:
-    """Stock's own multiplies by 1/6 in float32 on a GPU (see tests/test_gpu.py)."""
-    return x * F.relu6(x + 3) / 6 if x.is_cuda else F.hardswish(x)
+    """The same: on a GPU stock's own multiplies by 1/6 in float32."""
+    return x * F.relu6(x + 3) / 6 if x.dtype == torch.float64 else F.hardswish(x)
 
 
 SPECS = [

@@ -38,6 +38,15 @@ def _triplet_samples(make: Make) -> Iterator[Sample]:
     yield Sample((make.tensor(0, 2), make.tensor(0, 2), make.tensor(0, 2)), {"reduction": "sum"}, name="no rows")
 
 
+def _triplet_regimes(make: Make) -> Iterator[Sample]:
+    """Each kind of norm, with a swap and a gradient of each row, and without, of a sum with respect to one of the three."""
+    for i, p in enumerate((1.0, 2.0, 3.0, math.inf)):
+        for swap in (False, True):
+            tensors = tuple(make.tensor(512, 128, requires_grad=swap or i % 3 == j) for j in range(3))
+            options = {"p": p, "swap": swap, "reduction": "none" if swap else "sum"}
+            yield Sample(tensors, options, name=f"{options}")
+
+
 def info_nce(
     query: Tensor,
     positive: Tensor,
@@ -82,6 +91,11 @@ def _nce_samples(make: Make) -> Iterator[Sample]:
     yield Sample((make.tensor(0, 2), make.tensor(0, 2), make.tensor(2, 2)), {"reduction": "sum"}, name="no rows")
 
 
+def _nce_regimes(make: Make) -> Iterator[Sample]:
+    q, k, n = (make.tensor(rows, 2048) for rows in (256, 256, 512))
+    yield Sample((q, k, n), {"reduction": "none"}, name="long vectors, negatives of all, none")
+
+
 SPECS = [
     OpSpec(
         name="triplet_margin_loss",
@@ -91,6 +105,7 @@ SPECS = [
         reference=F.triplet_margin_loss,
         samples=_triplet_samples,
         large=lambda make, size: Sample(tuple(make.tensor(*SIZES[size][0]) for _ in range(3)), SIZES[size][1]),
+        regimes=_triplet_regimes,
         module=(
             nn.TripletMarginLoss,
             torch.nn.TripletMarginLoss,
@@ -106,6 +121,7 @@ SPECS = [
         reference=info_nce,
         samples=_nce_samples,
         large=lambda make, size: Sample(tuple(make.tensor(*NCE_SIZES[size][0]) for _ in range(2)), NCE_SIZES[size][1]),
+        regimes=_nce_regimes,
         module=(nn.InfoNCELoss, _Stock, {"temperature": 0.2, "symmetric": True}, lambda make: (make.tensor(4, 3), make.tensor(4, 3))),
     ),
 ]

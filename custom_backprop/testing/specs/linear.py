@@ -48,6 +48,10 @@ def _large(make: Make, size: str) -> Sample:
     return Sample((make.tensor(rows, inner), make.tensor(columns, inner), make.tensor(columns)))
 
 
+def _activation_regimes(make: Make) -> Iterator[Sample]:
+    yield Sample((make.tensor(256, 256), make.tensor(256, 256)), {"activation": "softplus"}, name="z is kept, no bias")
+
+
 FEATURES = {"in_features": 5, "out_features": 3}
 
 SPECS = [
@@ -69,6 +73,7 @@ SPECS = [
         reference=linear_activation,
         samples=_activation_samples,
         large=_large,
+        regimes=_activation_regimes,
         module=(nn.LinearActivation, _Stock, FEATURES, lambda make: (make.tensor(2, 3, 5),)),
     ),
 ]

@@ -22,9 +22,16 @@ def _spec(
     samples: Callable[[Make], Iterator[Sample]],
     large: Callable[[Make, tuple[int, int]], tuple[Tensor, ...]],
     kwargs: dict[str, Any] | None = None,
+    others: Callable[[Make], dict[str, Any]] = lambda make: {},
     **arguments: Any,
 ) -> OpSpec:
-    """``large`` also makes the small inputs of the module; ``kwargs`` are the benchmark's, ``arguments`` the module's."""
+    """``large`` also makes the small inputs of the module; ``kwargs`` are the benchmark's, ``arguments`` the module's, and ``others`` the
+    arguments with which the kernels take the branches that the benchmark leaves out."""
+
+    def regimes(make: Make) -> Iterator[Sample]:
+        tensors = tuple(t.detach().requires_grad_() for t in large(make, SIZES["medium"]))
+        yield Sample(tensors, {"reduction": "none", **others(make)}, name="none")
+
     return OpSpec(
         name=name,
         family="loss",
@@ -33,6 +40,7 @@ def _spec(
         reference=getattr(F, name),
         samples=samples,
         large=lambda make, size: Sample(large(make, SIZES[size]), kwargs or {}),
+        regimes=regimes,
         module=(getattr(nn, module), getattr(torch.nn, module), arguments, lambda make: large(make, (3, 5))),
     )
 
@@ -131,20 +139,56 @@ def _logit_pair(make: Make, shape: tuple[int, int]) -> tuple[Tensor, Tensor]:
     return make.tensor(*shape), make.tensor(*shape, low=0, high=1, requires_grad=False)
 
 
+def _weight(make: Make) -> dict[str, Any]:
+    return {"weight": make.tensor(*SIZES["medium"])}
+
+
+def _constant_weights(make: Make, *names: str) -> dict[str, Any]:
+    return {name: make.tensor(*SIZES["medium"], requires_grad=False) for name in names}
+
+
 SPECS = [
-    _spec("mse_loss", "MSELoss", _difference((), None, None, "mean"), _pair),
-    _spec("l1_loss", "L1Loss", _difference((0.0,), None, None, "mean"), _pair),
+    _spec("mse_loss", "MSELoss", _difference((), None, None, "mean"), _pair, others=_weight),
+    _spec("l1_loss", "L1Loss", _difference((0.0,), None, None, "mean"), _pair, others=_weight),
     _spec("smooth_l1_loss", "SmoothL1Loss", _difference((-1.0, -0.6, 0.6, 1.0), beta=0.6), _pair, beta=0.6),
-    _spec("huber_loss", "HuberLoss", _difference((-1.0, -0.6, 0.6, 1.0), "mean", 1.0, delta=0.6), _pair, delta=0.6),
-    _spec("binary_cross_entropy", "BCELoss", _binary_cross_entropy, _probability_pair),
-    _spec("binary_cross_entropy_with_logits", "BCEWithLogitsLoss", _binary_cross_entropy_with_logits, _logit_pair),
-    _spec("kl_div", "KLDivLoss", _kl_div, _logit_pair, {"reduction": "batchmean"}, reduction="batchmean"),
+    _spec("huber_loss", "HuberLoss", _difference((-1.0, -0.6, 0.6, 1.0), "mean", 1.0, delta=0.6), _pair, others=_weight, delta=0.6),
+    _spec(
+        "binary_cross_entropy",
+        "BCELoss",
+        _binary_cross_entropy,
+        _probability_pair,
+        others=lambda make: _constant_weights(make, "weight"),
+    ),
+    _spec(
+        "binary_cross_entropy_with_logits",
+        "BCEWithLogitsLoss",
+        _binary_cross_entropy_with_logits,
+        _logit_pair,
+        others=lambda make: _constant_weights(make, "weight", "pos_weight"),
+    ),
+    _spec(
+        "kl_div",
+        "KLDivLoss",
+        _kl_div,
+        _logit_pair,
+        {"reduction": "batchmean"},
+        others=lambda make: {"log_target": True},
+        reduction="batchmean",
+    ),
     _spec(
         "gaussian_nll_loss",
         "GaussianNLLLoss",
         _gaussian_nll_loss,
         lambda make, shape: (*_pair(make, shape), make.tensor(*shape, low=0.1, high=2)),
+        others=lambda make: {"full": True},
         full=True,
     ),
-    _spec("poisson_nll_loss", "PoissonNLLLoss", _poisson_nll_loss, _pair, full=True),
+    _spec(
+        "poisson_nll_loss",
+        "PoissonNLLLoss",
+        _poisson_nll_loss,
+        _pair,
+        others=lambda make: {"full": True, "log_input": False},
+        full=True,
+    ),
 ]

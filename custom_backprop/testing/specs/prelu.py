@@ -21,6 +21,13 @@ def _samples(make: Make) -> Iterator[Sample]:
     yield Sample((make.tensor(0, 2), make.tensor(2)), name="empty")
 
 
+def _regimes(make: Make) -> Iterator[Sample]:
+    """One of the two gradients."""
+    shape = SIZES["medium"]
+    yield Sample((make.tensor(*shape), make.tensor(shape[1], requires_grad=False)), name="dx")
+    yield Sample((make.tensor(*shape, requires_grad=False), make.tensor(shape[1])), name="dw")
+
+
 SPECS = [
     OpSpec(
         name="prelu",
@@ -30,6 +37,7 @@ SPECS = [
         reference=F.prelu,
         samples=_samples,
         large=lambda make, size: Sample((make.tensor(*SIZES[size]), make.tensor(SIZES[size][1]))),
+        regimes=_regimes,
         module=(nn.PReLU, torch.nn.PReLU, {"num_parameters": 3}, lambda make: (make.tensor(2, 3, 2),)),
     ),
 ]

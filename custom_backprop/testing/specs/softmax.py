@@ -26,6 +26,8 @@ def _regimes(make: Make) -> Iterator[Sample]:
     yield Sample((make.tensor(16, 2**18), -1), name="rows in a loop")
     yield Sample((make.tensor(64, 512, 64), 1), name="rows side by side")
     yield Sample((make.tensor(4, 2**16, 64), 1), name="rows side by side, in a loop")
+    yield Sample((make.tensor(256, 256), -1), {"dtype": torch.float64}, name="of another dtype")
+    yield Sample((make.tensor(2**16, 2**15), 0), name="offsets in int64")
 
 
 def _spec(name: str, module: str) -> OpSpec:
