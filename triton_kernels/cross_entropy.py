@@ -199,8 +199,8 @@ def _forward(
     REDUCE: tl.constexpr, NEED_DX: tl.constexpr, STATISTICS: tl.constexpr, dtype: tl.constexpr, ALL: tl.constexpr,
     WIDE: tl.constexpr, LOOP: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
-    """A tile a program; of rows that are read in a loop several, one after the other, so that no more are under way than the cache holds
-    until their second reading. What a mean divides by is read, or, of ALL rows at most, added up by each program itself."""
+    """A tile a program; of single rows that are read in a loop several, one after the other, so that no more are under way than the cache
+    holds until their second reading. What a mean divides by is read, or, of ALL rows at most, added up by each program itself."""
     total_weight = tl.full((), 1, dtype)
     if MEAN:
         if PROBABILITIES:
@@ -210,14 +210,16 @@ def _forward(
             total_weight = tl.sum(_class(TARGET, WEIGHT, every, every < rows, classes, ignore_index, HAS_WEIGHT, dtype)[3])
         else:
             total_weight = tl.load(TOTAL).to(dtype)
-    if LOOP:
+    if LOOP and ROWS == 1:
         total = tl.zeros((ROWS,), dtype)
         for tile in range(tl.program_id(0), tiles, tl.num_programs(0)):
-            total += _forward_tile(
+            loss = _forward_tile(
                 tile, total_weight, X, TARGET, WEIGHT, LOSS, DX, LARGEST, LOG_SUM, rows, classes, inner, x_outer, x_class, x_inner,
                 ignore_index, PROBABILITIES, HAS_WEIGHT, SMOOTHING, SHARE, MEAN, REDUCE, NEED_DX, STATISTICS, dtype,
                 WIDE, LOOP, ROWS, BLOCK,
             )  # fmt: skip
+            if REDUCE:
+                total += loss
     else:
         total = _forward_tile(
             tl.program_id(0), total_weight, X, TARGET, WEIGHT, LOSS, DX, LARGEST, LOG_SUM, rows, classes, inner, x_outer, x_class, x_inner,
@@ -340,8 +342,10 @@ def config(classes: int, inner: int, dtype: torch.dtype, last: bool, tensors: in
 def _tiles(shape: tuple[int, ...], strides: tuple[int, ...], dtype: torch.dtype, soft: bool) -> tuple[int, dict[str, Any], tuple[int, ...]]:
     """(tiles, the kernels' last constexprs and options, their numbers but for ignore_index) of a dense x (outer, C, inner)."""
     outer, classes, inner = shape
+    wide = _wide(shape, strides)
     c = config(classes, inner, dtype, strides[1] <= strides[2], 2 if soft else 1)
-    options = {"WIDE": _wide(shape, strides), "LOOP": classes > c.block, "ROWS": c.rows, "BLOCK": c.block, "num_warps": c.num_warps}
+    block = c.block // 2 if wide and classes > c.block else c.block  # an address of 64 bits takes two registers
+    options = {"WIDE": wide, "LOOP": classes > block, "ROWS": c.rows, "BLOCK": block, "num_warps": c.num_warps}
     return outer * cdiv(inner, c.rows), options, (outer * inner, classes, inner, *strides)
 
 
@@ -368,7 +372,7 @@ def _forward_of(
     run = _bound_forward(
         probabilities, weighted, smoothing, smoothing / shape[1], reduction, keep, dtype == torch.float64, counted, *options.values()
     )
-    return run, min(tiles, RESIDENT * count) if options["LOOP"] else tiles, numbers, tiles
+    return run, min(tiles, RESIDENT * count) if options["LOOP"] and options["ROWS"] == 1 else tiles, numbers, tiles
 
 
 @kept

@@ -279,10 +279,10 @@ def _bound_forward(reduction: int, name: str, *parameters: Any) -> Any:
 
 
 @kept
-def _bound_backward(warps: int, scalar: bool, reduction: int, name: str, *parameters: Any) -> Any:
+def _bound_backward(block: int, warps: int, scalar: bool, reduction: int, name: str, *parameters: Any) -> Any:
     value, dx, dt, dv = DEVICE_FUNCTIONS[name]
     constants = {"F": value, "L_X": dx, "L_T": dt, "L_V": dv, **_parameters(parameters), "SCALAR": scalar, "MEAN": reduction == MEAN}
-    return bind(_backward, 9, 1, **constants, BLOCK=BLOCK, num_warps=warps)
+    return bind(_backward, 9, 1, **constants, BLOCK=block, num_warps=warps)
 
 
 @kept
@@ -322,9 +322,9 @@ def backward(
     operands = [None if a is None else like(a, layout) for a in (x, t, v, w)]
     scalar = not any(dy.stride())
     n = x.numel()
-    warps = 16 if x.dtype == torch.float64 else 4  # four gradients of doubles fill the registers of eight
-    run = _bound_backward(warps, scalar, reduction, name, *parameters)
-    run(cdiv(n, BLOCK), dy if scalar else like(dy, layout), *operands, *grads, n)
+    block, warps = (BLOCK // 2, 8) if x.dtype == torch.float64 else (BLOCK, 4)  # four gradients of doubles fill the registers of four
+    run = _bound_backward(block, warps, scalar, reduction, name, *parameters)
+    run(cdiv(n, block), dy if scalar else like(dy, layout), *operands, *grads, n)
     return tuple(x.new_empty(0) if g is None else g for g in grads)
 
 

@@ -78,9 +78,9 @@ def _forward(
     LOG: tl.constexpr, NEGATE: tl.constexpr, LOOP: tl.constexpr, WIDE: tl.constexpr, WIDE_COLUMNS: tl.constexpr,
     ROWS: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
-    """A tile a program; of rows that are read in a loop several, one after the other, so that no more are under way than the cache holds
-    until their second reading."""
-    if LOOP:
+    """A tile a program; of single rows that are read in a loop several, one after the other, so that no more are under way than the cache
+    holds until their second reading."""
+    if LOOP and ROWS == 1:
         for tile in range(tl.program_id(0), tiles, tl.num_programs(0)):
             _forward_tile(tile, X, Y, rows, n, inner, x_outer, x_n, x_inner, LOG, NEGATE, LOOP, WIDE, WIDE_COLUMNS, ROWS, BLOCK)
     else:
@@ -136,7 +136,7 @@ def _backward(
     ROWS: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     """As in forward."""
-    if LOOP:
+    if LOOP and ROWS == 1:
         for tile in range(tl.program_id(0), tiles, tl.num_programs(0)):
             _backward_tile(tile, DY, Y, DX, rows, n, inner, dy_outer, dy_n, dy_inner, LOG, NEGATE, LOOP, WIDE, WIDE_COLUMNS, ROWS, BLOCK)
     else:
@@ -174,7 +174,7 @@ def config(n: int, inner: int, dtype: torch.dtype, tensors: int) -> Config:
     rows = max(min(2048, held) // block, min(next_power_of_2(inner), 128 // dtype.itemsize))
     if rows * block > held:
         block = min(held // 2, LOOPED) // rows  # x, m and z, or y, dy and their sum
-    a_thread = 8 if inner > 1 else 16
+    a_thread = 8 if inner > 1 or dtype == torch.float64 else 16
     return Config(rows, block, min(max(rows * block // (32 * a_thread), 1), 16))
 
 
@@ -195,10 +195,11 @@ def _planned(
     outer, n, inner = shape
     c = config(n, inner, dtype, 1 if which == "forward" else 2)
     tiles = cdiv(outer * inner, c.rows)
-    programs = min(tiles, RESIDENT * count) if n > c.block and inner == 1 else tiles
+    programs = min(tiles, RESIDENT * count) if n > c.block and c.rows == 1 else tiles
     columns = (n - 1) * max(strides[1], inner)
     extent = max(outer * n * inner, columns, (outer - 1) * strides[0] + (inner - 1) * strides[2] + columns)
-    run = _bound(which, name, n > c.block, extent >= FAR, columns >= FAR, c.rows, c.block, c.num_warps)
+    block = c.block // 2 if columns >= FAR and n > c.block else c.block  # an offset of 64 bits takes two registers
+    run = _bound(which, name, n > block, extent >= FAR, columns >= FAR, c.rows, block, c.num_warps)
     return run, programs, (outer * inner, n, inner, *strides, tiles)
 
 
