@@ -78,12 +78,8 @@ def _tile(tile, inner, outer_stride, inner_stride, WIDE: tl.constexpr, ROWS: tl.
 
 @triton.jit
 def _share(DY, TOTAL, row, alive, rows, PER_ROW: tl.constexpr, MEAN: tl.constexpr, PROBABILITIES: tl.constexpr, dtype: tl.constexpr):
-    """dy_r of rows that count, without DY for a dy of 1."""
-    dy = tl.full(row.shape, 1, dtype)
-    if PER_ROW:
-        dy = tl.load(DY + row, alive, other=0.0).to(dtype)
-    elif DY is not None:
-        dy *= tl.load(DY).to(dtype)
+    """dy_r of rows that count."""
+    dy = tl.load(DY + row, alive, other=0.0).to(dtype) if PER_ROW else tl.full(row.shape, 1, dtype) * tl.load(DY).to(dtype)
     if MEAN:
         dy /= rows * tl.full(row.shape, 1, dtype) if PROBABILITIES else tl.load(TOTAL).to(dtype)
     return dy
