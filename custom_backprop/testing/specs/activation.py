@@ -58,7 +58,7 @@ class _ReLUSquared(torch.nn.Module):
 
 def _hardsigmoid(x: torch.Tensor) -> torch.Tensor:
     """Stock's own, and in float64 one that is exact and has every derivative: stock's multiplies by 1/6 in float32 (see
-    tests/test_activation.py and tests/test_gpu.py), and its backward has no forward-mode derivative."""
+    tests/ops/test_activation.py and tests/ops/test_gpu.py), and its backward has no forward-mode derivative."""
     return F.relu6(x + 3) / 6 if x.dtype == torch.float64 else F.hardsigmoid(x)
 
 

@@ -14,7 +14,7 @@ from ..spec import Make, OpSpec, Sample
 SIZES = {"small": (64, 64, 64), "medium": (256, 256, 256), "large": (1024, 1024, 1024), "huge": (16384, 4096, 4096)}
 
 
-# gradcheck runs a call twice an element of its inputs, so these are small; tests/test_linear.py meets the larger ones
+# gradcheck runs a call twice an element of its inputs, so these are small; tests/ops/test_linear.py meets the larger ones
 def _linear_samples(make: Make) -> Iterator[Sample]:
     yield Sample((make.tensor(2, 2), make.tensor(3, 2), make.tensor(3)), name="2-D")
     yield Sample((make.tensor(2), make.tensor(1, 2), make.tensor(1)), name="1-D")

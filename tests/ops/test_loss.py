@@ -297,7 +297,7 @@ def test_errors_of_arguments(backend):
     same_error(RuntimeError, "huber_loss", x, t, delta=0.0)
     same_error(ValueError, "mse_loss", x, t, weight=x[0])
     same_error(ValueError, "l1_loss", x, t, weight=x, reduction="elementwise_mean")
-    if DEVICE == "cpu" or backend != "triton":  # kernels on a GPU give NaN: tests/test_gpu.py
+    if DEVICE == "cpu" or backend != "triton":  # kernels on a GPU give NaN: tests/ops/test_gpu.py
         same_error(ValueError, "gaussian_nll_loss", x, t, -x)
     same_error(ValueError, "gaussian_nll_loss", x, t, -1.0)
     same_error(ValueError, "gaussian_nll_loss", x, t, x[:, :2])

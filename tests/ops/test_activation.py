@@ -146,7 +146,7 @@ def test_stocks_hardsigmoid_gradient_is_one_sixth_in_float32(backend):
 
 @pytest.mark.parametrize("name", ["hardsigmoid", "hardswish"])
 def test_what_stands_for_aten_on_a_gpu(name):
-    """There ATEN's own multiplies by that float in float64 (tests/test_gpu.py); what we put together is what a CPU gives, bit for bit."""
+    """There ATEN's own multiplies by that float in float64 (tests/ops/test_gpu.py); what we put together is what a CPU gives, bit for bit."""
     x = torch.tensor([-4, -3, -2.9, -0.1, 0, 1e-3, 0.1, 2.9, 3, 4, INF, NAN], dtype=torch.float64)
     exact = activation_primitives._EXACT[name](x)
     torch.testing.assert_close(exact, getattr(F, name)(x), rtol=0, atol=0, equal_nan=True)

@@ -10,7 +10,7 @@ from pathlib import Path
 
 from torch.distributed.checkpoint import FileSystemWriter
 
-sys.path.insert(0, str(Path(__file__).parents[1] / "examples"))
+sys.path.insert(0, str(Path(__file__).parents[2] / "examples"))
 
 import distributed as example
 

@@ -1,4 +1,4 @@
-"""What the ranks of tests/test_distributed.py run: python distributed_checks.py FOLDER RANKS... starts so many, for each number in turn.
+"""What the ranks of tests/distributed/test_distributed.py run: python distributed_checks.py FOLDER RANKS... starts so many, for each number in turn.
 
 They are forks of one process, so that all share its imports. On the first rank, a check that passes prints its name.
 """
@@ -25,7 +25,7 @@ from torch.distributed.tensor.parallel import ColwiseParallel, RowwiseParallel, 
 from torch.multiprocessing import start_processes
 from torch.testing import assert_close
 
-sys.path.insert(0, str(Path(__file__).parents[1] / "examples"))
+sys.path.insert(0, str(Path(__file__).parents[2] / "examples"))
 
 import distributed as example
 

@@ -295,7 +295,7 @@ def test_the_examples_of_the_command_have_losses_and_batches(name, capsys):
 
 
 def test_the_examples_of_the_command_are_the_examples(monkeypatch):
-    monkeypatch.syspath_prepend(Path(__file__).parents[1] / "examples")
+    monkeypatch.syspath_prepend(Path(__file__).parents[2] / "examples")
     assert repr(importlib.import_module("digits").stock_model(256, 128)) == repr(command.digits()[0])
     for theirs, ours in (
         (importlib.import_module("autoencoder").Autoencoder(2, 64), command.autoencoder()[0]),

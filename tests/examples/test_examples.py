@@ -16,7 +16,7 @@ from conftest import assert_is_a_picture
 
 import custom_backprop
 
-ROOT = Path(__file__).parents[1]
+ROOT = Path(__file__).parents[2]
 EXAMPLES = ROOT / "examples"
 LAST_LINE = re.compile(r"test accuracy: ours (\d+\.\d\d) %, stock (\d+\.\d\d) %")
 

@@ -26,7 +26,7 @@ pytestmark = pytest.mark.skipif(not dist.is_available() or not dist.is_gloo_avai
 @contextmanager
 def started(*command):
     """A process without what tests/conftest.py sets for Triton. It does not outlive the block, nor do its children."""
-    path = os.pathsep.join(filter(None, [str(TESTS.parent), os.environ.get("PYTHONPATH")]))
+    path = os.pathsep.join(filter(None, [str(TESTS.parents[1]), os.environ.get("PYTHONPATH")]))
     environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
     environment |= {"PYTHONPATH": path, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": "", "PYTHONWARNINGS": "error::UserWarning"}
     pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "text": True, "start_new_session": True}
@@ -108,7 +108,7 @@ def test_a_rank_ends_as_its_program_does(program, code, said, example, monkeypat
 
 def one_process(monkeypatch, *options):
     """The example in this process, without torchrun."""
-    monkeypatch.syspath_prepend(TESTS.parent / "examples")
+    monkeypatch.syspath_prepend(TESTS.parents[1] / "examples")
     monkeypatch.setattr(sys, "argv", ["distributed", *options])
     threads = torch.get_num_threads()
     try:

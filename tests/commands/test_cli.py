@@ -196,7 +196,7 @@ def test_an_interrupt_ends_the_workers(tmp_path):
         "sys.exit(main(['check', 'linear', 'softmax', 'cross_entropy', '--jobs', '1']))"
     )
     command = [sys.executable, "-c", code]
-    root = Path(__file__).parents[1]
+    root = Path(__file__).parents[2]
     process = subprocess.Popen(
         command, cwd=root, env={**os.environ, "PYTHONPATH": str(root)}, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True
     )

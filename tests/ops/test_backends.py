@@ -3,16 +3,12 @@
 from __future__ import annotations
 
 import importlib.util
-import os
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 import torch
-from conftest import DEVICE
+from conftest import DEVICE, python
 
-import custom_backprop
 from custom_backprop import functional, get_backend, use_backend
 from custom_backprop.backends import BACKENDS, library, selection, why_not
 from custom_backprop.backends import kernels as kernels_module
@@ -70,14 +66,6 @@ def test_kernels_refuse_tensors_of_another_device(monkeypatch):
         with pytest.raises(RuntimeError, match=r"'triton' cannot run on cpu tensors: .* set TRITON_INTERPRET=1"):
             functional.relu(torch.ones(3))
     assert selection.why_not("triton", "cuda") is None
-
-
-def python(code: str, **environment: str) -> str:
-    root = str(Path(custom_backprop.__file__).parents[1])
-    env = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"} | {"PYTHONPATH": root} | environment
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env=env, timeout=120)
-    assert done.returncode == 0, done.stderr
-    return done.stdout
 
 
 WITHOUT = """

@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 
-ROOT = Path(__file__).parents[1]
+ROOT = Path(__file__).parents[2]
 PARTS = ("custom_backprop", "triton_kernels", "setup.py", "pyproject.toml", "README.md", "LICENSE")
 
 USES_A_KERNEL = """
