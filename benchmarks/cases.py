@@ -1,4 +1,5 @@
-"""The calls that are timed: every op of the database at three sizes, forward and forward + backward, ours and stock."""
+"""The calls that are timed: every op of the database at three sizes, forward and forward +
+backward, ours and stock."""
 
 from __future__ import annotations
 
@@ -27,10 +28,12 @@ class Pair:
 
 
 class _RestOfNetwork(torch.autograd.Function):
-    """A number whose gradients with respect to the outputs of a layer are given. It keeps neither those nor these.
+    """A number whose gradients with respect to the outputs of a layer are given. It keeps neither
+    those nor these.
 
-    In a network nobody holds a layer's output any more when the layer's backward runs, nor, but for that backward, the gradient that the
-    next layer has just made; the caller of autograd.grad would hold both.
+    In a network nobody holds a layer's output any more when the layer's backward runs, nor, but for
+    that backward, the gradient that the next layer has just made; the caller of autograd.grad would
+    hold both.
     """
 
     @staticmethod
@@ -48,12 +51,20 @@ class _RestOfNetwork(torch.autograd.Function):
 def pair(spec: OpSpec, size: str, direction: str, device: str = "cpu") -> Pair:
     """Both calls of one op, in float32, in bfloat16 of the size "huge".
 
-    A loss is followed by a gradient of 1, as in training; another op by random ones, new for each call.
+    A loss is followed by a gradient of 1, as in training; another op by random ones, new for each
+    call.
     """
-    sample = spec.large(Make(device, torch.bfloat16 if size == HUGE else torch.float32, there=device == "cuda"), size)
+    sample = spec.large(
+        Make(device, torch.bfloat16 if size == HUGE else torch.float32, there=device == "cuda"),
+        size,
+    )
     if direction == "forward":
         args = tuple(a.detach() if isinstance(a, torch.Tensor) else a for a in sample.args)
-        return Pair(lambda: spec.function(*args, **sample.kwargs), lambda: spec.reference(*args, **sample.kwargs), tuple)
+        return Pair(
+            lambda: spec.function(*args, **sample.kwargs),
+            lambda: spec.reference(*args, **sample.kwargs),
+            tuple,
+        )
     leaves = [a for a in sample.args if is_float(a) and a.requires_grad]
     results = outputs(spec.reference(*sample.args, **sample.kwargs))
     dys = [torch.randn_like(y) for y in results]
@@ -69,4 +80,8 @@ def pair(spec: OpSpec, size: str, direction: str, device: str = "cpu") -> Pair:
 
         return run
 
-    return Pair(step(spec.function), step(spec.reference), tuple if scalar else lambda: ([dy.clone() for dy in dys],))
+    return Pair(
+        step(spec.function),
+        step(spec.reference),
+        tuple if scalar else lambda: ([dy.clone() for dy in dys],),
+    )

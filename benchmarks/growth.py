@@ -1,7 +1,9 @@
-"""``python -m benchmarks.growth``: how the time of forward + backward grows with depth, width, batch and length of the sequence.
+"""``python -m benchmarks.growth``: how the time of forward + backward grows with depth, width,
+batch and length of the sequence.
 
-One table, one plot of four panels and the figures, in ``benchmarks/results/growth.{md,png,json}``. Each slope is that of log(time) by
-log(size), by least squares over the upper half of the sizes: 1 is linear, 2 quadratic.
+One table, one plot of four panels and the figures, in ``benchmarks/results/growth.{md,png,json}``.
+Each slope is that of log(time) by log(size), by least squares over the upper half of the sizes: 1
+is linear, 2 quadratic.
 """
 
 from __future__ import annotations
@@ -42,7 +44,9 @@ class Attention(nn.Module):
 
 
 def mlp(depth: int, width: int) -> nn.Module:
-    return nn.Sequential(*(layer for _ in range(depth) for layer in (nn.Linear(width, width), nn.ReLU())))
+    return nn.Sequential(
+        *(layer for _ in range(depth) for layer in (nn.Linear(width, width), nn.ReLU()))
+    )
 
 
 @dataclass(frozen=True)
@@ -56,30 +60,56 @@ class Axis:
 
 
 AXES = (
-    Axis("depth", "width 256, batch 64", (1, 2, 4, 8, 16, 32), lambda n: (mlp(n, 256), torch.rand(64, 256))),
-    Axis("width", "depth 4, batch 64", (32, 64, 128, 256, 512, 1024), lambda n: (mlp(4, n), torch.rand(64, n))),
-    Axis("batch", "depth 4, width 256", (64, 128, 256, 512, 1024, 2048), lambda n: (mlp(4, 256), torch.rand(n, 256))),
-    Axis("sequence", "attention, 64 features, batch 1", (64, 128, 256, 512, 1024, 2048), lambda n: (Attention(64), torch.rand(1, n, 64))),
+    Axis(
+        "depth",
+        "width 256, batch 64",
+        (1, 2, 4, 8, 16, 32),
+        lambda n: (mlp(n, 256), torch.rand(64, 256)),
+    ),
+    Axis(
+        "width",
+        "depth 4, batch 64",
+        (32, 64, 128, 256, 512, 1024),
+        lambda n: (mlp(4, n), torch.rand(64, n)),
+    ),
+    Axis(
+        "batch",
+        "depth 4, width 256",
+        (64, 128, 256, 512, 1024, 2048),
+        lambda n: (mlp(4, 256), torch.rand(n, 256)),
+    ),
+    Axis(
+        "sequence",
+        "attention, 64 features, batch 1",
+        (64, 128, 256, 512, 1024, 2048),
+        lambda n: (Attention(64), torch.rand(1, n, 64)),
+    ),
 )
 #: what is fitted, and the heading of its column
 FIGURES = {"stock": "time, stock", "ours": "time, ours", "flops": "flops", "saved": "bytes saved"}
 
 
 def slope(sizes: Sequence[float], values: Sequence[float]) -> float:
-    """Of log(value) by log(size), by least squares over the upper half of the sizes, which ascend."""
+    """Of log(value) by log(size), by least squares over the upper half of the sizes, which
+    ascend."""
     half = len(sizes) // 2
     x, y = ([math.log(v) for v in numbers[half:]] for numbers in (sizes, values))
     mean_x, mean_y = sum(x) / len(x), sum(y) / len(y)
-    return sum((a - mean_x) * (b - mean_y) for a, b in zip(x, y, strict=True)) / sum((a - mean_x) ** 2 for a in x)
+    return sum((a - mean_x) * (b - mean_y) for a, b in zip(x, y, strict=True)) / sum(
+        (a - mean_x) ** 2 for a in x
+    )
 
 
 def slopes(rows: list[dict[str, Any]]) -> dict[str, float]:
     """The slope of each figure, of the rows of one axis."""
-    return {figure: slope([r["size"] for r in rows], [r[figure] for r in rows]) for figure in FIGURES}
+    return {
+        figure: slope([r["size"] for r in rows], [r[figure] for r in rows]) for figure in FIGURES
+    }
 
 
 def measured(axis: Axis, device: str, seconds: float) -> list[dict[str, Any]]:
-    """One row a size: what a step costs by count, and its seconds, stock and ours: the fastest of rounds that each time every size."""
+    """One row a size: what a step costs by count, and its seconds, stock and ours: the fastest of
+    rounds that each time every size."""
     rows: list[dict[str, Any]] = []
     timers: list[tuple[dict[str, Any], str, Timer]] = []
     timer_of: Callable[[Callable[[], None]], Timer] = Recorded if device == "cuda" else on_processor
@@ -88,10 +118,18 @@ def measured(axis: Axis, device: str, seconds: float) -> list[dict[str, Any]]:
         model, x = built.to(device), x.to(device)
         report = cost(model, x)
         total = report.stock.total
-        row = {"axis": axis.name, "size": size, "parameters": total.parameters, "flops": total.forward_flops + total.backward_flops}
+        row = {
+            "axis": axis.name,
+            "size": size,
+            "parameters": total.parameters,
+            "flops": total.forward_flops + total.backward_flops,
+        }
         rows.append(row | {"saved": total.saved_bytes, "ours_saved": report.ours.total.saved_bytes})
         ours = custom_backprop.convert(copy.deepcopy(model))
-        timers += [(rows[-1], "stock", timer_of(step(model, x))), (rows[-1], "ours", timer_of(step(ours, x)))]
+        timers += [
+            (rows[-1], "stock", timer_of(step(model, x))),
+            (rows[-1], "ours", timer_of(step(ours, x))),
+        ]
     calls = [max(1, int(2e-3 / timer(3))) for _, _, timer in timers]
     end = time.perf_counter() + seconds * len(axis.sizes)
     rounds = 0
@@ -127,7 +165,9 @@ def step(model: nn.Module, x: Tensor) -> Callable[[], None]:
 def main() -> int:
     parser = argparse.ArgumentParser(prog="python -m benchmarks.growth", description=__doc__)
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
-    parser.add_argument("--seconds", type=float, default=0.5, help="for each size; default: %(default)s")
+    parser.add_argument(
+        "--seconds", type=float, default=0.5, help="for each size; default: %(default)s"
+    )
     parser.add_argument("--out", type=Path, default=RESULTS, metavar="DIR")
     args = parser.parse_args()
     torch.manual_seed(0)
@@ -140,12 +180,17 @@ def main() -> int:
     args.out.mkdir(parents=True, exist_ok=True)
     machine = machine_of(args.device)
     fitted = {axis.name: slopes([r for r in rows if r["axis"] == axis.name]) for axis in AXES}
-    (args.out / "growth.json").write_text(json.dumps({"machine": machine, "slopes": fitted, "rows": rows}, indent=1) + "\n")
+    (args.out / "growth.json").write_text(
+        json.dumps({"machine": machine, "slopes": fitted, "rows": rows}, indent=1) + "\n"
+    )
     page = markdown(machine, fitted)
     (args.out / "growth.md").write_text(page)
     plot(rows, fitted, args.out / "growth.png")
     print(page)
-    print(f"wrote {', '.join(str(args.out / f'growth.{kind}') for kind in ('json', 'md', 'png'))}", file=sys.stderr)
+    print(
+        f"wrote {', '.join(str(args.out / f'growth.{kind}') for kind in ('json', 'md', 'png'))}",
+        file=sys.stderr,
+    )
     return 0
 
 
@@ -165,7 +210,9 @@ def markdown(machine: dict[str, Any], fitted: dict[str, dict[str, float]]) -> st
     ]
     for axis in AXES:
         values = " | ".join(f"{fitted[axis.name][figure]:.2f}" for figure in FIGURES)
-        lines.append(f"| {axis.name} | {axis.sizes[0]} to {axis.sizes[-1]} | {axis.fixed} | {values} |")
+        lines.append(
+            f"| {axis.name} | {axis.sizes[0]} to {axis.sizes[-1]} | {axis.fixed} | {values} |"
+        )
     return "\n".join([*lines, "", "![time by size](growth.png)", ""])
 
 
@@ -180,10 +227,26 @@ def plot(rows: list[dict[str, Any]], fitted: dict[str, dict[str, float]], file: 
         found = [r for r in rows if r["axis"] == axis.name]
         scale = found[-1]["stock"] / found[-1]["flops"]
         exponents = fitted[axis.name]
-        panel.plot(axis.sizes, [1e3 * scale * r["flops"] for r in found], "k:", label=f"flops, scaled: slope {exponents['flops']:.2f}")
-        for side, look in (("stock", {"linewidth": 5, "alpha": 0.35}), ("ours", {"linewidth": 1.3})):
+        panel.plot(
+            axis.sizes,
+            [1e3 * scale * r["flops"] for r in found],
+            "k:",
+            label=f"flops, scaled: slope {exponents['flops']:.2f}",
+        )
+        for side, look in (
+            ("stock", {"linewidth": 5, "alpha": 0.35}),
+            ("ours", {"linewidth": 1.3}),
+        ):
             times = [1e3 * r[side] for r in found]
-            panel.plot(axis.sizes, times, "o-", color="C0", markersize=3, label=f"{side}: slope {exponents[side]:.2f}", **look)
+            panel.plot(
+                axis.sizes,
+                times,
+                "o-",
+                color="C0",
+                markersize=3,
+                label=f"{side}: slope {exponents[side]:.2f}",
+                **look,
+            )
         panel.set(xscale="log", yscale="log", xlabel=axis.name, title=axis.fixed)
         panel.set_xticks(axis.sizes, axis.sizes)
         panel.minorticks_off()

@@ -1,4 +1,5 @@
-"""Ratios, not times: both calls in turns in one process, so that the machine's drift meets both alike."""
+"""Ratios, not times: both calls in turns in one process, so that the machine's drift meets both
+alike."""
 
 from __future__ import annotations
 
@@ -19,7 +20,8 @@ Timer = Callable[[int], float]
 
 @dataclass(frozen=True)
 class Comparison:
-    """Seconds a call (medians), and the ratio stock / ours: the median, and the quartiles, over the pairs. Above 1 we win."""
+    """Seconds a call (medians), and the ratio stock / ours: the median, and the quartiles, over the
+    pairs. Above 1 we win."""
 
     ours: float
     stock: float
@@ -36,10 +38,12 @@ def compare(
     prepare: Prepare = tuple,
     host: bool = False,
 ) -> Comparison:
-    """Times both for about ``seconds`` in all, at least seven pairs, each turn of a pair long enough for the clock.
+    """Times both for about ``seconds`` in all, at least seven pairs, each turn of a pair long
+    enough for the clock.
 
-    ``prepare`` makes the arguments of each call, outside of what is timed. On a GPU the device's time is taken, of recorded calls, which
-    the host has no part in; with ``host``, and where a call waits for the GPU, the time until calls made one after the other have all run.
+    ``prepare`` makes the arguments of each call, outside of what is timed. On a GPU the device's
+    time is taken, of recorded calls, which the host has no part in; with ``host``, and where a call
+    waits for the GPU, the time until calls made one after the other have all run.
     """
     both = ours, stock
     if device != "cuda":
@@ -58,18 +62,27 @@ def compare(
             times.append(timer(calls))
     ratios = sorted(t / m for m, t in zip(mine, theirs, strict=True))
     low, _, high = statistics.quantiles(ratios, n=4)
-    return Comparison(statistics.median(mine), statistics.median(theirs), statistics.median(ratios), low, high)
+    return Comparison(
+        statistics.median(mine), statistics.median(theirs), statistics.median(ratios), low, high
+    )
 
 
 def keep_freed_memory() -> bool:
-    """Lets the C library keep what is freed, as PyTorch's allocator on a GPU does; False where it is not glibc.
+    """Lets the C library keep what is freed, as PyTorch's allocator on a GPU does; False where it
+    is not glibc.
 
-    By default glibc returns a large block to the system or keeps it depending on what else lies in the heap at that moment. A call whose
-    blocks are returned pays for each page again, several times the arithmetic: the ratio then tells whose luck that was.
+    By default glibc returns a large block to the system or keeps it depending on what else lies in
+    the heap at that moment. A call whose
+    blocks are returned pays for each page again, several times the arithmetic: the ratio then tells
+    whose luck that was.
     """
     trim_threshold, mmap_max = -1, -4  # M_TRIM_THRESHOLD, M_MMAP_MAX of malloc.h
     mallopt = getattr(ctypes.CDLL(None), "mallopt", None)
-    return mallopt is not None and bool(mallopt(trim_threshold, 2**31 - 1)) and bool(mallopt(mmap_max, 0))
+    return (
+        mallopt is not None
+        and bool(mallopt(trim_threshold, 2**31 - 1))
+        and bool(mallopt(mmap_max, 0))
+    )
 
 
 def _clocked(call: Callable[..., Any], prepare: Prepare, calls: int) -> float:
@@ -92,8 +105,8 @@ def _finished(call: Callable[..., Any], prepare: Prepare, calls: int) -> float:
 
 
 def waits(call: Callable[..., Any], prepare: Prepare) -> bool:
-    """Whether the host waits for the GPU, as in stock's gaussian_nll_loss. Such a call cannot be recorded, and the attempt would leave
-    torch's random numbers unusable."""
+    """Whether the host waits for the GPU, as in stock's gaussian_nll_loss. Such a call cannot be
+    recorded, and the attempt would leave torch's random numbers unusable."""
     call(*prepare())
     torch.cuda.synchronize()
     torch.cuda.set_sync_debug_mode("error")
@@ -107,7 +120,8 @@ def waits(call: Callable[..., Any], prepare: Prepare) -> bool:
 
 
 class Recorded:
-    """A timer of a CUDA graph, by events: many calls in it if they are short. Inputs of a few megabytes are still in the L2 cache."""
+    """A timer of a CUDA graph, by events: many calls in it if they are short. Inputs of a few
+    megabytes are still in the L2 cache."""
 
     def __init__(self, call: Callable[..., Any], prepare: Prepare = tuple) -> None:
         stream = torch.cuda.Stream()
@@ -118,7 +132,9 @@ class Recorded:
             self._count = max(1, min(20, int(1e-3 / _finished(call, prepare, 3))))
         torch.cuda.current_stream().wait_stream(stream)
         given = [prepare() for _ in range(self._count)]
-        self._read = [list(a) if isinstance(a, list) else a for args in given for a in args]  # a call may empty a list that it is given
+        self._read = [
+            list(a) if isinstance(a, list) else a for args in given for a in args
+        ]  # a call may empty a list that it is given
         self._graph = torch.cuda.CUDAGraph()
         with torch.cuda.graph(self._graph):
             for args in given:

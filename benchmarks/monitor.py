@@ -1,8 +1,10 @@
-"""``python -m benchmarks.monitor``: what ``custom_backprop.monitor.GradientMonitor`` adds to a training step at its default interval.
+"""``python -m benchmarks.monitor``: what ``custom_backprop.monitor.GradientMonitor`` adds to a
+training step at its default interval.
 
-One step in ``every`` is measured, and the difference it makes drowns in the noise of a window. So every step is measured here, against
-plain steps in turns, by the processor's time (on a GPU by the clock), and what that adds is divided by ``every``; to it comes what a step
-that is only counted costs, timed alone.
+One step in ``every`` is measured, and the difference it makes drowns in the noise of a window. So
+every step is measured here, against plain steps in turns, by the processor's time (on a GPU by the
+clock), and what that adds is divided by ``every``; to it comes what a step that is only counted
+costs, timed alone.
 """
 
 from __future__ import annotations
@@ -20,12 +22,15 @@ from custom_backprop.monitor import GradientMonitor
 
 def digits(device: str) -> tuple[nn.Module, Callable[[], torch.Tensor]]:
     """64 -> 256 -> 128 -> 10, batch 128, as in ``benchmarks.training``."""
-    model = nn.Sequential(nn.Linear(64, 256), nn.ReLU(), nn.Linear(256, 128), nn.ReLU(), nn.Linear(128, 10)).to(device)
+    model = nn.Sequential(
+        nn.Linear(64, 256), nn.ReLU(), nn.Linear(256, 128), nn.ReLU(), nn.Linear(128, 10)
+    ).to(device)
     return model, _loss(model, torch.rand(128, 64, device=device))
 
 
 def deep(device: str) -> tuple[nn.Module, Callable[[], torch.Tensor]]:
-    """Twelve blocks of layer norm, 512 -> 1024 -> 512 and a way around, batch 128: 12.6 million weights in 72 tensors."""
+    """Twelve blocks of layer norm, 512 -> 1024 -> 512 and a way around, batch 128: 12.6 million
+    weights in 72 tensors."""
     model = nn.Sequential(*(_Block(512) for _ in range(12)), nn.Linear(512, 10)).to(device)
     return model, _loss(model, torch.rand(128, 512, device=device))
 
@@ -33,7 +38,9 @@ def deep(device: str) -> tuple[nn.Module, Callable[[], torch.Tensor]]:
 class _Block(nn.Module):
     def __init__(self, width: int) -> None:
         super().__init__()
-        self.body = nn.Sequential(nn.LayerNorm(width), nn.Linear(width, 2 * width), nn.GELU(), nn.Linear(2 * width, width))
+        self.body = nn.Sequential(
+            nn.LayerNorm(width), nn.Linear(width, 2 * width), nn.GELU(), nn.Linear(2 * width, width)
+        )
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         return x + self.body(x)
@@ -44,8 +51,11 @@ def _loss(model: nn.Module, x: torch.Tensor) -> Callable[[], torch.Tensor]:
     return lambda: nn.functional.cross_entropy(model(x), target)
 
 
-def overhead(make: Callable[[str], tuple[nn.Module, Callable[[], torch.Tensor]]], device: str, pairs: int) -> tuple[float, ...]:
-    """Seconds of a plain step; what a measured one adds, and what the monitor adds at its default interval, as parts of it."""
+def overhead(
+    make: Callable[[str], tuple[nn.Module, Callable[[], torch.Tensor]]], device: str, pairs: int
+) -> tuple[float, ...]:
+    """Seconds of a plain step; what a measured one adds, and what the monitor adds at its default
+    interval, as parts of it."""
     torch.manual_seed(0)
     model, loss = make(device)
     optimizer = torch.optim.SGD(model.parameters(), lr=0.01, momentum=0.9)
@@ -82,15 +92,28 @@ def overhead(make: Callable[[str], tuple[nn.Module, Callable[[], torch.Tensor]]]
 
 def main() -> None:
     parser = argparse.ArgumentParser(
-        prog="python -m benchmarks.monitor", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+        prog="python -m benchmarks.monitor",
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
-    parser.add_argument("--pairs", type=int, default=60, help="pairs of turns, with and without (default: %(default)s)")
+    parser.add_argument(
+        "--pairs",
+        type=int,
+        default=60,
+        help="pairs of turns, with and without (default: %(default)s)",
+    )
     args = parser.parse_args()
     torch.set_num_threads(1)
-    for name, make, pairs in (("digits", digits, args.pairs), ("deep", deep, max(3, args.pairs // 10))):
+    for name, make, pairs in (
+        ("digits", digits, args.pairs),
+        ("deep", deep, max(3, args.pairs // 10)),
+    ):
         step, measured, added = overhead(make, args.device, pairs)
-        print(f"{name:8} step {step * 1e3:8.3f} ms; a measured step adds {measured:.0%}; at the default interval {added:.2%}", flush=True)
+        print(
+            f"{name:8} step {step * 1e3:8.3f} ms; a measured step adds {measured:.0%}; at the default interval {added:.2%}",
+            flush=True,
+        )
 
 
 if __name__ == "__main__":

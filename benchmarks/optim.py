@@ -1,4 +1,5 @@
-"""``python -m benchmarks.optim``: one step of each optimizer against torch's three variants, as ratios torch / ours.
+"""``python -m benchmarks.optim``: one step of each optimizer against torch's three variants, as
+ratios torch / ours.
 
 Parameters are of float32: 100 of 64x64, 10 of 1M elements, and the 6 of a digits-sized network.
 """
@@ -36,10 +37,16 @@ OPTIMIZERS: list[tuple[str, dict[str, Any]]] = [
 ]
 #: what torch has no fused kernel for
 UNFUSED = {"cpu": ("RMSprop",), "cuda": ("RMSprop", "Adagrad")}
-VARIANTS: dict[str, dict[str, bool]] = {"default": {}, "foreach": {"foreach": True}, "fused": {"fused": True}}
+VARIANTS: dict[str, dict[str, bool]] = {
+    "default": {},
+    "foreach": {"foreach": True},
+    "fused": {"fused": True},
+}
 
 
-def stepper(kind: Any, shapes: list[tuple[int, ...]], device: str, clip: float | None = None, **kwargs: Any) -> Callable[[], None]:
+def stepper(
+    kind: Any, shapes: list[tuple[int, ...]], device: str, clip: float | None = None, **kwargs: Any
+) -> Callable[[], None]:
     """A step on gradients that stay as they are; with ``clip``, torch's clipping before it."""
     params = [torch.nn.Parameter(torch.randn(s, device=device)) for s in shapes]
     for p in params:
@@ -70,18 +77,35 @@ def main() -> int:
             ours = stepper(getattr(optim, name), shapes, args.device, **kwargs)
             cells, took = [], 0.0
             for variant, flags in VARIANTS.items():
-                if (variant == "fused" and name in UNFUSED[args.device]) or (name == "Lion" and variant != "default"):
+                if (variant == "fused" and name in UNFUSED[args.device]) or (
+                    name == "Lion" and variant != "default"
+                ):
                     cells.append("")
                     continue
                 stock = _Loop if name == "Lion" else getattr(torch.optim, name)
-                result = compare(ours, stepper(stock, shapes, args.device, **kwargs, **flags), args.seconds, args.device, host=True)
+                result = compare(
+                    ours,
+                    stepper(stock, shapes, args.device, **kwargs, **flags),
+                    args.seconds,
+                    args.device,
+                    host=True,
+                )
                 cells.append(f"{result.ratio:.2f}")
                 took = took or result.ours
-            print(f"| {name} {' '.join(kwargs)} | {size} | {took * 1e6:.0f} | {' | '.join(cells)} |", flush=True)
+            print(
+                f"| {name} {' '.join(kwargs)} | {size} | {took * 1e6:.0f} | {' | '.join(cells)} |",
+                flush=True,
+            )
     print("\nAdamW with clipping (max_grad_norm) against clip_grad_norm_ and a fused step:\n")
     for size, shapes in SIZES.items():
         ours = stepper(optim.AdamW, shapes, args.device, max_grad_norm=1.0)
-        result = compare(ours, stepper(torch.optim.AdamW, shapes, args.device, clip=1.0, fused=True), args.seconds, args.device, host=True)
+        result = compare(
+            ours,
+            stepper(torch.optim.AdamW, shapes, args.device, clip=1.0, fused=True),
+            args.seconds,
+            args.device,
+            host=True,
+        )
         print(f"- {size}: {result.ratio:.2f} ({result.ours * 1e6:.0f} us)", flush=True)
     return 0
 

@@ -1,7 +1,9 @@
-"""``python -m benchmarks.products``: our matrix product against the vendor's, plain and with an activation, on a GPU.
+"""``python -m benchmarks.products``: our matrix product against the vendor's, plain and with an
+activation, on a GPU.
 
-With an activation, stock's product is followed by our pass over its result, as where ``triton_kernels/linear.py`` finds no entry in its
-table FASTER, which is written from this. In ``benchmarks/results/products-CARD.md``.
+With an activation, stock's product is followed by our pass over its result, as where
+``triton_kernels/linear.py`` finds no entry in its table FASTER, which is written from this. In
+``benchmarks/results/products-CARD.md``.
 """
 
 from __future__ import annotations
@@ -26,7 +28,9 @@ DTYPES = (torch.bfloat16, torch.float32)
 KINDS = (None, "relu", "gelu")
 
 
-def ratio(shape: tuple[int, int, int], dtype: torch.dtype, activation: str | None, seconds: float) -> str:
+def ratio(
+    shape: tuple[int, int, int], dtype: torch.dtype, activation: str | None, seconds: float
+) -> str:
     """Stock / ours, and the arithmetic of ours, in TFLOP/s."""
     m, n, k = shape
     x, weight = (torch.randn(*s, device="cuda", dtype=dtype) for s in ((m, k), (n, k)))
@@ -37,15 +41,24 @@ def ratio(shape: tuple[int, int, int], dtype: torch.dtype, activation: str | Non
         z = torch.nn.functional.linear(x, weight, bias)
         return z if activation is None else passes.forward(activation, z)
 
-    result = compare(lambda: ours.product(x, weight.t(), bias, activation, (), activation == "gelu"), stock, seconds, "cuda")
+    result = compare(
+        lambda: ours.product(x, weight.t(), bias, activation, (), activation == "gelu"),
+        stock,
+        seconds,
+        "cuda",
+    )
     return f"{result.ratio:.2f} ({2e-12 * m * n * k / result.ours:.0f})"
 
 
 def main() -> int:
     parser = argparse.ArgumentParser(
-        prog="python -m benchmarks.products", description=__doc__, formatter_class=argparse.RawTextHelpFormatter
+        prog="python -m benchmarks.products",
+        description=__doc__,
+        formatter_class=argparse.RawTextHelpFormatter,
     )
-    parser.add_argument("--seconds", type=float, default=0.1, help="for each ratio (default: %(default)s)")
+    parser.add_argument(
+        "--seconds", type=float, default=0.1, help="for each ratio (default: %(default)s)"
+    )
     parser.add_argument("--out", type=Path, default=RESULTS, metavar="DIR")
     args = parser.parse_args()
     if not torch.cuda.is_available():

@@ -1,7 +1,9 @@
-"""``python -m benchmarks.report``: the table of ratios stock / ours, as Markdown, JSON and a plot, in ``benchmarks/results/``.
+"""``python -m benchmarks.report``: the table of ratios stock / ours, as Markdown, JSON and a plot,
+in ``benchmarks/results/``.
 
-On a CPU two tables are worth having: ``cpu``, with the allocator as users have it, where a pass that needs new memory pays for its pages;
-and, by ``--allocator kept``, ``cpu-kept``, of the arithmetic alone.
+On a CPU two tables are worth having: ``cpu``, with the allocator as users have it, where a pass
+that needs new memory pays for its pages; and, by ``--allocator kept``, ``cpu-kept``, of the
+arithmetic alone.
 """
 
 from __future__ import annotations
@@ -37,11 +39,26 @@ ON_A_GPU = (
 
 def main() -> int:
     parser = argparse.ArgumentParser(prog="python -m benchmarks.report", description=__doc__)
-    parser.add_argument("ops", nargs="*", metavar="OP", help="an op, or a family that is no op, all its ops; default: all")
+    parser.add_argument(
+        "ops",
+        nargs="*",
+        metavar="OP",
+        help="an op, or a family that is no op, all its ops; default: all",
+    )
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
-    parser.add_argument("--sizes", nargs="+", choices=(*SIZES, HUGE), help="default: all, without a GPU all but the last")
+    parser.add_argument(
+        "--sizes",
+        nargs="+",
+        choices=(*SIZES, HUGE),
+        help="default: all, without a GPU all but the last",
+    )
     parser.add_argument("--seconds", type=float, default=1.0, help="for each ratio")
-    parser.add_argument("--allocator", choices=("default", "kept"), default="default", help="of a CPU: as it is, or keeping what is freed")
+    parser.add_argument(
+        "--allocator",
+        choices=("default", "kept"),
+        default="default",
+        help="of a CPU: as it is, or keeping what is freed",
+    )
     parser.add_argument("--out", type=Path, default=RESULTS, metavar="DIR")
     args = parser.parse_args()
     try:
@@ -66,12 +83,19 @@ def main() -> int:
     args.out.mkdir(parents=True, exist_ok=True)
     machine = machine_of(args.device)
     if kept:
-        machine["allocator"] = "the C library's, which keeps what is freed (no page faults after the first call)"
-    (args.out / f"{name}.json").write_text(json.dumps({"machine": machine, "rows": rows}, indent=1) + "\n")
+        machine["allocator"] = (
+            "the C library's, which keeps what is freed (no page faults after the first call)"
+        )
+    (args.out / f"{name}.json").write_text(
+        json.dumps({"machine": machine, "rows": rows}, indent=1) + "\n"
+    )
     (args.out / f"{name}.md").write_text(_markdown(machine, rows, name))
     _plot(rows, args.out / f"{name}.png")
     print(_markdown(machine, rows, name))
-    print(f"wrote {', '.join(str(args.out / f'{name}.{kind}') for kind in ('json', 'md', 'png'))}", file=sys.stderr)
+    print(
+        f"wrote {', '.join(str(args.out / f'{name}.{kind}') for kind in ('json', 'md', 'png'))}",
+        file=sys.stderr,
+    )
     return int(any("error" in r for r in rows))
 
 
@@ -84,9 +108,13 @@ def _row(spec: OpSpec, size: str, direction: str, device: str, seconds: float) -
         return row | {"error": str(error)}
 
 
-def _measured(spec: OpSpec, size: str, direction: str, device: str, seconds: float) -> dict[str, Any]:
+def _measured(
+    spec: OpSpec, size: str, direction: str, device: str, seconds: float
+) -> dict[str, Any]:
     calls = pair(spec, size, direction, device)
-    row = asdict(compare(calls.ours, calls.stock, seconds, device, calls.prepare, host=size == "small"))
+    row = asdict(
+        compare(calls.ours, calls.stock, seconds, device, calls.prepare, host=size == "small")
+    )
     if size in ("large", HUGE) and direction == "forward+backward":
         for name, call in (("ours_bytes", calls.ours), ("stock_bytes", calls.stock)):
             row[name] = peak_memory(lambda call=call: call(*calls.prepare()), device)
@@ -94,9 +122,20 @@ def _measured(spec: OpSpec, size: str, direction: str, device: str, seconds: flo
 
 
 def _training(device: str, hidden: tuple[int, int], seconds: float) -> dict[str, Any]:
-    result = compare(training_step(True, device, hidden), training_step(False, device, hidden), seconds, device, host=True)
+    result = compare(
+        training_step(True, device, hidden),
+        training_step(False, device, hidden),
+        seconds,
+        device,
+        host=True,
+    )
     size = " -> ".join(map(str, (64, *hidden, 10)))
-    return {"op": "digits training step", "family": "training", "size": size, "direction": "step"} | asdict(result)
+    return {
+        "op": "digits training step",
+        "family": "training",
+        "size": size,
+        "direction": "step",
+    } | asdict(result)
 
 
 def card() -> str:
@@ -106,13 +145,17 @@ def card() -> str:
 
 def machine_of(device: str) -> dict[str, Any]:
     return {
-        "processor": torch.cuda.get_device_name() if device == "cuda" else torch.backends.cpu.get_cpu_capability(),
+        "processor": torch.cuda.get_device_name()
+        if device == "cuda"
+        else torch.backends.cpu.get_cpu_capability(),
         "threads": torch.get_num_threads(),
         "torch": torch.__version__,
         "python": platform.python_version(),
         "custom_backprop": custom_backprop.__version__,
         "dtype": "float32",
-        "allocator": "PyTorch's caching allocator" if device == "cuda" else "the C library's default (page faults included)",
+        "allocator": "PyTorch's caching allocator"
+        if device == "cuda"
+        else "the C library's default (page faults included)",
     }
 
 
@@ -129,13 +172,19 @@ def _markdown(machine: dict[str, Any], rows: list[dict[str, Any]], name: str) ->
         f"the {largest} size, the incoming gradient included, beyond the inputs. Written by `python -m benchmarks.report`.",
         *(ON_A_GPU if HUGE in sizes else ()),
         "",
-        "| op | " + " | ".join(f"{s} {d}" for s in sizes for d in DIRECTIONS) + " | memory ours / stock, MiB |",
+        "| op | "
+        + " | ".join(f"{s} {d}" for s in sizes for d in DIRECTIONS)
+        + " | memory ours / stock, MiB |",
         "|---" * (len(sizes) * len(DIRECTIONS) + 2) + "|",
     ]
     for op in dict.fromkeys(r["op"] for r in rows if r["family"] != "training"):
         cells = [_cell(by.get((op, s, d))) for s in sizes for d in DIRECTIONS]
         last = by.get((op, largest, "forward+backward"), {})
-        memory = f"{last['ours_bytes'] / 2**20:.1f} / {last['stock_bytes'] / 2**20:.1f}" if "ours_bytes" in last else ""
+        memory = (
+            f"{last['ours_bytes'] / 2**20:.1f} / {last['stock_bytes'] / 2**20:.1f}"
+            if "ours_bytes" in last
+            else ""
+        )
         lines.append(f"| {op} | " + " | ".join(cells) + f" | {memory} |")
     lines += [
         "",
@@ -167,7 +216,12 @@ def _plot(rows: list[dict[str, Any]], file: Path) -> None:
     figure, axes = plt.subplots(figsize=(max(6, 0.32 * len(ops)), 5), layout="constrained")
     for offset, direction in enumerate(DIRECTIONS):
         values = {r["op"]: r["ratio"] for r in shown if r["direction"] == direction}
-        axes.bar([i + 0.4 * offset for i in range(len(ops))], [values.get(op, 0) for op in ops], width=0.4, label=direction)
+        axes.bar(
+            [i + 0.4 * offset for i in range(len(ops))],
+            [values.get(op, 0) for op in ops],
+            width=0.4,
+            label=direction,
+        )
     axes.axhline(1, color="black", linewidth=0.8)
     axes.set_xticks([i + 0.2 for i in range(len(ops))], ops, rotation=90)
     axes.set_ylabel("stock / ours (above 1 we win)")

@@ -1,6 +1,8 @@
-"""``python -m benchmarks.rows``: softmax and cross-entropy of rows from 1K to 256K numbers on a GPU, in bytes a second.
+"""``python -m benchmarks.rows``: softmax and cross-entropy of rows from 1K to 256K numbers on a
+GPU, in bytes a second.
 
-The bytes are those that must move: each input read once, each output and gradient written once. In ``benchmarks/results/rows-CARD.md``.
+The bytes are those that must move: each input read once, each output and gradient written once. In
+``benchmarks/results/rows-CARD.md``.
 """
 
 from __future__ import annotations
@@ -23,10 +25,14 @@ WIDTHS = tuple(2**k for k in range(10, 19))
 ELEMENTS = 2**26
 
 
-def calls(name: str, width: int, direction: str, function: Callable[..., Tensor]) -> Callable[[], object]:
+def calls(
+    name: str, width: int, direction: str, function: Callable[..., Tensor]
+) -> Callable[[], object]:
     """The op on ``ELEMENTS`` random numbers in bfloat16, in rows of ``width``."""
     rows = ELEMENTS // width
-    x = torch.randn(rows, width, device="cuda", dtype=torch.bfloat16, requires_grad=direction != "forward")
+    x = torch.randn(
+        rows, width, device="cuda", dtype=torch.bfloat16, requires_grad=direction != "forward"
+    )
     if name == "cross_entropy":
         target = torch.randint(width, (rows,), device="cuda")
         if direction == "forward":
@@ -47,8 +53,14 @@ TRAFFIC = {
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser(prog="python -m benchmarks.rows", description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
-    parser.add_argument("--seconds", type=float, default=0.2, help="for each ratio (default: %(default)s)")
+    parser = argparse.ArgumentParser(
+        prog="python -m benchmarks.rows",
+        description=__doc__,
+        formatter_class=argparse.RawTextHelpFormatter,
+    )
+    parser.add_argument(
+        "--seconds", type=float, default=0.2, help="for each ratio (default: %(default)s)"
+    )
     parser.add_argument("--out", type=Path, default=RESULTS, metavar="DIR")
     args = parser.parse_args()
     if not torch.cuda.is_available():

@@ -1,8 +1,11 @@
-"""``python -m benchmarks.scaling_ranks``: the model of docs/scaling.md against 1, 2 and 4 processes of this machine.
+"""``python -m benchmarks.scaling_ranks``: the model of docs/scaling.md against 1, 2 and 4 processes
+of this machine.
 
-Latency and bandwidth are fitted to small messages of two processes. With them, with the time that the same processes take to compute
-without talking, and with what DDP, FSDP2 or tensor parallelism costs one process, the model predicts larger collectives and whole training
-steps, which are measured too. ``--table`` prints instead what it says of 8 to 1024 GPUs. The figures of docs/scaling.md come from both.
+Latency and bandwidth are fitted to small messages of two processes. With them, with the time that
+the same processes take to compute without talking, and with what DDP, FSDP2 or tensor parallelism
+costs one process, the model predicts larger collectives and whole training steps, which are
+measured too. ``--table`` prints instead what it says of 8 to 1024 GPUs. The figures of
+docs/scaling.md come from both.
 """
 
 from __future__ import annotations
@@ -48,7 +51,8 @@ class Link:
     bandwidth: float
 
     def pass_on(self, size: float, n: int) -> float:
-        """All-gather, or reduce-scatter, of ``size`` bytes in all: n - 1 turns, in each a message of size / n."""
+        """All-gather, or reduce-scatter, of ``size`` bytes in all: n - 1 turns, in each a message
+        of size / n."""
         return (n - 1) * (self.latency + size / n / self.bandwidth)
 
     def all_reduce(self, size: float, n: int) -> float:
@@ -58,7 +62,8 @@ class Link:
 
 
 def network(width: int = WIDTH) -> torch.nn.Sequential:
-    """Alternately WIDTH -> width -> WIDTH: with a smaller width, what one rank of a tensor-parallel network holds."""
+    """Alternately WIDTH -> width -> WIDTH: with a smaller width, what one rank of a tensor-parallel
+    network holds."""
     torch.manual_seed(0)
     ends = [(WIDTH, width), (width, WIDTH)] * (LAYERS // 2)
     return torch.nn.Sequential(*(nn.LinearActivation(i, o, activation="relu") for i, o in ends))
@@ -81,7 +86,9 @@ def parallel(strategy: str, mesh: DeviceMesh) -> torch.nn.Module:
     if strategy == "ddp":
         return DistributedDataParallel(model, bucket_cap_mb=1024)
     if strategy == "tensor":
-        plan: dict[str, Any] = {str(i): RowwiseParallel() if i % 2 else ColwiseParallel() for i in range(LAYERS)}
+        plan: dict[str, Any] = {
+            str(i): RowwiseParallel() if i % 2 else ColwiseParallel() for i in range(LAYERS)
+        }
         return parallelize_module(model, mesh, plan)
     for layer in model:
         fully_shard(layer, mesh=mesh)
@@ -90,8 +97,8 @@ def parallel(strategy: str, mesh: DeviceMesh) -> torch.nn.Module:
 
 
 def seconds(*runs: Callable[[], Any]) -> list[float]:
-    """Of a call of each, all ranks at once and the calls in turns: the quickest of many short rounds, in each the slowest rank. What else
-    the machine does only adds."""
+    """Of a call of each, all ranks at once and the calls in turns: the quickest of many short
+    rounds, in each the slowest rank. What else the machine does only adds."""
     for run in runs:
         run()
     start = time.perf_counter()
@@ -117,7 +124,9 @@ def seconds(*runs: Callable[[], Any]) -> list[float]:
 def measure(rank: int, n: int, folder: str) -> None:
     """What n ranks take, written down by the first."""
     torch.set_num_threads(1)
-    dist.init_process_group("gloo", init_method=f"file://{folder}/store-{n}", rank=rank, world_size=n)
+    dist.init_process_group(
+        "gloo", init_method=f"file://{folder}/store-{n}", rank=rank, world_size=n
+    )
     mesh = init_device_mesh("cpu", (n,))
     found: dict[str, Any] = {"collectives": {}, "compute": {}, "step": {}}
     for size in FITTED + CHECKED:
@@ -128,7 +137,9 @@ def measure(rank: int, n: int, folder: str) -> None:
             "all_gather": (GATHER, whole, part),
             "reduce_scatter": (REDUCE_SCATTER, part, whole),
         }
-        found["collectives"][size] = dict(zip(calls, seconds(*(partial(*call) for call in calls.values())), strict=True))
+        found["collectives"][size] = dict(
+            zip(calls, seconds(*(partial(*call) for call in calls.values())), strict=True)
+        )
     for strategy in ("ddp", "fsdp2", "tensor"):
         rows, width = (ROWS, WIDTH // n) if strategy == "tensor" else (ROWS // n, WIDTH)
         alone, together = seconds(step(network(width), rows), step(parallel(strategy, mesh), rows))
@@ -139,7 +150,8 @@ def measure(rank: int, n: int, folder: str) -> None:
 
 
 def fit(times: dict[int, float], turns: int) -> Link:
-    """Of two ranks: least squares, relative errors, of t = turns (latency + size / 2 / bandwidth), neither of the two below 0."""
+    """Of two ranks: least squares, relative errors, of t = turns (latency + size / 2 / bandwidth),
+    neither of the two below 0."""
     sizes, taken = (np.array(v) for v in zip(*times.items(), strict=True))
     terms = turns * np.stack([np.ones_like(taken), sizes / 2], axis=1) / taken[:, None]
     both, *_ = np.linalg.lstsq(terms, np.ones_like(taken), rcond=None)
@@ -151,19 +163,26 @@ def fit(times: dict[int, float], turns: int) -> Link:
 
 
 def collective(name: str, links: dict[str, Link], size: float, n: int) -> float:
-    """Of n processes of this machine. Their link is a core that copies: more processes than cores share it."""
-    alone = links[name].all_reduce(size, n) if name == "all_reduce" else links[name].pass_on(size, n)
+    """Of n processes of this machine. Their link is a core that copies: more processes than cores
+    share it."""
+    alone = (
+        links[name].all_reduce(size, n) if name == "all_reduce" else links[name].pass_on(size, n)
+    )
     return alone * max(1.0, n / (os.cpu_count() or 1))
 
 
 def communication(strategy: str, links: dict[str, Link], n: int) -> float:
-    """Of a step, seconds. DDP: one all-reduce of the gradients. FSDP2: of each layer two gathers and a reduce-scatter. Tensor parallel: an
-    all-reduce of activations for each pair of layers forward, and backward but for the first, whose input asks for no gradient."""
+    """Of a step, seconds. DDP: one all-reduce of the gradients. FSDP2: of each layer two gathers
+    and a reduce-scatter. Tensor parallel: an all-reduce of activations for each pair of layers
+    forward, and backward but for the first, whose input asks for no gradient."""
     layer = 4 * WIDTH * (WIDTH + 1)
     if strategy == "ddp":
         return collective("all_reduce", links, LAYERS * layer, n)
     if strategy == "fsdp2":
-        return LAYERS * (2 * collective("all_gather", links, layer, n) + collective("reduce_scatter", links, layer, n))
+        return LAYERS * (
+            2 * collective("all_gather", links, layer, n)
+            + collective("reduce_scatter", links, layer, n)
+        )
     return (LAYERS - 1) * collective("all_reduce", links, 4 * ROWS * WIDTH, n)
 
 
@@ -175,25 +194,48 @@ def compare() -> dict[str, Any]:
             found[n] = json.loads(Path(folder, f"{n}.json").read_text())
     links = {}
     for name, turns in (("all_reduce", 2), ("all_gather", 1), ("reduce_scatter", 1)):
-        links[name] = fit({size: found[2]["collectives"][str(size)][name] for size in FITTED}, turns)
+        links[name] = fit(
+            {size: found[2]["collectives"][str(size)][name] for size in FITTED}, turns
+        )
     rows = []
     for n in (2, 4):
         for size in CHECKED:
             for name, measured in found[n]["collectives"][str(size)].items():
                 predicted = collective(name, links, size, n)
-                rows.append({"what": f"{name}, {size >> 20} MiB", "n": n, "measured": measured, "predicted": predicted})
+                rows.append(
+                    {
+                        "what": f"{name}, {size >> 20} MiB",
+                        "n": n,
+                        "measured": measured,
+                        "predicted": predicted,
+                    }
+                )
         for strategy, measured in found[n]["step"].items():
             alone, compute = found[1]["compute"][strategy], found[n]["compute"][strategy]
             engine = max(0.0, found[1]["step"][strategy] - alone) * max(1.0, n * compute / alone)
-            row = {"what": f"step, {strategy}", "n": n, "measured": measured, "compute": compute, "engine": engine}
+            row = {
+                "what": f"step, {strategy}",
+                "n": n,
+                "measured": measured,
+                "compute": compute,
+                "engine": engine,
+            }
             row["predicted"] = compute + engine + communication(strategy, links, n)
             rows.append(row | {"speedup": found[1]["step"][strategy] / measured})
     machine = f"torch {torch.__version__}, {os.cpu_count()} cores ({platform.machine()}), load {os.getloadavg()[0]:.1f} at the end"
-    return {"machine": machine, "links": {k: asdict(v) for k, v in links.items()}, "one": found[1], "rows": rows}
+    return {
+        "machine": machine,
+        "links": {k: asdict(v) for k, v in links.items()},
+        "one": found[1],
+        "rows": rows,
+    }
 
 
 def report(result: dict[str, Any]) -> str:
-    fitted = ", ".join(f"{k} {1e6 * v['latency']:.0f} us and {v['bandwidth'] / 1e9:.2f} GB/s" for k, v in result["links"].items())
+    fitted = ", ".join(
+        f"{k} {1e6 * v['latency']:.0f} us and {v['bandwidth'] / 1e9:.2f} GB/s"
+        for k, v in result["links"].items()
+    )
     one = ", ".join(f"{k} {1e3 * v:.1f} ms" for k, v in result["one"]["step"].items())
     lines = [
         f"{result['machine']}; all processes on the same cores. Fitted to 1 KiB to 1 MiB of two processes: {fitted}. "
@@ -203,29 +245,45 @@ def report(result: dict[str, Any]) -> str:
         "|---|---|---|---|---|---|---|---|",
     ]
     for r in result["rows"]:
-        own = f"{1e3 * r['compute']:.2f} | {1e3 * r['engine']:.2f} | {r['speedup']:.2f}" if "compute" in r else "| |"
+        own = (
+            f"{1e3 * r['compute']:.2f} | {1e3 * r['engine']:.2f} | {r['speedup']:.2f}"
+            if "compute" in r
+            else "| |"
+        )
         times = f"{1e3 * r['measured']:.2f} | {1e3 * r['predicted']:.2f} | {r['predicted'] / r['measured']:.2f}"
         lines.append(f"| {r['what']} | {r['n']} | {times} | {own} |")
     return "\n".join(lines) + "\n"
 
 
 def table() -> str:
-    """A step of a transformer of 7e9 parameters, 32 layers of width 4096, 8192 tokens a GPU, in bf16 with AdamW in float32."""
+    """A step of a transformer of 7e9 parameters, 32 layers of width 4096, 8192 tokens a GPU, in
+    bf16 with AdamW in float32."""
     parameters, layers, width, tokens = 7e9, 32, 4096, 8192
     inside, between = Link(5e-6, 350e9), Link(15e-6, 45e9)
     compute, size = 6 * parameters * tokens / 400e12, 2 * parameters
-    lines = ["| GPUs | DDP | FSDP2 | FSDP2 + TP 8 | memory a GPU: DDP, FSDP2, FSDP2 + TP 8 |", "|---|---|---|---|---|"]
+    lines = [
+        "| GPUs | DDP | FSDP2 | FSDP2 + TP 8 | memory a GPU: DDP, FSDP2, FSDP2 + TP 8 |",
+        "|---|---|---|---|---|",
+    ]
     for n in (8, 32, 128, 512, 1024):
         link = inside if n == 8 else between
         ddp = link.all_reduce(size, n)
         fsdp = 3 * layers * link.pass_on(size / layers, n)
         groups = n // 8
-        tensor = 4 * layers * inside.all_reduce(2 * width * 8 * tokens, 8) + 3 * layers * between.pass_on(size / 8 / layers, groups)
-        activations = 34 * tokens * width * layers  # bytes of a layer with attention that keeps no scores
-        memory = [16 * parameters + activations, 16 * parameters / n + 2 * size / layers + activations]
+        tensor = 4 * layers * inside.all_reduce(
+            2 * width * 8 * tokens, 8
+        ) + 3 * layers * between.pass_on(size / 8 / layers, groups)
+        activations = (
+            34 * tokens * width * layers
+        )  # bytes of a layer with attention that keeps no scores
+        memory = [
+            16 * parameters + activations,
+            16 * parameters / n + 2 * size / layers + activations,
+        ]
         memory.append(16 * parameters / n + 2 * size / 8 / layers + activations)
         times = " | ".join(
-            f"{compute:.2f} + {t:.2f} s ({compute / max(compute, t):.0%}, {compute / (compute + t):.0%})" for t in (ddp, fsdp, tensor)
+            f"{compute:.2f} + {t:.2f} s ({compute / max(compute, t):.0%}, {compute / (compute + t):.0%})"
+            for t in (ddp, fsdp, tensor)
         )
         lines.append(f"| {n} | {times} | {', '.join(f'{m / 2**30:.0f}' for m in memory)} GiB |")
     return "\n".join(lines) + "\n"
@@ -233,9 +291,13 @@ def table() -> str:
 
 def main() -> None:
     parser = argparse.ArgumentParser(
-        prog="python -m benchmarks.scaling_ranks", description=__doc__, formatter_class=argparse.RawTextHelpFormatter
+        prog="python -m benchmarks.scaling_ranks",
+        description=__doc__,
+        formatter_class=argparse.RawTextHelpFormatter,
     )
-    parser.add_argument("--table", action="store_true", help="what the model says of many GPUs; measures nothing")
+    parser.add_argument(
+        "--table", action="store_true", help="what the model says of many GPUs; measures nothing"
+    )
     parser.add_argument("--out", type=Path, default=RESULTS, metavar="DIR")
     args = parser.parse_args()
     if args.table:

@@ -26,4 +26,9 @@ def test_op(benchmark, spec, size, direction, which):
         if DEVICE == "cuda":
             torch.cuda.synchronize()
 
-    benchmark.pedantic(synchronised, setup=lambda: (calls.prepare(), {}), rounds=5 if size == "large" else 50, warmup_rounds=2)
+    benchmark.pedantic(
+        synchronised,
+        setup=lambda: (calls.prepare(), {}),
+        rounds=5 if size == "large" else 50,
+        warmup_rounds=2,
+    )

@@ -1,4 +1,5 @@
-"""Backpropagation written out: layers whose backward is an explicit formula, run by Triton kernels, proved against autograd."""
+"""Backpropagation written out: layers whose backward is an explicit formula, run by Triton kernels,
+proved against autograd."""
 
 from . import functional, init, monitor, nn, optim, testing
 from .backends import get_backend, use_backend
@@ -6,4 +7,15 @@ from .convert import convert, revert
 
 __version__ = "0.1.0"
 
-__all__ = ["convert", "functional", "get_backend", "init", "monitor", "nn", "optim", "revert", "testing", "use_backend"]
+__all__ = [
+    "convert",
+    "functional",
+    "get_backend",
+    "init",
+    "monitor",
+    "nn",
+    "optim",
+    "revert",
+    "testing",
+    "use_backend",
+]

@@ -11,8 +11,12 @@ from .cli import check, cost, info, kernels
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Runs one command. Returns its exit code: 0, or 1 where it found something wrong; bad arguments exit with 2."""
-    parser = argparse.ArgumentParser(prog="python -m custom_backprop", description="Backpropagation written out, proved, and looked into.")
+    """Runs one command. Returns its exit code: 0, or 1 where it found something wrong; bad
+    arguments exit with 2."""
+    parser = argparse.ArgumentParser(
+        prog="python -m custom_backprop",
+        description="Backpropagation written out, proved, and looked into.",
+    )
     parser.add_argument("--version", action="version", version=__version__)
     subparsers = parser.add_subparsers(required=True, metavar="COMMAND")
     for command in (check, cost, info, kernels):

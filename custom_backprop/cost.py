@@ -1,13 +1,17 @@
-"""What backpropagation costs, layer by layer: products, bytes moved, bytes kept for backward; of a model's stock layers against ours.
+"""What backpropagation costs, layer by layer: products, bytes moved, bytes kept for backward; of a
+model's stock layers against ours.
 
-``flops`` are those of products (matrices, convolutions, attention; a multiplication and an addition are two), by the formulas of
-``torch.utils.flop_counter``, to which this module adds those of our primitives. ``bytes`` are what the operators called read and write,
-each argument and each result once, nothing for a view. An operator of ours that a Triton kernel runs is one operator; one that ATen runs
-is the calls beneath it. ``saved`` is what autograd keeps between forward and backward: each storage once, whole, in the layer that saves it
-first, without parameters and buffers, which stay anyway.
+``flops`` are those of products (matrices, convolutions, attention; a multiplication and an addition
+are two), by the formulas of ``torch.utils.flop_counter``, to which this module adds those of our
+primitives. ``bytes`` are what the operators called read and write, each argument and each result
+once, nothing for a view. An operator of ours that a Triton kernel runs is one operator; one that
+ATen runs
+is the calls beneath it. ``saved`` is what autograd keeps between forward and backward: each storage
+once, whole, in the layer that saves it first, without parameters and buffers, which stay anyway.
 
-Flops and bytes are seen by a dispatch mode, before which our Functions take the dispatcher's way: on small CPU tensors it may make other
-calls than the shortcut that is taken where nobody looks on. What is saved is seen without one.
+Flops and bytes are seen by a dispatch mode, before which our Functions take the dispatcher's way:
+on small CPU tensors it may make other calls than the shortcut that is taken where nobody looks on.
+What is saved is seen without one.
 """
 
 from __future__ import annotations
@@ -71,7 +75,9 @@ class Cost:
 
     @property
     def total(self) -> Layer:
-        sums = {f: sum(getattr(layer, f) for layer in self.layers) for f in ("parameters", *FIGURES)}
+        sums = {
+            f: sum(getattr(layer, f) for layer in self.layers) for f in ("parameters", *FIGURES)
+        }
         return Layer("total", **sums)
 
     def __getitem__(self, name: str) -> Layer:
@@ -91,30 +97,49 @@ class CostReport:
     ours: Cost
 
     def to_dict(self) -> dict[str, Any]:
-        return {"name": self.name, "device": self.device, "stock": self.stock.to_dict(), "ours": self.ours.to_dict()}
+        return {
+            "name": self.name,
+            "device": self.device,
+            "stock": self.stock.to_dict(),
+            "ours": self.ours.to_dict(),
+        }
 
     def to_json(self, **options: Any) -> str:
         return json.dumps(self.to_dict(), **options)
 
     def __str__(self) -> str:
-        pairs = [pair for pair in zip(self.stock.layers, self.ours.layers, strict=True) if any(layer.costs() for layer in pair)]
+        pairs = [
+            pair
+            for pair in zip(self.stock.layers, self.ours.layers, strict=True)
+            if any(layer.costs() for layer in pair)
+        ]
         pairs.append((self.stock.total, self.ours.total))
         name, kind = (max(len(getattr(stock, of)) for stock, _ in pairs) for of in ("name", "kind"))
         start = f"{{:<{max(name, 5)}}}  {{:<{max(kind, 4)}}}  {{:>10}}"
         lines = [f"{self.name} on {self.device}"]
-        lines.append(start.format("", "", "") + "".join(f"{title:>18}" for title in FIGURES.values()))
-        lines.append(start.format("layer", "kind", "parameters") + f"{'stock':>11}{'ours':>7}" * len(FIGURES))
+        lines.append(
+            start.format("", "", "") + "".join(f"{title:>18}" for title in FIGURES.values())
+        )
+        lines.append(
+            start.format("layer", "kind", "parameters") + f"{'stock':>11}{'ours':>7}" * len(FIGURES)
+        )
         for stock, ours in pairs:
-            figures = "".join(f"{_short(getattr(stock, f)):>11}{_short(getattr(ours, f)):>7}" for f in FIGURES)
+            figures = "".join(
+                f"{_short(getattr(stock, f)):>11}{_short(getattr(ours, f)):>7}" for f in FIGURES
+            )
             lines.append(start.format(stock.name, stock.kind, _short(stock.parameters)) + figures)
         return "\n".join([*lines, LEGEND])
 
 
 def cost(
-    model: nn.Module, *inputs: Any, loss: Callable[..., Any] | None = None, targets: Sequence[Any] = (), name: str | None = None
+    model: nn.Module,
+    *inputs: Any,
+    loss: Callable[..., Any] | None = None,
+    targets: Sequence[Any] = (),
+    name: str | None = None,
 ) -> CostReport:
-    """The cost of ``model`` with torch's layers and with ours: what :func:`custom_backprop.revert` and :func:`custom_backprop.convert`
-    make of a copy. The model itself is left as it is.
+    """The cost of ``model`` with torch's layers and with ours: what :func:`custom_backprop.revert`
+    and :func:`custom_backprop.convert` make of a copy. The model itself is left as it is.
 
     Args:
         model, inputs, loss, targets: as in :func:`measure`.
@@ -124,21 +149,31 @@ def cost(
         TypeError: ``model`` is not a module.
         ValueError: nothing in the result requires grad.
     """
-    sides = [_measure(*_copied(model, inputs, loss, targets, change)) for change in (revert, convert)]
+    sides = [
+        _measure(*_copied(model, inputs, loss, targets, change)) for change in (revert, convert)
+    ]
     device = _tensors([inputs, list(model.parameters())])[0].device.type
     return CostReport(name or type(model).__name__, device, *sides)
 
 
-def measure(model: nn.Module, *inputs: Any, loss: Callable[..., Any] | None = None, targets: Sequence[Any] = ()) -> Cost:
-    """The cost of one forward and one backward of ``model`` as it is. They run on a copy, twice forward and once backward.
+def measure(
+    model: nn.Module,
+    *inputs: Any,
+    loss: Callable[..., Any] | None = None,
+    targets: Sequence[Any] = (),
+) -> Cost:
+    """The cost of one forward and one backward of ``model`` as it is. They run on a copy, twice
+    forward and once backward.
 
-    What a checkpoint computes again counts as backward's. Backward of a reentrant one is nobody's: it stands under "(outside)".
+    What a checkpoint computes again counts as backward's. Backward of a reentrant one is nobody's:
+    it stands under "(outside)".
 
     Args:
         model: a module, on any device; on "meta" nothing is computed and nothing allocated.
         inputs: its positional arguments.
-        loss: called as ``loss(output, *targets)``. A module's cost stands under "(loss)", a function's under "(outside)". Default: none,
-            and backward starts with ones at every output that requires grad.
+        loss: called as ``loss(output, *targets)``. A module's cost stands under "(loss)", a
+            function's under "(outside)". Default: none, and backward starts with ones at every
+            output that requires grad.
         targets: see ``loss``.
 
     Raises:
@@ -148,15 +183,21 @@ def measure(model: nn.Module, *inputs: Any, loss: Callable[..., Any] | None = No
     return _measure(*_copied(model, inputs, loss, targets, lambda module: module))
 
 
-def _copied(model: nn.Module, inputs: Any, loss: Any, targets: Any, change: Callable[[Any], Any]) -> tuple[Any, ...]:
+def _copied(
+    model: nn.Module, inputs: Any, loss: Any, targets: Any, change: Callable[[Any], Any]
+) -> tuple[Any, ...]:
     if not isinstance(model, nn.Module):
         raise TypeError(f"expected a torch.nn.Module, got {type(model).__name__}")
     model, loss = copy.deepcopy((model, loss))  # together: what they share stays shared
-    inputs, targets = tree_map_only(Tensor, lambda t: t.detach().requires_grad_(t.requires_grad), (inputs, targets))
+    inputs, targets = tree_map_only(
+        Tensor, lambda t: t.detach().requires_grad_(t.requires_grad), (inputs, targets)
+    )
     return change(model), inputs, change(loss) if isinstance(loss, nn.Module) else loss, targets
 
 
-def _measure(model: nn.Module, inputs: Sequence[Any], loss: Callable[..., Any] | None, targets: Sequence[Any]) -> Cost:
+def _measure(
+    model: nn.Module, inputs: Sequence[Any], loss: Callable[..., Any] | None, targets: Sequence[Any]
+) -> Cost:
     where = _Where(model, loss)
 
     def forward() -> list[Tensor]:
@@ -169,7 +210,9 @@ def _measure(model: nn.Module, inputs: Sequence[Any], loss: Callable[..., Any] |
 
     def pack(t: Tensor) -> Tensor:
         if _address(t) not in saved:
-            saved[_address(t)] = t.untyped_storage()  # held, so that no other storage takes its address
+            saved[_address(t)] = (
+                t.untyped_storage()
+            )  # held, so that no other storage takes its address
             where.layer().saved_bytes += t.untyped_storage().nbytes()
         return t
 
@@ -187,8 +230,9 @@ def _measure(model: nn.Module, inputs: Sequence[Any], loss: Callable[..., Any] |
 class _Where:
     """Which layer is at work.
 
-    In forward the modules' hooks say. A node of the graph draws a number when forward makes it, so the number of the node that backward is
-    at says whose forward made it; unlike hooks on a module's output and input, also where a tensor is used twice or needs no gradient.
+    In forward the modules' hooks say. A node of the graph draws a number when forward makes it, so
+    the number of the node that backward is at says whose forward made it; unlike hooks on a
+    module's output and input, also where a tensor is used twice or needs no gradient.
     """
 
     def __init__(self, model: nn.Module, loss: Any) -> None:
@@ -205,7 +249,9 @@ class _Where:
                 layer.parameters += 0 if id(p) in self._owner else p.numel()
                 self._owner.setdefault(id(p), name)
             module.register_forward_pre_hook(lambda *_, name=name: self._enter(name))
-            module.register_forward_hook(lambda *_: self._leave(), always_call=True)  # a checkpoint stops its second forward by raising
+            module.register_forward_hook(
+                lambda *_: self._leave(), always_call=True
+            )  # a checkpoint stops its second forward by raising
         self.layers[OUTSIDE] = Layer(OUTSIDE)
 
     def _enter(self, name: str) -> None:
@@ -217,7 +263,9 @@ class _Where:
         self._mark()
 
     def _mark(self) -> None:
-        if not self.in_backward():  # there a checkpoint computes again, maybe on a thread with numbers of its own
+        if (
+            not self.in_backward()
+        ):  # there a checkpoint computes again, maybe on a thread with numbers of its own
             self._starts.append(torch.autograd._get_sequence_nr())
             self._names.append(self._stack[-1])
 
@@ -255,18 +303,23 @@ class _Counter(TorchDispatchMode):
         flops = formula(*args, **kwargs, out_val=out) if formula else 0
         direction = "backward" if self.where.in_backward() else "forward"
         layer = self.where.layer()
-        for figure, value in ((f"{direction}_flops", flops), (f"{direction}_bytes", _moved(func, args, kwargs, out))):
+        for figure, value in (
+            (f"{direction}_flops", flops),
+            (f"{direction}_bytes", _moved(func, args, kwargs, out)),
+        ):
             setattr(layer, figure, getattr(layer, figure) + value)
         return out
 
 
 def _composite(func: Any) -> bool:
-    """Whether it may be no more than the calls that it makes; silu_backward, say, could be written so and yet is one operator."""
+    """Whether it may be no more than the calls that it makes; silu_backward, say, could be written
+    so and yet is one operator."""
     return not torch._C._dispatch_has_kernel_for_dispatch_key(func.name(), "CPU")
 
 
 def _beneath(func: Any, args: tuple[Any, ...]) -> DispatchKey | None:
-    """The key of the implementation whose calls are to be counted in place of ``func``, an operator of ours; None if it counts itself."""
+    """The key of the implementation whose calls are to be counted in place of ``func``, an operator
+    of ours; None if it counts itself."""
     if func not in LAUNCHERS:
         return None
     device = next(a for a in args if isinstance(a, Tensor)).device.type
@@ -286,13 +339,22 @@ def _moved(func: Any, args: Any, kwargs: Any, out: Any) -> int:
     given = dict(zip((a.name for a in schema.arguments), args, strict=False)) | kwargs
     mutated = [a for a in schema.arguments if a.alias_info is not None and a.alias_info.is_write]
     known = set(map(_address, _tensors(given)))
-    written = _tensors([given.get(a.name) for a in mutated]) + [t for t in _tensors(out) if _address(t) not in known]
+    written = _tensors([given.get(a.name) for a in mutated]) + [
+        t for t in _tensors(out) if _address(t) not in known
+    ]
     if not written:  # a view
         return 0
-    if schema.name.startswith("aten::new_") or schema.name.endswith("_like"):  # of its argument it takes the shape
+    if schema.name.startswith("aten::new_") or schema.name.endswith(
+        "_like"
+    ):  # of its argument it takes the shape
         return sum(map(_bytes, written))
     unread = {a.name for a in mutated if a.kwarg_only or schema.name in OVERWRITES}
-    return sum(map(_bytes, written + _tensors([value for name, value in given.items() if name not in unread])))
+    return sum(
+        map(
+            _bytes,
+            written + _tensors([value for name, value in given.items() if name not in unread]),
+        )
+    )
 
 
 def _tensors(tree: Any) -> list[Tensor]:
@@ -306,7 +368,9 @@ def _address(t: Tensor) -> int:
 
 def _bytes(t: Tensor) -> int:
     """Those of the elements that are there: an expanded dimension is one element."""
-    return t.element_size() * prod(n for n, stride in zip(t.shape, t.stride(), strict=True) if stride or not n)
+    return t.element_size() * prod(
+        n for n, stride in zip(t.shape, t.stride(), strict=True) if stride or not n
+    )
 
 
 def _short(n: float) -> str:
@@ -344,6 +408,10 @@ def _info_nce(q: Sequence[int], k: Any, n: Sequence[int] | None, *_: Any, **__: 
 _aten = torch.ops.aten
 #: attention on a CPU, of which torch's counter has no formula of its own (torch 2.13)
 FORMULAS = {
-    _aten._scaled_dot_product_flash_attention_for_cpu: flop_registry[_aten._scaled_dot_product_flash_attention],
-    _aten._scaled_dot_product_flash_attention_for_cpu_backward: flop_registry[_aten._scaled_dot_product_flash_attention_backward],
+    _aten._scaled_dot_product_flash_attention_for_cpu: flop_registry[
+        _aten._scaled_dot_product_flash_attention
+    ],
+    _aten._scaled_dot_product_flash_attention_for_cpu_backward: flop_registry[
+        _aten._scaled_dot_product_flash_attention_backward
+    ],
 }

@@ -1,4 +1,5 @@
-"""DTensors as what lies under them, without the import of torch.distributed.tensor, which takes longer than that of all else here."""
+"""DTensors as what lies under them, without the import of torch.distributed.tensor, which takes
+longer than that of all else here."""
 
 from __future__ import annotations
 

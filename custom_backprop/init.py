@@ -1,13 +1,17 @@
-"""Initialisation that keeps the variance: one call for a network and its activation, ``torch.nn.init`` underneath.
+"""Initialisation that keeps the variance: one call for a network and its activation,
+``torch.nn.init`` underneath.
 
-A layer z' = W f(z) with independent weights of mean 0 has E z'² = fan_in · Var w · E f(z)². If z has unit variance, so has z' just when
+A layer z' = W f(z) with independent weights of mean 0 has E z'² = fan_in · Var w · E f(z)². If z
+has unit variance, so has z' just when
 
     Var w = g² / fan_in,    g = E[f(z)²]^(-1/2),  z ~ N(0, 1)
 
 which is what :func:`gain` computes from the activation's own formula. Backward, δ = f'(z) Wᵀ δ' has
-E δ² = fan_out · Var w · E f'(z)² · E δ'² (a convolution's fans: channels of one group, times the size of the kernel). With this gain and
-fan_in = fan_out a gradient is multiplied, each layer, by b = g E[f'(z)²]^(1/2). And a variance q next to 1 goes to 1 + s (q - 1),
-s = ½ g² E[f(z)² (z² - 1)] (the density of variance q, differentiated by q): it comes back if s < 1, stays if s = 1, drifts away if s > 1.
+E δ² = fan_out · Var w · E f'(z)² · E δ'² (a convolution's fans: channels of one group, times the
+size of the kernel). With this gain and fan_in = fan_out a gradient is multiplied, each layer, by b
+= g E[f'(z)²]^(1/2). And a variance q next to 1 goes to 1 + s (q - 1), s = ½ g² E[f(z)² (z² - 1)]
+(the density of variance q, differentiated by q): it comes back if s < 1, stays if s = 1, drifts
+away if s > 1.
 
 ================  ======  ======  ======
 activation         g       b       s
@@ -37,8 +41,9 @@ hardshrink        1.0158  0.7979  1.0454
 relu_squared      0.8165  1.1547  2.0000
 ================  ======  ======  ======
 
-A gradient keeps its length where b is 1; below it shrinks by b a layer, whatever the initialisation: 20 layers of sigmoid leave b²⁰ of
-it. The first layer's input is data, f is not in front of it: with inputs of unit variance its gain is 1.
+A gradient keeps its length where b is 1; below it shrinks by b a layer, whatever the
+initialisation: 20 layers of sigmoid leave b²⁰ of it. The first layer's input is data, f is not in
+front of it: with inputs of unit variance its gain is 1.
 """
 
 from __future__ import annotations
@@ -81,7 +86,9 @@ def _propagation(activation: str, parameters: tuple[float, ...]) -> Propagation:
     y = f.value(z, *parameters)
     slope = f.derivative(y if f.saves_output else z, *parameters)
 
-    square, squared_slope, drift = (torch.dot(density, x).item() for x in (y * y, slope * slope, y * y * (z * z - 1) / 2))
+    square, squared_slope, drift = (
+        torch.dot(density, x).item() for x in (y * y, slope * slope, y * y * (z * z - 1) / 2)
+    )
     return Propagation(square**-0.5, math.sqrt(squared_slope / square), drift / square)
 
 
@@ -99,15 +106,19 @@ def propagation(activation: str, **parameters: float) -> Propagation:
     if activation == "linear" and not parameters:
         return Propagation(1.0, 1.0, 1.0)
     if activation not in ACTIVATIONS:
-        raise ValueError(f"no activation {activation!r}: choose one of linear, {', '.join(ACTIVATIONS)}")
+        raise ValueError(
+            f"no activation {activation!r}: choose one of linear, {', '.join(ACTIVATIONS)}"
+        )
     return _propagation(activation, activation_parameters(activation, parameters))
 
 
 def gain(activation: str, **parameters: float) -> float:
-    """g = E[f(z)²]^(-1/2) for z ~ N(0, 1): the standard deviation of √fan_in · w that keeps the variance.
+    """g = E[f(z)²]^(-1/2) for z ~ N(0, 1): the standard deviation of √fan_in · w that keeps the
+    variance.
 
-    Arguments and errors: :func:`propagation`. For relu and leaky_relu it is ``torch.nn.init.calculate_gain``, which has 5/3 for tanh, 1
-    for sigmoid and 3/4 for selu: found in other ways, and keeping other things.
+    Arguments and errors: :func:`propagation`. For relu and leaky_relu it is
+    ``torch.nn.init.calculate_gain``, which has 5/3 for tanh, 1 for sigmoid and 3/4 for selu: found
+    in other ways, and keeping other things.
     """
     return propagation(activation, **parameters).gain
 
@@ -121,21 +132,26 @@ def init_for(
     generator: torch.Generator | None = None,
     **parameters: float,
 ) -> Model:
-    """Draws the weights of a model anew, in place, such that unit variance passes through its depth; biases become 0.
+    """Draws the weights of a model anew, in place, such that unit variance passes through its
+    depth; biases become 0.
 
     - ``kaiming``: Var w = g² / fan_in, normal. Keeps the variance forward, for any widths.
-    - ``xavier``: Var w = 2 g² / (fan_in + fan_out), normal. The mean of what forward and backward ask for.
-    - ``orthogonal``: WᵀW or WWᵀ = g² max(1, fan_out / fan_in). As kaiming, with no chance in the lengths: less drift.
-    - ``lsuv``: orthogonal, then each layer's weight is divided by the deviation of its output on ``batch``. Needs no gain and no
-      assumption.
+    - ``xavier``: Var w = 2 g² / (fan_in + fan_out), normal. The mean of what forward and backward
+      ask for.
+    - ``orthogonal``: WᵀW or WWᵀ = g² max(1, fan_out / fan_in). As kaiming, with no chance in the
+      lengths: less drift.
+    - ``lsuv``: orthogonal, then each layer's weight is divided by the deviation of its output on
+      ``batch``. Needs no gain and no assumption.
 
-    Linear layers and convolutions are drawn, ours (``LinearActivation``: one layer) and torch's, in the order of registration; all else
-    is left. The groups of a convolution are drawn each by itself; a weight that several layers share is drawn, and scaled, once, for the
-    first of them.
+    Linear layers and convolutions are drawn, ours (``LinearActivation``: one layer) and torch's, in
+    the order of registration; all else is left. The groups of a convolution are drawn each by
+    itself; a weight that several layers share is drawn, and scaled, once, for the first of them.
 
     Args:
-        activation: what stands between the layers, as in :func:`gain`; where they are ``LinearActivation``, theirs.
-        batch: inputs for ``lsuv``, of unit variance like what the model will be trained on; a tuple is taken as several arguments.
+        activation: what stands between the layers, as in :func:`gain`; where they are
+            ``LinearActivation``, theirs.
+        batch: inputs for ``lsuv``, of unit variance like what the model will be trained on; a tuple
+            is taken as several arguments.
         generator: as in ``torch.nn.init``.
         parameters: the activation's own.
 
@@ -144,9 +160,9 @@ def init_for(
 
     Raises:
         TypeError: ``model`` is not a module, or the activation has no such parameter.
-        ValueError: no such activation or method; an activation that no gain carries through depth (s > 1.15), in a model that does not
-            normalise; a ``LinearActivation`` of another one; no layer; a batch missing, unused, without variance, or that does not reach
-            a layer.
+        ValueError: no such activation or method; an activation that no gain carries through depth
+            (s > 1.15), in a model that does not normalise; a ``LinearActivation`` of another one;
+            no layer; a batch missing, unused, without variance, or that does not reach a layer.
     """
     if not isinstance(model, torch.nn.Module):
         raise TypeError(f"expected a torch.nn.Module, got {type(model).__name__}")
@@ -154,26 +170,44 @@ def init_for(
         raise ValueError(f"no method {method!r}: choose one of {', '.join(_METHODS)}")
     known = propagation(activation, **parameters)
     if (method == "lsuv") != (batch is not None):
-        raise ValueError("lsuv measures the layers' outputs: give it a batch" if batch is None else f"{method} takes no batch; lsuv does")
+        raise ValueError(
+            "lsuv measures the layers' outputs: give it a batch"
+            if batch is None
+            else f"{method} takes no batch; lsuv does"
+        )
     normalises = any("norm" in type(module).__name__.lower() for module in model.modules())
     if method != "lsuv" and known.slope > DRIFT and not normalises:
         raise ValueError(
             f"{activation}: a deviation of the variance grows {known.slope:.2f}-fold each layer, no gain keeps it through depth. "
             "Take method='lsuv', or normalise between the layers"
         )
-    layers: dict[str, Any] = {name: module for name, module in model.named_modules() if isinstance(module, LAYERS)}
+    layers: dict[str, Any] = {
+        name: module for name, module in model.named_modules() if isinstance(module, LAYERS)
+    }
     if not layers:
         raise ValueError("the model has no linear layer and no convolution")
     for name, layer in layers.items():
-        if isinstance(layer, LinearActivation) and (layer.activation, layer.parameters_of_activation) != (activation, parameters):
-            own = ", ".join([repr(layer.activation), *(f"{k}={v}" for k, v in layer.parameters_of_activation.items())])
+        if isinstance(layer, LinearActivation) and (
+            layer.activation,
+            layer.parameters_of_activation,
+        ) != (activation, parameters):
+            own = ", ".join(
+                [
+                    repr(layer.activation),
+                    *(f"{k}={v}" for k, v in layer.parameters_of_activation.items()),
+                ]
+            )
             raise ValueError(
                 f"layer {name!r} applies {own}, not {', '.join([repr(activation), *(f'{k}={v}' for k, v in parameters.items())])}"
             )
         if "weight" not in layer._parameters:
-            raise ValueError(f"the weight of layer {name!r} is computed from others (a parametrization): draw it before that is registered")
+            raise ValueError(
+                f"the weight of layer {name!r} is computed from others (a parametrization): draw it before that is registered"
+            )
         if isinstance(layer.weight, torch.nn.parameter.UninitializedParameter):
-            raise ValueError(f"layer {name!r} is lazy and has no shape yet: pass a batch through the model first")
+            raise ValueError(
+                f"layer {name!r} is lazy and has no shape yet: pass a batch through the model first"
+            )
     drawn: set[int] = set()
     with torch.no_grad():
         for layer in layers.values():
@@ -198,12 +232,17 @@ def _xavier(weight: Tensor, gain: float, generator: torch.Generator | None) -> N
 
 
 def _orthogonal(weight: Tensor, gain: float, generator: torch.Generator | None) -> None:
-    """Where there are more rows than columns, W keeps the length of x, spread over more elements: the factor makes up for it.
+    """Where there are more rows than columns, W keeps the length of x, spread over more elements:
+    the factor makes up for it.
 
     Decomposed in float32 at least, since torch decomposes nothing in half precision.
     """
     wide = torch.empty_like(weight, dtype=torch.promote_types(weight.dtype, torch.float32))
-    weight.copy_(torch.nn.init.orthogonal_(wide, gain * math.sqrt(max(1.0, len(weight) / weight[0].numel())), generator))
+    weight.copy_(
+        torch.nn.init.orthogonal_(
+            wide, gain * math.sqrt(max(1.0, len(weight) / weight[0].numel())), generator
+        )
+    )
 
 
 _METHODS: dict[str, Callable[[Tensor, float, torch.Generator | None], None]] = {
@@ -214,8 +253,11 @@ _METHODS: dict[str, Callable[[Tensor, float, torch.Generator | None], None]] = {
 }
 
 
-def _to_unit_variance(model: torch.nn.Module, layers: dict[str, Any], inputs: tuple[Any, ...]) -> None:
-    """One pass: as the batch arrives at a layer, its weight is divided by the deviation of W x, and what goes on is of the new weight.
+def _to_unit_variance(
+    model: torch.nn.Module, layers: dict[str, Any], inputs: tuple[Any, ...]
+) -> None:
+    """One pass: as the batch arrives at a layer, its weight is divided by the deviation of W x, and
+    what goes on is of the new weight.
 
     Buffers (running statistics) are put back afterwards.
     """
@@ -226,15 +268,22 @@ def _to_unit_variance(model: torch.nn.Module, layers: dict[str, Any], inputs: tu
     def scale(name: str, layer: Any, x: Tensor) -> None:
         if left.pop(id(layer.weight), None) is None:
             return  # a weight that is used again keeps the scale of its first use
-        z = F.linear(x, layer.weight) if isinstance(layer, torch.nn.Linear) else layer._conv_forward(x, layer.weight, None)
+        z = (
+            F.linear(x, layer.weight)
+            if isinstance(layer, torch.nn.Linear)
+            else layer._conv_forward(x, layer.weight, None)
+        )
         deviation = z.std()
         if not (deviation > 0 and deviation.isfinite()):
-            raise ValueError(f"the output of layer {name!r} has the deviation {deviation.item():g} on this batch: it cannot be scaled")
+            raise ValueError(
+                f"the output of layer {name!r} has the deviation {deviation.item():g} on this batch: it cannot be scaled"
+            )
         layer.weight.div_(deviation)
 
     def watch(name: str, layer: Any) -> Any:
         return layer.register_forward_pre_hook(
-            lambda layer, args, kwargs: scale(name, layer, (*args, *kwargs.values())[0]), with_kwargs=True
+            lambda layer, args, kwargs: scale(name, layer, (*args, *kwargs.values())[0]),
+            with_kwargs=True,
         )
 
     hooks = [watch(name, layer) for name, layer in layers.items()]
@@ -247,4 +296,6 @@ def _to_unit_variance(model: torch.nn.Module, layers: dict[str, Any], inputs: tu
         for buffer, before in buffers:
             buffer.copy_(before)
     if left:
-        raise ValueError(f"the batch did not reach {', '.join(map(repr, left.values()))}: lsuv cannot scale what it does not see")
+        raise ValueError(
+            f"the batch did not reach {', '.join(map(repr, left.values()))}: lsuv cannot scale what it does not see"
+        )

@@ -1,15 +1,21 @@
-"""Handwritten digits squeezed through 2 and 16 numbers and back, by our layers; then sorted into ten clusters. No label is learned from.
+"""Handwritten digits squeezed through 2 and 16 numbers and back, by our layers; then sorted into
+ten clusters. No label is learned from.
 
-1797 scans of 8 x 8 pixels (scikit-learn's load_digits), less their mean. Four autoencoders learn to give back what they are given, by the
-mean squared error: two linear ones, 64 -> k -> 64, whose best is known (the k-dimensional space of principal component analysis: the
-largest angle between the two spaces is printed), by L-BFGS in float64; and two with a layer of tanh on either side, by Adam on batches.
+1797 scans of 8 x 8 pixels (scikit-learn's load_digits), less their mean. Four autoencoders learn to
+give back what they are given, by the
+mean squared error: two linear ones, 64 -> k -> 64, whose best is known (the k-dimensional space of
+principal component analysis: the largest angle between the two spaces is printed), by L-BFGS in
+float64; and two with a layer of tanh on either side, by Adam on batches.
 
-Then k-means on the codes, trained by the gradient of its own loss: J = Σ ‖x - c‖² over each code's nearest centroid c has
-∂J/∂c = 2 Σ (c - x) over the n codes nearest to c, and second derivative 2n, so that Newton's step moves c to their mean: Lloyd's algorithm
-is gradient descent of rate 1/2n (Bottou and Bengio, 1995). Clusters and digits are compared by their mutual information, normalised.
+Then k-means on the codes, trained by the gradient of its own loss: J = Σ ‖x - c‖² over each code's
+nearest centroid c has ∂J/∂c = 2 Σ (c - x) over the n codes nearest to c, and second derivative 2n,
+so that Newton's step moves c to their mean: Lloyd's algorithm is gradient descent of rate 1/2n
+(Bottou and Bengio, 1995). Clusters and digits are compared by their mutual information, normalised.
 
-Each epoch ends with a checkpoint. After Ctrl-C the same command goes on from the last one, to the very weights of a run that was not
-interrupted. A finished run leaves its weights and its pictures, and no checkpoint: the same command then starts anew.
+Each epoch ends with a checkpoint. After Ctrl-C the same command goes on from the last one, to the
+very weights of a run that was not
+interrupted. A finished run leaves its weights and its pictures, and no checkpoint: the same command
+then starts anew.
 """
 
 from __future__ import annotations
@@ -40,7 +46,8 @@ CLUSTERS, STARTS, MOST_STEPS = 10, 10, 300
 
 
 class Autoencoder(torch.nn.Module):
-    """64 -> ``code`` -> 64, by two linear maps or with layers of ``hidden`` units around the code."""
+    """64 -> ``code`` -> 64, by two linear maps or with layers of ``hidden`` units around the
+    code."""
 
     def __init__(self, code: int, *hidden: int) -> None:
         super().__init__()
@@ -51,17 +58,20 @@ class Autoencoder(torch.nn.Module):
 
 
 def _layers(*sizes: int) -> torch.nn.Sequential:
-    """Linear layers, all but the last followed by tanh. Their data have mean 0; alone, a layer needs no bias."""
+    """Linear layers, all but the last followed by tanh. Their data have mean 0; alone, a layer
+    needs no bias."""
     *inner, last = pairwise(sizes)
     hidden = [nn.LinearActivation(*size, activation="tanh") for size in inner]
     return torch.nn.Sequential(*hidden, nn.Linear(*last, bias=bool(inner)))
 
 
 class Coder:
-    """An autoencoder in training: batch by batch by Adam, or, if it is linear, on all digits at once by L-BFGS.
+    """An autoencoder in training: batch by batch by Adam, or, if it is linear, on all digits at
+    once by L-BFGS.
 
-    Of the digits x = QR a linear one sees no more than their covariance, RᵀR / n: its loss on them is that on the 64 rows of R, scaled.
-    It starts from digits, W of orthonormal rows that they span and V = Wᵀ: what a start puts where the digits hardly vary is slow to go.
+    Of the digits x = QR a linear one sees no more than their covariance, RᵀR / n: its loss on them
+    is that on the 64 rows of R, scaled. It starts from digits, W of orthonormal rows that they span
+    and V = Wᵀ: what a start puts where the digits hardly vary is slow to go.
     """
 
     def __init__(self, code: int, hidden: tuple[int, ...], x: Tensor) -> None:
@@ -104,7 +114,11 @@ class Coder:
             self.history.append(self.loss(self.model(self.x), self.x).item())
 
     def state_dict(self) -> dict[str, Any]:
-        return {"model": self.model.state_dict(), "optimizer": self.optimizer.state_dict(), "history": self.history}
+        return {
+            "model": self.model.state_dict(),
+            "optimizer": self.optimizer.state_dict(),
+            "history": self.history,
+        }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         self.model.load_state_dict(state["model"])
@@ -115,25 +129,32 @@ class Coder:
 def coders(x: Tensor) -> dict[str, Coder]:
     """The four autoencoders."""
     shapes = {"linear": (), "nonlinear": (64,)}
-    return {f"{name} {code}": Coder(code, hidden, x) for code in CODES for name, hidden in shapes.items()}
+    return {
+        f"{name} {code}": Coder(code, hidden, x)
+        for code in CODES
+        for name, hidden in shapes.items()
+    }
 
 
 def data(device: str) -> tuple[Tensor, Tensor, Tensor]:
-    """The pixels in float64, between 0 and 1, less their mean; the mean; and the labels, to judge by."""
+    """The pixels in float64, between 0 and 1, less their mean; the mean; and the labels, to judge
+    by."""
     pixels, labels = load_digits(return_X_y=True)
     x = torch.from_numpy(pixels).to(device) / 16
     return x - x.mean(dim=0), x.mean(dim=0), torch.from_numpy(labels)
 
 
 def angle_to_principal_components(model: Autoencoder, x: Tensor) -> float:
-    """The sine of the largest angle between the space that a linear autoencoder gives back and that of x's first principal components."""
+    """The sine of the largest angle between the space that a linear autoencoder gives back and that
+    of x's first principal components."""
     ours = torch.linalg.qr(next(model.decode.parameters()).detach())[0]
     principal = torch.linalg.svd(x, full_matrices=False)[2][: ours.shape[1]].t()
     return torch.linalg.matrix_norm(ours - principal @ (principal.t() @ ours), 2).item()
 
 
 class SquaredDistances(torch.autograd.Function):
-    """J = Σ_x min_c ‖x - c‖²;  ∂J/∂c = 2 Σ (c - x) = 2 (n c - Σ x) over the n rows x whose nearest centroid is c."""
+    """J = Σ_x min_c ‖x - c‖²;  ∂J/∂c = 2 Σ (c - x) = 2 (n c - Σ x) over the n rows x whose nearest
+    centroid is c."""
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, centroids: Tensor) -> tuple[Tensor, Tensor]:
@@ -161,7 +182,8 @@ def k_means(x: Tensor, generator: torch.Generator) -> tuple[float, Tensor, Tenso
 
 
 def _starts(x: Tensor, generator: torch.Generator) -> Iterator[Tensor]:
-    """CLUSTERS rows of x, each drawn in proportion to its squared distance from those before (Arthur and Vassilvitskii, 2007)."""
+    """CLUSTERS rows of x, each drawn in proportion to its squared distance from those before
+    (Arthur and Vassilvitskii, 2007)."""
     for _ in range(STARTS):
         chosen = torch.randint(len(x), (1,), generator=generator)
         while len(chosen) < CLUSTERS:
@@ -186,9 +208,22 @@ def _descend(x: Tensor, centroids: Tensor) -> tuple[float, Tensor, Tensor]:
 
 def train(all_coders: dict[str, Coder], count: int, args: Namespace) -> None:
     """Trains all four on ``count`` digits, from the checkpoint where there is one."""
-    settings = {"seed": args.seed, "epochs": args.epochs, "device": args.device, "backend": args.backend}
-    settings |= {"batch": BATCH, "rate": RATE, "iterations": ITERATIONS, "history": HISTORY, "torch": str(torch.__version__)}
-    shuffle = torch.Generator().manual_seed(args.seed)  # the only chance left once the weights are drawn
+    settings = {
+        "seed": args.seed,
+        "epochs": args.epochs,
+        "device": args.device,
+        "backend": args.backend,
+    }
+    settings |= {
+        "batch": BATCH,
+        "rate": RATE,
+        "iterations": ITERATIONS,
+        "history": HISTORY,
+        "torch": str(torch.__version__),
+    }
+    shuffle = torch.Generator().manual_seed(
+        args.seed
+    )  # the only chance left once the weights are drawn
     done = 0
     if (state := load(args.checkpoint, settings)) is not None:
         done = state["epoch"]
@@ -198,25 +233,57 @@ def train(all_coders: dict[str, Coder], count: int, args: Namespace) -> None:
         print(f"going on after epoch {done} of {args.epochs}, from {args.checkpoint}")
 
     each = len(all_coders)
-    with tqdm(total=args.epochs * each, initial=done * each, unit="epoch", mininterval=0.5, dynamic_ncols=True) as bar:
+    with tqdm(
+        total=args.epochs * each,
+        initial=done * each,
+        unit="epoch",
+        mininterval=0.5,
+        dynamic_ncols=True,
+    ) as bar:
         for epoch in range(done + 1, args.epochs + 1):
             order = torch.randperm(count, generator=shuffle)
             for coder in all_coders.values():
                 coder.epoch(order)
                 bar.update()
             state = {"settings": settings, "epoch": epoch, "shuffle": shuffle.get_state()}
-            save({**state, "coders": {name: coder.state_dict() for name, coder in all_coders.items()}}, args.checkpoint)
-            bar.set_postfix_str(", ".join(f"{name} {coder.history[-1]:.4f}" for name, coder in all_coders.items()), refresh=False)
+            save(
+                {
+                    **state,
+                    "coders": {name: coder.state_dict() for name, coder in all_coders.items()},
+                },
+                args.checkpoint,
+            )
+            bar.set_postfix_str(
+                ", ".join(f"{name} {coder.history[-1]:.4f}" for name, coder in all_coders.items()),
+                refresh=False,
+            )
 
 
-def draw_codes(codes: dict[str, Tensor], found: dict[str, tuple[float, Tensor, Tensor]], labels: Tensor, args: Namespace) -> None:
+def draw_codes(
+    codes: dict[str, Tensor],
+    found: dict[str, tuple[float, Tensor, Tensor]],
+    labels: Tensor,
+    args: Namespace,
+) -> None:
     """The codes of two numbers, coloured by digit, and the centroids."""
     flat = {name: z for name, z in codes.items() if z.shape[1] == 2}
     figure, axes = plt.subplots(1, len(flat), figsize=(5.5 * len(flat), 4.6))
     for plot, (name, z) in zip(axes, flat.items(), strict=True):
-        points = plot.scatter(*z.t().cpu().numpy(), c=labels.numpy(), cmap="tab10", vmin=-0.5, vmax=9.5, s=8, alpha=0.7)
-        plot.scatter(*found[name][1].t().cpu().numpy(), c="black", marker="x", s=60, label="k-means")
-        plot.set(title=f"{name.split()[0]}: 64 -> 2", xlabel="first number of the code", ylabel="second")
+        points = plot.scatter(
+            *z.t().cpu().numpy(),
+            c=labels.numpy(),
+            cmap="tab10",
+            vmin=-0.5,
+            vmax=9.5,
+            s=8,
+            alpha=0.7,
+        )
+        plot.scatter(
+            *found[name][1].t().cpu().numpy(), c="black", marker="x", s=60, label="k-means"
+        )
+        plot.set(
+            title=f"{name.split()[0]}: 64 -> 2", xlabel="first number of the code", ylabel="second"
+        )
         plot.legend()
     figure.colorbar(points, ax=axes, ticks=range(10), label="digit (not learned from)")
     write(figure, args.out / "codes.png")
@@ -238,7 +305,9 @@ def draw_digits(rows: dict[str, Tensor], labels: Tensor, args: Namespace) -> Non
 def main() -> None:
     args = options("autoencoder", __doc__, epochs=40)
     args.checkpoint = args.out / "checkpoint.pt"
-    torch.set_num_threads(1)  # matrices this small gain nothing from a second thread, and lose much where the cores are busy
+    torch.set_num_threads(
+        1
+    )  # matrices this small gain nothing from a second thread, and lose much where the cores are busy
     torch.manual_seed(args.seed)
     x, mean, labels = data(args.device)
     all_coders = coders(x)
@@ -249,34 +318,63 @@ def main() -> None:
         train(all_coders, len(x), args)
     except KeyboardInterrupt:
         kept = f"the last whole epoch is kept in {args.checkpoint}; the same command goes on from there"
-        print("\ninterrupted:", kept if args.checkpoint.exists() else "no epoch is complete yet, nothing is kept", file=sys.stderr)
+        print(
+            "\ninterrupted:",
+            kept if args.checkpoint.exists() else "no epoch is complete yet, nothing is kept",
+            file=sys.stderr,
+        )
         sys.exit(130)
 
     generator = torch.Generator().manual_seed(args.seed)
     with torch.no_grad():
         codes = {name: coder.model.encode(x) for name, coder in all_coders.items()}
-        images = {"digit": x + mean, **{name: coder.model(x) + mean for name, coder in all_coders.items()}}
+        images = {
+            "digit": x + mean,
+            **{name: coder.model(x) + mean for name, coder in all_coders.items()},
+        }
     found = {name: k_means(z, generator) for name, z in {**codes, "pixels": x}.items()}
     draw_codes(codes, found, labels, args)
     draw_digits(images, labels, args)
-    save({name: coder.model.state_dict() for name, coder in all_coders.items()}, args.out / "weights.pt")
+    save(
+        {name: coder.model.state_dict() for name, coder in all_coders.items()},
+        args.out / "weights.pt",
+    )
     print(f"wrote {args.out / 'weights.pt'}")
     args.checkpoint.unlink()
 
     with threadpool_limits(1):
         sklearn = KMeans(CLUSTERS, n_init=STARTS, random_state=args.seed).fit(x.cpu().numpy())
-    agreement = {name: normalized_mutual_info_score(labels, nearest.cpu()) for name, (_, _, nearest) in found.items()}
+    agreement = {
+        name: normalized_mutual_info_score(labels, nearest.cpu())
+        for name, (_, _, nearest) in found.items()
+    }
     by_sklearn = normalized_mutual_info_score(labels, sklearn.labels_)
     print(f"{'':14}{'squared error':>14}{'mutual information':>20}{'angle to PCA':>15}")
     for name, coder in all_coders.items():
-        angle = f"{angle_to_principal_components(coder.model, x):15.1e}" if name.startswith("linear") else ""
+        angle = (
+            f"{angle_to_principal_components(coder.model, x):15.1e}"
+            if name.startswith("linear")
+            else ""
+        )
         print(f"{name:14}{coder.history[-1]:14.5f}{agreement[name]:20.3f}{angle}")
-    print(f"{'pixels':14}{'':14}{agreement['pixels']:20.3f}   k-means loss {found['pixels'][0]:.1f}, scikit-learn's {sklearn.inertia_:.1f}")
-    angles = [angle_to_principal_components(coder.model, x) for name, coder in all_coders.items() if name.startswith("linear")]
+    print(
+        f"{'pixels':14}{'':14}{agreement['pixels']:20.3f}   k-means loss {found['pixels'][0]:.1f}, scikit-learn's {sklearn.inertia_:.1f}"
+    )
+    angles = [
+        angle_to_principal_components(coder.model, x)
+        for name, coder in all_coders.items()
+        if name.startswith("linear")
+    ]
     equal = "the linear codes span PCA's spaces to 1e-3"
-    print(equal if max(angles) <= 1e-3 else f"the linear codes do not span PCA's spaces to 1e-3 after {args.epochs} epochs")
+    print(
+        equal
+        if max(angles) <= 1e-3
+        else f"the linear codes do not span PCA's spaces to 1e-3 after {args.epochs} epochs"
+    )
     best = max(codes, key=lambda name: agreement[name])
-    print(f"normalised mutual information: {agreement[best]:.3f} ({best}), scikit-learn's KMeans on raw pixels {by_sklearn:.3f}")
+    print(
+        f"normalised mutual information: {agreement[best]:.3f} ({best}), scikit-learn's KMeans on raw pixels {by_sklearn:.3f}"
+    )
 
 
 if __name__ == "__main__":

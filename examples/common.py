@@ -42,15 +42,37 @@ ANEW = "delete it, or name another folder by --out, to start anew"
 
 
 def options(name: str, description: str | None, **own: int | tuple[str, ...]) -> argparse.Namespace:
-    """The command line of the example ``name``: --out, --device, --backend, --seed, and its ``own``: a count's default, or the choices.
+    """The command line of the example ``name``: --out, --device, --backend, --seed, and its
+    ``own``: a count's default, or the choices.
 
     Makes the output folder and sets the backend.
     """
-    parser = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--out", type=Path, default=Path("out", name), metavar="DIR", help="where results go (default: %(default)s)")
-    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu", help="default here: %(default)s")
-    parser.add_argument("--backend", help="aten, triton or formula: what runs our layers (default: chosen by device)")
-    parser.add_argument("--seed", type=at_least(0), default=0, metavar="N", help="of all that is random (default: %(default)s)")
+    parser = argparse.ArgumentParser(
+        description=description, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument(
+        "--out",
+        type=Path,
+        default=Path("out", name),
+        metavar="DIR",
+        help="where results go (default: %(default)s)",
+    )
+    parser.add_argument(
+        "--device",
+        default="cuda" if torch.cuda.is_available() else "cpu",
+        help="default here: %(default)s",
+    )
+    parser.add_argument(
+        "--backend",
+        help="aten, triton or formula: what runs our layers (default: chosen by device)",
+    )
+    parser.add_argument(
+        "--seed",
+        type=at_least(0),
+        default=0,
+        metavar="N",
+        help="of all that is random (default: %(default)s)",
+    )
     for option, default in own.items():
         kind: dict[str, Any] = {"type": at_least(1), "default": default, "metavar": "N"}
         if isinstance(default, tuple):
@@ -60,11 +82,18 @@ def options(name: str, description: str | None, **own: int | tuple[str, ...]) ->
     try:
         torch.zeros((), device=args.device).item()  # which meta, a device without numbers, refuses
         if args.backend == "triton" and torch.device(args.device).type == "cpu":
-            os.environ["TRITON_INTERPRET"] = "1"  # triton is imported, and reads it, when the first kernel is used
+            os.environ["TRITON_INTERPRET"] = (
+                "1"  # triton is imported, and reads it, when the first kernel is used
+            )
         custom_backprop.use_backend(args.backend)
         args.out.mkdir(parents=True, exist_ok=True)
         TemporaryFile(dir=args.out).close()  # sooner than after the first epoch
-    except (AssertionError, OSError, RuntimeError, ValueError) as error:  # AssertionError: cuda, of a torch built without it
+    except (
+        AssertionError,
+        OSError,
+        RuntimeError,
+        ValueError,
+    ) as error:  # AssertionError: cuda, of a torch built without it
         parser.error(str(error))
     return args
 
@@ -72,7 +101,8 @@ def options(name: str, description: str | None, **own: int | tuple[str, ...]) ->
 def save(state: dict[str, Any], path: Path) -> None:
     """Writes a checkpoint whole or not at all: an interruption leaves the one before.
 
-    After what torch writes and reads stands its SHA-256: torch would take a damaged file's numbers as they are.
+    After what torch writes and reads stands its SHA-256: torch would take a damaged file's numbers
+    as they are.
     """
     temporary = path.with_name(path.name + ".tmp")
     torch.save(state, temporary)
@@ -82,7 +112,8 @@ def save(state: dict[str, Any], path: Path) -> None:
 
 
 def load(path: Path, settings: dict[str, Any]) -> dict[str, Any] | None:
-    """The checkpoint at ``path``, or None if there is none. Leaves the program where it is damaged or of other settings."""
+    """The checkpoint at ``path``, or None if there is none. Leaves the program where it is damaged
+    or of other settings."""
     if not path.exists():
         return None
     try:
@@ -92,14 +123,29 @@ def load(path: Path, settings: dict[str, Any]) -> dict[str, Any] | None:
     except Exception as error:  # whatever a damaged file makes the reader raise
         sys.exit(f"cannot read the checkpoint {path} ({type(error).__name__}): {ANEW}")
     if sha256(content[:-32]).digest() != content[-32:]:
-        sys.exit(f"cannot use the checkpoint {path}: it is damaged, its checksum is not that of its content; {ANEW}")
-    if changed := [f"{k} {saved.get(k)!r}, now {settings.get(k)!r}" for k in settings | saved if saved.get(k) != settings.get(k)]:
-        sys.exit(f"the checkpoint {path} is of a run with other settings ({'; '.join(changed)}): repeat those; or {ANEW}")
+        sys.exit(
+            f"cannot use the checkpoint {path}: it is damaged, its checksum is not that of its content; {ANEW}"
+        )
+    if changed := [
+        f"{k} {saved.get(k)!r}, now {settings.get(k)!r}"
+        for k in settings | saved
+        if saved.get(k) != settings.get(k)
+    ]:
+        sys.exit(
+            f"the checkpoint {path} is of a run with other settings ({'; '.join(changed)}): repeat those; or {ANEW}"
+        )
     return state
 
 
-def resume(path: Path, settings: dict[str, Any], learners: dict[str, Any], chance: torch.Generator, epochs: int) -> int:
-    """How many epochs are done. Puts learners and ``chance`` back to where the checkpoint at ``path``, if there is one, left them."""
+def resume(
+    path: Path,
+    settings: dict[str, Any],
+    learners: dict[str, Any],
+    chance: torch.Generator,
+    epochs: int,
+) -> int:
+    """How many epochs are done. Puts learners and ``chance`` back to where the checkpoint at
+    ``path``, if there is one, left them."""
     if (state := load(path, settings)) is None:
         return 0
     chance.set_state(state["chance"])
@@ -109,10 +155,19 @@ def resume(path: Path, settings: dict[str, Any], learners: dict[str, Any], chanc
     return state["epoch"]
 
 
-def keep(path: Path, settings: dict[str, Any], learners: dict[str, Any], chance: torch.Generator, epoch: int) -> None:
+def keep(
+    path: Path,
+    settings: dict[str, Any],
+    learners: dict[str, Any],
+    chance: torch.Generator,
+    epoch: int,
+) -> None:
     """Writes the checkpoint that :func:`resume` reads."""
     states = {name: learner.state_dict() for name, learner in learners.items()}
-    save({"settings": settings, "epoch": epoch, "chance": chance.get_state(), "learners": states}, path)
+    save(
+        {"settings": settings, "epoch": epoch, "chance": chance.get_state(), "learners": states},
+        path,
+    )
 
 
 def write(figure: Figure, path: Path) -> None:

@@ -1,17 +1,24 @@
-"""Handwritten digits told apart before anyone says what they are: two losses that compare vectors, from our formulas.
+"""Handwritten digits told apart before anyone says what they are: two losses that compare vectors,
+from our formulas.
 
-1797 scans of 8 x 8 pixels (scikit-learn's load_digits), a fifth of them kept for the test. Two encoders of one shape, 64 -> 256 -> 64:
+1797 scans of 8 x 8 pixels (scikit-learn's load_digits), a fifth of them kept for the test. Two
+encoders of one shape, 64 -> 256 -> 64:
 
-InfoNCE sees no label. Each digit is shown twice, shifted by up to one pixel and with noise, and its two views must find each other among
-those of all other digits of the batch (van den Oord et al., 2018, symmetric as in CLIP). It compares what one more linear layer makes of a
-representation, which is thrown away after training (Chen et al., 2020).
-Triplet margin sees labels: a view of a digit must lie nearer to one of its own class than to one of another, by a margin.
+InfoNCE sees no label. Each digit is shown twice, shifted by up to one pixel and with noise, and its
+two views must find each other among those of all other digits of the batch (van den Oord et al.,
+2018, symmetric as in CLIP). It compares what one more linear layer makes of a representation, which
+is thrown away after training (Chen et al., 2020).
+Triplet margin sees labels: a view of a digit must lie nearer to one of its own class than to one of
+another, by a margin.
 
-Then the representations are judged with the pixels beside them: how many test digits are of the class of their five nearest neighbours
-among the others, and of the class that a linear probe reads from them, given all labels or five of each class.
+Then the representations are judged with the pixels beside them: how many test digits are of the
+class of their five nearest neighbours among the others, and of the class that a linear probe reads
+from them, given all labels or five of each class.
 
-Each epoch ends with a checkpoint. After Ctrl-C the same command goes on from the last one, to the very weights of a run that was not
-interrupted. A finished run leaves its weights and its picture, and no checkpoint: the same command then starts anew.
+Each epoch ends with a checkpoint. After Ctrl-C the same command goes on from the last one, to the
+very weights of a run that was not
+interrupted. A finished run leaves its weights and its picture, and no checkpoint: the same command
+then starts anew.
 """
 
 from __future__ import annotations
@@ -56,16 +63,22 @@ def partners(labels: Tensor, same: bool, generator: torch.Generator) -> Tensor:
     fits = (labels.unsqueeze(1) == labels) if same else (labels.unsqueeze(1) != labels)
     fits = fits & ~torch.eye(len(labels), dtype=torch.bool)
     alone = ~fits.any(dim=1, keepdim=True)
-    return torch.multinomial((fits | (alone & torch.eye(len(labels), dtype=torch.bool))).float(), 1, generator=generator).squeeze(1)
+    return torch.multinomial(
+        (fits | (alone & torch.eye(len(labels), dtype=torch.bool))).float(), 1, generator=generator
+    ).squeeze(1)
 
 
 class Learner:
     """An encoder in training. ``head`` is what only the loss sees of its representation."""
 
     def __init__(self, loss: torch.nn.Module, head: torch.nn.Module, device: str) -> None:
-        self.encoder = torch.nn.Sequential(nn.LinearActivation(64, 256, activation="relu"), nn.Linear(256, 64)).to(device)
+        self.encoder = torch.nn.Sequential(
+            nn.LinearActivation(64, 256, activation="relu"), nn.Linear(256, 64)
+        ).to(device)
         self.loss, self.head = loss, head.to(device)
-        self.optimizer = torch.optim.Adam([*self.encoder.parameters(), *self.head.parameters()], lr=RATE)
+        self.optimizer = torch.optim.Adam(
+            [*self.encoder.parameters(), *self.head.parameters()], lr=RATE
+        )
         self.history: list[float] = []  # the loss, one entry an epoch
 
     def step(self, views: list[Tensor]) -> Tensor:
@@ -103,7 +116,12 @@ def learners_of(device: str) -> dict[str, Learner]:
 
 def train(learners: dict[str, Learner], x: Tensor, labels: Tensor, args: Namespace) -> None:
     """Trains both, from the checkpoint where there is one."""
-    settings = {"seed": args.seed, "epochs": args.epochs, "device": args.device, "backend": args.backend}
+    settings = {
+        "seed": args.seed,
+        "epochs": args.epochs,
+        "device": args.device,
+        "backend": args.backend,
+    }
     settings |= {
         "batch": BATCH,
         "rate": RATE,
@@ -112,44 +130,77 @@ def train(learners: dict[str, Learner], x: Tensor, labels: Tensor, args: Namespa
         "noise": NOISE,
         "torch": str(torch.__version__),
     }
-    chance = torch.Generator().manual_seed(args.seed)  # the only one left once the weights are drawn
+    chance = torch.Generator().manual_seed(
+        args.seed
+    )  # the only one left once the weights are drawn
     done = resume(args.checkpoint, settings, learners, chance, args.epochs)
     batches = -(-len(x) // BATCH)
-    with tqdm(total=args.epochs * batches, initial=done * batches, unit="step", mininterval=0.5, dynamic_ncols=True) as bar:
+    with tqdm(
+        total=args.epochs * batches,
+        initial=done * batches,
+        unit="step",
+        mininterval=0.5,
+        dynamic_ncols=True,
+    ) as bar:
         for epoch in range(done + 1, args.epochs + 1):
             losses: dict[str, list[Tensor]] = {name: [] for name in learners}
             for batch in torch.randperm(len(x), generator=chance).split(BATCH):
                 digits, classes = x[batch.to(x.device)], labels[batch]
                 twice = [view(digits, chance) for _ in range(2)]
-                others = [view(digits[partners(classes, same, chance).to(x.device)], chance) for same in (True, False)]
+                others = [
+                    view(digits[partners(classes, same, chance).to(x.device)], chance)
+                    for same in (True, False)
+                ]
                 losses["InfoNCE"].append(learners["InfoNCE"].step(twice))
                 losses["triplet"].append(learners["triplet"].step([twice[0], *others]))
                 bar.update()
             for name, learner in learners.items():
                 learner.history.append(torch.stack(losses[name]).mean().item())
             keep(args.checkpoint, settings, learners, chance, epoch)
-            bar.set_postfix_str(", ".join(f"{name} {learner.history[-1]:.3f}" for name, learner in learners.items()), refresh=False)
+            bar.set_postfix_str(
+                ", ".join(
+                    f"{name} {learner.history[-1]:.3f}" for name, learner in learners.items()
+                ),
+                refresh=False,
+            )
 
 
-def judge(z: np.ndarray, labels: np.ndarray, test_z: np.ndarray, test_labels: np.ndarray) -> tuple[float, ...]:
-    """Test accuracy of the nearest neighbours and of a linear probe, given all labels; and of both given FEW of each class."""
+def judge(
+    z: np.ndarray, labels: np.ndarray, test_z: np.ndarray, test_labels: np.ndarray
+) -> tuple[float, ...]:
+    """Test accuracy of the nearest neighbours and of a linear probe, given all labels; and of both
+    given FEW of each class."""
     few = np.concatenate([np.flatnonzero(labels == digit)[:FEW] for digit in range(10)])
     scale = z.std(axis=0).mean()  # so that the probe's regularisation weighs the same on each
     found = []
     for rows in (np.arange(len(z)), few):
-        for reader in (KNeighborsClassifier(min(NEIGHBOURS, FEW)), LogisticRegression(max_iter=1000)):
+        for reader in (
+            KNeighborsClassifier(min(NEIGHBOURS, FEW)),
+            LogisticRegression(max_iter=1000),
+        ):
             with threadpool_limits(1):
-                found.append(reader.fit(z[rows] / scale, labels[rows]).score(test_z / scale, test_labels))
+                found.append(
+                    reader.fit(z[rows] / scale, labels[rows]).score(test_z / scale, test_labels)
+                )
     return tuple(found)
 
 
-def draw(spaces: dict[str, Tensor], labels: Tensor, learners: dict[str, Learner], args: Namespace) -> None:
+def draw(
+    spaces: dict[str, Tensor], labels: Tensor, learners: dict[str, Learner], args: Namespace
+) -> None:
     """The test digits along the first two principal components of each space, and the losses."""
     figure, axes = plt.subplots(1, len(spaces) + 1, figsize=(4 * (len(spaces) + 1), 3.9))
     for plot, (name, z) in zip(axes, spaces.items(), strict=False):
         centred = z - z.mean(dim=0)
         plane = centred @ torch.linalg.svd(centred, full_matrices=False)[2][:2].t()
-        points = plot.scatter(*plane.t().cpu().numpy(), c=labels.cpu().numpy(), cmap="tab10", vmin=-0.5, vmax=9.5, s=10)
+        points = plot.scatter(
+            *plane.t().cpu().numpy(),
+            c=labels.cpu().numpy(),
+            cmap="tab10",
+            vmin=-0.5,
+            vmax=9.5,
+            s=10,
+        )
         plot.set(title=name, xlabel="first principal component", ylabel="second")
     figure.colorbar(points, ax=axes[-2], ticks=range(10), label="digit")
     for name, learner in learners.items():
@@ -162,34 +213,56 @@ def draw(spaces: dict[str, Tensor], labels: Tensor, learners: dict[str, Learner]
 def main() -> None:
     args = options("contrastive", __doc__, epochs=60)
     args.checkpoint = args.out / "checkpoint.pt"
-    torch.set_num_threads(1)  # matrices this small gain nothing from a second thread, and lose much where the cores are busy
+    torch.set_num_threads(
+        1
+    )  # matrices this small gain nothing from a second thread, and lose much where the cores are busy
     torch.manual_seed(args.seed)
     x, test_x, labels, test_labels = data(args.seed, args.device)
     learners = learners_of(args.device)
     untrained = learners["InfoNCE"].represent
     spaces = {"pixels": (x, test_x), "untrained": (untrained(x), untrained(test_x))}
-    print(f"{len(x)} digits to learn from, {len(test_x)} for the test; on {args.device}, backend {args.backend or 'by device'}")
+    print(
+        f"{len(x)} digits to learn from, {len(test_x)} for the test; on {args.device}, backend {args.backend or 'by device'}"
+    )
     for name, learner in learners.items():
         print(f"{name}: {learner.loss} of {learner.encoder}")
     try:
         train(learners, x, labels.cpu(), args)
     except KeyboardInterrupt:
         kept = f"the last whole epoch is kept in {args.checkpoint}; the same command goes on from there"
-        print("\ninterrupted:", kept if args.checkpoint.exists() else "no epoch is complete yet, nothing is kept", file=sys.stderr)
+        print(
+            "\ninterrupted:",
+            kept if args.checkpoint.exists() else "no epoch is complete yet, nothing is kept",
+            file=sys.stderr,
+        )
         sys.exit(130)
 
-    spaces |= {name: (learner.represent(x), learner.represent(test_x)) for name, learner in learners.items()}
+    spaces |= {
+        name: (learner.represent(x), learner.represent(test_x))
+        for name, learner in learners.items()
+    }
     draw({name: test for name, (_, test) in spaces.items()}, test_labels, learners, args)
-    save({name: learner.encoder.state_dict() for name, learner in learners.items()}, args.out / "weights.pt")
+    save(
+        {name: learner.encoder.state_dict() for name, learner in learners.items()},
+        args.out / "weights.pt",
+    )
     print(f"wrote {args.out / 'weights.pt'}")
     args.checkpoint.unlink()
-    print(f"{'test accuracy, %':18}{'neighbours':>12}{'probe':>12}{f'neighbours, {FEW} labels a class':>34}{'probe':>12}")
+    print(
+        f"{'test accuracy, %':18}{'neighbours':>12}{'probe':>12}{f'neighbours, {FEW} labels a class':>34}{'probe':>12}"
+    )
     accuracies = {}
     for name, (z, test_z) in spaces.items():
-        accuracies[name] = judge(z.cpu().numpy(), labels.cpu().numpy(), test_z.cpu().numpy(), test_labels.cpu().numpy())
+        accuracies[name] = judge(
+            z.cpu().numpy(), labels.cpu().numpy(), test_z.cpu().numpy(), test_labels.cpu().numpy()
+        )
         all_neighbours, all_probe, few_neighbours, few_probe = (100 * a for a in accuracies[name])
-        print(f"{name:18}{all_neighbours:12.2f}{all_probe:12.2f}{few_neighbours:34.2f}{few_probe:12.2f}")
-    told = ", ".join(f"{name} {100 * accuracies[name][1]:.2f} %" for name in ("InfoNCE", "triplet", "pixels"))
+        print(
+            f"{name:18}{all_neighbours:12.2f}{all_probe:12.2f}{few_neighbours:34.2f}{few_probe:12.2f}"
+        )
+    told = ", ".join(
+        f"{name} {100 * accuracies[name][1]:.2f} %" for name in ("InfoNCE", "triplet", "pixels")
+    )
     print(f"test accuracy of a linear probe: {told}")
 
 

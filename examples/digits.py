@@ -1,12 +1,16 @@
-"""Handwritten digits, learned with our layers, loss and optimizer and with stock PyTorch's: one seed, one loop, the same batches.
+"""Handwritten digits, learned with our layers, loss and optimizer and with stock PyTorch's: one
+seed, one loop, the same batches.
 
-1797 scans of 8 x 8 pixels (scikit-learn's load_digits), a fifth of them kept for the test; 64 -> 1024 -> 512 -> 10 units, ReLU,
-cross-entropy, SGD with momentum, float32. On a CPU both end with the same weights. Where sums are taken in another order (--backend
-formula, a GPU), training itself lets the rounding grow: a relative 1e-7 at the start becomes 1e-2 or more by the end, also of stock
+1797 scans of 8 x 8 pixels (scikit-learn's load_digits), a fifth of them kept for the test; 64 ->
+1024 -> 512 -> 10 units, ReLU, cross-entropy, SGD with momentum, float32. On a CPU both end with the
+same weights. Where sums are taken in another order (--backend formula, a GPU), training itself lets
+the rounding grow: a relative 1e-7 at the start becomes 1e-2 or more by the end, also of stock
 against stock.
 
-Each epoch ends with a checkpoint. After Ctrl-C the same command goes on from the last one, to the very weights of a run that was not
-interrupted. A finished run leaves its weights and its picture, and no checkpoint: the same command then starts anew.
+Each epoch ends with a checkpoint. After Ctrl-C the same command goes on from the last one, to the
+very weights of a run that was not
+interrupted. A finished run leaves its weights and its picture, and no checkpoint: the same command
+then starts anew.
 """
 
 from __future__ import annotations
@@ -54,12 +58,19 @@ def stock_model(first: int = 1024, second: int = 512) -> torch.nn.Module:
 class Learner:
     """A model in training: its loss, its optimizer, and what is told of it."""
 
-    def __init__(self, model: torch.nn.Module, loss: torch.nn.Module, sgd: type[torch.optim.SGD], device: str) -> None:
+    def __init__(
+        self, model: torch.nn.Module, loss: torch.nn.Module, sgd: type[torch.optim.SGD], device: str
+    ) -> None:
         self.model, self.loss, self.device = model.to(device), loss, device
-        # fused=False: the roundings of a plain loop over the parameters, which is what stock does by default
+        # fused=False: the roundings of a plain loop over the parameters, which is what stock does
+        # by default
         self.optimizer = sgd(self.model.parameters(), lr=RATE, momentum=MOMENTUM, fused=False)
         self.seconds = 0.0
-        self.history: dict[str, list[Any]] = {"loss": [], "accuracy": [], "norms": []}  # one entry an epoch
+        self.history: dict[str, list[Any]] = {
+            "loss": [],
+            "accuracy": [],
+            "norms": [],
+        }  # one entry an epoch
 
     def step(self, x: Tensor, y: Tensor) -> Tensor:
         """Forward, backward, update, timed. Returns the loss."""
@@ -75,7 +86,9 @@ class Learner:
 
     def gradient_norms(self) -> Tensor:
         """Of the weight of each layer, after a step."""
-        return torch.stack([p.grad.norm() for p in self.model.parameters() if p.grad is not None and p.dim() == 2])
+        return torch.stack(
+            [p.grad.norm() for p in self.model.parameters() if p.grad is not None and p.dim() == 2]
+        )
 
     @torch.no_grad()
     def accuracy(self, x: Tensor, y: Tensor) -> float:
@@ -94,25 +107,49 @@ class Learner:
 def data(seed: int, device: str) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """x to learn from, x of the test, y to learn from, y of the test. The pixels lie in [0, 1]."""
     pixels, labels = load_digits(return_X_y=True)
-    parts = train_test_split(pixels.astype("float32") / 16, labels, test_size=0.2, stratify=labels, random_state=seed)
+    parts = train_test_split(
+        pixels.astype("float32") / 16, labels, test_size=0.2, stratify=labels, random_state=seed
+    )
     return tuple(torch.from_numpy(part).to(device) for part in parts)  # type: ignore[return-value]
 
 
-def train(learners: dict[str, Learner], parts: tuple[Tensor, Tensor, Tensor, Tensor], args: Namespace) -> None:
+def train(
+    learners: dict[str, Learner], parts: tuple[Tensor, Tensor, Tensor, Tensor], args: Namespace
+) -> None:
     """Trains both, from the checkpoint where there is one."""
     x, test_x, y, test_y = parts
-    settings = {"seed": args.seed, "epochs": args.epochs, "device": args.device, "backend": args.backend}
-    settings |= {"batch": BATCH, "rate": RATE, "momentum": MOMENTUM, "torch": str(torch.__version__)}
-    shuffle = torch.Generator().manual_seed(args.seed)  # the only chance left once the weights are drawn
+    settings = {
+        "seed": args.seed,
+        "epochs": args.epochs,
+        "device": args.device,
+        "backend": args.backend,
+    }
+    settings |= {
+        "batch": BATCH,
+        "rate": RATE,
+        "momentum": MOMENTUM,
+        "torch": str(torch.__version__),
+    }
+    shuffle = torch.Generator().manual_seed(
+        args.seed
+    )  # the only chance left once the weights are drawn
     done = resume(args.checkpoint, settings, learners, shuffle, args.epochs)
     batches = -(-len(x) // BATCH)
-    with tqdm(total=args.epochs * batches, initial=done * batches, unit="step", mininterval=0.5, dynamic_ncols=True) as bar:
+    with tqdm(
+        total=args.epochs * batches,
+        initial=done * batches,
+        unit="step",
+        mininterval=0.5,
+        dynamic_ncols=True,
+    ) as bar:
         for epoch in range(done + 1, args.epochs + 1):
             losses: dict[str, list[Tensor]] = {name: [] for name in learners}
             norms: dict[str, list[Tensor]] = {name: [] for name in learners}
             for i, batch in enumerate(torch.randperm(len(x), generator=shuffle).split(BATCH)):
                 inputs, targets = x[batch.to(x.device)], y[batch.to(x.device)]
-                for name in sorted(learners, reverse=i % 2 == 0):  # they take turns in going first: neither gets the warmer cache
+                for name in sorted(
+                    learners, reverse=i % 2 == 0
+                ):  # they take turns in going first: neither gets the warmer cache
                     losses[name].append(learners[name].step(inputs, targets))
                     norms[name].append(learners[name].gradient_norms())
                 bar.update()
@@ -122,7 +159,11 @@ def train(learners: dict[str, Learner], parts: tuple[Tensor, Tensor, Tensor, Ten
                 learner.history["accuracy"].append(learner.accuracy(test_x, test_y))
             keep(args.checkpoint, settings, learners, shuffle, epoch)
             bar.set_postfix_str(
-                ", ".join(f"{name} {learner.history['accuracy'][-1]:.2%}" for name, learner in learners.items()), refresh=False
+                ", ".join(
+                    f"{name} {learner.history['accuracy'][-1]:.2%}"
+                    for name, learner in learners.items()
+                ),
+                refresh=False,
             )
 
 
@@ -138,19 +179,36 @@ def step_memory(learner: Learner, x: Tensor, y: Tensor) -> int:
 
 
 def draw(learners: dict[str, Learner], args: Namespace) -> None:
-    """Loss, accuracy and gradient norms by epoch: stock broad and pale, ours thin and dark upon it."""
+    """Loss, accuracy and gradient norms by epoch: stock broad and pale, ours thin and dark upon
+    it."""
     figure, (loss, accuracy, norms) = plt.subplots(1, 3, figsize=(12, 3.8))
     epochs = range(1, args.epochs + 1)
-    looks: dict[str, dict[str, Any]] = {"stock": {"linewidth": 6, "alpha": 0.35}, "ours": {"linewidth": 1.3}}
+    looks: dict[str, dict[str, Any]] = {
+        "stock": {"linewidth": 6, "alpha": 0.35},
+        "ours": {"linewidth": 1.3},
+    }
     for name, look in looks.items():
         history = learners[name].history
         loss.plot(epochs, history["loss"], color="C0", label=name, **look)
-        accuracy.plot(epochs, [100 * a for a in history["accuracy"]], color="C0", label=name, **look)
+        accuracy.plot(
+            epochs, [100 * a for a in history["accuracy"]], color="C0", label=name, **look
+        )
         for i, layer in enumerate(zip(*history["norms"], strict=True)):
-            norms.plot(epochs, layer, color=f"C{i}", label=f"layer {i + 1}" if name == "ours" else None, **look)
+            norms.plot(
+                epochs,
+                layer,
+                color=f"C{i}",
+                label=f"layer {i + 1}" if name == "ours" else None,
+                **look,
+            )
     loss.set(xlabel="epoch", ylabel="cross-entropy", yscale="log", title="Training loss")
     accuracy.set(xlabel="epoch", ylabel="digits read rightly, %", title="Test accuracy")
-    norms.set(xlabel="epoch", ylabel="‖∂L/∂W‖, mean of the epoch", yscale="log", title="Gradient norm per layer")
+    norms.set(
+        xlabel="epoch",
+        ylabel="‖∂L/∂W‖, mean of the epoch",
+        yscale="log",
+        title="Gradient norm per layer",
+    )
     loss.legend()
     norms.legend()
     write(figure, args.out / "digits.png")
@@ -159,7 +217,9 @@ def draw(learners: dict[str, Learner], args: Namespace) -> None:
 def main() -> None:
     args = options("digits", __doc__, epochs=30)
     args.checkpoint = args.out / "checkpoint.pt"
-    torch.set_num_threads(1)  # matrices this small gain nothing from a second thread, and lose much where the cores are busy
+    torch.set_num_threads(
+        1
+    )  # matrices this small gain nothing from a second thread, and lose much where the cores are busy
     parts = data(args.seed, args.device)
     learners = {}
     sides = {
@@ -170,25 +230,36 @@ def main() -> None:
         torch.manual_seed(args.seed)
         learners[name] = Learner(model(), loss, sgd, args.device)
     ours, stock = learners["ours"], learners["stock"]
-    print(f"{len(parts[0])} digits to learn from, {len(parts[1])} for the test; on {args.device}, backend {args.backend or 'by device'}")
+    print(
+        f"{len(parts[0])} digits to learn from, {len(parts[1])} for the test; on {args.device}, backend {args.backend or 'by device'}"
+    )
     print(f"ours: {ours.model}\nstock: {stock.model}")
     memory = [step_memory(learner, parts[0][:BATCH], parts[2][:BATCH]) for learner in (ours, stock)]
     try:
         train(learners, parts, args)
     except KeyboardInterrupt:
         kept = f"the last whole epoch is kept in {args.checkpoint}; the same command goes on from there"
-        print("\ninterrupted:", kept if args.checkpoint.exists() else "no epoch is complete yet, nothing is kept", file=sys.stderr)
+        print(
+            "\ninterrupted:",
+            kept if args.checkpoint.exists() else "no epoch is complete yet, nothing is kept",
+            file=sys.stderr,
+        )
         sys.exit(130)
 
     draw(learners, args)
-    save({name: learner.model.state_dict() for name, learner in learners.items()}, args.out / "weights.pt")
+    save(
+        {name: learner.model.state_dict() for name, learner in learners.items()},
+        args.out / "weights.pt",
+    )
     print(f"wrote {args.out / 'weights.pt'}")
     args.checkpoint.unlink()
     pairs = zip(ours.model.parameters(), stock.model.parameters(), strict=True)
     accuracies = [100 * learner.history["accuracy"][-1] for learner in (ours, stock)]
     print(f"largest difference of weights: {max((a - b).abs().max().item() for a, b in pairs):.1e}")
     print(f"time of all training steps: ours {ours.seconds:.2f} s, stock {stock.seconds:.2f} s")
-    print(f"peak memory of one step (tensors it allocates): ours {memory[0] / 1024:.0f} KiB, stock {memory[1] / 1024:.0f} KiB")
+    print(
+        f"peak memory of one step (tensors it allocates): ours {memory[0] / 1024:.0f} KiB, stock {memory[1] / 1024:.0f} KiB"
+    )
     print(f"test accuracy: ours {accuracies[0]:.2f} %, stock {accuracies[1]:.2f} %")
 
 

@@ -1,15 +1,21 @@
 """Handwritten digits, learned by many processes with our layers and PyTorch's own engine.
 
-    torchrun --standalone --nproc-per-node 4 --max-restarts 2 examples/distributed.py --strategy fsdp2
+    torchrun --standalone --nproc-per-node 4 --max-restarts 2 examples/distributed.py --strategy
+    fsdp2
 
---strategy ddp: each rank holds the whole model, and gradients are averaged. fsdp2: each rank holds a part of every parameter, gradient and
-momentum. gloo on a CPU, NCCL on GPUs; without torchrun, one process. Every batch is dealt out to the ranks as DistributedSampler deals, and
-cut further by --accumulate, so that any number of processes computes the gradient of one: the loss is the same but for rounding.
+--strategy ddp: each rank holds the whole model, and gradients are averaged. fsdp2: each rank holds
+a part of every parameter, gradient and momentum. gloo on a CPU, NCCL on GPUs; without torchrun, one
+process. Every batch is dealt out to the ranks as DistributedSampler deals, and cut further by
+--accumulate, so that any number of processes computes the gradient of one: the loss is the same but
+for rounding.
 
-Every --interval steps the ranks write a checkpoint, each its own part, under a name that it bears only when it is whole. When a rank dies,
-torchrun's agent starts all of them again, and they go on from the last one; so does the same command after all have died, with any number
-of processes and either strategy. A finished run leaves its weights and its picture, and no checkpoint: the same command then starts anew.
-On several machines set TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1 (PyTorch issue 135712), and let --out be on a disk that all of them see.
+Every --interval steps the ranks write a checkpoint, each its own part, under a name that it bears
+only when it is whole. When a rank dies, torchrun's agent starts all of them again, and they go on
+from the last one; so does the same command after all have died, with any number
+of processes and either strategy. A finished run leaves its weights and its picture, and no
+checkpoint: the same command then starts anew. On several machines set
+TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1 (PyTorch issue 135712), and let --out be on a disk that all of
+them see.
 """
 
 from __future__ import annotations
@@ -33,7 +39,12 @@ try:
     from common import ANEW, options, plt, save, write
     from digits import MOMENTUM, RATE, data, our_model
     from torch import Tensor
-    from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict, get_state_dict, set_state_dict
+    from torch.distributed.checkpoint.state_dict import (
+        StateDictOptions,
+        get_model_state_dict,
+        get_state_dict,
+        set_state_dict,
+    )
     from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
     from torch.distributed.fsdp import FSDPModule, fully_shard
     from torch.nn.parallel import DistributedDataParallel
@@ -53,7 +64,8 @@ def join(device: str) -> DeviceMesh:
     if not dist.is_torchelastic_launched():
         dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1)
     elif os.environ["GROUP_WORLD_SIZE"] == "1":
-        # the agent's store outlives the ranks: under the old names a restarted rank may find a dead one's address, and wait for it
+        # the agent's store outlives the ranks: under the old names a restarted rank may find a dead
+        # one's address, and wait for it
         store, rank, ranks = next(dist.rendezvous("env://"))
         store = dist.PrefixStore(os.environ["TORCHELASTIC_RESTART_COUNT"], store)
         dist.init_process_group(backend, store=store, rank=rank, world_size=ranks)
@@ -73,7 +85,8 @@ def spread(model: torch.nn.Module, strategy: str, mesh: DeviceMesh) -> torch.nn.
 
 
 def syncing(model: torch.nn.Module, last: bool) -> AbstractContextManager[Any]:
-    """Gradients travel in the backward of a step's last part; before, they add up where they are."""
+    """Gradients travel in the backward of a step's last part; before, they add up where they
+    are."""
     if isinstance(model, FSDPModule):
         model.set_requires_gradient_sync(last)
         return nullcontext()
@@ -82,7 +95,11 @@ def syncing(model: torch.nn.Module, last: bool) -> AbstractContextManager[Any]:
 
 def checksums(folder: Path) -> dict[str, str]:
     """Of each file of a checkpoint: torch would take a damaged one's numbers as they are."""
-    return {p.name: sha256(p.read_bytes()).hexdigest() for p in sorted(folder.iterdir()) if p.name != CHECKSUMS}
+    return {
+        p.name: sha256(p.read_bytes()).hexdigest()
+        for p in sorted(folder.iterdir())
+        if p.name != CHECKSUMS
+    }
 
 
 def refuse(message: str) -> NoReturn:
@@ -100,7 +117,8 @@ class Learner:
         self.losses: list[float] = []  # one a step, of all ranks
 
     def step(self, x: Tensor, y: Tensor, parts: int) -> Tensor:
-        """One update by a batch, of which this rank takes its share in ``parts``. Returns the share's part of the mean loss."""
+        """One update by a batch, of which this rank takes its share in ``parts``. Returns the
+        share's part of the mean loss."""
         rank, ranks = dist.get_rank(), dist.get_world_size()
         self.optimizer.zero_grad()
         total = torch.zeros((), dtype=x.dtype, device=x.device)
@@ -108,7 +126,9 @@ class Learner:
         for i, (inputs, targets) in enumerate(zip(*shares, strict=True)):
             with syncing(self.model, last=i == parts - 1):
                 loss = self.loss(self.model(inputs), targets) / len(x)
-                (loss * ranks).backward()  # the ranks' gradients are averaged, and the losses are parts of a sum
+                (
+                    loss * ranks
+                ).backward()  # the ranks' gradients are averaged, and the losses are parts of a sum
             total += loss.detach()
         self.optimizer.step()
         return total
@@ -119,14 +139,22 @@ class Learner:
 
     def state_dict(self) -> dict[str, Any]:
         model, optimizer = get_state_dict(self.model, self.optimizer)
-        return {"model": model, "optimizer": optimizer, "losses": self.losses, "settings": dict(self.settings)}
+        return {
+            "model": model,
+            "optimizer": optimizer,
+            "losses": self.losses,
+            "settings": dict(self.settings),
+        }
 
     def save(self, folder: Path) -> None:
-        """A checkpoint of this step in the folder, which then holds no other. Called by every rank."""
+        """A checkpoint of this step in the folder, which then holds no other. Called by every
+        rank."""
         whole = folder / f"step-{len(self.losses):06d}"
         dcp.save(self.state_dict(), checkpoint_id=folder / "unfinished")
         if dist.get_rank() == 0:
-            (folder / "unfinished" / CHECKSUMS).write_text(json.dumps(checksums(folder / "unfinished")), encoding="utf-8")
+            (folder / "unfinished" / CHECKSUMS).write_text(
+                json.dumps(checksums(folder / "unfinished")), encoding="utf-8"
+            )
             os.rename(folder / "unfinished", whole)
             for other in folder.glob("step-*"):
                 if other != whole:
@@ -143,23 +171,35 @@ class Learner:
             return None
         state = self.state_dict()
         try:
-            if json.loads((checkpoint / CHECKSUMS).read_text(encoding="utf-8")) != checksums(checkpoint):
+            if json.loads((checkpoint / CHECKSUMS).read_text(encoding="utf-8")) != checksums(
+                checkpoint
+            ):
                 raise ValueError("a checksum is not that of its file")
             dcp.load(state, checkpoint_id=checkpoint)
         except Exception as error:  # what a damaged file makes of its reader
-            refuse(f"cannot read the checkpoint {checkpoint} ({type(error).__name__}: {str(error).splitlines()[0]}): {ANEW}")
+            refuse(
+                f"cannot read the checkpoint {checkpoint} ({type(error).__name__}: {str(error).splitlines()[0]}): {ANEW}"
+            )
         if state["settings"] != self.settings:
             given = f"the settings {state['settings']}, not {self.settings}"
             refuse(f"the checkpoint {checkpoint} is of a run with {given}: repeat those; or {ANEW}")
-        set_state_dict(self.model, self.optimizer, model_state_dict=state["model"], optim_state_dict=state["optimizer"])
+        set_state_dict(
+            self.model,
+            self.optimizer,
+            model_state_dict=state["model"],
+            optim_state_dict=state["optimizer"],
+        )
         self.losses = state["losses"]
         return checkpoint
 
 
 def batches(count: int, seed: int, epochs: int) -> Iterator[Tensor]:
-    """The rows of each batch. Every epoch's order follows from its number: to go on at any step, nothing must have been kept."""
+    """The rows of each batch. Every epoch's order follows from its number: to go on at any step,
+    nothing must have been kept."""
     for epoch in range(epochs):
-        yield from torch.randperm(count, generator=torch.Generator().manual_seed(seed + epoch)).split(BATCH)
+        yield from torch.randperm(
+            count, generator=torch.Generator().manual_seed(seed + epoch)
+        ).split(BATCH)
 
 
 def train(learner: Learner, x: Tensor, y: Tensor, args: Namespace) -> None:
@@ -170,7 +210,10 @@ def train(learner: Learner, x: Tensor, y: Tensor, args: Namespace) -> None:
     steps = list(batches(len(x), args.seed, args.epochs))
     since: list[Tensor] = []
     start = len(learner.losses)
-    for i, rows in enumerate(tqdm(steps[start:], initial=start, total=len(steps), unit="step", disable=not first), start + 1):
+    for i, rows in enumerate(
+        tqdm(steps[start:], initial=start, total=len(steps), unit="step", disable=not first),
+        start + 1,
+    ):
         rows = rows.to(x.device)
         since.append(learner.step(x[rows], y[rows], args.accumulate))
         if i % args.interval == 0 or i == len(steps):
@@ -184,13 +227,22 @@ def train(learner: Learner, x: Tensor, y: Tensor, args: Namespace) -> None:
 def draw(losses: list[float], ranks: int, args: Namespace) -> None:
     figure, axes = plt.subplots(figsize=(6, 3.8))
     axes.plot(range(1, len(losses) + 1), losses, linewidth=1)
-    axes.set(xlabel="step", ylabel="cross-entropy", yscale="log", title=f"Training loss, {args.strategy}, processes: {ranks}")
+    axes.set(
+        xlabel="step",
+        ylabel="cross-entropy",
+        yscale="log",
+        title=f"Training loss, {args.strategy}, processes: {ranks}",
+    )
     write(figure, args.out / "distributed.png")
 
 
 def main() -> None:
-    with nullcontext() if os.environ.get("LOCAL_RANK", "0") == "0" else redirect_stderr(None):  # one rank says what is wrong with them
-        args = options("distributed", __doc__, strategy=("ddp", "fsdp2"), epochs=20, interval=50, accumulate=2)
+    with (
+        nullcontext() if os.environ.get("LOCAL_RANK", "0") == "0" else redirect_stderr(None)
+    ):  # one rank says what is wrong with them
+        args = options(
+            "distributed", __doc__, strategy=("ddp", "fsdp2"), epochs=20, interval=50, accumulate=2
+        )
     args.checkpoints = args.out / "checkpoints"
     args.checkpoints.mkdir(exist_ok=True)
     torch.set_num_threads(1)  # matrices this small gain nothing from a second thread
@@ -205,20 +257,35 @@ def learn(args: Namespace, mesh: DeviceMesh) -> None:
     first = dist.get_rank() == 0
     x, test_x, y, test_y = data(args.seed, args.device)
     torch.manual_seed(args.seed)
-    settings = {"seed": args.seed, "epochs": args.epochs, "batch": BATCH, "rate": RATE, "momentum": MOMENTUM}
+    settings = {
+        "seed": args.seed,
+        "epochs": args.epochs,
+        "batch": BATCH,
+        "rate": RATE,
+        "momentum": MOMENTUM,
+    }
     learner = Learner(spread(our_model(256, 128).to(args.device), args.strategy, mesh), settings)
     if first:
-        print(f"{len(x)} digits to learn from; {args.strategy}, {mesh.size()} x {args.device}, {dist.get_backend()}", flush=True)
+        print(
+            f"{len(x)} digits to learn from; {args.strategy}, {mesh.size()} x {args.device}, {dist.get_backend()}",
+            flush=True,
+        )
     try:
         train(learner, x, y, args)
     except KeyboardInterrupt:
         kept = max(args.checkpoints.glob("step-*"), default=None)
-        what = f"{kept} is kept; the same command goes on from there" if kept else "no checkpoint is complete yet, nothing is kept"
+        what = (
+            f"{kept} is kept; the same command goes on from there"
+            if kept
+            else "no checkpoint is complete yet, nothing is kept"
+        )
         if first:
             print(f"\ninterrupted: {what}", file=sys.stderr)
         sys.exit(130)
     accuracy = learner.accuracy(test_x, test_y)
-    weights = get_model_state_dict(learner.model, options=StateDictOptions(full_state_dict=True, cpu_offload=True))
+    weights = get_model_state_dict(
+        learner.model, options=StateDictOptions(full_state_dict=True, cpu_offload=True)
+    )
     if first:
         draw(learner.losses, mesh.size(), args)
         save(weights, args.out / "weights.pt")
@@ -231,9 +298,11 @@ def learn(args: Namespace, mesh: DeviceMesh) -> None:
 def run(program: Callable[[], None]) -> NoReturn:
     """``program``, and the end of the process, without that of the interpreter.
 
-    What still refers to a group keeps gloo's threads alive beyond ``destroy_process_group``: DTensor's caches do, and so does a failed run.
-    Such a thread that lets go of a tensor while the interpreter ends aborts the process: "terminate called without an active exception"
-    (PyTorch issue 190489). After a failure the group is not even destroyed, since that may wait for ranks that are gone.
+    What still refers to a group keeps gloo's threads alive beyond ``destroy_process_group``:
+    DTensor's caches do, and so does a failed run.
+    Such a thread that lets go of a tensor while the interpreter ends aborts the process: "terminate
+    called without an active exception" (PyTorch issue 190489). After a failure the group is not
+    even destroyed, since that may wait for ranks that are gone.
     """
     code: Any = 0
     try:

@@ -1,12 +1,14 @@
-"""A recurrent loop whose gradient explodes, and three ways to hold it: by its norm, value by value, and by the weights.
+"""A recurrent loop whose gradient explodes, and three ways to hold it: by its norm, value by value,
+and by the weights.
 
 The digits are read two pixels at a time, 32 times through the same layer:
 
     h_t = relu(W h_{t-1} + U x_t),    ∂L/∂h_t = J_{t+1}ᵀ ... J_32ᵀ ∂L/∂h_32,    J_k = diag(relu') W,
 
-close to a power of one matrix. With weights 1.2 times Kaiming's each pass lengthens the gradient by about as much, the 32 of them some
-thousandfold, and one step of descent throws the weights away. Clipping the norm, g <- g min(1, c / ‖g‖), keeps the direction; clipping
-values, g_i <- min(max(g_i, -c), c), does not; clipping weights bounds W itself, and with it every power of it.
+close to a power of one matrix. With weights 1.2 times Kaiming's each pass lengthens the gradient by
+about as much, the 32 of them some thousandfold, and one step of descent throws the weights away.
+Clipping the norm, g <- g min(1, c / ‖g‖), keeps the direction; clipping values, g_i <- min(max(g_i,
+-c), c), does not; clipping weights bounds W itself, and with it every power of it.
 
 Each way that is complete is kept: after Ctrl-C the same command goes on with the next.
 """
@@ -68,8 +70,14 @@ def through_time(x: Tensor, y: Tensor, seed: int) -> list[float]:
     return [g.norm().item() for g in torch.autograd.grad(loss, states)]
 
 
-def learn(way: str, parts: tuple[Tensor, Tensor, Tensor, Tensor], args: Namespace, tick: Callable[[], object]) -> Result:
-    """Trains the loop one way. Returns what its monitor saw, the loss of every step, and the test accuracy."""
+def learn(
+    way: str,
+    parts: tuple[Tensor, Tensor, Tensor, Tensor],
+    args: Namespace,
+    tick: Callable[[], object],
+) -> Result:
+    """Trains the loop one way. Returns what its monitor saw, the loss of every step, and the test
+    accuracy."""
     x, test_x, y, test_y = parts
     torch.manual_seed(args.seed)
     model = Loop().to(x.device)
@@ -97,17 +105,41 @@ def learn(way: str, parts: tuple[Tensor, Tensor, Tensor, Tensor], args: Namespac
     monitor.remove()
     with torch.no_grad():
         accuracy = (model(test_x).argmax(dim=1) == test_y).double().mean().item()
-    return {"monitor": monitor.state_dict(), "losses": torch.stack(losses).tolist(), "accuracy": accuracy}
+    return {
+        "monitor": monitor.state_dict(),
+        "losses": torch.stack(losses).tolist(),
+        "accuracy": accuracy,
+    }
 
 
-def draw(back: list[float], monitors: dict[str, GradientMonitor], results: dict[str, Any], args: Namespace) -> None:
+def draw(
+    back: list[float],
+    monitors: dict[str, GradientMonitor],
+    results: dict[str, Any],
+    args: Namespace,
+) -> None:
     """The gradient through time; its norm and the loss, step by step, each way."""
     figure, (time, norms, losses) = plt.subplots(1, 3, figsize=(13, 3.8))
     time.plot(range(1, len(back) + 1), back, "k.-")
-    time.set(xlabel="t", ylabel="‖∂L/∂h_t‖", yscale="log", title="One backward pass, before the first step")
+    time.set(
+        xlabel="t",
+        ylabel="‖∂L/∂h_t‖",
+        yscale="log",
+        title="One backward pass, before the first step",
+    )
     for name, monitor in monitors.items():
-        norms.plot([r.step for r in monitor.history], [r.norm for r in monitor.history], label=name, linewidth=1)
-        losses.plot(range(1, len(results[name]["losses"]) + 1), results[name]["losses"], label=name, linewidth=1)
+        norms.plot(
+            [r.step for r in monitor.history],
+            [r.norm for r in monitor.history],
+            label=name,
+            linewidth=1,
+        )
+        losses.plot(
+            range(1, len(results[name]["losses"]) + 1),
+            results[name]["losses"],
+            label=name,
+            linewidth=1,
+        )
     norms.set(xlabel="step", ylabel="‖∂L/∂W‖ before clipping", yscale="log", title="Gradient norm")
     losses.set(xlabel="step", ylabel="cross-entropy", yscale="log", title="Training loss")
     norms.legend()
@@ -119,13 +151,19 @@ def main() -> None:
     args.checkpoint = args.out / "checkpoint.pt"
     torch.set_num_threads(1)  # matrices this small gain nothing from a second thread
     parts = data(args.seed, args.device)
-    print(f"{len(WAYS)} ways, {args.epochs} epochs each; on {args.device}, backend {args.backend or 'by device'}")
-    results = in_turn(list(WAYS), args.epochs, lambda name, tick: learn(name, parts, args, tick), args)
+    print(
+        f"{len(WAYS)} ways, {args.epochs} epochs each; on {args.device}, backend {args.backend or 'by device'}"
+    )
+    results = in_turn(
+        list(WAYS), args.epochs, lambda name, tick: learn(name, parts, args, tick), args
+    )
 
     monitors = {name: seen(Loop(), results[name]) for name in WAYS}
     back = through_time(parts[0][:BATCH], parts[2][:BATCH], args.seed)
     draw(back, monitors, results, args)
-    lines = [f"{'':18}{'largest norm':>14}{'last norm':>12}{'last loss':>12}  {'test accuracy':>13}  verdicts of the monitor"]
+    lines = [
+        f"{'':18}{'largest norm':>14}{'last norm':>12}{'last loss':>12}  {'test accuracy':>13}  verdicts of the monitor"
+    ]
     for name, monitor in monitors.items():
         norms = [r.norm for r in monitor.history]
         row = f"{name:18}{max(n for n in norms if n == n):14.1e}{norms[-1]:12.1e}{results[name]['losses'][-1]:12.2e}"

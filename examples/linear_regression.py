@@ -28,7 +28,8 @@ SLOPE, NOISE, POINTS, RATE, TOLERANCE = 4.0, 0.5, 100, 0.1, 1e-12
 
 
 def by_numpy(x: np.ndarray, y: np.ndarray, W: np.ndarray, b: np.ndarray, steps: int) -> np.ndarray:
-    """W and b before each step and after the last: (steps + 1, 2). x and y are (n, 1), W is (1, 1), b is (1)."""
+    """W and b before each step and after the last: (steps + 1, 2). x and y are (n, 1), W is (1, 1),
+    b is (1)."""
     path = [(W.item(), b.item())]
     for _ in range(steps):
         error = x @ W.T + b - y
@@ -40,7 +41,14 @@ def by_numpy(x: np.ndarray, y: np.ndarray, W: np.ndarray, b: np.ndarray, steps: 
 
 
 def by_torch(
-    layer: torch.nn.Linear, loss: torch.nn.Module, x: np.ndarray, y: np.ndarray, W: np.ndarray, b: np.ndarray, steps: int, device: str
+    layer: torch.nn.Linear,
+    loss: torch.nn.Module,
+    x: np.ndarray,
+    y: np.ndarray,
+    W: np.ndarray,
+    b: np.ndarray,
+    steps: int,
+    device: str,
 ) -> np.ndarray:
     """The same with a layer and a loss, ours or stock's: their backward is what differs."""
     layer.load_state_dict({"weight": torch.from_numpy(W), "bias": torch.from_numpy(b)})
@@ -62,7 +70,13 @@ def draw(x: np.ndarray, y: np.ndarray, paths: dict[str, np.ndarray], args: Names
     W, b = paths["ours"][-1]
     ends = np.array([x.min(), x.max()])
     left.scatter(x, y, s=12, color="0.6", label=f"{POINTS} points of y = {SLOPE:g} x + noise")
-    left.plot(ends, W * ends + b, color="C3", linewidth=2, label=f"fitted: y = {W:.3f} x {'-' if b < 0 else '+'} {abs(b):.3f}")
+    left.plot(
+        ends,
+        W * ends + b,
+        color="C3",
+        linewidth=2,
+        label=f"fitted: y = {W:.3f} x {'-' if b < 0 else '+'} {abs(b):.3f}",
+    )
     left.set(xlabel="x", ylabel="y", title=f"The line after step {args.steps}")
     left.legend(loc="upper left")
 
@@ -83,9 +97,21 @@ def main() -> None:
     start = rng.standard_normal((1, 1)), rng.standard_normal(1)
 
     def layers(package: ModuleType) -> np.ndarray:
-        return by_torch(package.Linear(1, 1, dtype=torch.float64), package.MSELoss(), x, y, *start, args.steps, args.device)
+        return by_torch(
+            package.Linear(1, 1, dtype=torch.float64),
+            package.MSELoss(),
+            x,
+            y,
+            *start,
+            args.steps,
+            args.device,
+        )
 
-    paths = {"NumPy": by_numpy(x, y, *start, args.steps), "ours": layers(nn), "stock": layers(torch.nn)}
+    paths = {
+        "NumPy": by_numpy(x, y, *start, args.steps),
+        "ours": layers(nn),
+        "stock": layers(torch.nn),
+    }
 
     print(__doc__.split("\n\n", 1)[1])
     print(f"n = {POINTS}, η = {RATE}, {args.steps} steps\n")

@@ -1,15 +1,17 @@
-"""Why a deep network does not learn, and what helps: twenty layers of 64 units on the digits, three activations, six ways to start.
+"""Why a deep network does not learn, and what helps: twenty layers of 64 units on the digits, three
+activations, six ways to start.
 
 The gradient at a layer is a product of the Jacobians of all layers after it,
 
     ∂L/∂z_l = J_{l+1}ᵀ ... J_Lᵀ ∂L/∂z_L,    J_k = W_k diag(f'(z_{k-1})),
 
-so it shrinks by the typical length of a Jacobian at every layer. Sigmoid (f' <= 1/4), tanh and ReLU start from small weights
-(deviation 0.05), from Xavier's (1/√n), from Kaiming's (√(2/n)), from LSUV's (unit variance measured layer by layer), and from small
-weights with batch normalisation, or with the gradient's norm clipped to 1.
+so it shrinks by the typical length of a Jacobian at every layer. Sigmoid (f' <= 1/4), tanh and ReLU
+start from small weights (deviation 0.05), from Xavier's (1/√n), from Kaiming's (√(2/n)), from
+LSUV's (unit variance measured layer by layer), and from small weights with batch normalisation, or
+with the gradient's norm clipped to 1.
 
-Each network that is complete is kept: after Ctrl-C the same command goes on with the next. A finished run leaves its picture and its
-table, and no checkpoint.
+Each network that is complete is kept: after Ctrl-C the same command goes on with the next. A
+finished run leaves its picture and its table, and no checkpoint.
 """
 
 from __future__ import annotations
@@ -46,7 +48,11 @@ def network(activation: str, start: str, depth: int, x: Tensor) -> torch.nn.Modu
     if start == "small + norm":
         layers: list[torch.nn.Module] = []
         for _ in range(depth):
-            layers += [nn.Linear(WIDTH, WIDTH), torch.nn.BatchNorm1d(WIDTH), ACTIVATIONS[activation]()]
+            layers += [
+                nn.Linear(WIDTH, WIDTH),
+                torch.nn.BatchNorm1d(WIDTH),
+                ACTIVATIONS[activation](),
+            ]
     else:
         layers = [nn.LinearActivation(WIDTH, WIDTH, activation=activation) for _ in range(depth)]
     model = torch.nn.Sequential(*layers, nn.Linear(WIDTH, 10)).to(x.device)
@@ -60,7 +66,13 @@ def network(activation: str, start: str, depth: int, x: Tensor) -> torch.nn.Modu
     return model
 
 
-def learn(activation: str, start: str, parts: tuple[Tensor, Tensor, Tensor, Tensor], args: Namespace, tick: Callable[[], object]) -> Result:
+def learn(
+    activation: str,
+    start: str,
+    parts: tuple[Tensor, Tensor, Tensor, Tensor],
+    args: Namespace,
+    tick: Callable[[], object],
+) -> Result:
     """Trains one network. Returns what its monitor saw, and its test accuracy."""
     x, test_x, y, test_y = parts
     torch.manual_seed(args.seed)
@@ -85,23 +97,41 @@ def learn(activation: str, start: str, parts: tuple[Tensor, Tensor, Tensor, Tens
 
 
 def in_turn(
-    names: list[str], ticks: int, run: Callable[[str, Callable[[], object]], Result], args: Namespace, **more: Any
+    names: list[str],
+    ticks: int,
+    run: Callable[[str, Callable[[], object]], Result],
+    args: Namespace,
+    **more: Any,
 ) -> dict[str, Result]:
-    """The result of each run by name, of those complete from the checkpoint. ``run`` ticks ``ticks`` times."""
-    settings = {k: v for k, v in vars(args).items() if k not in ("out", "checkpoint")} | more | {"torch": str(torch.__version__)}
+    """The result of each run by name, of those complete from the checkpoint. ``run`` ticks
+    ``ticks`` times."""
+    settings = (
+        {k: v for k, v in vars(args).items() if k not in ("out", "checkpoint")}
+        | more
+        | {"torch": str(torch.__version__)}
+    )
     results: dict[str, Result] = {}
     if (state := load(args.checkpoint, settings)) is not None:
         results = state["results"]
         print(f"going on after {len(results)} of {len(names)}, from {args.checkpoint}")
     try:
-        with tqdm(total=ticks * len(names), initial=ticks * len(results), mininterval=0.5, dynamic_ncols=True) as bar:
+        with tqdm(
+            total=ticks * len(names),
+            initial=ticks * len(results),
+            mininterval=0.5,
+            dynamic_ncols=True,
+        ) as bar:
             for name in names[len(results) :]:
                 bar.set_postfix_str(name)
                 results[name] = run(name, bar.update)
                 save({"settings": settings, "results": results}, args.checkpoint)
     except KeyboardInterrupt:
         kept = f"{len(results)} of {len(names)} are complete and kept in {args.checkpoint}; the same command goes on from there"
-        print("\ninterrupted:", kept if args.checkpoint.exists() else "none is complete yet, nothing is kept", file=sys.stderr)
+        print(
+            "\ninterrupted:",
+            kept if args.checkpoint.exists() else "none is complete yet, nothing is kept",
+            file=sys.stderr,
+        )
         sys.exit(130)
     return results
 
@@ -119,7 +149,8 @@ def kinds(history: list[Reading]) -> str:
 
 
 def draw(monitors: dict[str, GradientMonitor], results: dict[str, Result], args: Namespace) -> None:
-    """A heat map for each network: its layers from the input down to the loss, the steps from left to right."""
+    """A heat map for each network: its layers from the input down to the loss, the steps from left
+    to right."""
     figure, grid = plt.subplots(len(ACTIVATIONS), len(STARTS), figsize=(15, 7.5), sharex=True)
     for axes, (name, monitor) in zip(grid.flat, monitors.items(), strict=True):
         mesh = monitor.draw(axes, vmin=-10, vmax=1)
@@ -136,15 +167,26 @@ def main() -> None:
     args.checkpoint = args.out / "checkpoint.pt"
     torch.set_num_threads(1)  # matrices this small gain nothing from a second thread
     x, test_x, y, test_y = data(args.seed, args.device)
-    mean, deviation = x.mean(), x.std()  # the start of every method but the small ones counts on inputs of unit variance
+    mean, deviation = (
+        x.mean(),
+        x.std(),
+    )  # the start of every method but the small ones counts on inputs of unit variance
     parts = (x - mean) / deviation, (test_x - mean) / deviation, y, test_y
-    ways = {f"{activation}, {start}": (activation, start) for activation in ACTIVATIONS for start in STARTS}
+    ways = {
+        f"{activation}, {start}": (activation, start)
+        for activation in ACTIVATIONS
+        for start in STARTS
+    }
     print(
         f"{len(ways)} networks of {args.depth} layers, {args.epochs} epochs each; on {args.device}, backend {args.backend or 'by device'}"
     )
-    results = in_turn(list(ways), args.epochs, lambda name, tick: learn(*ways[name], parts, args, tick), args)
+    results = in_turn(
+        list(ways), args.epochs, lambda name, tick: learn(*ways[name], parts, args, tick), args
+    )
 
-    monitors = {name: seen(network(*way, args.depth, parts[0]), results[name]) for name, way in ways.items()}
+    monitors = {
+        name: seen(network(*way, args.depth, parts[0]), results[name]) for name, way in ways.items()
+    }
     draw(monitors, results, args)
     lines = [
         f"{'':24}{'‖∂L/∂W‖ of the first layer':^28}{'last layer':>12}  {'test':>8}",

@@ -1,4 +1,5 @@
-"""A test that takes ``backend`` runs on every backend that the machine has: without a GPU, the kernels run in the interpreter."""
+"""A test that takes ``backend`` runs on every backend that the machine has: without a GPU, the
+kernels run in the interpreter."""
 
 from __future__ import annotations
 
@@ -14,7 +15,9 @@ import pytest
 import torch
 
 if not torch.cuda.is_available():
-    os.environ["TRITON_INTERPRET"] = "1"  # read when a kernel is decorated: before custom_backprop is imported
+    os.environ["TRITON_INTERPRET"] = (
+        "1"  # read when a kernel is decorated: before custom_backprop is imported
+    )
 
 if "PYTEST_XDIST_WORKER" in os.environ:
     torch.set_num_threads(1)  # one process a core: more threads would only get in each other's way
@@ -27,7 +30,8 @@ DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """The slowest first: a matrix product in the interpreter, begun last, would leave the other processes without work."""
+    """The slowest first: a matrix product in the interpreter, begun last, would leave the other
+    processes without work."""
     items.sort(key=lambda item: "triton-linear" not in item.name)
 
 
@@ -49,8 +53,11 @@ def _seeded() -> None:
 
 
 @pytest.fixture
-def example(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[Callable[[str], tuple[Any, Callable[..., None]]]]:
-    """Imports an example, and runs its main() in this process with the options given; results under tmp_path unless they say."""
+def example(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> Iterator[Callable[[str], tuple[Any, Callable[..., None]]]]:
+    """Imports an example, and runs its main() in this process with the options given; results under
+    tmp_path unless they say."""
     monkeypatch.syspath_prepend(EXAMPLES)
     threads = torch.get_num_threads()
 
@@ -58,7 +65,9 @@ def example(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[Callabl
         module = importlib.import_module(name)
 
         def main(*options: Any) -> None:
-            monkeypatch.setattr(sys, "argv", [name, "--out", str(tmp_path), "--device", "cpu", *map(str, options)])
+            monkeypatch.setattr(
+                sys, "argv", [name, "--out", str(tmp_path), "--device", "cpu", *map(str, options)]
+            )
             module.main()
 
         return module, main
@@ -82,7 +91,13 @@ def assert_is_a_picture(path: Path) -> None:
 def python(code: str, **environment: str) -> str:
     """What a process of its own prints, without the interpreter's setting of these tests."""
     root = str(Path(custom_backprop.__file__).parents[1])
-    env = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"} | {"PYTHONPATH": root} | environment
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env=env, timeout=120)
+    env = (
+        {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
+        | {"PYTHONPATH": root}
+        | environment
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, env=env, timeout=120
+    )
     assert done.returncode == 0, done.stderr
     return done.stdout

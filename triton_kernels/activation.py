@@ -1,7 +1,8 @@
 """Activations: device functions (value, derivative), one kernel each way, and their launchers.
 
-A device function takes (x, A, B): x in the accumulator's dtype, the parameters as compile-time constants (a float argument of a kernel is
-float32, which would round them in float64). The fused linear uses the same pairs. Formulas: ``custom_backprop/formulas/activation.py``.
+A device function takes (x, A, B): x in the accumulator's dtype, the parameters as compile-time
+constants (a float argument of a kernel is float32, which would round them in float64). The fused
+linear uses the same pairs. Formulas: ``custom_backprop/formulas/activation.py``.
 """
 
 from __future__ import annotations
@@ -117,7 +118,9 @@ def gelu(x, A, B):
 
 @triton.jit
 def gelu_derivative(x, A, B):
-    return 0.5 * (1 + tl.erf(x * 0.7071067811865476)) + x * tl.exp(-0.5 * x * x) * 0.3989422804014327
+    return (
+        0.5 * (1 + tl.erf(x * 0.7071067811865476)) + x * tl.exp(-0.5 * x * x) * 0.3989422804014327
+    )
 
 
 @triton.jit
@@ -144,8 +147,8 @@ def silu_derivative(x, A, B):
 
 @triton.jit
 def _tanh_softplus(x):
-    """t = tanh(log(1 + e^x)) = (n - 1) / (n + 1) with n = (1 + e^x)², divided by e^2x where x > 0 so that nothing overflows; also the
-    divided n + 1, and e^-|x|."""
+    """t = tanh(log(1 + e^x)) = (n - 1) / (n + 1) with n = (1 + e^x)², divided by e^2x where x > 0
+    so that nothing overflows; also the divided n + 1, and e^-|x|."""
     e = elementary.exp_minus(tl.abs(x))
     d = tl.where(x > 0, 1 + 2 * e * (1 + e), 2 + e * (2 + e))
     return tl.where(x > 0, 1 + 2 * e, e * (2 + e)) / d, d, e
@@ -158,7 +161,8 @@ def mish(x, A, B):
 
 @triton.jit
 def mish_derivative(x, A, B):
-    """(1 - t²) σ = 4 n / (n + 1)² · e^x / (1 + e^x): written so, nothing cancels where t is near 1."""
+    """(1 - t²) σ = 4 n / (n + 1)² · e^x / (1 + e^x): written so, nothing cancels where t is near
+    1."""
     t, d, e = _tanh_softplus(x)
     return t + 4 * x * (1 + e) * tl.where(x > 0, e * e, e) / (d * d)
 
@@ -304,7 +308,9 @@ def _forward(X, Y, n, F: tl.constexpr, A: tl.constexpr, B: tl.constexpr, BLOCK: 
 
 
 @triton.jit
-def _backward(DY, SAVED, DX, n, F: tl.constexpr, A: tl.constexpr, B: tl.constexpr, BLOCK: tl.constexpr):
+def _backward(
+    DY, SAVED, DX, n, F: tl.constexpr, A: tl.constexpr, B: tl.constexpr, BLOCK: tl.constexpr
+):
     """dx = dy f'(saved)."""
     start = tl.program_id(0).to(tl.int64) * BLOCK
     offsets = tl.arange(0, BLOCK)
@@ -314,13 +320,14 @@ def _backward(DY, SAVED, DX, n, F: tl.constexpr, A: tl.constexpr, B: tl.constexp
     tl.store(DX + start + offsets, (dy * F(saved, A, B)).to(DX.dtype.element_ty), inside)
 
 
-#: a pointwise kernel's block of losses and others: 8 elements a thread at 4 warps, two 128-bit accesses of float32
+#: a pointwise kernel's block of losses and others: 8 elements a thread at 4 warps, two 128-bit
+#: accesses of float32
 BLOCK = 1024
 
 
 def block_of(dtype: torch.dtype) -> int:
-    """Two 128-bit accesses a thread at 4 warps, one of float64 at 8: of half precision twice as many elements share what a program costs,
-    and float64 takes two registers an element."""
+    """Two 128-bit accesses a thread at 4 warps, one of float64 at 8: of half precision twice as
+    many elements share what a program costs, and float64 takes two registers an element."""
     return 4 * BLOCK // dtype.itemsize
 
 

@@ -1,7 +1,10 @@
-"""Triplet margin, InfoNCE and the division by the norm: kernels on rows of vectors, and their launchers.
+"""Triplet margin, InfoNCE and the division by the norm: kernels on rows of vectors, and their
+launchers.
 
-Every kernel takes tiles of ROWS rows by BLOCK columns; where a row is longer than a block, its sums are held lane by lane and the row is
-walked again for what depends on them. Nothing is summed over rows here: losses leave row by row, in the accumulator's dtype.
+Every kernel takes tiles of ROWS rows by BLOCK columns; where a row is longer than a block, its sums
+are held lane by lane and the row is
+walked again for what depends on them. Nothing is summed over rows here: losses leave row by row, in
+the accumulator's dtype.
 Formulas: ``custom_backprop/formulas/contrastive.py``.
 """
 
@@ -38,7 +41,8 @@ def _load(X, row, x_row, place, inside):
     return upcast(tl.load(X + row[:, None] * x_row + place, inside, other=0.0))
 
 
-# below, one return for all branches: what follows a return in a branch Triton compiles as well, even 1 / ORDER where ORDER is 0
+# below, one return for all branches: what follows a return in a branch Triton compiles as well,
+# even 1 / ORDER where ORDER is 0
 
 
 @triton.jit
@@ -78,7 +82,9 @@ def _direction(v, d, ORDER: tl.constexpr):
     elif ORDER == 2:
         u = v / tl.where(d == 0, float("inf"), d)
     elif ORDER != 1:
-        u = tl.where(v == 0, 0.0, u * _power(tl.abs(v) / tl.where(d == 0, float("inf"), d), ORDER - 1))
+        u = tl.where(
+            v == 0, 0.0, u * _power(tl.abs(v) / tl.where(d == 0, float("inf"), d), ORDER - 1)
+        )
     return u
 
 
@@ -121,7 +127,8 @@ def _triplet_backward(
     MARGIN: tl.constexpr, ORDER: tl.constexpr, EPS: tl.constexpr, SWAP: tl.constexpr, PER_ROW: tl.constexpr, MEAN: tl.constexpr,
     ROWS: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
-    """The gradients that have a place to go (else None). For ORDER 0 the row is first walked to count the largest."""
+    """The gradients that have a place to go (else None). For ORDER 0 the row is first walked to
+    count the largest."""
     row, column = _tile(ROWS, BLOCK)
     alive = row < rows
     d_ap = tl.load(D + row, alive, other=1.0)
@@ -179,26 +186,40 @@ def _softmax(
     S, LOSS, LARGEST, LOG_SUM, rows, width, s_row, s_column,
     TEMPERATURE: tl.constexpr, AMONG_KEYS: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
-    """Of each row of S / τ: m, log Σ e^(s-m), and the loss. A row of S may be a column of it in memory."""
+    """Of each row of S / τ: m, log Σ e^(s-m), and the loss. A row of S may be a column of it in
+    memory."""
     row, column = _tile(ROWS, BLOCK)
     alive = row < rows
     dtype: tl.constexpr = S.dtype.element_ty
     # m and z of each lane by itself: x <= m adds e^(x-m) to z, x > m scales z by e^(m-x) and adds 1
-    lowest: tl.constexpr = -1.7976931348623157e308 if dtype == tl.float64 else -3.4028234663852886e38
+    lowest: tl.constexpr = (
+        -1.7976931348623157e308 if dtype == tl.float64 else -3.4028234663852886e38
+    )
     m = tl.full((ROWS, BLOCK), lowest, dtype)
     z = tl.zeros((ROWS, BLOCK), dtype)
-    SCALE: tl.constexpr = 1 / TEMPERATURE  # a GPU's quick division is off by two units, which e^s would magnify
+    SCALE: tl.constexpr = (
+        1 / TEMPERATURE
+    )  # a GPU's quick division is off by two units, which e^s would magnify
     for start in range(0, width, BLOCK):
         place = start + column
         inside = alive[:, None] & (place < width)
-        x = tl.load(S + row[:, None] * s_row + place.to(tl.int64) * s_column, inside, other=float("-inf")) * SCALE
+        x = (
+            tl.load(
+                S + row[:, None] * s_row + place.to(tl.int64) * s_column,
+                inside,
+                other=float("-inf"),
+            )
+            * SCALE
+        )
         e = exp_minus(tl.abs(x - m))
         z = tl.where(x > m, z * e + 1, z + e)
         m = tl.where(x <= m, m, x)
     lane = m
     m = tl.max(lane, 1)
     log_z = tl.log(tl.sum(z * exp(lane - m[:, None]), 1))
-    target = tl.load(S + row * s_row + (row * s_column if AMONG_KEYS else 0), alive, other=0.0) * SCALE
+    target = (
+        tl.load(S + row * s_row + (row * s_column if AMONG_KEYS else 0), alive, other=0.0) * SCALE
+    )
     tl.store(LOSS + row, log_z - (target - m), alive)
     if LARGEST is not None:
         tl.store(LARGEST + row, m, alive)
@@ -210,7 +231,8 @@ def _slope(
     S, G, LARGEST, LOG_SUM, COLUMN_LARGEST, COLUMN_LOG_SUM, rows, width,
     TEMPERATURE: tl.constexpr, AMONG_KEYS: tl.constexpr, SYMMETRIC: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
-    """G = (softmax(s) - I) / τ, a tile a program; of the mean of both softmaxes if SYMMETRIC. G may be S itself."""
+    """G = (softmax(s) - I) / τ, a tile a program; of the mean of both softmaxes if SYMMETRIC. G may
+    be S itself."""
     tiles = tl.cdiv(width, BLOCK)
     row = (tl.program_id(0) // tiles).to(tl.int64) * ROWS + tl.arange(0, ROWS)
     place = (tl.program_id(0) % tiles) * BLOCK + tl.arange(0, BLOCK)[None, :]
@@ -232,7 +254,18 @@ def _slope(
 
 
 @triton.jit
-def _unit_forward(X, Y, R, rows, width, x_row, EPS: tl.constexpr, LOOP: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr):
+def _unit_forward(
+    X,
+    Y,
+    R,
+    rows,
+    width,
+    x_row,
+    EPS: tl.constexpr,
+    LOOP: tl.constexpr,
+    ROWS: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
     """y = x / r and r = max(‖x‖, ε)."""
     row, column = _tile(ROWS, BLOCK)
     alive = row < rows
@@ -269,7 +302,9 @@ def _unit_backward(
     if LOOP:
         for start in range(BLOCK, width, BLOCK):
             more = alive[:, None] & (start + column < width)
-            product += _load(DY, row, dy_row, start + column, more) * _load(Y, row, width, start + column, more)
+            product += _load(DY, row, dy_row, start + column, more) * _load(
+                Y, row, width, start + column, more
+            )
     r = tl.load(R + row, alive, other=1.0)
     along = tl.where(r > EPS, tl.sum(product, 1), 0.0)
     here = row[:, None] * width + column
@@ -279,31 +314,55 @@ def _unit_backward(
             inside = alive[:, None] & (start + column < width)
             dy = _load(DY, row, dy_row, start + column, inside)
             y = _load(Y, row, width, start + column, inside)
-            tl.store(DX + here + start, ((dy - y * along[:, None]) / r[:, None]).to(DX.dtype.element_ty), inside)
+            tl.store(
+                DX + here + start,
+                ((dy - y * along[:, None]) / r[:, None]).to(DX.dtype.element_ty),
+                inside,
+            )
 
 
 def _shape(width: int, dtype: torch.dtype, side_by_side: int = 1, warps: int = 4) -> dict[str, Any]:
-    """The tile: 1024 numbers a program, of ``side_by_side`` rows at least. Eight warps share those of float64, of two registers each."""
+    """The tile: 1024 numbers a program, of ``side_by_side`` rows at least. Eight warps share those
+    of float64, of two registers each."""
     block = min(next_power_of_2(max(width, 1)), 1024 // side_by_side)
-    return {"ROWS": 1024 // block, "BLOCK": block, "num_warps": 8 if dtype == torch.float64 else warps}
+    return {
+        "ROWS": 1024 // block,
+        "BLOCK": block,
+        "num_warps": 8 if dtype == torch.float64 else warps,
+    }
 
 
 def _rows(t: Tensor) -> Tensor:
-    """(..., D) as rows whose components lie side by side; rows that are one row in memory stay one."""
+    """(..., D) as rows whose components lie side by side; rows that are one row in memory stay
+    one."""
     flat = t.reshape(t.shape[:-1].numel(), t.shape[-1])
     return flat if flat.stride(1) == 1 or flat.shape[1] == 1 else flat.contiguous()
 
 
 def _reduced(loss: Tensor, reduction: int, dtype: torch.dtype) -> Tensor:
-    return (loss if reduction == NONE else loss.mean() if reduction == MEAN else loss.sum()).to(dtype)
+    return (loss if reduction == NONE else loss.mean() if reduction == MEAN else loss.sum()).to(
+        dtype
+    )
 
 
 def _norm_options(margin: float, order: float, eps: float, swap: bool) -> dict[str, Any]:
-    return {"MARGIN": margin, "ORDER": 0.0 if order == math.inf else order, "EPS": eps, "SWAP": swap}
+    return {
+        "MARGIN": margin,
+        "ORDER": 0.0 if order == math.inf else order,
+        "EPS": eps,
+        "SWAP": swap,
+    }
 
 
 def triplet_forward(
-    a: Tensor, p: Tensor, n: Tensor, margin: float, order: float, eps: float, swap: bool, reduction: int
+    a: Tensor,
+    p: Tensor,
+    n: Tensor,
+    margin: float,
+    order: float,
+    eps: float,
+    swap: bool,
+    reduction: int,
 ) -> tuple[Tensor, Tensor]:
     """The loss, and the distances of each row."""
     flat, shape, wide = [_rows(t) for t in (a, p, n)], a.shape[:-1], accumulator(a.dtype)
@@ -319,7 +378,17 @@ def triplet_forward(
 
 
 def triplet_backward(
-    dy: Tensor, a: Tensor, p: Tensor, n: Tensor, d: Tensor, margin: float, order: float, eps: float, swap: bool, reduction: int, needs: Any
+    dy: Tensor,
+    a: Tensor,
+    p: Tensor,
+    n: Tensor,
+    d: Tensor,
+    margin: float,
+    order: float,
+    eps: float,
+    swap: bool,
+    reduction: int,
+    needs: Any,
 ) -> tuple[Tensor, ...]:
     """da, dp and dn, contiguous; an empty tensor for each that is not needed."""
     flat = [_rows(t) for t in (a, p, n)]
@@ -334,7 +403,8 @@ def triplet_backward(
 
 
 def _similarities(q: Tensor, k: Tensor, n: Tensor | None) -> Tensor:
-    """q · k of each pair that is compared, in the accumulator's dtype: what the softmax makes of a rounded one could not be mended."""
+    """q · k of each pair that is compared, in the accumulator's dtype: what the softmax makes of a
+    rounded one could not be mended."""
     wide = accumulator(q.dtype)
     if q.is_cuda and q.dtype != wide and n is None:
         return torch.mm(q, k.t(), out_dtype=wide)
@@ -346,9 +416,16 @@ def _similarities(q: Tensor, k: Tensor, n: Tensor | None) -> Tensor:
 
 
 def info_nce(
-    q: Tensor, k: Tensor, n: Tensor | None, temperature: float, symmetric: bool, reduction: int, keep: bool
+    q: Tensor,
+    k: Tensor,
+    n: Tensor | None,
+    temperature: float,
+    symmetric: bool,
+    reduction: int,
+    keep: bool,
 ) -> tuple[Tensor, Tensor]:
-    """The loss, and G if ``keep`` (else an empty tensor): in the place of the similarities, where their dtype is that of q."""
+    """The loss, and G if ``keep`` (else an empty tensor): in the place of the similarities, where
+    their dtype is that of q."""
     s = _similarities(q, k, n)
     rows, width = s.shape
     options: dict[str, Any] = {"TEMPERATURE": temperature, "AMONG_KEYS": n is None}
@@ -357,7 +434,19 @@ def info_nce(
     for i, of in enumerate((s, s.t()) if symmetric else (s,)):
         tile = _shape(width, s.dtype, side_by_side=32 if i else 1)
         m, log_z = (None, None) if statistics is None else statistics[:, i]
-        launch(_softmax, cdiv(rows, tile["ROWS"]), of, losses[i], m, log_z, rows, width, *of.stride(), **options, **tile)
+        launch(
+            _softmax,
+            cdiv(rows, tile["ROWS"]),
+            of,
+            losses[i],
+            m,
+            log_z,
+            rows,
+            width,
+            *of.stride(),
+            **options,
+            **tile,
+        )
     G = q.new_empty(0)
     if statistics is not None:
         G = s if s.dtype == q.dtype else q.new_empty(s.shape)
@@ -365,7 +454,20 @@ def info_nce(
         columns = (of_column[0], of_column_log[0]) if symmetric else (None, None)
         tile = _shape(width, s.dtype)
         programs = cdiv(rows, tile["ROWS"]) * cdiv(width, tile["BLOCK"])
-        launch(_slope, programs, s, G, m, log_z, *columns, rows, width, **options, SYMMETRIC=symmetric, **tile)
+        launch(
+            _slope,
+            programs,
+            s,
+            G,
+            m,
+            log_z,
+            *columns,
+            rows,
+            width,
+            **options,
+            SYMMETRIC=symmetric,
+            **tile,
+        )
     return _reduced(losses.mean(0) if symmetric else losses[0], reduction, q.dtype), G
 
 
@@ -375,7 +477,19 @@ def unit_forward(x: Tensor, eps: float) -> tuple[Tensor, Tensor]:
     rows, width = flat.shape
     y, r = x.new_empty(x.shape), x.new_empty(x.shape[:-1], dtype=accumulator(x.dtype))
     tile = _shape(width, x.dtype)
-    launch(_unit_forward, cdiv(rows, tile["ROWS"]), flat, y, r, rows, width, flat.stride(0), EPS=eps, LOOP=width > tile["BLOCK"], **tile)
+    launch(
+        _unit_forward,
+        cdiv(rows, tile["ROWS"]),
+        flat,
+        y,
+        r,
+        rows,
+        width,
+        flat.stride(0),
+        EPS=eps,
+        LOOP=width > tile["BLOCK"],
+        **tile,
+    )
     return y, r
 
 

@@ -1,7 +1,8 @@
 """nll_loss and cross_entropy: kernels and their launchers.
 
-x is (N, C) or (N, C, D), reduced over C; a row is one (n, d), its number is n * D + d. Rows next to each other then lie next to each other
-in memory where D > 1, and a tile of several rows reads whole cache lines of either layout. Losses of rows meet in a partial sum a program
+x is (N, C) or (N, C, D), reduced over C; a row is one (n, d), its number is n * D + d. Rows next to
+each other then lie next to each other in memory where D > 1, and a tile of several rows reads whole
+cache lines of either layout. Losses of rows meet in a partial sum a program
 and one sum of those: no atomics, the same bits every time. Nothing is read by the host.
 Formulas: ``custom_backprop/formulas/cross_entropy.py``.
 """
@@ -32,12 +33,17 @@ FEW = 1024
 
 
 @triton.jit
-def _class(TARGET, WEIGHT, row, alive, classes, ignore_index, HAS_WEIGHT: tl.constexpr, dtype: tl.constexpr):
-    """(t, whether it may be read, whether the row counts, w_t): 0 where the row is ignored, NaN where t is no class."""
+def _class(
+    TARGET, WEIGHT, row, alive, classes, ignore_index, HAS_WEIGHT: tl.constexpr, dtype: tl.constexpr
+):
+    """(t, whether it may be read, whether the row counts, w_t): 0 where the row is ignored, NaN
+    where t is no class."""
     t = tl.load(TARGET + row, alive, other=0)
     counted = alive & (t != ignore_index)
     valid = counted & (t >= 0) & (t < classes)
-    w = tl.where((t < 0) | (t >= classes), float("nan"), 1.0).to(dtype)  # by ``valid``, triton 3.6 stops where rows lie side by side
+    w = tl.where((t < 0) | (t >= classes), float("nan"), 1.0).to(
+        dtype
+    )  # by ``valid``, triton 3.6 stops where rows lie side by side
     if HAS_WEIGHT:
         w *= tl.load(WEIGHT + t, valid, other=0.0).to(dtype)
     return t, valid, counted, tl.where(counted, w, 0.0)
@@ -53,9 +59,13 @@ def _nll(
     program = tl.program_id(0).to(tl.int64 if WIDE else tl.int32)
     row = program * ROWS + tl.arange(0, ROWS)
     alive = row < rows
-    t, valid, counted, w = _class(TARGET, WEIGHT, row, alive, classes, ignore_index, HAS_WEIGHT, dtype)
+    t, valid, counted, w = _class(
+        TARGET, WEIGHT, row, alive, classes, ignore_index, HAS_WEIGHT, dtype
+    )
     if HAS_X:
-        x = tl.load(X + row // inner * x_outer + row % inner * x_inner + t * x_class, valid, other=0.0).to(dtype)
+        x = tl.load(
+            X + row // inner * x_outer + row % inner * x_inner + t * x_class, valid, other=0.0
+        ).to(dtype)
         loss = tl.where(counted, -w * x, 0.0)
         if REDUCE:
             tl.store(LOSS + program, tl.sum(loss))
@@ -66,8 +76,17 @@ def _nll(
 
 
 @triton.jit
-def _tile(tile, inner, outer_stride, inner_stride, WIDE: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr):
-    """(row numbers, which exist, offsets of their first class, columns of a block): ROWS rows of one n."""
+def _tile(
+    tile,
+    inner,
+    outer_stride,
+    inner_stride,
+    WIDE: tl.constexpr,
+    ROWS: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
+    """(row numbers, which exist, offsets of their first class, columns of a block): ROWS rows of
+    one n."""
     tile += tl.full((), 0, tl.int64 if WIDE else tl.int32)
     tiles = tl.cdiv(inner, ROWS)
     n = tile // tiles
@@ -77,9 +96,23 @@ def _tile(tile, inner, outer_stride, inner_stride, WIDE: tl.constexpr, ROWS: tl.
 
 
 @triton.jit
-def _share(DY, TOTAL, row, alive, rows, PER_ROW: tl.constexpr, MEAN: tl.constexpr, PROBABILITIES: tl.constexpr, dtype: tl.constexpr):
+def _share(
+    DY,
+    TOTAL,
+    row,
+    alive,
+    rows,
+    PER_ROW: tl.constexpr,
+    MEAN: tl.constexpr,
+    PROBABILITIES: tl.constexpr,
+    dtype: tl.constexpr,
+):
     """dy_r of rows that count."""
-    dy = tl.load(DY + row, alive, other=0.0).to(dtype) if PER_ROW else tl.full(row.shape, 1, dtype) * tl.load(DY).to(dtype)
+    dy = (
+        tl.load(DY + row, alive, other=0.0).to(dtype)
+        if PER_ROW
+        else tl.full(row.shape, 1, dtype) * tl.load(DY).to(dtype)
+    )
     if MEAN:
         dy /= rows * tl.full(row.shape, 1, dtype) if PROBABILITIES else tl.load(TOTAL).to(dtype)
     return dy
@@ -105,10 +138,14 @@ def _forward_tile(
     REDUCE: tl.constexpr, NEED_DX: tl.constexpr, STATISTICS: tl.constexpr, dtype: tl.constexpr,
     WIDE: tl.constexpr, LOOP: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
-    """The loss of ROWS rows, all of them read at once, or in a loop for m and z = Σ e^(x-m), and where dx or a soft loss is wanted in one
-    more, backwards: it begins with what the first has read last, which is what the cache still holds."""
+    """The loss of ROWS rows, all of them read at once, or in a loop for m and z = Σ e^(x-m), and
+    where dx or a soft loss is wanted in one
+    more, backwards: it begins with what the first has read last, which is what the cache still
+    holds."""
     SOFT: tl.constexpr = PROBABILITIES or SMOOTHING > 0
-    lowest: tl.constexpr = -1.7976931348623157e308 if dtype == tl.float64 else -3.4028234663852886e38
+    lowest: tl.constexpr = (
+        -1.7976931348623157e308 if dtype == tl.float64 else -3.4028234663852886e38
+    )
     row, alive, first, column = _tile(tile, inner, x_outer, x_inner, WIDE, ROWS, BLOCK)
     # what is read row by row, before what takes longest
     counted = alive
@@ -116,17 +153,21 @@ def _forward_tile(
     x_t = tl.zeros((ROWS,), dtype)
     chosen = tl.full((ROWS,), -1, column.dtype)
     if not PROBABILITIES:
-        t, valid, counted, w = _class(TARGET, WEIGHT, row, alive, classes, ignore_index, HAS_WEIGHT, dtype)
+        t, valid, counted, w = _class(
+            TARGET, WEIGHT, row, alive, classes, ignore_index, HAS_WEIGHT, dtype
+        )
         hard = w * (1 - SMOOTHING)
-        x_t = tl.sum(tl.load(X + first + (t * x_class)[:, None], valid[:, None], other=0.0).to(dtype), 1)
+        x_t = tl.sum(
+            tl.load(X + first + (t * x_class)[:, None], valid[:, None], other=0.0).to(dtype), 1
+        )
         chosen = tl.where(valid, t, -1).to(column.dtype)
     share = tl.full((ROWS,), 1, dtype) / total_weight
     total = tl.zeros((ROWS, BLOCK), dtype)
     mass = hard
     if LOOP:
-        # m and z of each lane by itself, so that no iteration waits for another warp. m starts at the lowest finite number, not at
-        # -inf, and -inf adds e^-inf = 0 to z. One exponential serves both cases: x <= m adds e^(x-m), x > m scales z by e^(m-x) and
-        # adds 1.
+        # m and z of each lane by itself, so that no iteration waits for another warp. m starts at
+        # the lowest finite number, not at -inf, and -inf adds e^-inf = 0 to z. One exponential
+        # serves both cases: x <= m adds e^(x-m), x > m scales z by e^(m-x) and adds 1.
         lane = tl.full((ROWS, BLOCK), lowest, dtype)
         z = tl.zeros((ROWS, BLOCK), dtype)
         for start in range(0, classes, BLOCK):
@@ -137,7 +178,19 @@ def _forward_tile(
             z = tl.where(x > lane, z * e + 1, z + e)
             lane = tl.maximum(lane, x)
             if SOFT:
-                total += _soft(TARGET + first, WEIGHT, place, mask, classes, x_class, PROBABILITIES, HAS_WEIGHT, SMOOTHING, SHARE, dtype)
+                total += _soft(
+                    TARGET + first,
+                    WEIGHT,
+                    place,
+                    mask,
+                    classes,
+                    x_class,
+                    PROBABILITIES,
+                    HAS_WEIGHT,
+                    SMOOTHING,
+                    SHARE,
+                    dtype,
+                )
         m = tl.max(lane, 1)
         log_z = tl.log(tl.sum(z * tl.exp(lane - m[:, None]), 1))
     else:
@@ -148,7 +201,19 @@ def _forward_tile(
         z = tl.sum(e, 1)
         log_z = tl.log(z)
         if SOFT:
-            total = _soft(TARGET + first, WEIGHT, column, mask, classes, x_class, PROBABILITIES, HAS_WEIGHT, SMOOTHING, SHARE, dtype)
+            total = _soft(
+                TARGET + first,
+                WEIGHT,
+                column,
+                mask,
+                classes,
+                x_class,
+                PROBABILITIES,
+                HAS_WEIGHT,
+                SMOOTHING,
+                SHARE,
+                dtype,
+            )
     if SOFT:
         mass += tl.sum(total, 1)
     loss = hard * (log_z - (x_t - m))
@@ -174,11 +239,25 @@ def _forward_tile(
             log_p = x - m[:, None] - log_z[:, None]
             q = tl.where(place == chosen[:, None], hard[:, None], 0.0)
             if SOFT:
-                u = _soft(TARGET + first, WEIGHT, place, mask, classes, x_class, PROBABILITIES, HAS_WEIGHT, SMOOTHING, SHARE, dtype)
+                u = _soft(
+                    TARGET + first,
+                    WEIGHT,
+                    place,
+                    mask,
+                    classes,
+                    x_class,
+                    PROBABILITIES,
+                    HAS_WEIGHT,
+                    SMOOTHING,
+                    SHARE,
+                    dtype,
+                )
                 soft_loss -= tl.where(mask, u * log_p, 0.0)
                 q += u
             if NEED_DX:
-                dx = tl.where(counted[:, None], share[:, None] * (tl.exp(log_p) * mass[:, None] - q), 0.0)
+                dx = tl.where(
+                    counted[:, None], share[:, None] * (tl.exp(log_p) * mass[:, None] - q), 0.0
+                )
                 tl.store(DX + first + place * x_class, dx.to(DX.dtype.element_ty), mask)
         loss += tl.sum(soft_loss, 1)
     loss = tl.where(counted, loss, 0.0)
@@ -195,15 +274,20 @@ def _forward(
     REDUCE: tl.constexpr, NEED_DX: tl.constexpr, STATISTICS: tl.constexpr, dtype: tl.constexpr, ALL: tl.constexpr,
     WIDE: tl.constexpr, LOOP: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
-    """A tile a program; of single rows that are read in a loop several, one after the other, so that no more are under way than the cache
-    holds until their second reading. What a mean divides by is read, or, of ALL rows at most, added up by each program itself."""
+    """A tile a program; of single rows that are read in a loop several, one after the other, so
+    that no more are under way than the cache holds until their second reading. What a mean divides
+    by is read, or, of ALL rows at most, added up by each program itself."""
     total_weight = tl.full((), 1, dtype)
     if MEAN:
         if PROBABILITIES:
             total_weight *= rows
         elif ALL > 0:
             every = tl.arange(0, ALL)
-            total_weight = tl.sum(_class(TARGET, WEIGHT, every, every < rows, classes, ignore_index, HAS_WEIGHT, dtype)[3])
+            total_weight = tl.sum(
+                _class(
+                    TARGET, WEIGHT, every, every < rows, classes, ignore_index, HAS_WEIGHT, dtype
+                )[3]
+            )
         else:
             total_weight = tl.load(TOTAL).to(dtype)
     if LOOP and ROWS == 1:
@@ -238,13 +322,18 @@ def _backward(
     row, alive, first, column = _tile(tl.program_id(0), inner, x_outer, x_inner, WIDE, ROWS, BLOCK)
     X += first
     Q = TARGET + first if PROBABILITIES else TARGET
-    m, log_z = tl.load(LARGEST + row, alive, other=0.0)[:, None], tl.load(LOG_SUM + row, alive, other=0.0)[:, None]
+    m, log_z = (
+        tl.load(LARGEST + row, alive, other=0.0)[:, None],
+        tl.load(LOG_SUM + row, alive, other=0.0)[:, None],
+    )
     counted = alive
     mass = tl.zeros((ROWS,), dtype)
     hard = tl.zeros((ROWS, 1), dtype)
     chosen = tl.full((ROWS, 1), -1, column.dtype)
     if not PROBABILITIES:
-        t, valid, counted, w = _class(TARGET, WEIGHT, row, alive, classes, ignore_index, HAS_WEIGHT, dtype)
+        t, valid, counted, w = _class(
+            TARGET, WEIGHT, row, alive, classes, ignore_index, HAS_WEIGHT, dtype
+        )
         mass = w * (1 - SMOOTHING)
         hard = mass[:, None]
         chosen = tl.where(valid, t, -1).to(column.dtype)[:, None]
@@ -254,7 +343,19 @@ def _backward(
         for start in range(0, classes, BLOCK):
             place = start + column
             mask = alive[:, None] & (place < classes)
-            total += _soft(Q, WEIGHT, place, mask, classes, x_class, PROBABILITIES, HAS_WEIGHT, SMOOTHING, SHARE, dtype)
+            total += _soft(
+                Q,
+                WEIGHT,
+                place,
+                mask,
+                classes,
+                x_class,
+                PROBABILITIES,
+                HAS_WEIGHT,
+                SMOOTHING,
+                SHARE,
+                dtype,
+            )
         mass += tl.sum(total, 1)
     for start in range(0, classes, BLOCK):
         place = start + column
@@ -263,7 +364,19 @@ def _backward(
         if NEED_DX:
             q = tl.where(place == chosen, hard, 0.0)
             if SOFT:
-                q += _soft(Q, WEIGHT, place, mask, classes, x_class, PROBABILITIES, HAS_WEIGHT, SMOOTHING, SHARE, dtype)
+                q += _soft(
+                    Q,
+                    WEIGHT,
+                    place,
+                    mask,
+                    classes,
+                    x_class,
+                    PROBABILITIES,
+                    HAS_WEIGHT,
+                    SMOOTHING,
+                    SHARE,
+                    dtype,
+                )
             dx = tl.where(counted[:, None], dy * (tl.exp(log_p) * mass[:, None] - q), 0.0)
             tl.store(DX + first + place * x_class, dx.to(DX.dtype.element_ty), mask)
         if NEED_DTARGET:
@@ -281,7 +394,9 @@ def _nll_backward(
 ):  # fmt: skip
     """dx = -w_t dy where c = t, 0 elsewhere: ROWS rows a program."""
     row, alive, first, column = _tile(tl.program_id(0), inner, x_outer, x_inner, WIDE, ROWS, BLOCK)
-    t, valid, counted, w = _class(TARGET, WEIGHT, row, alive, classes, ignore_index, HAS_WEIGHT, dtype)
+    t, valid, counted, w = _class(
+        TARGET, WEIGHT, row, alive, classes, ignore_index, HAS_WEIGHT, dtype
+    )
     dy = _share(DY, TOTAL, row, alive, rows, PER_ROW, MEAN, False, dtype)
     hard = tl.where(counted, -w * dy, 0.0)
     # a class out of range makes all of its row NaN
@@ -290,15 +405,21 @@ def _nll_backward(
     for start in range(0, classes, BLOCK):
         place = start + column
         dx = tl.where(place == chosen, hard[:, None], other)
-        tl.store(DX + first + place * x_class, dx.to(DX.dtype.element_ty), alive[:, None] & (place < classes))
+        tl.store(
+            DX + first + place * x_class,
+            dx.to(DX.dtype.element_ty),
+            alive[:, None] & (place < classes),
+        )
 
 
-#: elements that a program holds at once: 32 a thread at 16 warps, the most that 64-wide warps allow (of 64 ptxas spills some registers)
+#: elements that a program holds at once: 32 a thread at 16 warps, the most that 64-wide warps allow
+#: (of 64 ptxas spills some registers)
 HELD = 16384
 
-#: elements of a block where a row is read in a loop, of each of x, m and z; and programs a multiprocessor: with half as many, too little is
-#: under way to hide the memory's latency (1.4 TB/s in place of 1.9 on an H200, with dx, of rows of 131072). Two of twice as many elements
-#: and warps do as well, but of 16 warps ptxas spills some registers
+#: elements of a block where a row is read in a loop, of each of x, m and z; and programs a
+#: multiprocessor: with half as many, too little is under way to hide the memory's latency (1.4 TB/s
+#: in place of 1.9 on an H200, with dx, of rows of 131072). Two of twice as many elements and warps
+#: do as well, but of 16 warps ptxas spills some registers
 LOOPED, RESIDENT = 4096, 4
 
 #: the same where rows lie side by side and each element needs an address of its own
@@ -320,14 +441,18 @@ class Config:
 
 
 def config(classes: int, inner: int, dtype: torch.dtype, last: bool, tensors: int) -> Config:
-    """The tile of rows of ``classes``, which lie one behind the other if ``last``, else ``inner`` of them side by side; ``tensors`` of
-    them are read."""
-    words = 4 if dtype == torch.float64 else 1  # a number takes two registers, and its exponential many more
+    """The tile of rows of ``classes``, which lie one behind the other if ``last``, else ``inner``
+    of them side by side; ``tensors`` of them are read."""
+    words = (
+        4 if dtype == torch.float64 else 1
+    )  # a number takes two registers, and its exponential many more
     block = next_power_of_2(classes)
     if not last:
         rows = min(64, next_power_of_2(inner))
         block = min(block, SIDE_BY_SIDE // max(dtype.itemsize // 4, 1) // rows)
-        return Config(rows, block, min(max(rows * block * max(dtype.itemsize // 4, 1) // 256, 1), 8))
+        return Config(
+            rows, block, min(max(rows * block * max(dtype.itemsize // 4, 1) // 256, 1), 8)
+        )
     if block > HELD // tensors // words:
         return Config(1, LOOPED // tensors // words, 8)
     rows = min(max(1024 // words // block, 1), next_power_of_2(inner))
@@ -335,26 +460,54 @@ def config(classes: int, inner: int, dtype: torch.dtype, last: bool, tensors: in
 
 
 @lru_cache(maxsize=4096)
-def _tiles(shape: tuple[int, ...], strides: tuple[int, ...], dtype: torch.dtype, soft: bool) -> tuple[int, dict[str, Any], tuple[int, ...]]:
-    """(tiles, the kernels' last constexprs and options, their numbers but for ignore_index) of a dense x (outer, C, inner)."""
+def _tiles(
+    shape: tuple[int, ...], strides: tuple[int, ...], dtype: torch.dtype, soft: bool
+) -> tuple[int, dict[str, Any], tuple[int, ...]]:
+    """(tiles, the kernels' last constexprs and options, their numbers but for ignore_index) of a
+    dense x (outer, C, inner)."""
     outer, classes, inner = shape
     wide = _wide(shape, strides)
     c = config(classes, inner, dtype, strides[1] <= strides[2], 2 if soft else 1)
-    block = c.block // 2 if wide and classes > c.block else c.block  # an address of 64 bits takes two registers
-    options = {"WIDE": wide, "LOOP": classes > block, "ROWS": c.rows, "BLOCK": block, "num_warps": c.num_warps}
+    block = (
+        c.block // 2 if wide and classes > c.block else c.block
+    )  # an address of 64 bits takes two registers
+    options = {
+        "WIDE": wide,
+        "LOOP": classes > block,
+        "ROWS": c.rows,
+        "BLOCK": block,
+        "num_warps": c.num_warps,
+    }
     return outer * cdiv(inner, c.rows), options, (outer * inner, classes, inner, *strides)
 
 
 def _wide(shape: tuple[int, ...], strides: tuple[int, ...]) -> bool:
-    """Whether offsets need int64: half of what int32 holds, as the masked end of the last tile needs room too."""
+    """Whether offsets need int64: half of what int32 holds, as the masked end of the last tile
+    needs room too."""
     return sum((size - 1) * stride for size, stride in zip(shape, strides, strict=True)) >= 2**30
 
 
-def _run(kernel: Any, x: Tensor, before: tuple[Any, ...], ignore_index: int, soft: bool, **constexprs: Any) -> None:
+def _run(
+    kernel: Any,
+    x: Tensor,
+    before: tuple[Any, ...],
+    ignore_index: int,
+    soft: bool,
+    **constexprs: Any,
+) -> None:
     """One of the kernels that take a tile of x, a dense (outer, C, inner), a program."""
     tiles, options, numbers = _tiles(x.shape, x.stride(), x.dtype, soft)
     options = {name: value for name, value in options.items() if name != "LOOP"}
-    launch(kernel, tiles, *before, *numbers, ignore_index, **constexprs, dtype=_dtype(x.dtype), **options)
+    launch(
+        kernel,
+        tiles,
+        *before,
+        *numbers,
+        ignore_index,
+        **constexprs,
+        dtype=_dtype(x.dtype),
+        **options,
+    )
 
 
 @lru_cache(maxsize=4096)
@@ -362,13 +515,27 @@ def _forward_of(
     shape: tuple[int, ...], strides: tuple[int, ...], dtype: torch.dtype, count: int,
     probabilities: bool, weighted: bool, smoothing: float, reduction: int, keep: int,
 ) -> tuple[Callable[..., None], int, tuple[int, ...], int]:  # fmt: skip
-    """(launcher, programs, the kernel's numbers up to ignore_index, tiles) of forward, on ``count`` multiprocessors."""
+    """(launcher, programs, the kernel's numbers up to ignore_index, tiles) of forward, on ``count``
+    multiprocessors."""
     tiles, options, numbers = _tiles(shape, strides, dtype, probabilities or smoothing > 0)
     counted = reduction == MEAN and not probabilities and numbers[0] <= FEW
     run = _bound_forward(
-        probabilities, weighted, smoothing, smoothing / shape[1], reduction, keep, dtype == torch.float64, counted, *options.values()
+        probabilities,
+        weighted,
+        smoothing,
+        smoothing / shape[1],
+        reduction,
+        keep,
+        dtype == torch.float64,
+        counted,
+        *options.values(),
     )
-    return run, min(tiles, RESIDENT * count) if options["LOOP"] and options["ROWS"] == 1 else tiles, numbers, tiles
+    return (
+        run,
+        min(tiles, RESIDENT * count) if options["LOOP"] and options["ROWS"] == 1 else tiles,
+        numbers,
+        tiles,
+    )
 
 
 @kept
@@ -402,66 +569,129 @@ def _sum(partial: Tensor) -> Tensor:
 
 
 def _pick(
-    x: Tensor | None, target: Tensor, weight: Tensor | None, classes: int, dtype: torch.dtype, reduction: int, ignore_index: int
+    x: Tensor | None,
+    target: Tensor,
+    weight: Tensor | None,
+    classes: int,
+    dtype: torch.dtype,
+    reduction: int,
+    ignore_index: int,
 ) -> Any:
-    """(losses of the rows or their sum, Σ w_t for a mean) of nll_loss; of ``x`` None the second alone."""
+    """(losses of the rows or their sum, Σ w_t for a mean) of nll_loss; of ``x`` None the second
+    alone."""
     rows = target.numel()
     wide = accumulator(dtype)
     programs = cdiv(rows, PICKED)
     total = target.new_empty(programs, dtype=wide) if reduction == MEAN else None
     loss, strides, far = None, (0, 0, 0), rows >= 2**30
     if x is not None:
-        loss = target.new_empty(target.shape, dtype=dtype) if reduction == NONE else target.new_empty(programs, dtype=wide)
+        loss = (
+            target.new_empty(target.shape, dtype=dtype)
+            if reduction == NONE
+            else target.new_empty(programs, dtype=wide)
+        )
         v = _view(x)
         strides, far = v.stride(), far or _wide(v.shape, v.stride())
     run = _bound_pick(x is not None, weight is not None, reduction, dtype == torch.float64, far)
-    run(programs, x, target, weight, loss, total, rows, classes, target.shape[-1], *strides, ignore_index)
-    return loss if reduction == NONE or loss is None else _sum(loss), None if total is None else _sum(total)
+    run(
+        programs,
+        x,
+        target,
+        weight,
+        loss,
+        total,
+        rows,
+        classes,
+        target.shape[-1],
+        *strides,
+        ignore_index,
+    )
+    return loss if reduction == NONE or loss is None else _sum(
+        loss
+    ), None if total is None else _sum(total)
 
 
 @kept
-def _bound_pick(has_x: bool, weighted: bool, reduction: int, double: bool, wide: bool) -> Callable[..., None]:
+def _bound_pick(
+    has_x: bool, weighted: bool, reduction: int, double: bool, wide: bool
+) -> Callable[..., None]:
     return bind(
         _nll, 5, 7, HAS_X=has_x, HAS_WEIGHT=weighted, REDUCE=reduction != NONE, HAS_TOTAL=reduction == MEAN,
         dtype=tl.float64 if double else tl.float32, WIDE=wide, ROWS=PICKED, num_warps=8 if double else 4,
     )  # fmt: skip
 
 
-def nll_forward(x: Tensor, target: Tensor, weight: Tensor | None, reduction: int, ignore_index: int) -> tuple[Tensor, Tensor]:
+def nll_forward(
+    x: Tensor, target: Tensor, weight: Tensor | None, reduction: int, ignore_index: int
+) -> tuple[Tensor, Tensor]:
     """The loss, and Σ w_t (for a mean; else any number)."""
     weight = None if weight is None else weight.contiguous()
-    loss, total = _pick(x, target.contiguous(), weight, x.shape[1], x.dtype, reduction, ignore_index)
+    loss, total = _pick(
+        x, target.contiguous(), weight, x.shape[1], x.dtype, reduction, ignore_index
+    )
     if total is None:
         return loss.to(x.dtype), x.new_empty(())
     return (loss / total).to(x.dtype), total.to(x.dtype)
 
 
-def nll_backward(dy: Tensor, x: Tensor, target: Tensor, weight: Tensor | None, total: Tensor, reduction: int, ignore_index: int) -> Tensor:
+def nll_backward(
+    dy: Tensor,
+    x: Tensor,
+    target: Tensor,
+    weight: Tensor | None,
+    total: Tensor,
+    reduction: int,
+    ignore_index: int,
+) -> Tensor:
     """dx, contiguous."""
     dx = x.new_empty(x.shape)
     weight = None if weight is None else weight.contiguous()
     before = dy.contiguous(), target.contiguous(), weight, total, dx
-    options = {"HAS_WEIGHT": weight is not None, "MEAN": reduction == MEAN, "PER_ROW": reduction == NONE}
+    options = {
+        "HAS_WEIGHT": weight is not None,
+        "MEAN": reduction == MEAN,
+        "PER_ROW": reduction == NONE,
+    }
     _run(_nll_backward, _view(dx), before, ignore_index, False, **options)
     return dx
 
 
 def _prepare(
-    x: Tensor, target: Tensor, weight: Tensor | None, reduction: int, ignore_index: int, few: int = -1
+    x: Tensor,
+    target: Tensor,
+    weight: Tensor | None,
+    reduction: int,
+    ignore_index: int,
+    few: int = -1,
 ) -> tuple[Tensor, Tensor, Tensor | None, Tensor | None]:
-    """x and what the kernels want beside it: target, weight, and of more than ``few`` rows their total."""
+    """x and what the kernels want beside it: target, weight, and of more than ``few`` rows their
+    total."""
     x = _dense(x)
     probabilities = target.is_floating_point()
     target = like(target, x) if probabilities else target.contiguous()
     weight = None if weight is None else weight.contiguous()
     counted = reduction == MEAN and not probabilities and target.numel() > few
-    return x, target, weight, _pick(None, target, weight, x.shape[1], x.dtype, reduction, ignore_index)[1] if counted else None
+    return (
+        x,
+        target,
+        weight,
+        _pick(None, target, weight, x.shape[1], x.dtype, reduction, ignore_index)[1]
+        if counted
+        else None,
+    )
 
 
 def forward(
-    x: Tensor, target: Tensor, weight: Tensor | None, reduction: int, ignore_index: int, smoothing: float, keep: int
+    x: Tensor,
+    target: Tensor,
+    weight: Tensor | None,
+    reduction: int,
+    ignore_index: int,
+    smoothing: float,
+    keep: int,
 ) -> tuple[Tensor, Tensor]:
-    """The loss, and what ``keep`` says: nothing, dx for a dy of 1, or (m, log Σ e^(x-m)) of each row."""
+    """The loss, and what ``keep`` says: nothing, dx for a dy of 1, or (m, log Σ e^(x-m)) of each
+    row."""
     x, target, weight, total = _prepare(x, target, weight, reduction, ignore_index, FEW)
     shape = (x.shape[0], *x.shape[2:])
     wide = accumulator(x.dtype)
@@ -469,14 +699,26 @@ def forward(
     statistics = x.new_empty((2, *shape), dtype=wide) if keep == STATISTICS else None
     v = _view(x)
     run, programs, numbers, tiles = _forward_of(
-        v.shape, v.stride(), x.dtype, multiprocessors(x.device), target.is_floating_point(), weight is not None, smoothing, reduction, keep
+        v.shape,
+        v.stride(),
+        x.dtype,
+        multiprocessors(x.device),
+        target.is_floating_point(),
+        weight is not None,
+        smoothing,
+        reduction,
+        keep,
     )
     partial = None if reduction == NONE else x.new_empty(programs, dtype=wide)
     loss = x.new_empty(shape) if partial is None else partial
     m, log_sum = (None, None) if statistics is None else statistics
     run(programs, v, target, weight, total, loss, dx, m, log_sum, *numbers, ignore_index, tiles)
     if partial is not None:
-        loss = _sum(partial).to(x.dtype) if x.numel() else x.new_full((), float("nan") if reduction == MEAN else 0.0)
+        loss = (
+            _sum(partial).to(x.dtype)
+            if x.numel()
+            else x.new_full((), float("nan") if reduction == MEAN else 0.0)
+        )
     return loss, dx if dx is not None else statistics if statistics is not None else x.new_empty(0)
 
 

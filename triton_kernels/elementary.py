@@ -1,12 +1,15 @@
-"""Elementary functions of kernels, in float32 to a unit or two of rounding, in the accumulator's dtype that they are given.
+"""Elementary functions of kernels, in float32 to a unit or two of rounding, in the accumulator's
+dtype that they are given.
 
-A GPU's own exponential is 2^(x log2 e): the rounding of that product is an error of |x| / 2 units of e^x, 1e-6 at x = -30, where the C
-library's, and so stock's, is exact to a unit. A call of the special function unit (exponential, reciprocal) takes as long as eight
-multiplications, and 40 instructions an element are what hides behind the memory of a pass over bfloat16: hence the polynomials.
-float64 takes Triton's functions, which are exact there.
+A GPU's own exponential is 2^(x log2 e): the rounding of that product is an error of |x| / 2 units
+of e^x, 1e-6 at x = -30, where the C library's, and so stock's, is exact to a unit. A call of the
+special function unit (exponential, reciprocal) takes as long as eight
+multiplications, and 40 instructions an element are what hides behind the memory of a pass over
+bfloat16: hence the polynomials. float64 takes Triton's functions, which are exact there.
 
-Reduction of the argument after Cody and Waite (Software Manual for the Elementary Functions, 1980). The polynomial of tanh is that of
-Moshier's Cephes library; those of e^r and log(1 + u) are fitted for the least maximum of the relative error: 4e-9 and 5e-9.
+Reduction of the argument after Cody and Waite (Software Manual for the Elementary Functions, 1980).
+The polynomial of tanh is that of Moshier's Cephes library; those of e^r and log(1 + u) are fitted
+for the least maximum of the relative error: 4e-9 and 5e-9.
 """
 
 from __future__ import annotations
@@ -23,13 +26,15 @@ def upcast(x):
 
 @triton.jit
 def constant(value, x):
-    """In the dtype of x. A comparison would take a number in float32, whatever it is compared with (triton before 3.9)."""
+    """In the dtype of x. A comparison would take a number in float32, whatever it is compared with
+    (triton before 3.9)."""
     return tl.full((), value, x.dtype)
 
 
 @triton.jit
 def _reduced(x, MAGIC: tl.constexpr):
-    """(t, r) with x = t log 2 + r: t is x log2 e rounded to a multiple of 2^-23 MAGIC / 1.5, which adding MAGIC does.
+    """(t, r) with x = t log 2 + r: t is x log2 e rounded to a multiple of 2^-23 MAGIC / 1.5, which
+    adding MAGIC does.
 
     0.693359375 has so few digits that its product with t is exact.
     """
@@ -72,11 +77,16 @@ def _exp_minus_roughly(x):
 
 @triton.jit
 def expm1(x):
-    """e^x - 1 = (2^k - 1) + 2^k (e^r - 1); in float64 the rounding of e = e^x cancels in (e - 1) / log(e) (Kahan)."""
+    """e^x - 1 = (2^k - 1) + 2^k (e^r - 1); in float64 the rounding of e = e^x cancels in (e - 1) /
+    log(e) (Kahan)."""
     if x.dtype == tl.float64:
         e = tl.exp(x)
         far = (e < 0.5) | (e > 2)
-        return tl.where(e == 1, x, tl.where(far, e - 1, (e - 1) * (x / tl.log(tl.where(far | (e == 1), 0.75, e)))))
+        return tl.where(
+            e == 1,
+            x,
+            tl.where(far, e - 1, (e - 1) * (x / tl.log(tl.where(far | (e == 1), 0.75, e)))),
+        )
     k, r = _reduced(tl.where(x < -104, -104.0, tl.where(x > 89, 89.0, x)), 12582912.0)
     s = tl.exp2(k - 1)
     return 2 * ((s - 0.5) + s * _expm1_near_0(r))
@@ -84,7 +94,8 @@ def expm1(x):
 
 @triton.jit
 def log1p(u):
-    """log(1 + u) for -1 <= u <= 1: of w = 1 + u rounded, and what the rounding took, over w, which is near 1 where that matters."""
+    """log(1 + u) for -1 <= u <= 1: of w = 1 + u rounded, and what the rounding took, over w, which
+    is near 1 where that matters."""
     w = 1 + u
     return tl.log(w) + (u - (w - 1)) * (2 - w)
 
@@ -116,8 +127,9 @@ def softplus(x):
 
 @triton.jit
 def tanh(x):
-    """1 - 2 e / (1 + e) with e = e^-2|x|, where that would cancel a polynomial in x² (float64: (1 - e) / (1 + e) by e - 1), with the sign
-    of x. Near 1 it is exact to half a unit, which 1 - tanh² wants."""
+    """1 - 2 e / (1 + e) with e = e^-2|x|, where that would cancel a polynomial in x² (float64: (1 -
+    e) / (1 + e) by e - 1), with the sign of x. Near 1 it is exact to half a unit, which 1 - tanh²
+    wants."""
     u = tl.abs(x)
     if x.dtype == tl.float64:
         e = exp_minus(2 * u)
@@ -126,7 +138,9 @@ def tanh(x):
     else:
         e = _exp_minus_roughly(2 * u)
         z = u * u
-        p = ((-5.70498872745e-3 * z + 2.06390887954e-2) * z - 5.37397155531e-2) * z + 1.33314422036e-1
+        p = (
+            (-5.70498872745e-3 * z + 2.06390887954e-2) * z - 5.37397155531e-2
+        ) * z + 1.33314422036e-1
         near = u + u * z * (p * z - 3.33332819422e-1)
     t = tl.where(u < 0.625, near, 1 - 2 * e / (1 + e))
     return tl.where(x < 0, -t, t)

@@ -1,6 +1,8 @@
-"""The linear layer: a tiled matrix product with a fused bias + activation, and one pass for dz and the column sums of db.
+"""The linear layer: a tiled matrix product with a fused bias + activation, and one pass for dz and
+the column sums of db.
 
-All three products (y = x Wᵀ, dx = dz W, dW = dzᵀ x) are one kernel: a transpose is a pair of strides.
+All three products (y = x Wᵀ, dx = dz W, dW = dzᵀ x) are one kernel: a transpose is a pair of
+strides.
 """
 
 from __future__ import annotations
@@ -21,9 +23,11 @@ from .launch import accumulator, bind, cdiv, kept, launch, multiprocessors, next
 
 SAVES_OUTPUT = frozenset({"relu", "relu6", "hardtanh", "sigmoid", "tanh"})
 
-#: (dtype, rows of the result, columns of the result, inner size), each size rounded up to a power of two -> whether our product is the
-#: faster one. What is not here goes to the vendor's library. Empty, since on an H100 that was the faster one by a quarter or more, and
-#: with the activation in our epilogue still, but for a few small sizes where 10 % are to be had (``python -m benchmarks.products``).
+#: (dtype, rows of the result, columns of the result, inner size), each size rounded up to a power
+#: of two -> whether our product is the faster one. What is not here goes to the vendor's library.
+#: Empty, since on an H100 that was the faster one by a quarter or more, and with the activation in
+#: our epilogue still, but for a few small sizes where 10 % are to be had (``python -m
+#: benchmarks.products``).
 FASTER: dict[tuple[torch.dtype, int, int, int], bool] = {}
 
 
@@ -39,14 +43,23 @@ class Config:
 
 
 def config(m: int, n: int, dtype: torch.dtype, activation: bool = False) -> Config:
-    """By shape and dtype, and by whether an activation follows, so that every rank of a run takes the same."""
+    """By shape and dtype, and by whether an activation follows, so that every rank of a run takes
+    the same."""
     if dtype == torch.float64:
-        return Config(32, 32, 16, 8, 1)  # 64-bit operands: larger tiles spill, as do two stages with triton 3.6 on sm_100, elu at 4 warps
+        return Config(
+            32, 32, 16, 8, 1
+        )  # 64-bit operands: larger tiles spill, as do two stages with triton 3.6 on sm_100, elu at 4 warps
     if dtype == torch.float32:
         # behind a tile of 64x64 half of the activations spill
-        return Config(64, 32 if activation else 64, 32, 4, 3) if min(m, n) >= 64 else Config(32, 32, 32, 4, 3)
+        return (
+            Config(64, 32 if activation else 64, 32, 4, 3)
+            if min(m, n) >= 64
+            else Config(32, 32, 32, 4, 3)
+        )
     if m >= 128 and n >= 128:
-        return Config(128, 128, 64, 8, 3)  # a 128x128 accumulator is 64 registers a thread at 8 warps
+        return Config(
+            128, 128, 64, 8, 3
+        )  # a 128x128 accumulator is 64 registers a thread at 8 warps
     return Config(64, 64, 64, 4, 3) if min(m, n) >= 64 else Config(32, 32, 64, 4, 3)
 
 
@@ -56,7 +69,8 @@ def _product(
     HAS_BIAS: tl.constexpr, HAS_F: tl.constexpr, STORE_Z: tl.constexpr, F: tl.constexpr, A: tl.constexpr, B: tl.constexpr,
     PRECISION: tl.constexpr, M: tl.constexpr, N: tl.constexpr, K: tl.constexpr, GROUP: tl.constexpr,
 ):  # fmt: skip
-    """out = f(x y + bias), an M x N tile a program; z is the argument of f. Tiles run down GROUP rows first: their operands stay in L2."""
+    """out = f(x y + bias), an M x N tile a program; z is the argument of f. Tiles run down GROUP
+    rows first: their operands stay in L2."""
     program = tl.program_id(0)
     tiles_m, tiles_n = tl.cdiv(m, M), tl.cdiv(n, N)
     group = program // (GROUP * tiles_n)
@@ -94,15 +108,20 @@ def _columns(
     DY, SAVED, DZ, PARTIAL, m, n, rows,
     HAS_F: tl.constexpr, NEED_BIAS: tl.constexpr, F: tl.constexpr, A: tl.constexpr, B: tl.constexpr, M: tl.constexpr, N: tl.constexpr,
 ):  # fmt: skip
-    """dz = dy f'(saved) for a range of rows and N columns a program, and the sum of dz over that range in PARTIAL[range]."""
+    """dz = dy f'(saved) for a range of rows and N columns a program, and the sum of dz over that
+    range in PARTIAL[range]."""
     tiles_n = tl.cdiv(n, N)
     part = (tl.program_id(0) // tiles_n).to(tl.int64)
     column = (tl.program_id(0) % tiles_n) * N + tl.arange(0, N)
     wide = tl.float64 if DY.dtype.element_ty == tl.float64 else tl.float32
-    total = tl.zeros((M, N), dtype=wide)  # each thread adds up its own, so that no iteration waits for another's
+    total = tl.zeros(
+        (M, N), dtype=wide
+    )  # each thread adds up its own, so that no iteration waits for another's
     for first in range(0, rows, M):
         row = part * rows + first + tl.arange(0, M)
-        inside = (first + tl.arange(0, M) < rows)[:, None] & (row < m)[:, None] & (column < n)[None, :]
+        inside = (
+            (first + tl.arange(0, M) < rows)[:, None] & (row < m)[:, None] & (column < n)[None, :]
+        )
         place = row[:, None] * n + column[None, :]
         dz = upcast(tl.load(DY + place, inside, other=0.0))
         if HAS_F:
@@ -120,12 +139,16 @@ def rows_of(t: Tensor) -> Tensor:
 
 
 def _precision() -> str:
-    """torch's own setting, whichever of its three ways it was made: TF32 where it allows TF32, else full float32."""
+    """torch's own setting, whichever of its three ways it was made: TF32 where it allows TF32, else
+    full float32."""
     return "tf32" if torch.backends.cuda.matmul.fp32_precision == "tf32" else "ieee"
 
 
 def _ours(always: bool, dtype: torch.dtype, m: int, n: int, k: int) -> bool:
-    return always or (bool(FASTER) and FASTER.get((dtype, next_power_of_2(m), next_power_of_2(n), next_power_of_2(k)), False))
+    return always or (
+        bool(FASTER)
+        and FASTER.get((dtype, next_power_of_2(m), next_power_of_2(n), next_power_of_2(k)), False)
+    )
 
 
 def product(
@@ -151,14 +174,20 @@ def product(
     return out, z
 
 
-#: rows whose columns are added up by one program: beyond, several leave partial sums, for which one more kernel is launched
+#: rows whose columns are added up by one program: beyond, several leave partial sums, for which one
+#: more kernel is launched
 ALONE = 256
 
 
 def columns(
-    dy: Tensor, saved: Tensor | None, activation: str | None, parameters: tuple[float, ...], need_bias: bool
+    dy: Tensor,
+    saved: Tensor | None,
+    activation: str | None,
+    parameters: tuple[float, ...],
+    need_bias: bool,
 ) -> tuple[Tensor, Tensor | None]:
-    """(dz, db) of dy (m, n) in one pass: dz = dy f'(saved), db = Σ_rows dz (None unless it is needed). Without an activation dz is dy."""
+    """(dz, db) of dy (m, n) in one pass: dz = dy f'(saved), db = Σ_rows dz (None unless it is
+    needed). Without an activation dz is dy."""
     m, n = dy.shape
     dy = dy.contiguous()
     dz = dy if activation is None else torch.empty_like(dy)
@@ -169,7 +198,9 @@ def columns(
     parts = 1 if m <= ALONE else min(cdiv(m, block_m), cdiv(8 * multiprocessors(dy.device), tiles))
     sums = None
     if need_bias:
-        sums = dy.new_empty(n) if parts == 1 else dy.new_empty(parts, n, dtype=accumulator(dy.dtype))
+        sums = (
+            dy.new_empty(n) if parts == 1 else dy.new_empty(parts, n, dtype=accumulator(dy.dtype))
+        )
     _bound_columns(activation or "", dy.dtype == torch.float64, need_bias, *parameters)(
         parts * tiles, dy, saved, None if activation is None else dz, sums, m, n, cdiv(m, parts)
     )
@@ -179,7 +210,16 @@ def columns(
 @kept
 def _bound_columns(activation: str, double: bool, need_bias: bool, *parameters: float) -> Any:
     function = constants(activation, 1, parameters) if activation else dict.fromkeys("FAB")
-    return bind(_columns, 4, 3, HAS_F=bool(activation), NEED_BIAS=need_bias, **function, M=16, N=64 if double else 128)
+    return bind(
+        _columns,
+        4,
+        3,
+        HAS_F=bool(activation),
+        NEED_BIAS=need_bias,
+        **function,
+        M=16,
+        N=64 if double else 128,
+    )
 
 
 def forward(x: Tensor, weight: Tensor, bias: Tensor | None, *, always: bool) -> Tensor:
@@ -193,7 +233,14 @@ def forward(x: Tensor, weight: Tensor, bias: Tensor | None, *, always: bool) -> 
 
 
 def backward(
-    dy: Tensor, x: Tensor, weight: Tensor, need_x: bool, need_weight: bool, need_bias: bool, *, always: bool
+    dy: Tensor,
+    x: Tensor,
+    weight: Tensor,
+    need_x: bool,
+    need_weight: bool,
+    need_bias: bool,
+    *,
+    always: bool,
 ) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
     """dx = dy W, dW = dyᵀ x, db = Σ_rows dy; None for each that is not needed."""
     flat = rows_of(dy)
@@ -205,7 +252,13 @@ def backward(
 
 
 def activation_forward(
-    x: Tensor, weight: Tensor, bias: Tensor | None, activation: str, parameters: Any, *, always: bool
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    activation: str,
+    parameters: Any,
+    *,
+    always: bool,
 ) -> tuple[Tensor, Tensor | None]:
     """y = f(z), and z where the derivative needs it: both from the product's epilogue."""
     keep = activation not in SAVES_OUTPUT
@@ -226,12 +279,16 @@ def activation_backward(
     need_x: bool, need_weight: bool, need_bias: bool, *, always: bool,
 ) -> tuple[Tensor | None, Tensor | None, Tensor | None]:  # fmt: skip
     """dz and db in one pass, then dx = dz W and dW = dzᵀ x; None for each that is not needed."""
-    dz, db = columns(rows_of(dy), rows_of(saved).contiguous(), activation, tuple(parameters), need_bias)
+    dz, db = columns(
+        rows_of(dy), rows_of(saved).contiguous(), activation, tuple(parameters), need_bias
+    )
     dx, dw = _products(dz, x, weight, need_x, need_weight, always)
     return None if dx is None else dx.view(x.shape), dw, db
 
 
-def _products(dz: Tensor, x: Tensor, weight: Tensor, need_x: bool, need_weight: bool, always: bool) -> tuple[Tensor | None, Tensor | None]:
+def _products(
+    dz: Tensor, x: Tensor, weight: Tensor, need_x: bool, need_weight: bool, always: bool
+) -> tuple[Tensor | None, Tensor | None]:
     dx = dw = None
     if need_x:
         ours = _ours(always, dz.dtype, dz.shape[0], weight.shape[1], dz.shape[1])

@@ -1,8 +1,10 @@
-"""Pointwise losses: device functions (value and partial derivatives), one kernel each way, and their launchers.
+"""Pointwise losses: device functions (value and partial derivatives), one kernel each way, and
+their launchers.
 
-A device function takes (x, t, v, A, B, C): the tensors in the accumulator's dtype, the parameters as compile-time constants. Formulas:
-``custom_backprop/formulas/loss.py``. A reduced loss is summed in two stages, without atomics: each program walks its own blocks and leaves
-one partial sum, and one program adds these. The same shape gives the same bits.
+A device function takes (x, t, v, A, B, C): the tensors in the accumulator's dtype, the parameters
+as compile-time constants. Formulas: ``custom_backprop/formulas/loss.py``. A reduced loss is summed
+in two stages, without atomics: each program walks its own blocks and leaves one partial sum, and
+one program adds these. The same shape gives the same bits.
 """
 
 from __future__ import annotations
@@ -21,7 +23,8 @@ from .launch import accumulator, bind, cdiv, kept, multiprocessors, next_power_o
 
 NONE, MEAN = 0, 1
 
-# programs a multiprocessor that a summing kernel is cut into: enough to keep it full, few enough for the second stage to be one block
+# programs a multiprocessor that a summing kernel is cut into: enough to keep it full, few enough
+# for the second stage to be one block
 PROGRAMS = 8
 
 
@@ -102,7 +105,11 @@ def positive(x):
 
 @triton.jit
 def binary_cross_entropy_with_logits(x, t, p, A, B, C):
-    return p * t * positive(-x) + (1 - t) * positive(x) + (1 + (p - 1) * t) * log1p_positive(exp_minus(tl.abs(x)))
+    return (
+        p * t * positive(-x)
+        + (1 - t) * positive(x)
+        + (1 + (p - 1) * t) * log1p_positive(exp_minus(tl.abs(x)))
+    )
 
 
 @triton.jit
@@ -165,7 +172,9 @@ def poisson_nll_loss(x, t, v, LOG_INPUT, FULL, EPS):
     loss = exp(x) - t * x if LOG_INPUT else x - t * tl.log(x + EPS)
     if FULL:
         many = tl.where(t > 1, t, 1.0)
-        loss += tl.where(t <= 1, 0.0, many * tl.log(many) - t + 0.5 * tl.log(6.283185307179586 * many))
+        loss += tl.where(
+            t <= 1, 0.0, many * tl.log(many) - t + 0.5 * tl.log(6.283185307179586 * many)
+        )
     return loss
 
 
@@ -189,7 +198,12 @@ DEVICE_FUNCTIONS = {
     "l1_loss": (l1_loss, l1_loss_dx, None, None),
     "smooth_l1_loss": (smooth_l1_loss, smooth_l1_loss_dx, None, None),
     "huber_loss": (huber_loss, huber_loss_dx, None, None),
-    "binary_cross_entropy": (binary_cross_entropy, binary_cross_entropy_dx, binary_cross_entropy_dt, None),
+    "binary_cross_entropy": (
+        binary_cross_entropy,
+        binary_cross_entropy_dx,
+        binary_cross_entropy_dt,
+        None,
+    ),
     "binary_cross_entropy_with_logits": (
         binary_cross_entropy_with_logits,
         binary_cross_entropy_with_logits_dx,
@@ -208,7 +222,8 @@ def _forward(
     F: tl.constexpr, L_X: tl.constexpr, A: tl.constexpr, B: tl.constexpr, C: tl.constexpr,
     REDUCED: tl.constexpr, MEAN: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
-    """``blocks`` blocks a program: y = w l, or, if REDUCED, their sum in Y[program]; and dx = w l_x, over n for a mean, if there is a DX.
+    """``blocks`` blocks a program: y = w l, or, if REDUCED, their sum in Y[program]; and dx = w
+    l_x, over n for a mean, if there is a DX.
 
     V, W and DX may be None. Without V, v is 1.
     """
@@ -248,7 +263,8 @@ def _backward(
     F: tl.constexpr, L_X: tl.constexpr, L_T: tl.constexpr, L_V: tl.constexpr, A: tl.constexpr, B: tl.constexpr, C: tl.constexpr,
     SCALAR: tl.constexpr, MEAN: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
-    """The gradients that have a place to go (else None), of one dy for all elements if SCALAR, over n for a mean."""
+    """The gradients that have a place to go (else None), of one dy for all elements if SCALAR, over
+    n for a mean."""
     start = tl.program_id(0).to(tl.int64) * BLOCK
     offsets = tl.arange(0, BLOCK)
     inside = offsets < tl.minimum(n - start, BLOCK).to(tl.int32)
@@ -274,14 +290,30 @@ def _backward(
 @kept
 def _bound_forward(reduction: int, name: str, *parameters: Any) -> Any:
     value, gradient, *_ = DEVICE_FUNCTIONS[name]
-    constants = {"F": value, "L_X": gradient, **_parameters(parameters), "REDUCED": reduction != NONE, "MEAN": reduction == MEAN}
+    constants = {
+        "F": value,
+        "L_X": gradient,
+        **_parameters(parameters),
+        "REDUCED": reduction != NONE,
+        "MEAN": reduction == MEAN,
+    }
     return bind(_forward, 6, 2, **constants, BLOCK=BLOCK)
 
 
 @kept
-def _bound_backward(block: int, warps: int, scalar: bool, reduction: int, name: str, *parameters: Any) -> Any:
+def _bound_backward(
+    block: int, warps: int, scalar: bool, reduction: int, name: str, *parameters: Any
+) -> Any:
     value, dx, dt, dv = DEVICE_FUNCTIONS[name]
-    constants = {"F": value, "L_X": dx, "L_T": dt, "L_V": dv, **_parameters(parameters), "SCALAR": scalar, "MEAN": reduction == MEAN}
+    constants = {
+        "F": value,
+        "L_X": dx,
+        "L_T": dt,
+        "L_V": dv,
+        **_parameters(parameters),
+        "SCALAR": scalar,
+        "MEAN": reduction == MEAN,
+    }
     return bind(_backward, 9, 1, **constants, BLOCK=block, num_warps=warps)
 
 
@@ -291,9 +323,17 @@ def _bound_finish(reduction: int, block: int) -> Any:
 
 
 def forward(
-    name: str, x: Tensor, t: Tensor, v: Tensor | None, w: Tensor | None, reduction: int, hold: bool, *parameters: Any
+    name: str,
+    x: Tensor,
+    t: Tensor,
+    v: Tensor | None,
+    w: Tensor | None,
+    reduction: int,
+    hold: bool,
+    *parameters: Any,
 ) -> tuple[Tensor, Tensor]:
-    """The loss, and dx for dy = 1 if ``hold`` (else an empty tensor). x, t, v, w: one shape and dtype, any strides."""
+    """The loss, and dx for dy = 1 if ``hold`` (else an empty tensor). x, t, v, w: one shape and
+    dtype, any strides."""
     n = x.numel()
     dx = torch.empty_like(x) if hold else None
     layout = dx if dx is not None else x if x.is_contiguous() else torch.empty_like(x)
@@ -314,7 +354,15 @@ def forward(
 
 
 def backward(
-    name: str, dy: Tensor, x: Tensor, t: Tensor, v: Tensor | None, w: Tensor | None, reduction: int, needs: list[bool], *parameters: Any
+    name: str,
+    dy: Tensor,
+    x: Tensor,
+    t: Tensor,
+    v: Tensor | None,
+    w: Tensor | None,
+    reduction: int,
+    needs: list[bool],
+    *parameters: Any,
 ) -> tuple[Tensor, ...]:
     """dx, dt, dv and dw in the strides of x; an empty tensor for each that is not needed."""
     grads = [torch.empty_like(x) if need else None for need in needs]
@@ -322,7 +370,9 @@ def backward(
     operands = [None if a is None else like(a, layout) for a in (x, t, v, w)]
     scalar = not any(dy.stride())
     n = x.numel()
-    block, warps = (BLOCK // 2, 8) if x.dtype == torch.float64 else (BLOCK, 4)  # four gradients of doubles fill the registers of four
+    block, warps = (
+        (BLOCK // 2, 8) if x.dtype == torch.float64 else (BLOCK, 4)
+    )  # four gradients of doubles fill the registers of four
     run = _bound_backward(block, warps, scalar, reduction, name, *parameters)
     run(cdiv(n, block), dy if scalar else like(dy, layout), *operands, *grads, n)
     return tuple(x.new_empty(0) if g is None else g for g in grads)

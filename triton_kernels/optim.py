@@ -1,10 +1,12 @@
 """One launch that updates any number of tensors, whatever the rule.
 
-The addresses of parameters, gradients and states stand in a table on the device, made once. Gradients that come back at other addresses
-cost one small asynchronous copy. Each program looks up its tensor and updates ROUNDS blocks of it. Nothing is read back.
+The addresses of parameters, gradients and states stand in a table on the device, made once.
+Gradients that come back at other addresses cost one small asynchronous copy. Each program looks up
+its tensor and updates ROUNDS blocks of it. Nothing is read back.
 
-Rules: ``custom_backprop/formulas/optim.py``. A device function takes θ, g, three states and numbers, all in the accumulator's dtype. The
-hyperparameters come in float64, and 1 - β is taken before it is rounded: in float32, 1 - 0.999 would be off by 5e-5.
+Rules: ``custom_backprop/formulas/optim.py``. A device function takes θ, g, three states and
+numbers, all in the accumulator's dtype. The hyperparameters come in float64, and 1 - β is taken
+before it is rounded: in float32, 1 - 0.999 would be off by 5e-5.
 """
 
 from __future__ import annotations
@@ -24,7 +26,12 @@ from .launch import accumulator, bind, cdiv, kept
 
 BLOCK, ROUNDS = 1024, 4
 
-_TYPES = {torch.float64: tl.float64, torch.float32: tl.float32, torch.float16: tl.float16, torch.bfloat16: tl.bfloat16}
+_TYPES = {
+    torch.float64: tl.float64,
+    torch.float32: tl.float32,
+    torch.float16: tl.float16,
+    torch.bfloat16: tl.bfloat16,
+}
 
 
 @triton.jit
@@ -89,13 +96,25 @@ def _block(
     RULE: tl.constexpr, P: tl.constexpr, G: tl.constexpr, S: tl.constexpr, ACC: tl.constexpr, STATES: tl.constexpr, MASTER: tl.constexpr,
     FLAG: tl.constexpr, FRESH: tl.constexpr, MAXIMIZE: tl.constexpr, STOCHASTIC: tl.constexpr, ALIGNED: tl.constexpr,
 ):  # fmt: skip
-    """Updates one block of one tensor; ``inside`` is None where all of the block is. ALIGNED, which the compiler cannot see in a table,
-    makes loads and stores 128 bits wide."""
-    param = tl.multiple_of(tl.load(ENTRY + 2 * TENSORS).to(tl.pointer_type(P)), ALIGNED) + start + offsets
-    grad = tl.multiple_of(tl.load(ENTRY + 3 * TENSORS).to(tl.pointer_type(G)), ALIGNED) + start + offsets
+    """Updates one block of one tensor; ``inside`` is None where all of the block is. ALIGNED, which
+    the compiler cannot see in a table, makes loads and stores 128 bits wide."""
+    param = (
+        tl.multiple_of(tl.load(ENTRY + 2 * TENSORS).to(tl.pointer_type(P)), ALIGNED)
+        + start
+        + offsets
+    )
+    grad = (
+        tl.multiple_of(tl.load(ENTRY + 3 * TENSORS).to(tl.pointer_type(G)), ALIGNED)
+        + start
+        + offsets
+    )
     g = tl.load(grad, inside).to(ACC)
     if MASTER:
-        master = tl.multiple_of(tl.load(ENTRY + 4 * TENSORS).to(tl.pointer_type(ACC)), ALIGNED) + start + offsets
+        master = (
+            tl.multiple_of(tl.load(ENTRY + 4 * TENSORS).to(tl.pointer_type(ACC)), ALIGNED)
+            + start
+            + offsets
+        )
         p = tl.load(master, inside)
     else:
         p = tl.load(param, inside).to(ACC)
@@ -105,15 +124,46 @@ def _block(
         g = -g
     s0, s1, s2 = p, p, p
     if STATES & 1:
-        S0 = tl.multiple_of(tl.load(ENTRY + 5 * TENSORS).to(tl.pointer_type(S)), ALIGNED) + start + offsets
+        S0 = (
+            tl.multiple_of(tl.load(ENTRY + 5 * TENSORS).to(tl.pointer_type(S)), ALIGNED)
+            + start
+            + offsets
+        )
         s0 = tl.load(S0, inside).to(ACC)
     if STATES & 2:
-        S1 = tl.multiple_of(tl.load(ENTRY + 6 * TENSORS).to(tl.pointer_type(S)), ALIGNED) + start + offsets
+        S1 = (
+            tl.multiple_of(tl.load(ENTRY + 6 * TENSORS).to(tl.pointer_type(S)), ALIGNED)
+            + start
+            + offsets
+        )
         s1 = tl.load(S1, inside).to(ACC)
     if STATES & 4:
-        S2 = tl.multiple_of(tl.load(ENTRY + 7 * TENSORS).to(tl.pointer_type(S)), ALIGNED) + start + offsets
+        S2 = (
+            tl.multiple_of(tl.load(ENTRY + 7 * TENSORS).to(tl.pointer_type(S)), ALIGNED)
+            + start
+            + offsets
+        )
         s2 = tl.load(S2, inside).to(ACC)
-    p, s0, s1, s2 = RULE(p, g, s0, s1, s2, t, bias_a, bias_b, lr, decay, a, b, rest_a, rest_b, eps, FLAG, STATES, FRESH)
+    p, s0, s1, s2 = RULE(
+        p,
+        g,
+        s0,
+        s1,
+        s2,
+        t,
+        bias_a,
+        bias_b,
+        lr,
+        decay,
+        a,
+        b,
+        rest_a,
+        rest_b,
+        eps,
+        FLAG,
+        STATES,
+        FRESH,
+    )
     if MASTER:
         tl.store(master, p, inside)
     if STOCHASTIC:  # float32 rounded up or down to bfloat16's bits
@@ -136,10 +186,12 @@ def _update(
     FLAG: tl.constexpr, FRESH: tl.constexpr, MAXIMIZE: tl.constexpr, STOCHASTIC: tl.constexpr, BIAS: tl.constexpr, ALIGNED: tl.constexpr,
     ROUNDS: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
-    """WHICH names a program's tensor; the table holds a column for each: elements, first program, addresses of θ, g, master, states.
+    """WHICH names a program's tensor; the table holds a column for each: elements, first program,
+    addresses of θ, g, master, states.
 
-    FOUND (not 0: do nothing) and SCALE (of the gradients) are numbers on the device, or None. BIAS: the rule divides by 1 - βᵗ, which
-    is -expm1(t log β), so that no digits are lost where βᵗ is near 1.
+    FOUND (not 0: do nothing) and SCALE (of the gradients) are numbers on the device, or None. BIAS:
+    the rule divides by 1 - βᵗ, which is -expm1(t log β), so that no digits are lost where βᵗ is
+    near 1.
     """
     program = tl.program_id(0)
     i = tl.load(WHICH + program)
@@ -149,7 +201,13 @@ def _update(
     if FOUND is not None:
         left = tl.where(tl.load(FOUND) != 0, 0, left)
     rest_a, rest_b = tl.full((), 1 - a, ACC), tl.full((), 1 - b, ACC)
-    lr, decay, a, b, eps = (tl.full((), lr, ACC), tl.full((), decay, ACC), tl.full((), a, ACC), tl.full((), b, ACC), tl.full((), eps, ACC))
+    lr, decay, a, b, eps = (
+        tl.full((), lr, ACC),
+        tl.full((), decay, ACC),
+        tl.full((), a, ACC),
+        tl.full((), b, ACC),
+        tl.full((), eps, ACC),
+    )
     scale = None if SCALE is None else tl.load(SCALE).to(ACC)
     t = eps if STEPS is None else tl.load(STEPS + i).to(ACC)
     bias_a, bias_b = t, t
@@ -184,11 +242,14 @@ class Table:
 
     Args:
         params: flat parameters of one dtype and device.
-        states: up to three lists of flat states, None in the place of one that is absent; all of one dtype, that of ``params`` or float32.
+        states: up to three lists of flat states, None in the place of one that is absent; all of
+            one dtype, that of ``params`` or float32.
         masters: float32 copies of ``params``, which are then rounded from them.
     """
 
-    def __init__(self, params: list[Tensor], states: list[list[Tensor] | None], masters: list[Tensor] | None) -> None:
+    def __init__(
+        self, params: list[Tensor], states: list[list[Tensor] | None], masters: list[Tensor] | None
+    ) -> None:
         self.params, self.states, self.masters = params, states, masters
         self.device, self.tensors = params[0].device, len(params)
         which: list[int] = []
@@ -197,12 +258,20 @@ class Table:
             first.append(len(which))
             which += [i] * cdiv(p.numel(), BLOCK * ROUNDS)
         held = next((s[0].dtype for s in states if s is not None), accumulator(params[0].dtype))
-        self._layout = params[0].dtype, held, sum(2**i for i, s in enumerate(states) if s is not None), masters is not None, ROUNDS, BLOCK
+        self._layout = (
+            params[0].dtype,
+            held,
+            sum(2**i for i, s in enumerate(states) if s is not None),
+            masters is not None,
+            ROUNDS,
+            BLOCK,
+        )
         self.programs = len(which)
         absent = [0] * self.tensors
         rows = [[p.numel() for p in params], first]
         rows += [
-            absent if t is None else list(map(Tensor.data_ptr, t)) for t in (params, None, masters, *states, *[None] * (3 - len(states)))
+            absent if t is None else list(map(Tensor.data_ptr, t))
+            for t in (params, None, masters, *states, *[None] * (3 - len(states)))
         ]
         self._else_aligned = not any(address % 16 for row in rows[2:] for address in row)
         self.table = self._sent(rows, torch.int64)
@@ -212,8 +281,11 @@ class Table:
         self._launchers: dict[tuple[Any, ...], Callable[..., None]] = {}
 
     def _sent(self, values: list[Any], dtype: torch.dtype) -> Tensor:
-        """Values on the device, without waiting for it. Pinned memory is freed only when the copy is done."""
-        on_host = torch.tensor(values, dtype=dtype, device="cpu", pin_memory=self.device.type == "cuda")
+        """Values on the device, without waiting for it. Pinned memory is freed only when the copy
+        is done."""
+        on_host = torch.tensor(
+            values, dtype=dtype, device="cpu", pin_memory=self.device.type == "cuda"
+        )
         return on_host.to(self.device, non_blocking=True)
 
     def see(self, grads: list[Tensor]) -> bool:
@@ -272,13 +344,31 @@ def update(
     """
     if not isinstance(_update, JITFunction) and table.device.type != "meta":
         tensors = [*table.params, *grads, *(t for s in table.states if s for t in s)]
-        if any(t.dtype == torch.bfloat16 for t in tensors):  # see launch.py: the interpreter cannot compute with it
-            _in_float32(rule, table, grads, steps, hyper, scale=scale, found_inf=found_inf, fresh=fresh, seed=seed)
+        if any(
+            t.dtype == torch.bfloat16 for t in tensors
+        ):  # see launch.py: the interpreter cannot compute with it
+            _in_float32(
+                rule,
+                table,
+                grads,
+                steps,
+                hyper,
+                scale=scale,
+                found_inf=found_inf,
+                fresh=fresh,
+                seed=seed,
+            )
             return
     _, first, second, flag = _RULES[rule]
     a, b = hyper["betas"] if first == "betas" else (hyper[first], hyper.get(second, 0.0))
     log_a, log_b = (_logarithm(a), _logarithm(b)) if rule == "adam" else (0.0, 0.0)
-    flags = bool(hyper.get(flag, False)), fresh, bool(hyper["maximize"]), seed is not None, table.see(grads)
+    flags = (
+        bool(hyper.get(flag, False)),
+        fresh,
+        bool(hyper["maximize"]),
+        seed is not None,
+        table.see(grads),
+    )
     launch = table.launcher(rule, grads[0].dtype, *flags)
     launch(
         table.programs, table.table, table.which, steps, scale, found_inf, table.tensors, (seed or 0) | 1 | 2**40,
@@ -292,8 +382,14 @@ def _logarithm(value: float) -> float:
 
 def _in_float32(rule: str, table: Table, grads: list[Tensor], *args: Any, **kwargs: Any) -> None:
     """The same on float32 copies, rounded back."""
-    wide = Table([p.float() for p in table.params], [s and [t.float() for t in s] for s in table.states], table.masters)
+    wide = Table(
+        [p.float() for p in table.params],
+        [s and [t.float() for t in s] for s in table.states],
+        table.masters,
+    )
     update(rule, wide, [g.float() for g in grads], *args, **kwargs)
-    for ours, theirs in zip([table.params, *table.states], [wide.params, *wide.states], strict=True):
+    for ours, theirs in zip(
+        [table.params, *table.states], [wide.params, *wide.states], strict=True
+    ):
         if ours is not None and theirs is not None:
             torch._foreach_copy_(ours, theirs)

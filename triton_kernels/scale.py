@@ -1,4 +1,5 @@
-"""dx = dy g for a g computed in forward and a dy of one element, read on the device: no synchronisation, and no pass where dy is 1."""
+"""dx = dy g for a g computed in forward and a dy of one element, read on the device: no
+synchronisation, and no pass where dy is 1."""
 
 from __future__ import annotations
 
@@ -16,7 +17,8 @@ from .launch import bind, cdiv, kept, multiprocessors
 
 @triton.jit
 def _scale(G, DY, DX, n, blocks, IN_PLACE: tl.constexpr, BLOCK: tl.constexpr):
-    """dx = dy g, ``blocks`` blocks a program. In place (DX is G) there is nothing to do where dy is 1."""
+    """dx = dy g, ``blocks`` blocks a program. In place (DX is G) there is nothing to do where dy is
+    1."""
     dy = upcast(tl.load(DY))
     if IN_PLACE:
         blocks = tl.where(dy == 1, 0, blocks)
@@ -29,7 +31,8 @@ def _scale(G, DY, DX, n, blocks, IN_PLACE: tl.constexpr, BLOCK: tl.constexpr):
         tl.store(DX + start + offsets, (dy * g).to(DX.dtype.element_ty), inside)
 
 
-# programs a multiprocessor: where dy is 1 each of them is only begun and ended, which takes as long as a kilobyte
+# programs a multiprocessor: where dy is 1 each of them is only begun and ended, which takes as long
+# as a kilobyte
 PROGRAMS = 16
 
 

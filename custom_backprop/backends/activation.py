@@ -1,4 +1,5 @@
-"""Primitives of the activations: ``<name>_forward(x, *parameters)`` and ``<name>_backward(dy, saved, *parameters)``."""
+"""Primitives of the activations: ``<name>_forward(x, *parameters)`` and ``<name>_backward(dy,
+saved, *parameters)``."""
 
 from __future__ import annotations
 
@@ -71,19 +72,29 @@ def _hardsigmoid_backward(dy: Tensor, x: Tensor) -> Tensor:
     return aten.hardsigmoid_backward.default(dy, x)
 
 
-# log σ(x) = -softplus(-x), which is softplus with beta = -1: one pass each way, no buffer kept. Beyond 40, 1 + e^-40 is 1 in float64 too.
+# log σ(x) = -softplus(-x), which is softplus with beta = -1: one pass each way, no buffer kept.
+# Beyond 40, 1 + e^-40 is 1 in float64 too.
 _LOGSIGMOID = (-1.0, 40.0)
 
 #: name -> (forward, backward) by PyTorch's operators on a CPU
 ATEN: dict[str, tuple[Callable[..., Tensor], Callable[..., Tensor]]] = {
     "relu": (torch.relu, lambda dy, y: _threshold_backward(dy, y, 0)),
-    "relu6": (lambda x: torch._C._nn.hardtanh(x, 0, 6), lambda dy, y: _hardtanh_backward(dy, y, 0, 6)),
-    "leaky_relu": (torch._C._nn.leaky_relu, lambda dy, x, slope: _leaky_relu_backward(dy, x, slope, False)),
+    "relu6": (
+        lambda x: torch._C._nn.hardtanh(x, 0, 6),
+        lambda dy, y: _hardtanh_backward(dy, y, 0, 6),
+    ),
+    "leaky_relu": (
+        torch._C._nn.leaky_relu,
+        lambda dy, x, slope: _leaky_relu_backward(dy, x, slope, False),
+    ),
     "elu": (torch._C._nn.elu, lambda dy, x, alpha: _elu_backward(dy, alpha, 1, 1, False, x)),
     "selu": (torch.selu, lambda dy, x: _elu_backward(dy, SELU_ALPHA, SELU_SCALE, 1, False, x)),
     "celu": (torch.celu, lambda dy, x, alpha: _elu_backward(dy, alpha, 1, 1 / alpha, False, x)),
     "gelu": (torch._C._nn.gelu, _gelu_backward),
-    "gelu_tanh": (lambda x: torch._C._nn.gelu(x, approximate="tanh"), lambda dy, x: _gelu_backward(dy, x, approximate="tanh")),
+    "gelu_tanh": (
+        lambda x: torch._C._nn.gelu(x, approximate="tanh"),
+        lambda dy, x: _gelu_backward(dy, x, approximate="tanh"),
+    ),
     "silu": (torch._C._nn.silu, builtin(aten.silu_backward)),
     "mish": (torch._C._nn.mish, builtin(aten.mish_backward)),
     "sigmoid": (torch.sigmoid, builtin(aten.sigmoid_backward)),
@@ -100,7 +111,10 @@ ATEN: dict[str, tuple[Callable[..., Tensor], Callable[..., Tensor]]] = {
     "softsign": (_softsign, _softsign_backward),
     "softshrink": (torch._C._nn.softshrink, builtin(aten.softshrink_backward)),
     "hardshrink": (torch.hardshrink, builtin(aten.hardshrink_backward)),
-    "threshold": (torch.threshold, lambda dy, x, threshold, value: _threshold_backward(dy, x, threshold)),
+    "threshold": (
+        torch.threshold,
+        lambda dy, x, threshold, value: _threshold_backward(dy, x, threshold),
+    ),
     "relu_squared": (_relu_squared, _relu_squared_backward),
 }
 
@@ -130,7 +144,8 @@ _EXACT: dict[str, Callable[[Tensor], Tensor]] = {
 
 
 def _on_any_device(name: str, in_place: bool = False) -> Callable[..., Tensor]:
-    """The forward of ``ATEN`` or ``ATEN_IN_PLACE``, on a GPU an exact one. The direct faces, of CPU tensors alone, do without asking."""
+    """The forward of ``ATEN`` or ``ATEN_IN_PLACE``, on a GPU an exact one. The direct faces, of CPU
+    tensors alone, do without asking."""
     run = ATEN_IN_PLACE[name] if in_place else ATEN[name][0]
     if name not in _EXACT:
         return run
@@ -159,13 +174,17 @@ ATEN_INTO: dict[str, Callable[..., Tensor]] = {
     "gelu_tanh": lambda dx, dy, x: _gelu_into(dy, x, approximate="tanh", grad_input=dx),
     "silu": _into(aten.silu_backward),
     "sigmoid": _into(aten.sigmoid_backward),
-    "logsigmoid": lambda dx, dy, x: aten.softplus_backward.grad_input(dy, x, *_LOGSIGMOID, grad_input=dx),
+    "logsigmoid": lambda dx, dy, x: aten.softplus_backward.grad_input(
+        dy, x, *_LOGSIGMOID, grad_input=dx
+    ),
     "hardtanh": _into(aten.hardtanh_backward),
     "tanh": _into(aten.tanh_backward),
     "softplus": _into(aten.softplus_backward),
     "softshrink": _into(aten.softshrink_backward),
     "hardshrink": _into(aten.hardshrink_backward),
-    "threshold": lambda dx, dy, x, threshold, value: _threshold_into(dy, x, threshold, grad_input=dx),
+    "threshold": lambda dx, dy, x, threshold, value: _threshold_into(
+        dy, x, threshold, grad_input=dx
+    ),
 }
 
 
@@ -178,18 +197,24 @@ def _tanhshrink_kept(dx: Tensor | None, dy: Tensor, x: Tensor, t: Tensor) -> Ten
     return torch.mul(dy, t, out=dx).mul_(t)
 
 
-#: name -> (forward -> y and what backward would have to compute again, backward with that, into a dx that is dy or None)
+#: name -> (forward -> y and what backward would have to compute again, backward with that, into a
+#: dx that is dy or None)
 ATEN_KEEPING: dict[str, tuple[Callable[[Tensor], tuple[Tensor, Tensor]], Callable[..., Tensor]]] = {
     "logsigmoid": (
         builtin(aten.log_sigmoid_forward),
-        lambda dx, dy, x, buffer: _log_sigmoid_backward(dy, x, buffer) if dx is None else _log_sigmoid_into(dy, x, buffer, grad_input=dx),
+        lambda dx, dy, x, buffer: (
+            _log_sigmoid_backward(dy, x, buffer)
+            if dx is None
+            else _log_sigmoid_into(dy, x, buffer, grad_input=dx)
+        ),
     ),
     "tanhshrink": (_tanhshrink_keeping, _tanhshrink_kept),
 }
 
 
 def _in_strides_of_saved(run: Callable[..., Tensor]) -> Callable[..., Tensor]:
-    """As the fake says, and compiled code expects. PyTorch's operators and the formula take the strides of dy where those differ."""
+    """As the fake says, and compiled code expects. PyTorch's operators and the formula take the
+    strides of dy where those differ."""
 
     def backward(dy: Tensor, saved: Tensor, *parameters: float) -> Tensor:
         dx = run(dy, saved, *parameters)
@@ -207,19 +232,25 @@ def _define(a: Activation) -> tuple[Callable[..., Tensor], Callable[..., Tensor]
 
     def on_floats(run: Callable[..., Tensor]) -> Callable[..., Tensor]:
         """Anything else has no gradient: stock's result, or stock's error."""
-        return lambda x, *parameters: (run if x.is_floating_point() else forward_aten)(x, *parameters)
+        return lambda x, *parameters: (run if x.is_floating_point() else forward_aten)(
+            x, *parameters
+        )
 
     def vmap_forward(info: Any, in_dims: Any, x: Tensor, *parameters: float) -> tuple[Tensor, int]:
         return forward(x.movedim(in_dims[0], 0), *parameters), 0
 
-    def vmap_backward(info: Any, in_dims: Any, dy: Tensor, saved: Tensor, *parameters: float) -> tuple[Tensor, int]:
+    def vmap_backward(
+        info: Any, in_dims: Any, dy: Tensor, saved: Tensor, *parameters: float
+    ) -> tuple[Tensor, int]:
         return backward(*fold_batch((dy, saved), in_dims[:2], info.batch_size), *parameters), 0
 
     forward = primitive(
         f"{a.name}_forward(Tensor x{parameters}) -> Tensor",
         formula=on_floats(a.value),
         aten=forward_aten,
-        triton=on_floats(lambda x, *parameters: kernels("activation").forward(a.name, x, *parameters)),
+        triton=on_floats(
+            lambda x, *parameters: kernels("activation").forward(a.name, x, *parameters)
+        ),
         fake=on_floats(lambda x, *parameters: torch.empty_like(x)),
         vmap=vmap_forward,
     )

@@ -1,6 +1,7 @@
 """Primitives of the triplet margin, of InfoNCE and of the division by the norm, on rows of vectors.
 
-On a CPU they walk in chunks of rows that stay in cache: the differences and the similarities of a chunk are never seen by memory.
+On a CPU they walk in chunks of rows that stay in cache: the differences and the similarities of a
+chunk are never seen by memory.
 """
 
 from __future__ import annotations
@@ -30,7 +31,14 @@ def _chunks(count: int, width: int, size: int) -> Iterator[slice]:
 
 
 def _triplet_forward(
-    a: Tensor, p: Tensor, n: Tensor, margin: float, order: float, eps: float, swap: bool, reduction: int
+    a: Tensor,
+    p: Tensor,
+    n: Tensor,
+    margin: float,
+    order: float,
+    eps: float,
+    swap: bool,
+    reduction: int,
 ) -> tuple[Tensor, Tensor]:
     flat = [rows(t) for t in (a, p, n)]
     d = a.new_empty((3 if swap else 2, len(flat[0])), dtype=wide(a.dtype))
@@ -44,7 +52,17 @@ def _triplet_forward(
 
 
 def _triplet_backward(
-    dy: Tensor, a: Tensor, p: Tensor, n: Tensor, d: Tensor, margin: float, order: float, eps: float, swap: bool, reduction: int, needs: Any
+    dy: Tensor,
+    a: Tensor,
+    p: Tensor,
+    n: Tensor,
+    d: Tensor,
+    margin: float,
+    order: float,
+    eps: float,
+    swap: bool,
+    reduction: int,
+    needs: Any,
 ) -> tuple[Tensor, ...]:
     flat = [rows(t) for t in (a, p, n)]
     grads = [a.new_empty(a.shape) if need else a.new_empty(0) for need in needs]
@@ -56,25 +74,42 @@ def _triplet_backward(
         if order == 2 and not swap and a.dtype not in HALF:
             found = _euclidean(share, a_, p_, n_, d[:, part], margin, eps)
         else:
-            found = formula.triplet_backward(share, a_, p_, n_, d[:, part], margin, order, eps, swap, which, needs)
+            found = formula.triplet_backward(
+                share, a_, p_, n_, d[:, part], margin, order, eps, swap, which, needs
+            )
         for grad, result in zip(grads, found, strict=True):
             if grad.numel():
                 grad.view(flat[0].shape)[part] = result
     return tuple(grads)
 
 
-def _euclidean(dy: Tensor, a: Tensor, p: Tensor, n: Tensor, d: Tensor, margin: float, eps: float) -> tuple[Tensor, ...]:
-    """The formula's gradients for p = 2 without swap: what is the same for a row is multiplied before it meets the row."""
+def _euclidean(
+    dy: Tensor, a: Tensor, p: Tensor, n: Tensor, d: Tensor, margin: float, eps: float
+) -> tuple[Tensor, ...]:
+    """The formula's gradients for p = 2 without swap: what is the same for a row is multiplied
+    before it meets the row."""
     of_row = torch.where(d == 0, 0, dy * (formula.hinge(d, margin) >= 0) / d).unsqueeze(2)
-    to_p, to_n = (torch.sub(a, other).add_(eps).mul_(factor) for other, factor in zip((p, n), of_row, strict=True))
+    to_p, to_n = (
+        torch.sub(a, other).add_(eps).mul_(factor)
+        for other, factor in zip((p, n), of_row, strict=True)
+    )
     return to_p - to_n, to_p.neg_(), to_n
 
 
 def _fake_triplet(
-    a: Tensor, p: Tensor, n: Tensor, margin: float, order: float, eps: float, swap: bool, reduction: int
+    a: Tensor,
+    p: Tensor,
+    n: Tensor,
+    margin: float,
+    order: float,
+    eps: float,
+    swap: bool,
+    reduction: int,
 ) -> tuple[Tensor, Tensor]:
     shape = a.shape[:-1]
-    return a.new_empty(shape if reduction == NONE else ()), a.new_empty((3 if swap else 2, *shape), dtype=wide(a.dtype))
+    return a.new_empty(shape if reduction == NONE else ()), a.new_empty(
+        (3 if swap else 2, *shape), dtype=wide(a.dtype)
+    )
 
 
 def _fake_triplet_backward(dy: Tensor, a: Tensor, *rest: Any) -> tuple[Tensor, ...]:
@@ -86,32 +121,49 @@ def _formula_triplet_backward(*args: Any) -> tuple[Tensor, ...]:
 
 
 def _info_nce(
-    q: Tensor, k: Tensor, n: Tensor | None, temperature: float, symmetric: bool, reduction: int, keep: bool
+    q: Tensor,
+    k: Tensor,
+    n: Tensor | None,
+    temperature: float,
+    symmetric: bool,
+    reduction: int,
+    keep: bool,
 ) -> tuple[Tensor, Tensor]:
     if symmetric:
         return formula.info_nce(q, k, n, temperature, symmetric, reduction, keep)
     q_, k_, n_ = widen(q), widen(k), widen(n)
     count = len(q)
     width = count if n is None else 1 + n.shape[-2]
-    index = (torch.arange(count, device=q.device) if n is None else q.new_zeros(count, dtype=torch.int64)).unsqueeze(1)
+    index = (
+        torch.arange(count, device=q.device) if n is None else q.new_zeros(count, dtype=torch.int64)
+    ).unsqueeze(1)
     G = q.new_empty((count, width) if keep else 0)
     losses = q_.new_empty(count)
     for part in _chunks(count, width, SIMILARITIES):
         # the keys are everyone's; positives and negatives of one's own are of this chunk
-        keys, negatives = (k_, None) if n_ is None else (k_[part], n_ if n_.dim() == 2 else n_[part])
+        keys, negatives = (
+            (k_, None) if n_ is None else (k_[part], n_ if n_.dim() == 2 else n_[part])
+        )
         s, t = formula.logits(q_[part], keys, negatives, temperature), index[part]
         if not keep:
             losses[part] = -torch.log_softmax(s, 1).gather(1, t).squeeze(1)
             continue
         P = torch.softmax(s, 1)
-        # the largest of a row is e^0 / Σ e^(s - m): its logarithm is exact where that of a small P_t is not
+        # the largest of a row is e^0 / Σ e^(s - m): its logarithm is exact where that of a small
+        # P_t is not
         losses[part] = (s.amax(1, True) - s.gather(1, t) - P.amax(1, True).log_()).squeeze(1)
         G[part] = P.scatter_add_(1, t, P.new_full((), -1).expand_as(t)).div_(temperature)
     return reduced(losses, reduction).to(q.dtype), G
 
 
 def _fake_info_nce(
-    q: Tensor, k: Tensor, n: Tensor | None, temperature: float, symmetric: bool, reduction: int, keep: bool
+    q: Tensor,
+    k: Tensor,
+    n: Tensor | None,
+    temperature: float,
+    symmetric: bool,
+    reduction: int,
+    keep: bool,
 ) -> tuple[Tensor, Tensor]:
     count = len(q)
     kept = (count, count if n is None else 1 + n.shape[-2]) if keep else (0,)

@@ -1,7 +1,8 @@
 """Primitives of nll_loss and cross_entropy, on x (N, C) or (N, C, D).
 
-On a CPU cross_entropy walks in chunks of rows that stay in cache: one softmax, written where the gradient will stand, gives the loss and
-the gradient both. Memory sees one reading of x and one writing of dx, and no log-probabilities.
+On a CPU cross_entropy walks in chunks of rows that stay in cache: one softmax, written where the
+gradient will stand, gives the loss and the gradient both. Memory sees one reading of x and one
+writing of dx, and no log-probabilities.
 """
 
 from __future__ import annotations
@@ -28,32 +29,65 @@ SMALL = 2**16
 
 
 def is_small(x: Tensor, target: Tensor, smoothing: float) -> bool:
-    """Whether log_softmax and nll_loss, one after the other, are the quickest way there and back."""
-    return x.numel() <= SMALL and x.dim() == 2 and smoothing == 0 and x.dtype not in HALF and not target.is_floating_point()
+    """Whether log_softmax and nll_loss, one after the other, are the quickest way there and
+    back."""
+    return (
+        x.numel() <= SMALL
+        and x.dim() == 2
+        and smoothing == 0
+        and x.dtype not in HALF
+        and not target.is_floating_point()
+    )
 
 
-def nll_forward_aten(x: Tensor, target: Tensor, weight: Tensor | None, reduction: int, ignore_index: int) -> tuple[Tensor, Tensor]:
+def nll_forward_aten(
+    x: Tensor, target: Tensor, weight: Tensor | None, reduction: int, ignore_index: int
+) -> tuple[Tensor, Tensor]:
     if x.dim() == 2:
         return _nll_forward(x, target, weight, reduction, ignore_index)
-    loss, total = aten.nll_loss2d_forward.default(x.unsqueeze(3), target.unsqueeze(2), weight, reduction, ignore_index)
+    loss, total = aten.nll_loss2d_forward.default(
+        x.unsqueeze(3), target.unsqueeze(2), weight, reduction, ignore_index
+    )
     return loss.squeeze(2) if reduction == NONE else loss, total
 
 
 def nll_backward_aten(
-    dy: Tensor, x: Tensor, target: Tensor, weight: Tensor | None, total: Tensor, reduction: int, ignore_index: int
+    dy: Tensor,
+    x: Tensor,
+    target: Tensor,
+    weight: Tensor | None,
+    total: Tensor,
+    reduction: int,
+    ignore_index: int,
 ) -> Tensor:
     if x.dim() == 2:
         return _nll_backward(dy, x, target, weight, reduction, ignore_index, total)
     dy, x = dy.unsqueeze(2) if reduction == NONE else dy, x.contiguous().unsqueeze(3)
-    return aten.nll_loss2d_backward.default(dy, x, target.unsqueeze(2), weight, reduction, ignore_index, total).squeeze(3)
+    return aten.nll_loss2d_backward.default(
+        dy, x, target.unsqueeze(2), weight, reduction, ignore_index, total
+    ).squeeze(3)
 
 
 class _Target:
-    """The distribution q of each row: ``hard`` on the class ``index``, and ``soft`` over all (see the formula). (N, 1) or (N, 1, D)."""
+    """The distribution q of each row: ``hard`` on the class ``index``, and ``soft`` over all (see
+    the formula). (N, 1) or (N, 1, D)."""
 
-    def __init__(self, x: Tensor, target: Tensor, weight: Tensor | None, reduction: int, ignore_index: int, smoothing: float) -> None:
+    def __init__(
+        self,
+        x: Tensor,
+        target: Tensor,
+        weight: Tensor | None,
+        reduction: int,
+        ignore_index: int,
+        smoothing: float,
+    ) -> None:
         dtype = wide(x.dtype)
-        self.target, self.smoothing, self.reduction, self.classes = target, smoothing, reduction, x.shape[1]
+        self.target, self.smoothing, self.reduction, self.classes = (
+            target,
+            smoothing,
+            reduction,
+            x.shape[1],
+        )
         self.weight = None if weight is None else along_classes(weight.to(dtype), x)
         self.probabilities = target.is_floating_point()
         self.is_soft = self.probabilities or smoothing > 0
@@ -63,9 +97,15 @@ class _Target:
         self.counted = (target != ignore_index).unsqueeze(1)
         self.index = torch.where(self.counted, target.unsqueeze(1), 0)
         _check(self.index, x)
-        w = self.counted.to(dtype) if weight is None else torch.where(self.counted, weight.to(dtype)[self.index], 0)
+        w = (
+            self.counted.to(dtype)
+            if weight is None
+            else torch.where(self.counted, weight.to(dtype)[self.index], 0)
+        )
         self.hard = (1 - smoothing) * w if smoothing > 0 else w
-        self.uniform: Any = self.counted.to(dtype) * (smoothing / x.shape[1]) if smoothing > 0 else None
+        self.uniform: Any = (
+            self.counted.to(dtype) * (smoothing / x.shape[1]) if smoothing > 0 else None
+        )
         self.total = w.sum() if reduction == MEAN else 1
 
     def shares(self, dy: Tensor) -> Tensor:
@@ -108,7 +148,8 @@ def _walk(
     dx: Tensor | None,
     dtarget: Tensor | None,
 ) -> None:
-    """Fills what is not None: of each row its loss, m and log Σ e^(x - m), dx and the gradient of class probabilities."""
+    """Fills what is not None: of each row its loss, m and log Σ e^(x - m), dx and the gradient of
+    class probabilities."""
     dtype = wide(x.dtype)
     step = _step(x)
     scratch = torch.empty_like(x[:step], dtype=dtype) if dx is None or dx.dtype != dtype else None
@@ -124,7 +165,8 @@ def _walk(
         index: Any
         hard, index = (None, None) if q.probabilities else (q.hard[rows], q.index[rows])
         if losses is not None:
-            # the largest probability of a row is e^0 / Σ e^(x - m): its logarithm is exact where that of a small p_t is not
+            # the largest probability of a row is e^0 / Σ e^(x - m): its logarithm is exact where
+            # that of a small p_t is not
             m, top = z.amax(1, True), p.amax(1, True)
             log_sum = top.neg_() if by_logarithm else top.log_().neg_()
             if hard is not None:
@@ -135,7 +177,11 @@ def _walk(
                 statistics[0, rows], statistics[1, rows] = m.squeeze(1), log_sum.squeeze(1)
         k: Any = dy[rows] if rowwise else dy  # type: ignore[index]
         if dtarget is not None:
-            torch.mul(p, k * (q.smoothing - 1) if q.weight is None else k * (q.smoothing - 1) * q.weight, out=dtarget[rows])
+            torch.mul(
+                p,
+                k * (q.smoothing - 1) if q.weight is None else k * (q.smoothing - 1) * q.weight,
+                out=dtarget[rows],
+            )
         if dx is None:
             continue
         if by_logarithm:
@@ -152,7 +198,9 @@ def _walk(
             dx[rows] = p
 
 
-def _classes(x: Tensor, target: Tensor, weight: Tensor | None, reduction: int, ignore_index: int) -> Tensor:
+def _classes(
+    x: Tensor, target: Tensor, weight: Tensor | None, reduction: int, ignore_index: int
+) -> Tensor:
     """The loss alone, without label smoothing: by stock's two operators, chunk by chunk."""
     if not x.numel() or (x.dtype not in HALF and x.numel() <= 2 * CHUNK):
         return torch._C._nn.cross_entropy_loss(x, target, weight, reduction, ignore_index)  # type: ignore[arg-type]
@@ -162,7 +210,11 @@ def _classes(x: Tensor, target: Tensor, weight: Tensor | None, reduction: int, i
     for rows in (slice(i, i + step) for i in range(0, x.shape[0], step)):
         z = widen(x[rows])
         log_p = aten._log_softmax.out(z, 1, False, out=scratch[: z.shape[0]])
-        parts.append(nll_forward_aten(log_p, target[rows], widen(weight), NONE if reduction == NONE else SUM, ignore_index))
+        parts.append(
+            nll_forward_aten(
+                log_p, target[rows], widen(weight), NONE if reduction == NONE else SUM, ignore_index
+            )
+        )
     losses, totals = zip(*parts, strict=True)
     if reduction == NONE:
         return torch.cat(losses).to(x.dtype)
@@ -171,7 +223,13 @@ def _classes(x: Tensor, target: Tensor, weight: Tensor | None, reduction: int, i
 
 
 def forward_aten(
-    x: Tensor, target: Tensor, weight: Tensor | None, reduction: int, ignore_index: int, smoothing: float, keep: int
+    x: Tensor,
+    target: Tensor,
+    weight: Tensor | None,
+    reduction: int,
+    ignore_index: int,
+    smoothing: float,
+    keep: int,
 ) -> tuple[Tensor, Tensor]:
     if keep == NOTHING and smoothing == 0 and not target.is_floating_point():
         return _classes(x.contiguous(), target, weight, reduction, ignore_index), x.new_empty(0)
@@ -200,13 +258,16 @@ def _backward(
     need_x: bool,
     need_target: bool,
 ) -> tuple[Tensor, Tensor]:
-    """By the same walk: a softmax of a chunk costs no more than an exponential of it, so the statistics are not needed."""
+    """By the same walk: a softmax of a chunk costs no more than an exponential of it, so the
+    statistics are not needed."""
     dense = x.contiguous()
     q = _Target(dense, target, weight, reduction, ignore_index, smoothing)
     dx = torch.empty_like(dense) if need_x else None
     dtarget = torch.empty_like(dense, dtype=target.dtype) if need_target else None
     _walk(dense, q, q.shares(dy), None, None, dx, dtarget)
-    return x.new_empty(0) if dx is None else like(dx, x), x.new_empty(0) if dtarget is None else like(dtarget, target)
+    return x.new_empty(0) if dx is None else like(dx, x), x.new_empty(
+        0
+    ) if dtarget is None else like(dtarget, target)
 
 
 def like(t: Tensor, layout: Tensor) -> Tensor:
@@ -219,18 +280,30 @@ def _kept(x: Tensor, keep: int) -> Tensor:
     if keep == GRADIENT:
         return torch.empty_like(x)
     dtype = wide(x.dtype)
-    return x.new_empty((2, x.shape[0], *x.shape[2:]), dtype=dtype) if keep == STATISTICS else x.new_empty(0)
+    return (
+        x.new_empty((2, x.shape[0], *x.shape[2:]), dtype=dtype)
+        if keep == STATISTICS
+        else x.new_empty(0)
+    )
 
 
 def _fake_forward(
-    x: Tensor, target: Tensor, weight: Tensor | None, reduction: int, ignore_index: int, smoothing: float, keep: int
+    x: Tensor,
+    target: Tensor,
+    weight: Tensor | None,
+    reduction: int,
+    ignore_index: int,
+    smoothing: float,
+    keep: int,
 ) -> tuple[Tensor, Tensor]:
     return x.new_empty((x.shape[0], *x.shape[2:]) if reduction == NONE else ()), _kept(x, keep)
 
 
 def _fake_backward(dy: Tensor, x: Tensor, target: Tensor, *rest: object) -> tuple[Tensor, Tensor]:
     *_, need_x, need_target = rest
-    return torch.empty_like(x) if need_x else x.new_empty(0), torch.empty_like(target) if need_target else x.new_empty(0)
+    return torch.empty_like(x) if need_x else x.new_empty(0), torch.empty_like(
+        target
+    ) if need_target else x.new_empty(0)
 
 
 _TARGET = "Tensor target, Tensor? weight"
@@ -245,7 +318,9 @@ def _formula_forward(*args: Any) -> tuple[Tensor, Tensor]:
 def _formula_backward(*args: Any) -> tuple[Tensor, Tensor]:
     _, x, target, *_, need_x, need_target = args
     dx, dtarget = formula.backward(*args)
-    return like(dx.contiguous(), x) if need_x else dx, like(dtarget.contiguous(), target) if need_target else dtarget
+    return like(dx.contiguous(), x) if need_x else dx, like(
+        dtarget.contiguous(), target
+    ) if need_target else dtarget
 
 
 nll_forward = primitive(

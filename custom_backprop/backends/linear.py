@@ -17,9 +17,15 @@ from .library import primitive
 
 
 def gradients(
-    dy: Tensor, x: Tensor | None, weight: Tensor | None, need_x: bool, need_weight: bool, need_bias: bool
+    dy: Tensor,
+    x: Tensor | None,
+    weight: Tensor | None,
+    need_x: bool,
+    need_weight: bool,
+    need_bias: bool,
 ) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
-    """dx = dy W, dW = dyᵀ x, db = Σ_rows dy by ATen; None for each that is not needed. dx needs the weight alone, dW the input."""
+    """dx = dy W, dW = dyᵀ x, db = Σ_rows dy by ATen; None for each that is not needed. dx needs the
+    weight alone, dW the input."""
     flat = dy if dy.dim() == 2 else rows(dy)
     dx = dw = db = None
     if need_x:
@@ -37,7 +43,9 @@ def _backward(dy: Tensor, x: Tensor, weight: Tensor, *needs: bool) -> tuple[Tens
     return tuple(dy.new_empty(0) if g is None else g for g in gradients(dy, x, weight, *needs))
 
 
-def _activation_forward(x: Tensor, weight: Tensor, bias: Tensor | None, activation: str, parameters: list[float]) -> tuple[Tensor, Tensor]:
+def _activation_forward(
+    x: Tensor, weight: Tensor, bias: Tensor | None, activation: str, parameters: list[float]
+) -> tuple[Tensor, Tensor]:
     z = torch.nn.functional.linear(x, weight, bias)
     if formula.ACTIVATIONS[activation].saves_output:  # y over z, which then never stands beside it
         return ATEN_IN_PLACE[activation](z, *parameters), z.new_empty(0)
@@ -45,20 +53,31 @@ def _activation_forward(x: Tensor, weight: Tensor, bias: Tensor | None, activati
 
 
 def _activation_backward(
-    dy: Tensor, x: Tensor, weight: Tensor, saved: Tensor, activation: str, parameters: list[float], *needs: bool
+    dy: Tensor,
+    x: Tensor,
+    weight: Tensor,
+    saved: Tensor,
+    activation: str,
+    parameters: list[float],
+    *needs: bool,
 ) -> tuple[Tensor, ...]:
     return _backward(ATEN[activation][1](dy, saved, *parameters), x, weight, *needs)
 
 
 def _check(x: Tensor, weight: Tensor, bias: Tensor | None) -> None:
-    """Raises RuntimeError, as PyTorch's own product does, for shapes or dtypes that do not fit: a kernel would not see it."""
+    """Raises RuntimeError, as PyTorch's own product does, for shapes or dtypes that do not fit: a
+    kernel would not see it."""
     if weight.dim() != 2 or x.dim() == 0 or x.shape[-1] != weight.shape[1]:
-        raise RuntimeError(f"linear: an input of shape {tuple(x.shape)} does not fit a weight of shape {tuple(weight.shape)}")
+        raise RuntimeError(
+            f"linear: an input of shape {tuple(x.shape)} does not fit a weight of shape {tuple(weight.shape)}"
+        )
     if x.dtype != weight.dtype or (bias is not None and bias.dtype != weight.dtype):
         got = f"{x.dtype}, {weight.dtype}" + ("" if bias is None else f", {bias.dtype}")
         raise RuntimeError(f"linear: input, weight and bias must have the same dtype, got {got}")
     if bias is not None and bias.shape != weight.shape[:1]:
-        raise RuntimeError(f"linear: a bias of shape {tuple(bias.shape)} does not fit a weight of shape {tuple(weight.shape)}")
+        raise RuntimeError(
+            f"linear: a bias of shape {tuple(bias.shape)} does not fit a weight of shape {tuple(weight.shape)}"
+        )
 
 
 def _checked(run: Callable[..., Any]) -> Callable[..., Any]:
@@ -70,7 +89,8 @@ def _checked(run: Callable[..., Any]) -> Callable[..., Any]:
 
 
 def by_kernels(name: str) -> Callable[..., Any]:
-    """A launcher. Forced, its products run in our kernels; else a table of measurements decides between them and the vendor's library."""
+    """A launcher. Forced, its products run in our kernels; else a table of measurements decides
+    between them and the vendor's library."""
 
     def call(*args: Any) -> Any:
         return getattr(kernels("linear"), name)(*args, always=selection._forced == "triton")
@@ -100,7 +120,9 @@ def _fake_activation_forward(
     x: Tensor, weight: Tensor, bias: Tensor | None, activation: str, parameters: list[float]
 ) -> tuple[Tensor, Tensor]:
     y = _fake_forward(x, weight, bias)
-    return y, x.new_empty(0) if formula.ACTIVATIONS[activation].saves_output else torch.empty_like(y)
+    return y, x.new_empty(0) if formula.ACTIVATIONS[activation].saves_output else torch.empty_like(
+        y
+    )
 
 
 _NEEDS = "bool need_x, bool need_weight, bool need_bias"
@@ -132,5 +154,7 @@ activation_backward = primitive(
     formula=formula.linear_activation_backward,
     aten=_activation_backward,
     triton=_filled(by_kernels("activation_backward")),
-    fake=lambda dy, x, weight, saved, activation, parameters, *needs: _fake_backward(dy, x, weight, *needs),
+    fake=lambda dy, x, weight, saved, activation, parameters, *needs: _fake_backward(
+        dy, x, weight, *needs
+    ),
 )

@@ -1,7 +1,9 @@
-"""Primitives of the pointwise losses: ``<name>_forward`` and ``<name>_backward``, the methods of a ``Loss``.
+"""Primitives of the pointwise losses: ``<name>_forward`` and ``<name>_backward``, the methods of a
+``Loss``.
 
-On a CPU they walk through the tensors in chunks that stay in cache. The formula is a dozen passes, but only over a chunk: memory is read
-once and written once, which no chain of operators over whole tensors does.
+On a CPU they walk through the tensors in chunks that stay in cache. The formula is a dozen passes,
+but only over a chunk: memory is read once and written once, which no chain of operators over whole
+tensors does.
 """
 
 from __future__ import annotations
@@ -34,7 +36,9 @@ def _l1_loss(x: Tensor, t: Tensor, v: None, k: Tensor, y: Tensor | None, g: Tens
         torch.sign(d, out=g).mul_(k)
 
 
-def _binary_cross_entropy(x: Tensor, t: Tensor, v: None, k: Tensor, y: Tensor | None, g: Tensor | None) -> None:
+def _binary_cross_entropy(
+    x: Tensor, t: Tensor, v: None, k: Tensor, y: Tensor | None, g: Tensor | None
+) -> None:
     if y is not None:
         aten.binary_cross_entropy.out(x, t, None, NONE, out=y)
     if g is not None:
@@ -42,7 +46,15 @@ def _binary_cross_entropy(x: Tensor, t: Tensor, v: None, k: Tensor, y: Tensor | 
 
 
 def _fused(value: Callable[..., Any], gradient: Callable[..., Any]) -> Callable[..., None]:
-    def fill(x: Tensor, t: Tensor, v: None, k: Tensor, y: Tensor | None, g: Tensor | None, *parameters: float) -> None:
+    def fill(
+        x: Tensor,
+        t: Tensor,
+        v: None,
+        k: Tensor,
+        y: Tensor | None,
+        g: Tensor | None,
+        *parameters: float,
+    ) -> None:
         if y is not None:
             value(x, t, NONE, *parameters, out=y)
         if g is not None:
@@ -51,14 +63,18 @@ def _fused(value: Callable[..., Any], gradient: Callable[..., Any]) -> Callable[
     return fill
 
 
-def _binary_cross_entropy_with_logits(x: Tensor, t: Tensor, p: Tensor | None, k: Tensor, y: Tensor | None, g: Tensor | None) -> None:
+def _binary_cross_entropy_with_logits(
+    x: Tensor, t: Tensor, p: Tensor | None, k: Tensor, y: Tensor | None, g: Tensor | None
+) -> None:
     if y is not None:
         torch.clamp_min(x, 0, out=y).addcmul_(t, x, value=-1).add_(x.abs().neg_().exp_().log1p_())
     if g is not None:
         torch.sigmoid(x, out=g).sub_(t).mul_(k)
 
 
-def _kl_div(x: Tensor, t: Tensor, v: None, k: Tensor, y: Tensor | None, g: Tensor | None, log_target: bool) -> None:
+def _kl_div(
+    x: Tensor, t: Tensor, v: None, k: Tensor, y: Tensor | None, g: Tensor | None, log_target: bool
+) -> None:
     if log_target:
         e = torch.exp(t, out=g)
         if y is not None:
@@ -72,7 +88,16 @@ def _kl_div(x: Tensor, t: Tensor, v: None, k: Tensor, y: Tensor | None, g: Tenso
         torch.mul(t, -k, out=g)
 
 
-def _gaussian_nll_loss(x: Tensor, t: Tensor, v: Tensor, k: Tensor, y: Tensor | None, g: Tensor | None, full: bool, eps: float) -> None:
+def _gaussian_nll_loss(
+    x: Tensor,
+    t: Tensor,
+    v: Tensor,
+    k: Tensor,
+    y: Tensor | None,
+    g: Tensor | None,
+    full: bool,
+    eps: float,
+) -> None:
     v = v.clamp_min(eps)
     d = x - t
     q = torch.div(d, v, out=g)
@@ -83,7 +108,15 @@ def _gaussian_nll_loss(x: Tensor, t: Tensor, v: Tensor, k: Tensor, y: Tensor | N
 
 
 def _poisson_nll_loss(
-    x: Tensor, t: Tensor, v: None, k: Tensor, y: Tensor | None, g: Tensor | None, log_input: bool, full: bool, eps: float
+    x: Tensor,
+    t: Tensor,
+    v: None,
+    k: Tensor,
+    y: Tensor | None,
+    g: Tensor | None,
+    log_input: bool,
+    full: bool,
+    eps: float,
 ) -> None:
     e = torch.exp(x, out=y if g is None else g)
     if y is not None:
@@ -106,16 +139,19 @@ FILL: dict[str, Callable[..., None]] = {
 }
 
 
-#: the elements of a row of :func:`_mse_loss_total`, and the fewest of a tensor that is worth cutting into rows
+#: the elements of a row of :func:`_mse_loss_total`, and the fewest of a tensor that is worth
+#: cutting into rows
 ROW, ROWS = 2**7, 2**15
 
 
 def _mse_loss_total(x: Tensor, t: Tensor, v: None, k: float, g: Tensor) -> float:
-    """Reads x and t once: Σ l is the squared norm of the gradient 2 k d that was made of them, over 4 k², row by row.
+    """Reads x and t once: Σ l is the squared norm of the gradient 2 k d that was made of them, over
+    4 k², row by row.
 
-    The norm of the whole would be the same pass with long sums in few registers, which in float32 are off by 2e-5 at 2²⁰ elements; rows of
-    4096 still by 4e-6 if these are all alike; rows of 128 by 4e-8, as ``sum`` is. Where squares are too large for the dtype, or so small
-    that what is lost of them might be seen in the sum, the losses themselves are added.
+    The norm of the whole would be the same pass with long sums in few registers, which in float32
+    are off by 2e-5 at 2²⁰ elements; rows of 4096 still by 4e-6 if these are all alike; rows of 128
+    by 4e-8, as ``sum`` is. Where squares are too large for the dtype, or so small that what is lost
+    of them might be seen in the sum, the losses themselves are added.
     """
     n = g.numel()
     if n < ROWS or n % ROW or not g.is_contiguous():
@@ -129,7 +165,15 @@ def _mse_loss_total(x: Tensor, t: Tensor, v: None, k: float, g: Tensor) -> float
     return squares / (2 * dy.item()) ** 2  # the k that g was multiplied by
 
 
-def _one_by_one(fill: Callable[..., None], x: Tensor, t: Tensor, v: None, k: float, g: Tensor, *parameters: float) -> float:
+def _one_by_one(
+    fill: Callable[..., None],
+    x: Tensor,
+    t: Tensor,
+    v: None,
+    k: float,
+    g: Tensor,
+    *parameters: float,
+) -> float:
     """l stands for a moment where l_x will, and no other memory is touched."""
     dy = x.new_full((), k)
     fill(x, t, v, dy, g, None, *parameters)
@@ -138,8 +182,11 @@ def _one_by_one(fill: Callable[..., None], x: Tensor, t: Tensor, v: None, k: flo
     return total
 
 
-def _binary_cross_entropy_with_logits_total(x: Tensor, t: Tensor, v: None, k: float, g: Tensor) -> float:
-    """Σ log(1 + e^-|x|) and Σ (max(x, 0) - t x), neither of which has a negative term, each where l_x will stand."""
+def _binary_cross_entropy_with_logits_total(
+    x: Tensor, t: Tensor, v: None, k: float, g: Tensor
+) -> float:
+    """Σ log(1 + e^-|x|) and Σ (max(x, 0) - t x), neither of which has a negative term, each where
+    l_x will stand."""
     total = torch.abs(x, out=g).neg_().exp_().log1p_().sum().item()
     total += torch.clamp_min(x, 0, out=g).addcmul_(t, x, value=-1).sum().item()
     torch.sigmoid(x, out=g).sub_(t).mul_(k)
@@ -150,19 +197,28 @@ def _binary_cross_entropy_with_logits_total(x: Tensor, t: Tensor, v: None, k: fl
 TOTAL: dict[str, Callable[..., float]] = {
     "mse_loss": _mse_loss_total,
     "binary_cross_entropy_with_logits": _binary_cross_entropy_with_logits_total,
-} | {name: functools.partial(_one_by_one, FILL[name]) for name in ("smooth_l1_loss", "huber_loss", "binary_cross_entropy")}
+} | {
+    name: functools.partial(_one_by_one, FILL[name])
+    for name in ("smooth_l1_loss", "huber_loss", "binary_cross_entropy")
+}
 
-#: name -> PyTorch's own operator, which is as quick while its temporary fits in cache, and has nothing to hold
+#: name -> PyTorch's own operator, which is as quick while its temporary fits in cache, and has
+#: nothing to hold
 WHOLE: dict[str, Callable[..., Tensor]] = {
     "mse_loss": aten.mse_loss.default,
     "smooth_l1_loss": aten.smooth_l1_loss.default,
     "huber_loss": aten.huber_loss.default,
-    "binary_cross_entropy": lambda x, t, reduction: aten.binary_cross_entropy.default(x, t, None, reduction),
+    "binary_cross_entropy": lambda x, t, reduction: aten.binary_cross_entropy.default(
+        x, t, None, reduction
+    ),
 }
 
 
-def _filler(loss: Loss, x: Tensor, v: Tensor | None, w: Tensor | None, parameters: tuple[Any, ...]) -> Callable[..., None]:
-    """Writes w l into y and k w l_x into g: the short way for the plain loss in full precision, else by the formula."""
+def _filler(
+    loss: Loss, x: Tensor, v: Tensor | None, w: Tensor | None, parameters: tuple[Any, ...]
+) -> Callable[..., None]:
+    """Writes w l into y and k w l_x into g: the short way for the plain loss in full precision,
+    else by the formula."""
     if _plain(loss, x, v, w, parameters):
         short = FILL[loss.name]
         return lambda x, t, v, w, *rest: short(x, t, v, *rest)
@@ -170,7 +226,14 @@ def _filler(loss: Loss, x: Tensor, v: Tensor | None, w: Tensor | None, parameter
     value = _checked(loss, loss.value)  # PyTorch's own operator looks by itself
 
     def fill(
-        x: Tensor, t: Tensor, v: Tensor | None, w: Tensor | None, k: Tensor, y: Tensor | None, g: Tensor | None, *parameters: Any
+        x: Tensor,
+        t: Tensor,
+        v: Tensor | None,
+        w: Tensor | None,
+        k: Tensor,
+        y: Tensor | None,
+        g: Tensor | None,
+        *parameters: Any,
     ) -> None:
         x, t, v, w = map(widen, (x, t, v, w))
         if y is not None:
@@ -181,7 +244,9 @@ def _filler(loss: Loss, x: Tensor, v: Tensor | None, w: Tensor | None, parameter
     return fill
 
 
-def _plain(loss: Loss, x: Tensor, v: Tensor | None, w: Tensor | None, parameters: tuple[Any, ...]) -> bool:
+def _plain(
+    loss: Loss, x: Tensor, v: Tensor | None, w: Tensor | None, parameters: tuple[Any, ...]
+) -> bool:
     if w is not None or x.dtype in HALF:
         return False
     if loss.name == "binary_cross_entropy_with_logits":
@@ -189,8 +254,11 @@ def _plain(loss: Loss, x: Tensor, v: Tensor | None, w: Tensor | None, parameters
     return loss.name != "poisson_nll_loss" or parameters[:2] == (True, False)
 
 
-def _chunks(x: Tensor, *others: Tensor | None, size: int | None = None) -> Iterable[tuple[Any, ...]]:
-    """The tensors, all of the shape of x, cut alike, CHUNK elements or ``size``; beside them numbers (0-D) and None stay whole."""
+def _chunks(
+    x: Tensor, *others: Tensor | None, size: int | None = None
+) -> Iterable[tuple[Any, ...]]:
+    """The tensors, all of the shape of x, cut alike, CHUNK elements or ``size``; beside them
+    numbers (0-D) and None stay whole."""
     size = CHUNK if size is None else size
     tensors = (x, *others)
     n = x.numel()
@@ -201,12 +269,24 @@ def _chunks(x: Tensor, *others: Tensor | None, size: int | None = None) -> Itera
     if all(t is None or t.is_contiguous() for t in cut):
         cut, rows = [None if t is None else t.view(-1) for t in cut], n
     step = max(1, size * rows // n)
-    return zip(*(itertools.repeat(t) if c is None else c.split(step) for t, c in zip(tensors, cut, strict=True)), strict=False)
+    return zip(
+        *(
+            itertools.repeat(t) if c is None else c.split(step)
+            for t, c in zip(tensors, cut, strict=True)
+        ),
+        strict=False,
+    )
 
 
 def _forward_aten(loss: Loss) -> Callable[..., tuple[Tensor, Tensor]]:
     def forward(
-        x: Tensor, t: Tensor, v: Tensor | None, w: Tensor | None, reduction: int, hold: bool, *parameters: Any
+        x: Tensor,
+        t: Tensor,
+        v: Tensor | None,
+        w: Tensor | None,
+        reduction: int,
+        hold: bool,
+        *parameters: Any,
     ) -> tuple[Tensor, Tensor]:
         if x.device.type != "cpu":
             return loss.forward(x, t, v, w, reduction, hold, *parameters)
@@ -248,7 +328,14 @@ def _backward_aten(loss: Loss) -> Callable[..., tuple[Tensor, ...]]:
     difference = loss.dt is None
 
     def backward(
-        dy: Tensor, x: Tensor, t: Tensor, v: Tensor | None, w: Tensor | None, reduction: int, needs: list[bool], *parameters: Any
+        dy: Tensor,
+        x: Tensor,
+        t: Tensor,
+        v: Tensor | None,
+        w: Tensor | None,
+        reduction: int,
+        needs: list[bool],
+        *parameters: Any,
     ) -> tuple[Tensor, ...]:
         if x.device.type != "cpu":
             return loss.backward(dy, x, t, v, w, reduction, needs, *parameters)
@@ -258,11 +345,15 @@ def _backward_aten(loss: Loss) -> Callable[..., tuple[Tensor, ...]]:
         filled = dx if need_x else dt if need_t and difference else None
         rest = (False, need_t and not difference, need_v, need_w)
         fill = _filler(loss, x, v, w, parameters)
-        for xs, ts, vs, ws, ks, gs, *outs in _chunks(x, t, v, w, k, filled, *(g if r else None for g, r in zip(grads, rest, strict=True))):
+        for xs, ts, vs, ws, ks, gs, *outs in _chunks(
+            x, t, v, w, k, filled, *(g if r else None for g, r in zip(grads, rest, strict=True))
+        ):
             if gs is not None:
                 fill(xs, ts, vs, ws, ks, None, gs, *parameters)
             if any(rest):
-                for out, grad in zip(outs, loss.backward(ks, xs, ts, vs, ws, SUM, rest, *parameters), strict=True):
+                for out, grad in zip(
+                    outs, loss.backward(ks, xs, ts, vs, ws, SUM, rest, *parameters), strict=True
+                ):
                     if out is not None:
                         out.copy_(grad)
         if need_t and filled is not None and difference:
@@ -278,7 +369,8 @@ def _gradients(x: Tensor, needs: list[bool]) -> tuple[Tensor, ...]:
 
 
 def _check_probabilities(x: Tensor, t: Tensor) -> None:
-    """Raises RuntimeError on a CPU, as stock does, for a number outside [0, 1]. On a GPU that would wait for it."""
+    """Raises RuntimeError on a CPU, as stock does, for a number outside [0, 1]. On a GPU that would
+    wait for it."""
     for name, tensor in (("input", x), ("target", t)):
         known = tensor.device.type == "cpu" and not torch._C._functorch.is_batchedtensor(tensor)
         if known and not bool(((tensor >= 0) & (tensor <= 1)).all()):
@@ -301,7 +393,9 @@ def _define(loss: Loss) -> tuple[Callable[..., Any], Callable[..., Any]]:
     tensors = "Tensor x, Tensor t, Tensor? v, Tensor? w, int reduction"
     parameters = "".join(f", {p}" for p in loss.parameters)
 
-    def fake_forward(x: Tensor, t: Tensor, v: Any, w: Any, reduction: int, hold: bool, *parameters: Any) -> tuple[Tensor, Tensor]:
+    def fake_forward(
+        x: Tensor, t: Tensor, v: Any, w: Any, reduction: int, hold: bool, *parameters: Any
+    ) -> tuple[Tensor, Tensor]:
         y = torch.empty_like(x) if reduction == NONE else x.new_empty(())
         return y, torch.empty_like(x) if hold else x.new_empty(0)
 

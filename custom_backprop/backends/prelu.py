@@ -15,11 +15,14 @@ aten = torch.ops.aten
 
 #: elements of a pass: its temporaries stay in the cache and are never allocated at the size of x
 _CHUNK = 2**16
-#: elements up to which the calls cost more than the passes: there one ATen kernel computes dx and dy min(x, 0)
+#: elements up to which the calls cost more than the passes: there one ATen kernel computes dx and
+#: dy min(x, 0)
 _SMALL = 2**14
 
 
-def _backward(dy: Tensor, x: Tensor, weight: Tensor, need_x: bool, need_weight: bool) -> tuple[Tensor, Tensor]:
+def _backward(
+    dy: Tensor, x: Tensor, weight: Tensor, need_x: bool, need_weight: bool
+) -> tuple[Tensor, Tensor]:
     w = formula.spread(weight, x)
     if need_x and need_weight and x.numel() <= _SMALL:
         dx, dw = aten._prelu_kernel_backward.default(dy, x, w)
@@ -47,8 +50,12 @@ def _parts(*tensors: Tensor) -> Iterator[tuple[Tensor, ...]]:
         yield tuple(t[i : i + rows] for t in tensors)
 
 
-def _fake_backward(dy: Tensor, x: Tensor, weight: Tensor, need_x: bool, need_weight: bool) -> tuple[Tensor, Tensor]:
-    return torch.empty_like(x) if need_x else x.new_empty(0), torch.empty_like(weight) if need_weight else x.new_empty(0)
+def _fake_backward(
+    dy: Tensor, x: Tensor, weight: Tensor, need_x: bool, need_weight: bool
+) -> tuple[Tensor, Tensor]:
+    return torch.empty_like(x) if need_x else x.new_empty(0), torch.empty_like(
+        weight
+    ) if need_weight else x.new_empty(0)
 
 
 forward = primitive(

@@ -1,4 +1,5 @@
-"""Primitives that scale a gradient held since forward by the gradient of the loss, into a new tensor or over the old one."""
+"""Primitives that scale a gradient held since forward by the gradient of the loss, into a new
+tensor or over the old one."""
 
 from __future__ import annotations
 

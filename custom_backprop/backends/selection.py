@@ -1,4 +1,5 @@
-"""Which implementation of a primitive runs: chosen by the device of its tensors, or forced with :func:`use_backend`."""
+"""Which implementation of a primitive runs: chosen by the device of its tensors, or forced with
+:func:`use_backend`."""
 
 from __future__ import annotations
 
@@ -26,7 +27,11 @@ def why_not(backend: str, device_type: str) -> str | None:
     if find_spec("triton") is None:
         return "the package triton is not installed"
     if interpreting():
-        return None if device_type == "cpu" else "TRITON_INTERPRET=1 makes kernels run in the interpreter, on CPU tensors only"
+        return (
+            None
+            if device_type == "cpu"
+            else "TRITON_INTERPRET=1 makes kernels run in the interpreter, on CPU tensors only"
+        )
     if device_type == "cpu":
         return "Triton kernels need a GPU; set TRITON_INTERPRET=1 before the first import to run them in the interpreter"
     return None
@@ -42,24 +47,33 @@ def backend_for(device_type: str) -> str:
 
 
 class use_backend:
-    """Forces the backend of every primitive: as a setting, ``use_backend("aten")``, or as a context manager.
+    """Forces the backend of every primitive: as a setting, ``use_backend("aten")``, or as a context
+    manager.
 
     Args:
-        backend: ``"aten"`` (PyTorch's own operators), ``"triton"`` (the kernels; on CPU tensors only in Triton's interpreter),
-            ``"formula"`` (the mathematics of :mod:`custom_backprop.formulas`), or None (chosen by device, the default).
+        backend: ``"aten"`` (PyTorch's own operators), ``"triton"`` (the kernels; on CPU tensors
+            only in Triton's interpreter), ``"formula"`` (the mathematics of
+            :mod:`custom_backprop.formulas`), or None (chosen by device, the default).
 
-    The setting belongs to the process, as torch's own backend flags do: autograd runs backward on threads of its own.
+    The setting belongs to the process, as torch's own backend flags do: autograd runs backward on
+    threads of its own.
 
     Raises:
         ValueError: the name is unknown.
-        RuntimeError: the backend cannot run on this machine at all. Tensors that it cannot run on raise when they are met.
+        RuntimeError: the backend cannot run on this machine at all. Tensors that it cannot run on
+            raise when they are met.
     """
 
     def __init__(self, backend: str | None) -> None:
         global _forced
         if backend is not None and backend not in BACKENDS:
-            raise ValueError(f"unknown backend {backend!r}: choose one of {', '.join(map(repr, BACKENDS))} or None")
-        if backend == "triton" and (reason := why_not("triton", "cuda" if _has_gpu() else "cpu")) is not None:
+            raise ValueError(
+                f"unknown backend {backend!r}: choose one of {', '.join(map(repr, BACKENDS))} or None"
+            )
+        if (
+            backend == "triton"
+            and (reason := why_not("triton", "cuda" if _has_gpu() else "cpu")) is not None
+        ):
             raise RuntimeError(f"backend 'triton' cannot run here: {reason}")
         self._backend = backend
         self._previous = _forced
@@ -68,7 +82,12 @@ class use_backend:
     def __enter__(self) -> use_backend:
         return self
 
-    def __exit__(self, kind: type[BaseException] | None, value: BaseException | None, trace: TracebackType | None) -> None:
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        value: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
         global _forced
         _forced = self._previous
 
@@ -90,7 +109,8 @@ def takes_kernels(t: torch.Tensor) -> bool:
 
 @cache
 def _kernels_run_on_cuda() -> bool:
-    """Found out once: what is installed stays, and the interpreter's setting counts when a kernel is decorated."""
+    """Found out once: what is installed stays, and the interpreter's setting counts when a kernel
+    is decorated."""
     return why_not("triton", "cuda") is None
 
 

@@ -1,6 +1,8 @@
-"""Primitives of the softmaxes: ``<name>_forward(x, dim, dtype)`` and ``<name>_backward(dy, y, dim, dtype)``, with ``dim`` >= 0.
+"""Primitives of the softmaxes: ``<name>_forward(x, dim, dtype)`` and ``<name>_backward(dy, y, dim,
+dtype)``, with ``dim`` >= 0.
 
-Forward computes in ``dtype`` (None: that of x), backward returns dx in ``dtype``, that of x. Results are contiguous, as PyTorch's own are.
+Forward computes in ``dtype`` (None: that of x), backward returns dx in ``dtype``, that of x.
+Results are contiguous, as PyTorch's own are.
 """
 
 from __future__ import annotations
@@ -47,7 +49,8 @@ def _softmax_into(dx: Tensor, dy: Tensor, y: Tensor, dim: int) -> Tensor:
     return _softmax_backward_into(dy, y, dim, y.dtype, grad_input=dx)
 
 
-#: name -> the backward of one dtype that writes into a dx that is dy or y itself: a row is read whole before it is written
+#: name -> the backward of one dtype that writes into a dx that is dy or y itself: a row is read
+#: whole before it is written
 ATEN_INTO: dict[str, Callable[..., Tensor]] = {
     "softmax": _softmax_into,
     "softmin": lambda dx, dy, y, dim: _softmax_into(dx, dy, y, dim).neg_(),
@@ -58,10 +61,14 @@ ATEN_INTO: dict[str, Callable[..., Tensor]] = {
 def _define(s: Softmax) -> tuple[Callable[..., Tensor], Callable[..., Tensor]]:
     forward_aten, backward_aten = ATEN[s.name]
 
-    def vmap_forward(info: Any, in_dims: Any, x: Tensor, dim: int, dtype: torch.dtype | None) -> tuple[Tensor, int]:
+    def vmap_forward(
+        info: Any, in_dims: Any, x: Tensor, dim: int, dtype: torch.dtype | None
+    ) -> tuple[Tensor, int]:
         return forward(x.movedim(in_dims[0], 0), dim + 1, dtype), 0
 
-    def vmap_backward(info: Any, in_dims: Any, dy: Tensor, y: Tensor, dim: int, dtype: torch.dtype) -> tuple[Tensor, int]:
+    def vmap_backward(
+        info: Any, in_dims: Any, dy: Tensor, y: Tensor, dim: int, dtype: torch.dtype
+    ) -> tuple[Tensor, int]:
         return backward(*fold_batch((dy, y), in_dims[:2], info.batch_size), dim + 1, dtype), 0
 
     forward = primitive(

@@ -1,4 +1,5 @@
-"""Proves every op's backward against PyTorch autograd: every check on every op of the database, one row an op."""
+"""Proves every op's backward against PyTorch autograd: every check on every op of the database, one
+row an op."""
 
 from __future__ import annotations
 
@@ -14,15 +15,37 @@ import torch
 from ..backends import BACKENDS, why_not
 from ..testing import CHECKS, Report, Result, check_op, database
 from ..testing.validate import SYMBOL
-from .work import add_common, check_device, check_json, in_processes, interpreter, refuse, select, table
+from .work import (
+    add_common,
+    check_device,
+    check_json,
+    in_processes,
+    interpreter,
+    refuse,
+    select,
+    table,
+)
 
 
 def add_parser(subparsers: Any) -> argparse.ArgumentParser:
     """Adds this command to the command line."""
-    parser = subparsers.add_parser("check", help="prove each op's backward against PyTorch autograd", description=__doc__)
+    parser = subparsers.add_parser(
+        "check", help="prove each op's backward against PyTorch autograd", description=__doc__
+    )
     add_common(parser)
-    parser.add_argument("--backend", action="append", choices=BACKENDS, help="may be given several times; default: all that can run here")
-    parser.add_argument("--check", action="append", choices=list(CHECKS), dest="checks", help="only this check; may be given several times")
+    parser.add_argument(
+        "--backend",
+        action="append",
+        choices=BACKENDS,
+        help="may be given several times; default: all that can run here",
+    )
+    parser.add_argument(
+        "--check",
+        action="append",
+        choices=list(CHECKS),
+        dest="checks",
+        help="only this check; may be given several times",
+    )
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     return parser
 
@@ -35,7 +58,9 @@ def run(args: argparse.Namespace) -> int:
     check_device(args.device)
     if torch.device(args.device).type not in ("cpu", "cuda"):
         refuse(f"--device {args.device}: the checks need numbers, on a CPU or a GPU")
-    with interpreter(True) if args.device == "cpu" else nullcontext():  # without a GPU the interpreter runs the kernels, and so proves them
+    with (
+        interpreter(True) if args.device == "cpu" else nullcontext()
+    ):  # without a GPU the interpreter runs the kernels, and so proves them
         reasons = {b: why_not(b, args.device) for b in args.backend or BACKENDS}
         for backend, reason in reasons.items():
             if reason and args.backend:
@@ -44,20 +69,29 @@ def run(args: argparse.Namespace) -> int:
                 print(f"without backend {backend}: {reason}")
         backends = [b for b, reason in reasons.items() if reason is None]
         start = time.perf_counter()
-        work = [(name, backend, args.device, tuple(checks)) for name in names for backend in backends]
+        work = [
+            (name, backend, args.device, tuple(checks)) for name in names for backend in backends
+        ]
         results = in_processes(_check, work, args.jobs)
         seconds = time.perf_counter() - start
     reports = {item[:2]: _report(item[0], result) for item, result in results.items()}
     for backend in backends:
-        print(f"\nbackend {backend}\n{_rows({name: reports[name, backend] for name in names}, checks)}")
+        print(
+            f"\nbackend {backend}\n{_rows({name: reports[name, backend] for name in names}, checks)}"
+        )
     failed = [key for key, report in reports.items() if not report.passed]
     for name, backend in failed:
         for result in reports[name, backend].results:
             if result.status == "fail":
                 print(f"\nFAIL {name} [{backend}] {result.check}\n  {result.detail}")
-    print(f"\n{len(work) - len(failed)} passed, {len(failed)} failed: {len(names)} ops on {', '.join(backends)} in {seconds:.0f} s")
+    print(
+        f"\n{len(work) - len(failed)} passed, {len(failed)} failed: {len(names)} ops on {', '.join(backends)} in {seconds:.0f} s"
+    )
     if args.json:
-        found = [{"op": n, "backend": b, "formula": database()[n].formula, **r.to_dict()} for (n, b), r in reports.items()]
+        found = [
+            {"op": n, "backend": b, "formula": database()[n].formula, **r.to_dict()}
+            for (n, b), r in reports.items()
+        ]
         Path(args.json).write_text(json.dumps(found, indent=1) + "\n")
         print(f"wrote {args.json}")
     return 1 if failed else 0
@@ -68,18 +102,34 @@ def _check(name: str, backend: str, device: str, checks: tuple[str, ...]) -> Rep
 
 
 def _report(name: str, result: Report | BaseException) -> Report:
-    return result if isinstance(result, Report) else Report(name, [Result("run", "fail", f"{type(result).__name__}: {result}")])
+    return (
+        result
+        if isinstance(result, Report)
+        else Report(name, [Result("run", "fail", f"{type(result).__name__}: {result}")])
+    )
 
 
 def _rows(reports: dict[str, Report], checks: list[str]) -> str:
-    """One row an op. The names of the checks are longer than their marks, so they stand above them as a staircase."""
+    """One row an op. The names of the checks are longer than their marks, so they stand above them
+    as a staircase."""
     width = max(map(len, reports))
     stairs = [" " * width + "  " + "│  " * i + check for i, check in enumerate(checks)]
     rows: list[list[str]] = []
     for name, report in reports.items():
         marks = {r.check: SYMBOL[r.status] for r in report.results}
-        errors = ["{:.0e} / {:.0e}".format(*report.errors[d]) if d in report.errors else "-" for d in ("float32", "bfloat16")]
-        rows.append([name.ljust(width), "".join("X  " if (m := marks.get(c, "?")) == "FAIL" else f"{m:<3}" for c in checks), *errors])
+        errors = [
+            "{:.0e} / {:.0e}".format(*report.errors[d]) if d in report.errors else "-"
+            for d in ("float32", "bfloat16")
+        ]
+        rows.append(
+            [
+                name.ljust(width),
+                "".join("X  " if (m := marks.get(c, "?")) == "FAIL" else f"{m:<3}" for c in checks),
+                *errors,
+            ]
+        )
         rows[-1].append(database()[name].formula)
-    heading = [[" " * width, "│  " * len(checks), "float32 error: ours / torch's", "bfloat16", "formula"]]
+    heading = [
+        [" " * width, "│  " * len(checks), "float32 error: ours / torch's", "bfloat16", "formula"]
+    ]
     return "\n".join([*stairs, table([*heading, *rows])])

@@ -1,4 +1,5 @@
-"""Counts what one forward and one backward of a model cost, layer by layer, with torch's layers and with ours."""
+"""Counts what one forward and one backward of a model cost, layer by layer, with torch's layers and
+with ours."""
 
 from __future__ import annotations
 
@@ -22,10 +23,19 @@ def add_parser(subparsers: Any) -> argparse.ArgumentParser:
     help = "count what forward and backward of a model cost, layer by layer"
     parser = subparsers.add_parser("cost", help=help, description=f"{__doc__} {LEGEND}.")
     what = "a callable that returns (model, inputs), (model, inputs, loss) or (model, inputs, loss, *targets)"
-    parser.add_argument("model", metavar="MODEL", help=f"{', '.join(EXAMPLES)}, or package.module:callable, {what}")
-    parser.add_argument("--batch", type=count, metavar="N", help="passed to the callable as batch=N; default: its own")
     parser.add_argument(
-        "--device", default="cuda" if torch.cuda.is_available() else "cpu", help="meta: without computing; default: %(default)s"
+        "model", metavar="MODEL", help=f"{', '.join(EXAMPLES)}, or package.module:callable, {what}"
+    )
+    parser.add_argument(
+        "--batch",
+        type=count,
+        metavar="N",
+        help="passed to the callable as batch=N; default: its own",
+    )
+    parser.add_argument(
+        "--device",
+        default="cuda" if torch.cuda.is_available() else "cpu",
+        help="meta: without computing; default: %(default)s",
     )
     parser.add_argument("--json", metavar="F", help="also write the figures to this file")
     return parser
@@ -44,7 +54,9 @@ def run(args: argparse.Namespace) -> int:
     with torch.device(args.device):  # made there: on meta, a model larger than the memory too
         built = build(**arguments)
     if not (isinstance(built, tuple) and len(built) >= 2 and isinstance(built[0], nn.Module)):
-        refuse(f"{args.model} must return (model, inputs), (model, inputs, loss) or (model, inputs, loss, *targets)")
+        refuse(
+            f"{args.model} must return (model, inputs), (model, inputs, loss) or (model, inputs, loss, *targets)"
+        )
     model, inputs, loss, *targets = (*built, None)[: max(3, len(built))]
     for module in (model, loss):
         if isinstance(module, nn.Module):
@@ -65,7 +77,9 @@ def run(args: argparse.Namespace) -> int:
 def _found(name: str) -> Callable[..., Any]:
     module, _, attribute = name.partition(":")
     if not (module and attribute):
-        refuse(f"no example {name!r}; there are {', '.join(EXAMPLES)}, or give package.module:callable")
+        refuse(
+            f"no example {name!r}; there are {', '.join(EXAMPLES)}, or give package.module:callable"
+        )
     try:
         found = getattr(importlib.import_module(module), attribute)
     except ImportError as error:
@@ -86,7 +100,12 @@ def count(text: str) -> int:
 def digits(batch: int = 32) -> tuple[Any, ...]:
     """The network of examples/digits.py, with 256 and 128 units."""
     layers = (nn.Linear(64, 256), nn.ReLU(), nn.Linear(256, 128), nn.ReLU(), nn.Linear(128, 10))
-    return nn.Sequential(*layers), torch.rand(batch, 64), nn.CrossEntropyLoss(), torch.randint(10, (batch,))
+    return (
+        nn.Sequential(*layers),
+        torch.rand(batch, 64),
+        nn.CrossEntropyLoss(),
+        torch.randint(10, (batch,)),
+    )
 
 
 def linear_regression(batch: int = 100) -> tuple[Any, ...]:
@@ -96,21 +115,32 @@ def linear_regression(batch: int = 100) -> tuple[Any, ...]:
 
 def autoencoder(batch: int = 64) -> tuple[Any, ...]:
     """The nonlinear one of examples/autoencoder.py, with a code of 2 numbers."""
-    inner, outer = (nn.Linear(64, 64), nn.Tanh(), nn.Linear(64, 2)), (nn.Linear(2, 64), nn.Tanh(), nn.Linear(64, 64))
+    inner, outer = (
+        (nn.Linear(64, 64), nn.Tanh(), nn.Linear(64, 2)),
+        (nn.Linear(2, 64), nn.Tanh(), nn.Linear(64, 64)),
+    )
     return nn.Sequential(*inner, *outer), (x := torch.rand(batch, 64)), nn.MSELoss(), x
 
 
 def vanishing_gradients(batch: int = 64) -> tuple[Any, ...]:
     """The twenty sigmoid layers of examples/vanishing_gradients.py."""
     layers = [layer for _ in range(20) for layer in (nn.Linear(64, 64), nn.Sigmoid())]
-    return nn.Sequential(*layers, nn.Linear(64, 10)), torch.rand(batch, 64), nn.CrossEntropyLoss(), torch.randint(10, (batch,))
+    return (
+        nn.Sequential(*layers, nn.Linear(64, 10)),
+        torch.rand(batch, 64),
+        nn.CrossEntropyLoss(),
+        torch.randint(10, (batch,)),
+    )
 
 
 def transformer(batch: int = 8) -> tuple[Any, ...]:
     """An encoder layer: sequences of 128 tokens, 64 features, 4 heads."""
-    return nn.TransformerEncoderLayer(64, 4, 256, dropout=0.0, batch_first=True), torch.rand(batch, 128, 64)
+    return nn.TransformerEncoderLayer(64, 4, 256, dropout=0.0, batch_first=True), torch.rand(
+        batch, 128, 64
+    )
 
 
 EXAMPLES: dict[str, Callable[..., tuple[Any, ...]]] = {
-    f.__name__: f for f in (digits, linear_regression, autoencoder, vanishing_gradients, transformer)
+    f.__name__: f
+    for f in (digits, linear_regression, autoencoder, vanishing_gradients, transformer)
 }

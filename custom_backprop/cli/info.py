@@ -19,7 +19,9 @@ from ..testing import TARGETS, database
 
 def add_parser(subparsers: Any) -> argparse.ArgumentParser:
     """Adds this command to the command line."""
-    return subparsers.add_parser("info", help="say what this machine can run, and why not the rest", description=__doc__)
+    return subparsers.add_parser(
+        "info", help="say what this machine can run, and why not the rest", description=__doc__
+    )
 
 
 def run(args: argparse.Namespace) -> int:
@@ -28,11 +30,18 @@ def run(args: argparse.Namespace) -> int:
     for spec in database().values():
         families.setdefault(spec.family, []).append(spec.name)
     sections: dict[str, list[list[str]]] = {
-        "versions": [["custom_backprop", __version__], ["python", platform.python_version()], *([p, _version(p)] for p in PACKAGES)],
+        "versions": [
+            ["custom_backprop", __version__],
+            ["python", platform.python_version()],
+            *([p, _version(p)] for p in PACKAGES),
+        ],
         "devices": _devices(),
         "backends": [[f"{b} on {d}", _runs(b, d)] for d in ("cpu", "cuda") for b in BACKENDS],
         "tools": [
-            ["interpreter", f"{'on' if interpreting() else 'off'} (TRITON_INTERPRET={os.environ.get('TRITON_INTERPRET', '')})"],
+            [
+                "interpreter",
+                f"{'on' if interpreting() else 'off'} (TRITON_INTERPRET={os.environ.get('TRITON_INTERPRET', '')})",
+            ],
             ["inductor", _inductor()],
             ["offline compiler", _offline()],
         ],
@@ -59,21 +68,36 @@ def _version(package: str) -> str:
 
 
 def _devices() -> list[list[str]]:
-    found = [["cpu", f"{torch.get_num_threads()} threads, {torch.backends.cpu.get_cpu_capability()}"]]
+    found = [
+        ["cpu", f"{torch.get_num_threads()} threads, {torch.backends.cpu.get_cpu_capability()}"]
+    ]
     for i in range(torch.cuda.device_count()):
         p = torch.cuda.get_device_properties(i)
-        found.append([f"cuda:{i}", f"{p.name}, {p.multi_processor_count} multiprocessors, {p.total_memory / 2**30:.0f} GiB"])
+        found.append(
+            [
+                f"cuda:{i}",
+                f"{p.name}, {p.multi_processor_count} multiprocessors, {p.total_memory / 2**30:.0f} GiB",
+            ]
+        )
     if len(found) == 1:
         found.append(["cuda", _no_gpu()])
     return found
 
 
 def _no_gpu() -> str:
-    return "no GPU is visible" if torch.version.cuda or torch.version.hip else "this torch was built without CUDA and ROCm"
+    return (
+        "no GPU is visible"
+        if torch.version.cuda or torch.version.hip
+        else "this torch was built without CUDA and ROCm"
+    )
 
 
 def _runs(backend: str, device: str) -> str:
-    reason = _no_gpu() if device == "cuda" and not torch.cuda.is_available() else why_not(backend, device)
+    reason = (
+        _no_gpu()
+        if device == "cuda" and not torch.cuda.is_available()
+        else why_not(backend, device)
+    )
     if reason is not None:
         return f"no: {reason}"
     default = "triton" if device == "cuda" and why_not("triton", device) is None else "aten"

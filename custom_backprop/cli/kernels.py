@@ -1,7 +1,9 @@
-"""Compiles every kernel for GPUs that need not be here, and prints what it takes; or, with --audit, what it touches in the interpreter.
+"""Compiles every kernel for GPUs that need not be here, and prints what it takes; or, with --audit,
+what it touches in the interpreter.
 
 The kernels are those of the ops and of the optimizers.
-The exit code is 1 if a kernel spills, is atomic or takes more shared memory than a block has; in the audit, if it touches what it must not.
+The exit code is 1 if a kernel spills, is atomic or takes more shared memory than a block has; in
+the audit, if it touches what it must not.
 """
 
 from __future__ import annotations
@@ -23,10 +25,22 @@ from .work import add_common, check_json, in_processes, interpreter, refuse, sel
 
 def add_parser(subparsers: Any) -> argparse.ArgumentParser:
     """Adds this command to the command line."""
-    parser = subparsers.add_parser("kernels", help="compile every kernel without a GPU, or audit its memory accesses", description=__doc__)
+    parser = subparsers.add_parser(
+        "kernels",
+        help="compile every kernel without a GPU, or audit its memory accesses",
+        description=__doc__,
+    )
     add_common(parser)
-    parser.add_argument("--target", default=",".join(TARGETS), help="some of %(default)s (the default), with commas between")
-    parser.add_argument("--audit", action="store_true", help="run the kernels in Triton's interpreter and watch every load and store")
+    parser.add_argument(
+        "--target",
+        default=",".join(TARGETS),
+        help="some of %(default)s (the default), with commas between",
+    )
+    parser.add_argument(
+        "--audit",
+        action="store_true",
+        help="run the kernels in Triton's interpreter and watch every load and store",
+    )
     return parser
 
 
@@ -45,15 +59,29 @@ def run(args: argparse.Namespace) -> int:
     with interpreter(args.audit):
         items = [(n,) for n in names] if args.audit else [(n, t) for n in names for t in targets]
         results = in_processes(_audit if args.audit else _compile, items, args.jobs)
-    done = {item: result for item, result in results.items() if not isinstance(result, BaseException)}
+    done = {
+        item: result for item, result in results.items() if not isinstance(result, BaseException)
+    }
     if args.audit:
         print(_audited({name: seen for (name,), seen in done.items()}))
-        found = [{"op": name, **launch} for (name,), seen in done.items() for launch in seen.to_dict()["launches"]]
+        found = [
+            {"op": name, **launch}
+            for (name,), seen in done.items()
+            for launch in seen.to_dict()["launches"]
+        ]
     else:
         for target in targets:
-            print(f"\n{target}\n{_compiled({name: found for (name, t), found in done.items() if t == target})}")
-        found = [{"op": name, **r.to_dict()} for (name, _), compiled in done.items() for r in compiled]
-    faults = [f"{' on '.join(item)}: {type(e).__name__}: {e}" for item, e in results.items() if isinstance(e, BaseException)]
+            print(
+                f"\n{target}\n{_compiled({name: found for (name, t), found in done.items() if t == target})}"
+            )
+        found = [
+            {"op": name, **r.to_dict()} for (name, _), compiled in done.items() for r in compiled
+        ]
+    faults = [
+        f"{' on '.join(item)}: {type(e).__name__}: {e}"
+        for item, e in results.items()
+        if isinstance(e, BaseException)
+    ]
     faults += [f"{f['op']}: {_label(f)}: {fault}" for f in found for fault in f["faults"]]
     for fault in dict.fromkeys(faults):
         print(f"FAULT {fault}")
@@ -68,7 +96,11 @@ def run(args: argparse.Namespace) -> int:
 
 
 def _compile(name: str, target: str) -> list[Resources]:
-    return compile_calls(steps(name), target) if name in OPTIMIZERS else compile_op(database()[name], target)
+    return (
+        compile_calls(steps(name), target)
+        if name in OPTIMIZERS
+        else compile_op(database()[name], target)
+    )
 
 
 def _audit(name: str) -> Audit:
@@ -76,19 +108,43 @@ def _audit(name: str) -> Audit:
 
 
 def _label(found: dict[str, Any]) -> str:
-    return f"{found['kernel']} ({found['signature']}; {found['constants']}) on {found['target']}" if "target" in found else found["kernel"]
+    return (
+        f"{found['kernel']} ({found['signature']}; {found['constants']}) on {found['target']}"
+        if "target" in found
+        else found["kernel"]
+    )
 
 
 def _compiled(compiled: dict[str, list[Resources]]) -> str:
-    """One row for each op, kernel and dtype: the most of everything over its variants (sizes, alignments, compile-time arguments)."""
+    """One row for each op, kernel and dtype: the most of everything over its variants (sizes,
+    alignments, compile-time arguments)."""
     groups: dict[tuple[str, str, str], list[Resources]] = {}
     for op, resources in compiled.items():
         for r in resources:
             groups.setdefault((op, r.kernel, r.signature.split(",")[0].strip("*")), []).append(r)
-    rows = [["op", "kernel", "dtype", "variants", "warps", "registers", "spilled", "shared", "128-bit loads", "128-bit stores", "atomics"]]
+    rows = [
+        [
+            "op",
+            "kernel",
+            "dtype",
+            "variants",
+            "warps",
+            "registers",
+            "spilled",
+            "shared",
+            "128-bit loads",
+            "128-bit stores",
+            "atomics",
+        ]
+    ]
     for key, group in groups.items():
-        most = [str(max(getattr(r, field) for r in group)) for field in ("num_warps", "registers", "spilled", "shared")]
-        rows.append([*key, str(len(group)), *most, *_wide(group), str(max(r.atomics for r in group))])
+        most = [
+            str(max(getattr(r, field) for r in group))
+            for field in ("num_warps", "registers", "spilled", "shared")
+        ]
+        rows.append(
+            [*key, str(len(group)), *most, *_wide(group), str(max(r.atomics for r in group))]
+        )
     return table(rows)
 
 
@@ -112,7 +168,17 @@ def _audited(audits: dict[str, Audit]) -> str:
     rows = [["op", "kernel", "launches", "most programs", "moved / floor", "faults", "read again"]]
     for key, group in groups.items():
         ratio = sum(i.moved for i in group) / max(1, sum(i.floor for i in group))
-        again = {name: max(i.reread.get(name, 1.0) for i in group) for i in group for name in i.reread}
-        rows.append([*key, str(len(group)), str(max(i.programs for i in group)), f"{ratio:.3f}", str(sum(len(i.faults) for i in group))])
+        again = {
+            name: max(i.reread.get(name, 1.0) for i in group) for i in group for name in i.reread
+        }
+        rows.append(
+            [
+                *key,
+                str(len(group)),
+                str(max(i.programs for i in group)),
+                f"{ratio:.3f}",
+                str(sum(len(i.faults) for i in group)),
+            ]
+        )
         rows[-1].append(", ".join(f"{name} x{times:.1f}" for name, times in again.items()))
     return table(rows)

@@ -1,4 +1,5 @@
-"""What the commands share: which ops are meant, processes to work on them, a table, and errors of the caller."""
+"""What the commands share: which ops are meant, processes to work on them, a table, and errors of
+the caller."""
 
 from __future__ import annotations
 
@@ -26,7 +27,13 @@ def add_common(parser: argparse.ArgumentParser) -> None:
         metavar="OP",
         help="an op, that one alone; or a family that is no op (activation, loss, contrastive), all its ops; default: all",
     )
-    parser.add_argument("--jobs", type=int, default=os.cpu_count() or 1, metavar="N", help="processes; default: one a core")
+    parser.add_argument(
+        "--jobs",
+        type=int,
+        default=os.cpu_count() or 1,
+        metavar="N",
+        help="processes; default: one a core",
+    )
     parser.add_argument("--json", metavar="F", help="also write the results to this file")
 
 
@@ -46,7 +53,10 @@ def check_device(device: str) -> None:
     """Refuses a device that this machine does not have."""
     try:
         torch.empty(0, device=device)
-    except (AssertionError, RuntimeError) as error:  # AssertionError: cuda, of a torch built without it
+    except (
+        AssertionError,
+        RuntimeError,
+    ) as error:  # AssertionError: cuda, of a torch built without it
         refuse(f"no device {device!r}: {str(error).splitlines()[0]}")
 
 
@@ -60,7 +70,8 @@ def select(wanted: Sequence[str]) -> list[str]:
 
 @contextmanager
 def interpreter(on: bool) -> Iterator[None]:
-    """Triton's interpreter for the processes that start inside: it is chosen before kernels are decorated, so never in this one."""
+    """Triton's interpreter for the processes that start inside: it is chosen before kernels are
+    decorated, so never in this one."""
     before = os.environ.get("TRITON_INTERPRET")
     os.environ["TRITON_INTERPRET"] = "1" if on else "0"
     try:
@@ -72,11 +83,18 @@ def interpreter(on: bool) -> Iterator[None]:
             os.environ["TRITON_INTERPRET"] = before
 
 
-def in_processes(function: Callable[..., Any], items: Sequence[tuple[Any, ...]], jobs: int) -> dict[tuple[Any, ...], Any]:
-    """item -> ``function(*item)``, or the exception that it raised, computed in fresh processes under a progress bar."""
+def in_processes(
+    function: Callable[..., Any], items: Sequence[tuple[Any, ...]], jobs: int
+) -> dict[tuple[Any, ...], Any]:
+    """item -> ``function(*item)``, or the exception that it raised, computed in fresh processes
+    under a progress bar."""
     results: dict[tuple[Any, ...], Any] = {}
-    with ProcessPoolExecutor(max(1, min(jobs, len(items))), mp_context=get_context("spawn"), initializer=_one_thread) as pool:
-        futures: dict[Future[Any], tuple[Any, ...]] = {pool.submit(function, *item): item for item in items}
+    with ProcessPoolExecutor(
+        max(1, min(jobs, len(items))), mp_context=get_context("spawn"), initializer=_one_thread
+    ) as pool:
+        futures: dict[Future[Any], tuple[Any, ...]] = {
+            pool.submit(function, *item): item for item in items
+        }
         try:
             with progress(len(items), "op") as bar:
                 for future in as_completed(futures):
@@ -100,5 +118,10 @@ def table(rows: Iterable[Sequence[Any]]) -> str:
     """Columns as wide as their widest cell; numbers to the right."""
     cells = [[str(c) for c in row] for row in rows]
     widths = [max(map(len, column)) for column in zip(*cells, strict=True)]
-    lines = ["  ".join(c.rjust(w) if c[:1].isdigit() else c.ljust(w) for c, w in zip(row, widths, strict=True)) for row in cells]
+    lines = [
+        "  ".join(
+            c.rjust(w) if c[:1].isdigit() else c.ljust(w) for c, w in zip(row, widths, strict=True)
+        )
+        for row in cells
+    ]
     return "\n".join(line.rstrip() for line in lines)

@@ -1,7 +1,9 @@
-"""Our ops among many processes: DTensor (tensor parallel), and a cross-entropy whose classes are spread over the ranks.
+"""Our ops among many processes: DTensor (tensor parallel), and a cross-entropy whose classes are
+spread over the ranks.
 
-DDP and FSDP2 need nothing of this: they move parameters and gradients, and no op sees it. A DTensor does reach the op. Importing this
-module tells PyTorch what each primitive does with one (``sharding.py``), so that ``parallelize_module`` takes our layers.
+DDP and FSDP2 need nothing of this: they move parameters and gradients, and no op sees it. A DTensor
+does reach the op. Importing this module tells PyTorch what each primitive does with one
+(``sharding.py``), so that ``parallelize_module`` takes our layers.
 """
 
 from . import sharding

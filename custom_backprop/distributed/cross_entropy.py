@@ -1,11 +1,15 @@
-"""Cross-entropy of logits whose classes are spread over the ranks of a group: no rank ever holds a whole row.
+"""Cross-entropy of logits whose classes are spread over the ranks of a group: no rank ever holds a
+whole row.
 
-With m the largest logit of a row over all ranks, Z = Σ_c e^(x_c - m), C classes and s = label_smoothing,
+With m the largest logit of a row over all ranks, Z = Σ_c e^(x_c - m), C classes and s =
+label_smoothing,
 
     L = log Z - (1 - s) (x_t - m) - s/C Σ_c (x_c - m),    dx_c = dy (p_c - (1 - s) [c = t] - s/C),    p_c = e^(x_c - m) / Z.
 
-Each rank knows its part of every sum over c, and x_t is such a sum too, of one term. Two all-reduces therefore give all ranks the loss: one
-for m, one for the sums, two or three numbers a row. dx_c needs m and Z alone, which every rank has by then: backward sends nothing.
+Each rank knows its part of every sum over c, and x_t is such a sum too, of one term. Two
+all-reduces therefore give all ranks the loss: one
+for m, one for the sums, two or three numbers a row. dx_c needs m and Z alone, which every rank has
+by then: backward sends nothing.
 """
 
 from __future__ import annotations
@@ -27,7 +31,15 @@ class _VocabParallelCrossEntropy(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx: Any, x: Tensor, target: Tensor, group: Any, first: int, classes: int, ignore_index: int, reduction: int, smoothing: float
+        ctx: Any,
+        x: Tensor,
+        target: Tensor,
+        group: Any,
+        first: int,
+        classes: int,
+        ignore_index: int,
+        reduction: int,
+        smoothing: float,
     ) -> Tensor:
         wide, counted = widen(x), target != ignore_index
         largest = wide.amax(1)
@@ -44,7 +56,11 @@ class _VocabParallelCrossEntropy(torch.autograd.Function):
         rows = log_z - (1 - smoothing) * sums[0]
         if smoothing:
             rows -= smoothing / classes * sums[1]
-        w = torch.where((target >= 0) & (target < classes), 1.0, torch.nan).to(wide.dtype).masked_fill(~counted, 0)
+        w = (
+            torch.where((target >= 0) & (target < classes), 1.0, torch.nan)
+            .to(wide.dtype)
+            .masked_fill(~counted, 0)
+        )
         ctx.save_for_backward(x, target, here, index, largest, log_z, w)
         ctx.options = classes, ignore_index, reduction, smoothing
         return reduced(torch.where(counted, w * rows, 0), w.sum(), reduction).to(x.dtype)
@@ -53,8 +69,11 @@ class _VocabParallelCrossEntropy(torch.autograd.Function):
     def backward(ctx: Any, dy: Tensor) -> Any:
         with torch.no_grad():
             dx = _VocabParallelCrossEntropy._gradient(ctx, dy)
-        # torch's once_differentiable lets the gradient pass for a constant where dy needs none itself
-        return _NotTwice.apply(dx, ctx.saved_tensors[0], dy) if torch.is_grad_enabled() else dx, *(None,) * 7
+        # torch's once_differentiable lets the gradient pass for a constant where dy needs none
+        # itself
+        return _NotTwice.apply(dx, ctx.saved_tensors[0], dy) if torch.is_grad_enabled() else dx, *(
+            None,
+        ) * 7
 
     @staticmethod
     def _gradient(ctx: Any, dy: Tensor) -> Tensor:
@@ -77,7 +96,9 @@ class _NotTwice(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, dy: Tensor) -> Any:
-        raise RuntimeError("vocab_parallel_cross_entropy is not differentiable twice: no rank holds what that would take")
+        raise RuntimeError(
+            "vocab_parallel_cross_entropy is not differentiable twice: no rank holds what that would take"
+        )
 
 
 def vocab_parallel_cross_entropy(
@@ -90,23 +111,30 @@ def vocab_parallel_cross_entropy(
     reduction: str = "mean",
     label_smoothing: float = 0.0,
 ) -> Tensor:
-    """The loss that ``cross_entropy`` gives of the whole rows, on every rank; the gradient of this rank's logits.
+    """The loss that ``cross_entropy`` gives of the whole rows, on every rank; the gradient of this
+    rank's logits.
 
-    Every rank of the group must call it. All ranks hold the same loss; in the gradient it counts once. It is not differentiable twice.
+    Every rank of the group must call it. All ranks hold the same loss; in the gradient it counts
+    once. It is not differentiable twice.
 
     Args:
-        logits: this rank's classes, of shape (N, C_r) or (N, C_r, d1, ..., dK), floating-point: in the order of the ranks of the group, as
-            ``ColwiseParallel`` leaves them.
-        target: classes in [0, C) of all ranks' C, of shape (N) or (N, d1, ..., dK), int64; the same on every rank.
-        group: the ranks among which the classes are spread, such as ``mesh.get_group()``. Default: all.
-        classes: C. Default: as many times C_r as there are ranks. To be given where they do not divide evenly; all ranks but the last then
-            hold ceil(C / ranks), as DTensor shards.
-        ignore_index, reduction, label_smoothing: as in :func:`custom_backprop.functional.cross_entropy`.
+        logits: this rank's classes, of shape (N, C_r) or (N, C_r, d1, ..., dK), floating-point: in
+            the order of the ranks of the group, as ``ColwiseParallel`` leaves them.
+        target: classes in [0, C) of all ranks' C, of shape (N) or (N, d1, ..., dK), int64; the same
+            on every rank.
+        group: the ranks among which the classes are spread, such as ``mesh.get_group()``. Default:
+            all.
+        classes: C. Default: as many times C_r as there are ranks. To be given where they do not
+            divide evenly; all ranks but the last then hold ceil(C / ranks), as DTensor shards.
+        ignore_index, reduction, label_smoothing: as in
+            :func:`custom_backprop.functional.cross_entropy`.
 
     Raises:
         ValueError: an unknown reduction, or shapes that do not fit.
-        IndexError: a class out of range, on a CPU. On a GPU, where to look is to wait, the loss and the gradient of its row are NaN.
-        RuntimeError: a DTensor, classes that are not int64, ``label_smoothing`` above 1, or no process group.
+        IndexError: a class out of range, on a CPU. On a GPU, where to look is to wait, the loss and
+            the gradient of its row are NaN.
+        RuntimeError: a DTensor, classes that are not int64, ``label_smoothing`` above 1, or no
+            process group.
     """
     number = _Reduction.get_enum(reduction)
     if is_dtensor(logits) or is_dtensor(target):
@@ -116,19 +144,33 @@ def vocab_parallel_cross_entropy(
         )
     if logits.dim() < 2 or target.shape != logits.shape[:1] + logits.shape[2:]:
         given = f"logits {tuple(logits.shape)}, target {tuple(target.shape)}"
-        raise ValueError(f"vocab_parallel_cross_entropy: expected logits (N, C_r, ...) and a target (N, ...), got {given}")
+        raise ValueError(
+            f"vocab_parallel_cross_entropy: expected logits (N, C_r, ...) and a target (N, ...), got {given}"
+        )
     if target.dtype != torch.int64:
-        raise RuntimeError(f"vocab_parallel_cross_entropy: expected classes in int64, got {target.dtype}")
+        raise RuntimeError(
+            f"vocab_parallel_cross_entropy: expected classes in int64, got {target.dtype}"
+        )
     if label_smoothing > 1:
         raise RuntimeError(f"label_smoothing must be between 0.0 and 1.0. Got: {label_smoothing}")
     rank, ranks = dist.get_rank(group), dist.get_world_size(group)
     total = ranks * logits.shape[1] if classes is None else classes
     share = -(-total // ranks)
     if (ranks - 1) * share >= total:
-        raise ValueError(f"vocab_parallel_cross_entropy: {total} classes do not give each of {ranks} ranks one")
+        raise ValueError(
+            f"vocab_parallel_cross_entropy: {total} classes do not give each of {ranks} ranks one"
+        )
     if logits.shape[1] != (expected := min(share, total - rank * share)):
-        raise ValueError(f"vocab_parallel_cross_entropy: rank {rank} of {ranks} has {logits.shape[1]} of {total} classes, not {expected}")
-    if target.is_cpu and bool((((target < 0) | (target >= total)) & (target != ignore_index)).any()):
-        raise IndexError(f"vocab_parallel_cross_entropy: a target is out of bounds for {total} classes")
+        raise ValueError(
+            f"vocab_parallel_cross_entropy: rank {rank} of {ranks} has {logits.shape[1]} of {total} classes, not {expected}"
+        )
+    if target.is_cpu and bool(
+        (((target < 0) | (target >= total)) & (target != ignore_index)).any()
+    ):
+        raise IndexError(
+            f"vocab_parallel_cross_entropy: a target is out of bounds for {total} classes"
+        )
     smoothing = float(max(label_smoothing, 0.0))
-    return _VocabParallelCrossEntropy.apply(logits, target, group, rank * share, total, ignore_index, number, smoothing)
+    return _VocabParallelCrossEntropy.apply(
+        logits, target, group, rank * share, total, ignore_index, number, smoothing
+    )

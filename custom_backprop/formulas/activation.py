@@ -1,10 +1,12 @@
 """Activations y = f(x), elementwise, and their derivatives.
 
-The chain rule for an elementwise f is one product: dL/dx_i = dL/dy_i · f'(x_i). So an activation is a pair (f, f'). Where f' can be written
-with y = f(x) alone and loses nothing, y is what backward keeps: the next layer keeps it as its input anyway, so it costs no memory.
+The chain rule for an elementwise f is one product: dL/dx_i = dL/dy_i · f'(x_i). So an activation is
+a pair (f, f'). Where f' can be written with y = f(x) alone and loses nothing, y is what backward
+keeps: the next layer keeps it as its input anyway, so it costs no memory.
 
-At a kink, where no derivative exists, f' is what torch takes, and so is f''. NaN in gives NaN out. Throughout, σ(x) = 1 / (1 + e^-x),
-σ' = σ (1 - σ), t = tanh(x), t' = 1 - t², and [c] is 1 where c holds, else 0.
+At a kink, where no derivative exists, f' is what torch takes, and so is f''. NaN in gives NaN out.
+Throughout, σ(x) = 1 / (1 + e^-x), σ' = σ (1 - σ), t = tanh(x), t' = 1 - t², and [c] is 1 where c
+holds, else 0.
 """
 
 from __future__ import annotations
@@ -29,7 +31,8 @@ class Activation:
     Attributes:
         formula: y and dx in one line, as ``check`` prints it.
         value: f, as ``value(x, *parameters)``.
-        derivative: f', as ``derivative(saved, *parameters)``, where ``saved`` is x, or y if ``saves_output``.
+        derivative: f', as ``derivative(saved, *parameters)``, where ``saved`` is x, or y if
+            ``saves_output``.
         parameters: the names of the parameters and their defaults, in order (None: no default).
         piecewise_linear: f is made of straight lines: f'' = 0 where there is one.
     """
@@ -122,7 +125,8 @@ def elu_derivative(x: Tensor, alpha: float) -> Tensor:
 
 
 def selu(x: Tensor) -> Tensor:
-    """y = λ elu(x; α), with the constants that keep mean 0 and variance 1 (Klambauer et al., 2017)."""
+    """y = λ elu(x; α), with the constants that keep mean 0 and variance 1 (Klambauer et al.,
+    2017)."""
     return SELU_SCALE * elu(x, SELU_ALPHA)
 
 
@@ -137,18 +141,22 @@ def celu(x: Tensor, alpha: float) -> Tensor:
 
 
 def celu_derivative(x: Tensor, alpha: float) -> Tensor:
-    """f' = 1 where x > 0, else e^(x/α): the α of y and the 1/α inside cancel, so f' is continuous at 0."""
+    """f' = 1 where x > 0, else e^(x/α): the α of y and the 1/α inside cancel, so f' is continuous
+    at 0."""
     return torch.where(x <= 0, torch.exp((x / alpha).where(x < 0, 0)), 1.0)
 
 
 def gelu(x: Tensor) -> Tensor:
-    """y = x Φ(x), with Φ(x) = (1 + erf(x / √2)) / 2, the normal distribution function (Hendrycks and Gimpel, 2016)."""
+    """y = x Φ(x), with Φ(x) = (1 + erf(x / √2)) / 2, the normal distribution function (Hendrycks
+    and Gimpel, 2016)."""
     return x * 0.5 * (1 + torch.erf(x * math.sqrt(0.5)))
 
 
 def gelu_derivative(x: Tensor) -> Tensor:
     """f' = Φ + x φ, since Φ' = φ(x) = e^(-x²/2) / √(2π)."""
-    return 0.5 * (1 + torch.erf(x * math.sqrt(0.5))) + x * torch.exp(-0.5 * x * x) / math.sqrt(2 * math.pi)
+    return 0.5 * (1 + torch.erf(x * math.sqrt(0.5))) + x * torch.exp(-0.5 * x * x) / math.sqrt(
+        2 * math.pi
+    )
 
 
 def _gelu_inner(x: Tensor) -> tuple[Tensor, Tensor]:
@@ -197,7 +205,8 @@ def sigmoid(x: Tensor) -> Tensor:
 
 
 def sigmoid_derivative(y: Tensor) -> Tensor:
-    """f' = y (1 - y). At most 1/4: a chain of sigmoids shrinks a gradient at least fourfold a layer."""
+    """f' = y (1 - y). At most 1/4: a chain of sigmoids shrinks a gradient at least fourfold a
+    layer."""
     return y * (1 - y)
 
 
@@ -252,7 +261,8 @@ def tanhshrink_derivative(x: Tensor) -> Tensor:
 
 
 def softplus(x: Tensor, beta: float, threshold: float) -> Tensor:
-    """y = log(1 + e^(βx)) / β, and x itself where βx > θ (there they differ by less than e^-θ / β)."""
+    """y = log(1 + e^(βx)) / β, and x itself where βx > θ (there they differ by less than e^-θ /
+    β)."""
     z = x * beta
     return torch.where(z > threshold, x, (z.clamp_min(0) + torch.log1p(torch.exp(-z.abs()))) / beta)
 
@@ -269,7 +279,8 @@ def softsign(x: Tensor) -> Tensor:
 
 
 def softsign_derivative(x: Tensor) -> Tensor:
-    """f' = (1 + |x| - x sign x) / (1 + |x|)² = 1 / (1 + |x|)². Kept is x: 1 - |y| would cancel where |x| is large."""
+    """f' = (1 + |x| - x sign x) / (1 + |x|)² = 1 / (1 + |x|)². Kept is x: 1 - |y| would cancel
+    where |x| is large."""
     return (1 + x.abs()).square().reciprocal()
 
 
@@ -291,8 +302,22 @@ def shrink_derivative(x: Tensor, lambd: float) -> Tensor:
 ACTIVATIONS = {
     a.name: a
     for a in (
-        Activation("relu", "y = max(x, 0);  dx = dy [y > 0]", relu, relu_derivative, True, piecewise_linear=True),
-        Activation("relu6", "y = min(max(x, 0), 6);  dx = dy [0 < y < 6]", relu6, relu6_derivative, True, piecewise_linear=True),
+        Activation(
+            "relu",
+            "y = max(x, 0);  dx = dy [y > 0]",
+            relu,
+            relu_derivative,
+            True,
+            piecewise_linear=True,
+        ),
+        Activation(
+            "relu6",
+            "y = min(max(x, 0), 6);  dx = dy [0 < y < 6]",
+            relu6,
+            relu6_derivative,
+            True,
+            piecewise_linear=True,
+        ),
         Activation(
             "leaky_relu",
             "y = x [x > 0] + a x [x <= 0];  dx = dy ([x > 0] + a [x <= 0])",
@@ -301,15 +326,35 @@ ACTIVATIONS = {
             parameters={"negative_slope": 0.01},
             piecewise_linear=True,
         ),
-        Activation("elu", "y = x or α(e^x - 1);  dx = dy or dy α e^x", elu, elu_derivative, parameters={"alpha": 1.0}),
+        Activation(
+            "elu",
+            "y = x or α(e^x - 1);  dx = dy or dy α e^x",
+            elu,
+            elu_derivative,
+            parameters={"alpha": 1.0},
+        ),
         Activation("selu", "y = λ elu(x; α);  dx = dy λ elu'(x; α)", selu, selu_derivative),
-        Activation("celu", "y = x or α(e^(x/α) - 1);  dx = dy or dy e^(x/α)", celu, celu_derivative, parameters={"alpha": 1.0}),
+        Activation(
+            "celu",
+            "y = x or α(e^(x/α) - 1);  dx = dy or dy e^(x/α)",
+            celu,
+            celu_derivative,
+            parameters={"alpha": 1.0},
+        ),
         Activation("gelu", "y = x Φ(x);  dx = dy (Φ + x φ)", gelu, gelu_derivative),
         Activation(
-            "gelu_tanh", "y = x (1 + t) / 2, t = tanh u(x);  dx = dy ((1 + t) + x (1 - t²) u') / 2", gelu_tanh, gelu_tanh_derivative
+            "gelu_tanh",
+            "y = x (1 + t) / 2, t = tanh u(x);  dx = dy ((1 + t) + x (1 - t²) u') / 2",
+            gelu_tanh,
+            gelu_tanh_derivative,
         ),
         Activation("silu", "y = x σ(x);  dx = dy σ (1 + x (1 - σ))", silu, silu_derivative),
-        Activation("mish", "y = x t, t = tanh(softplus x);  dx = dy (t + x (1 - t²) σ(x))", mish, mish_derivative),
+        Activation(
+            "mish",
+            "y = x t, t = tanh(softplus x);  dx = dy (t + x (1 - t²) σ(x))",
+            mish,
+            mish_derivative,
+        ),
         Activation("sigmoid", "y = σ(x);  dx = dy y (1 - y)", sigmoid, sigmoid_derivative, True),
         Activation("logsigmoid", "y = log σ(x);  dx = dy σ(-x)", logsigmoid, logsigmoid_derivative),
         Activation(
@@ -319,7 +364,12 @@ ACTIVATIONS = {
             hardsigmoid_derivative,
             piecewise_linear=True,
         ),
-        Activation("hardswish", "y = x hardsigmoid(x);  dx = dy (x/3 + 1/2) inside, 0 or dy outside", hardswish, hardswish_derivative),
+        Activation(
+            "hardswish",
+            "y = x hardsigmoid(x);  dx = dy (x/3 + 1/2) inside, 0 or dy outside",
+            hardswish,
+            hardswish_derivative,
+        ),
         Activation(
             "hardtanh",
             "y = min(max(x, l), h);  dx = dy [l < y < h]",
@@ -330,7 +380,9 @@ ACTIVATIONS = {
             piecewise_linear=True,
         ),
         Activation("tanh", "y = tanh x;  dx = dy (1 - y²)", tanh, tanh_derivative, True),
-        Activation("tanhshrink", "y = x - tanh x;  dx = dy tanh² x", tanhshrink, tanhshrink_derivative),
+        Activation(
+            "tanhshrink", "y = x - tanh x;  dx = dy tanh² x", tanhshrink, tanhshrink_derivative
+        ),
         Activation(
             "softplus",
             "y = log(1 + e^(βx)) / β;  dx = dy σ(βx)",
@@ -338,7 +390,9 @@ ACTIVATIONS = {
             softplus_derivative,
             parameters={"beta": 1.0, "threshold": 20.0},
         ),
-        Activation("softsign", "y = x / (1 + |x|);  dx = dy / (1 + |x|)²", softsign, softsign_derivative),
+        Activation(
+            "softsign", "y = x / (1 + |x|);  dx = dy / (1 + |x|)²", softsign, softsign_derivative
+        ),
         Activation(
             "softshrink",
             "y = x -+ λ or 0;  dx = dy [|x| > λ]",
@@ -363,6 +417,11 @@ ACTIVATIONS = {
             parameters={"threshold": None, "value": None},
             piecewise_linear=True,
         ),
-        Activation("relu_squared", "y = max(x, 0)²;  dx = 2 dy max(x, 0)", relu_squared, relu_squared_derivative),
+        Activation(
+            "relu_squared",
+            "y = max(x, 0)²;  dx = 2 dy max(x, 0)",
+            relu_squared,
+            relu_squared_derivative,
+        ),
     )
 }

@@ -1,7 +1,9 @@
-"""Losses that compare whole vectors: the triplet margin and InfoNCE, and the division by the norm that often comes before them.
+"""Losses that compare whole vectors: the triplet margin and InfoNCE, and the division by the norm
+that often comes before them.
 
-Rows are the vectors, of D components; L_r is the loss of row r, and dy_r the gradient of it (dy / rows for a mean). A sum is over what
-it names. A loss of distances or of inner products meets each vector only through these, so that each gradient is a product with them.
+Rows are the vectors, of D components; L_r is the loss of row r, and dy_r the gradient of it (dy /
+rows for a mean). A sum is over what it names. A loss of distances or of inner products meets each
+vector only through these, so that each gradient is a product with them.
 """
 
 from __future__ import annotations
@@ -26,8 +28,9 @@ def pairs(a: Tensor, p: Tensor, n: Tensor, swap: bool) -> tuple[tuple[Tensor, Te
 def direction(v: Tensor, d: Tensor, order: float) -> Tensor:
     """u = ∂d/∂v of d = ‖v‖_p: sign(v) (|v| / d)^(p-1), and 0 where d is 0.
 
-    d^p = Σ |v_i|^p gives p d^(p-1) ∂d/∂v_i = p |v_i|^(p-1) sign(v_i). For p = 2 that is v / d, for p = 1 sign(v); for p = ∞ only the
-    largest component counts, and several that are equal share. Where p < 2, a component of 0 is a kink or a cusp, and its slope is 0.
+    d^p = Σ |v_i|^p gives p d^(p-1) ∂d/∂v_i = p |v_i|^(p-1) sign(v_i). For p = 2 that is v / d, for
+    p = 1 sign(v); for p = ∞ only the largest component counts, and several that are equal share.
+    Where p < 2, a component of 0 is a kink or a cusp, and its slope is 0.
     """
     d = d.unsqueeze(-1)
     if order == 1:
@@ -42,19 +45,33 @@ def direction(v: Tensor, d: Tensor, order: float) -> Tensor:
 
 
 def hinge(d: Tensor, margin: float) -> Tensor:
-    """h = m + d_ap - min(d_an, d_pn): how far the negative is from being as much farther than the positive as the margin asks."""
+    """h = m + d_ap - min(d_an, d_pn): how far the negative is from being as much farther than the
+    positive as the margin asks."""
     return margin + d[0] - (torch.minimum(d[1], d[2]) if len(d) == 3 else d[1])
 
 
 def distances(a: Tensor, p: Tensor, n: Tensor, order: float, eps: float, swap: bool) -> Tensor:
     """‖x - y + ε‖ of each pair, stacked."""
-    return torch.stack([torch.linalg.vector_norm(x - y + eps, order, dim=-1) for x, y in pairs(a, p, n, swap)])
+    return torch.stack(
+        [torch.linalg.vector_norm(x - y + eps, order, dim=-1) for x, y in pairs(a, p, n, swap)]
+    )
 
 
-def triplet(a: Tensor, p: Tensor, n: Tensor, margin: float, order: float, eps: float, swap: bool, reduction: int) -> tuple[Tensor, Tensor]:
-    """L = max(0, m + d(a, p) - d(a, n)), d(x, y) = ‖x - y + ε‖_p (Weinberger and Saul, 2009), and the distances.
+def triplet(
+    a: Tensor,
+    p: Tensor,
+    n: Tensor,
+    margin: float,
+    order: float,
+    eps: float,
+    swap: bool,
+    reduction: int,
+) -> tuple[Tensor, Tensor]:
+    """L = max(0, m + d(a, p) - d(a, n)), d(x, y) = ‖x - y + ε‖_p (Weinberger and Saul, 2009), and
+    the distances.
 
-    With ``swap`` the nearer of d(a, n) and d(p, n) stands for d(a, n) (Balntas et al., 2016). a, p, n: (..., D), of one shape.
+    With ``swap`` the nearer of d(a, n) and d(p, n) stands for d(a, n) (Balntas et al., 2016). a, p,
+    n: (..., D), of one shape.
     """
     d = distances(widen(a), widen(p), widen(n), order, eps, swap)
     return reduced(hinge(d, margin).clamp_min(0), reduction).to(a.dtype), d
@@ -65,16 +82,21 @@ def triplet_slopes(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """∂L/∂a, ∂L/∂p and ∂L/∂n of each row.
 
-    With u the direction of each pair's distance, s = [h >= 0], and e the share of d_an in min(d_an, d_pn): 1, 0, or 1/2 if equal,
+    With u the direction of each pair's distance, s = [h >= 0], and e the share of d_an in min(d_an,
+    d_pn): 1, 0, or 1/2 if equal,
 
         ∂L/∂a = s (u_ap - e u_an)
         ∂L/∂p = -s (u_ap + (1-e) u_pn)
         ∂L/∂n = s (e u_an + (1-e) u_pn)
 
-    since ∂d(x, y)/∂x = u and ∂d(x, y)/∂y = -u. They sum to zero: to move all three alike changes nothing.
+    since ∂d(x, y)/∂x = u and ∂d(x, y)/∂y = -u. They sum to zero: to move all three alike changes
+    nothing.
     """
     active = (hinge(d, margin) >= 0).to(d.dtype).unsqueeze(-1)
-    u = [direction(x - y + eps, of, order) for (x, y), of in zip(pairs(a, p, n, swap), d, strict=True)]
+    u = [
+        direction(x - y + eps, of, order)
+        for (x, y), of in zip(pairs(a, p, n, swap), d, strict=True)
+    ]
     to_p, to_n = active * u[0], active * u[1]
     if not swap:
         return to_p - to_n, -to_p, to_n
@@ -84,22 +106,46 @@ def triplet_slopes(
 
 
 def triplet_backward(
-    dy: Tensor, a: Tensor, p: Tensor, n: Tensor, d: Tensor, margin: float, order: float, eps: float, swap: bool, reduction: int, needs: Any
+    dy: Tensor,
+    a: Tensor,
+    p: Tensor,
+    n: Tensor,
+    d: Tensor,
+    margin: float,
+    order: float,
+    eps: float,
+    swap: bool,
+    reduction: int,
+    needs: Any,
 ) -> tuple[Tensor, ...]:
-    """da, dp and dn, for the distances that :func:`triplet` gave; an empty tensor for each that ``needs`` does not ask for."""
+    """da, dp and dn, for the distances that :func:`triplet` gave; an empty tensor for each that
+    ``needs`` does not ask for."""
     share = widen(dy) / a.shape[:-1].numel() if reduction == MEAN else widen(dy)
     share = share.unsqueeze(-1) if reduction == NONE else share
     slopes = triplet_slopes(widen(a), widen(p), widen(n), d, margin, order, eps, swap)
-    return tuple((share * slope).to(a.dtype) if need else a.new_empty(0) for slope, need in zip(slopes, needs, strict=True))
+    return tuple(
+        (share * slope).to(a.dtype) if need else a.new_empty(0)
+        for slope, need in zip(slopes, needs, strict=True)
+    )
 
 
 def triplet_jvp(
-    tangents: Any, a: Tensor, p: Tensor, n: Tensor, margin: float, order: float, eps: float, swap: bool, reduction: int
+    tangents: Any,
+    a: Tensor,
+    p: Tensor,
+    n: Tensor,
+    margin: float,
+    order: float,
+    eps: float,
+    swap: bool,
+    reduction: int,
 ) -> Tensor:
     """tL = Σ ∂L/∂a ta + ∂L/∂p tp + ∂L/∂n tn, along the components."""
     a, p, n = map(widen, (a, p, n))
     slopes = triplet_slopes(a, p, n, distances(a, p, n, order, eps, swap), margin, order, eps, swap)
-    parts = [(slope * t).sum(-1) for slope, t in zip(slopes, tangents, strict=True) if t is not None]
+    parts = [
+        (slope * t).sum(-1) for slope, t in zip(slopes, tangents, strict=True) if t is not None
+    ]
     return reduced(sum(parts[1:], parts[0]), reduction)
 
 
@@ -115,7 +161,8 @@ def unit(x: Tensor, eps: float) -> tuple[Tensor, Tensor]:
 def unit_backward(dy: Tensor, y: Tensor, r: Tensor, eps: float) -> Tensor:
     """dx = (dy - y Σ y dy) / r, and dy / ε where ‖x‖ <= ε.
 
-    ∂y_j/∂x_i = [i = j] / r - x_j x_i / r³ = ([i = j] - y_j y_i) / r: what points along x would only change its length, and is taken out.
+    ∂y_j/∂x_i = [i = j] / r - x_j x_i / r³ = ([i = j] - y_j y_i) / r: what points along x would only
+    change its length, and is taken out.
     """
     wide, y, r = widen(dy), widen(y), r.unsqueeze(-1)
     along = torch.where(r > eps, (wide * y).sum(-1, keepdim=True), 0)
@@ -123,7 +170,8 @@ def unit_backward(dy: Tensor, y: Tensor, r: Tensor, eps: float) -> Tensor:
 
 
 def logits(q: Tensor, k: Tensor, n: Tensor | None, temperature: float) -> Tensor:
-    """s_ij = q_i · k_j / τ (N, N); with negatives s_i = (q_i · k_i, q_i · n_1, ..., q_i · n_M) / τ (N, 1 + M)."""
+    """s_ij = q_i · k_j / τ (N, N); with negatives s_i = (q_i · k_i, q_i · n_1, ..., q_i · n_M) / τ
+    (N, 1 + M)."""
     if n is None:
         return q @ k.transpose(0, 1) / temperature
     of_negatives = q @ n.transpose(0, 1) if n.dim() == 2 else (n @ q.unsqueeze(2)).squeeze(2)
@@ -136,23 +184,33 @@ def positives(s: Tensor, among_keys: bool) -> Tensor:
 
 
 def info_nce(
-    q: Tensor, k: Tensor, n: Tensor | None, temperature: float, symmetric: bool, reduction: int, keep: bool
+    q: Tensor,
+    k: Tensor,
+    n: Tensor | None,
+    temperature: float,
+    symmetric: bool,
+    reduction: int,
+    keep: bool,
 ) -> tuple[Tensor, Tensor]:
-    """L_i = -log(e^(s_it) / Σ_j e^(s_ij)): cross-entropy that tells the positive t from the rest (van den Oord, Li and Vinyals, 2018).
+    """L_i = -log(e^(s_it) / Σ_j e^(s_ij)): cross-entropy that tells the positive t from the rest
+    (van den Oord, Li and Vinyals, 2018).
 
-    And G = ∂L/∂s / τ where ``keep`` asks for it (else an empty tensor). ``symmetric`` is the mean of this and of what k finds among q
-    (Radford et al., 2021): of the rows and of the columns of s.
+    And G = ∂L/∂s / τ where ``keep`` asks for it (else an empty tensor). ``symmetric`` is the mean
+    of this and of what k finds among q (Radford et al., 2021): of the rows and of the columns of s.
     """
     q_, k_, n_ = map(widen, (q, k, n))
     s = logits(q_, k_, n_, temperature)
     loss = -positives(log_softmax(s, 1), n is None)
     if symmetric:
         loss = (loss - log_softmax(s, 0).diagonal()) / 2
-    return reduced(loss, reduction).to(q.dtype), (slope(s, n is None, symmetric) / temperature).to(q.dtype) if keep else q.new_empty(0)
+    return reduced(loss, reduction).to(q.dtype), (slope(s, n is None, symmetric) / temperature).to(
+        q.dtype
+    ) if keep else q.new_empty(0)
 
 
 def slope(s: Tensor, among_keys: bool, symmetric: bool) -> Tensor:
-    """∂L_i/∂s_ij = P_ij - [j = t], P the softmax of the row; for the mean of both, P is the mean of the softmax of row and column.
+    """∂L_i/∂s_ij = P_ij - [j = t], P the softmax of the row; for the mean of both, P is the mean of
+    the softmax of row and column.
 
     The latter is the gradient of the sum (and, divided, of the mean) of the losses, not of each.
     """
@@ -167,12 +225,14 @@ def info_nce_gradients(
 ) -> tuple[Tensor | None, ...]:
     """dq, dk and dn, None for each that ``needs`` does not ask for.
 
-    s is linear in q and in the keys, so with G of :func:`info_nce`, whose columns G⁺ and G⁻ belong to the positives and the negatives,
+    s is linear in q and in the keys, so with G of :func:`info_nce`, whose columns G⁺ and G⁻ belong
+    to the positives and the negatives,
 
         dq_i = dy_i Σ_j G_ij k_j                     dk_j = Σ_i G_ij dy_i q_i
         dq_i = dy_i (G⁺_i k_i + Σ_j G⁻_ij n_j)       dk_i = G⁺_i dy_i q_i        dn_j = Σ_i G⁻_ij dy_i q_i
 
-    dy only scales rows of G, from its left, and is given to the small matrices: G is never written again.
+    dy only scales rows of G, from its left, and is given to the small matrices: G is never written
+    again.
     """
     dy = widen(dy) / len(q) if reduction == MEAN else widen(dy)
     before, after = (dy.unsqueeze(1), 1) if reduction == NONE else (1, dy)
@@ -190,19 +250,40 @@ def info_nce_gradients(
             dq = first * k_ + (rest @ n_ if n_.dim() == 2 else (rest.unsqueeze(1) @ n_).squeeze(1))
         dk = first * weighted if need_k else None
         if need_n:
-            dn = rest.transpose(0, 1) @ weighted if n_.dim() == 2 else rest.unsqueeze(2) * weighted.unsqueeze(1)
+            dn = (
+                rest.transpose(0, 1) @ weighted
+                if n_.dim() == 2
+                else rest.unsqueeze(2) * weighted.unsqueeze(1)
+            )
     factors = (before * after, after, after)
-    return tuple(None if d is None else (factor * widen(d)).to(q.dtype) for d, factor in zip((dq, dk, dn), factors, strict=True))
+    return tuple(
+        None if d is None else (factor * widen(d)).to(q.dtype)
+        for d, factor in zip((dq, dk, dn), factors, strict=True)
+    )
 
 
-def info_nce_jvp(tangents: Any, q: Tensor, k: Tensor, n: Tensor | None, temperature: float, symmetric: bool, reduction: int) -> Tensor:
-    """tL = Σ_j ∂L_i/∂s_ij ts_ij, where ts = s(tq, k) + s(q, tk): s is linear in q, and in the keys."""
+def info_nce_jvp(
+    tangents: Any,
+    q: Tensor,
+    k: Tensor,
+    n: Tensor | None,
+    temperature: float,
+    symmetric: bool,
+    reduction: int,
+) -> Tensor:
+    """tL = Σ_j ∂L_i/∂s_ij ts_ij, where ts = s(tq, k) + s(q, tk): s is linear in q, and in the
+    keys."""
     tq, tk, tn = tangents
     ts = torch.zeros((), dtype=q.dtype, device=q.device)
     if tq is not None:
         ts = ts + logits(tq, k, n, temperature)
     if tk is not None or tn is not None:
         ts = ts + logits(
-            q, torch.zeros_like(k) if tk is None else tk, torch.zeros_like(n) if n is not None and tn is None else tn, temperature
+            q,
+            torch.zeros_like(k) if tk is None else tk,
+            torch.zeros_like(n) if n is not None and tn is None else tn,
+            temperature,
         )
-    return reduced((slope(logits(q, k, n, temperature), n is None, symmetric) * ts).sum(1), reduction)
+    return reduced(
+        (slope(logits(q, k, n, temperature), n is None, symmetric) * ts).sum(1), reduction
+    )

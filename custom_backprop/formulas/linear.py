@@ -6,8 +6,9 @@ With y_ro = Σ_i x_ri W_oi + b_o, each entry meets the loss through the outputs 
     dL/dW_oi = Σ_r dy_ro x_ri      dW = dyᵀ x
     dL/db_o  = Σ_r dy_ro           db = Σ_rows dy
 
-An activation y = f(z) on z = x Wᵀ + b only puts dz = dy f'(z) in the place of dy: this is the delta of backpropagation (Rumelhart, Hinton
-and Williams, 1986), delta_i = (W_{i+1}ᵀ delta_{i+1}) f_i'(z_i), dL/dW_i = delta_i a_{i-1}ᵀ.
+An activation y = f(z) on z = x Wᵀ + b only puts dz = dy f'(z) in the place of dy: this is the delta
+of backpropagation (Rumelhart, Hinton and Williams, 1986), delta_i = (W_{i+1}ᵀ delta_{i+1})
+f_i'(z_i), dL/dW_i = delta_i a_{i-1}ᵀ.
 """
 
 from __future__ import annotations
@@ -42,7 +43,9 @@ def linear_backward(
     return dx, dw, db
 
 
-def linear_jvp(x: Tensor, weight: Tensor, tx: Tensor | None, tw: Tensor | None, tb: Tensor | None) -> Tensor | None:
+def linear_jvp(
+    x: Tensor, weight: Tensor, tx: Tensor | None, tw: Tensor | None, tb: Tensor | None
+) -> Tensor | None:
     """ty = tx Wᵀ + x tWᵀ + tb."""
     terms = [tx @ weight.t()] if tx is not None else []
     if tw is not None:
@@ -52,7 +55,9 @@ def linear_jvp(x: Tensor, weight: Tensor, tx: Tensor | None, tw: Tensor | None, 
     return sum(terms[1:], terms[0]) if terms else None
 
 
-def linear_activation(x: Tensor, weight: Tensor, bias: Tensor | None, activation: str, parameters: list[float]) -> tuple[Tensor, Tensor]:
+def linear_activation(
+    x: Tensor, weight: Tensor, bias: Tensor | None, activation: str, parameters: list[float]
+) -> tuple[Tensor, Tensor]:
     """y = f(z), and z where the derivative of f needs it (else an empty tensor)."""
     a = ACTIVATIONS[activation]
     z = linear(x, weight, bias)
@@ -76,5 +81,8 @@ def linear_activation_backward(
 
 
 def saved_for(activation: str, x: Tensor, weight: Tensor, bias: Tensor | None, y: Tensor) -> Tensor:
-    """What f' is written with, as a differentiable function of the inputs: y, or z derived again."""
-    return y if ACTIVATIONS[activation].saves_output else torch.nn.functional.linear(x, weight, bias)
+    """What f' is written with, as a differentiable function of the inputs: y, or z derived
+    again."""
+    return (
+        y if ACTIVATIONS[activation].saves_output else torch.nn.functional.linear(x, weight, bias)
+    )

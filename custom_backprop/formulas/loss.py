@@ -1,11 +1,13 @@
 """Pointwise losses: L = l(x, t) element by element, then kept, averaged or summed.
 
-With L = c Σ_i w_i l(x_i, t_i), where c is 1/n for a mean and 1 for a sum, each element meets L through its own term only:
+With L = c Σ_i w_i l(x_i, t_i), where c is 1/n for a mean and 1 for a sum, each element meets L
+through its own term only:
 
     dL/dx_i = c w_i l_x(x_i, t_i)      dL/dt_i = c w_i l_t(x_i, t_i)      dL/dw_i = c l(x_i, t_i)
 
-and backward multiplies by the gradient of L (without a reduction: of the element). So a loss is l and its partial derivatives. Where l
-sees only the difference d = x - t, l_t = -l_x. At a kink the derivative is what torch takes. v is a loss's third tensor, if it has one.
+and backward multiplies by the gradient of L (without a reduction: of the element). So a loss is l
+and its partial derivatives. Where l sees only the difference d = x - t, l_t = -l_x. At a kink the
+derivative is what torch takes. v is a loss's third tensor, if it has one.
 
 Throughout σ(x) = 1 / (1 + e^-x), softplus(x) = log(1 + e^x), and [c] is 1 where c holds, else 0.
 """
@@ -25,7 +27,8 @@ from .precision import widen
 #: torch's own numbers for ``reduction``
 NONE, MEAN, SUM = 0, 1, 2
 
-#: what log 0 may count as in t log t, which is 0 at t = 0: below the logarithm of every positive number, and not infinite
+#: what log 0 may count as in t log t, which is 0 at t = 0: below the logarithm of every positive
+#: number, and not infinite
 LOG_0 = -1000.0
 
 Partial = Callable[..., Tensor]
@@ -38,7 +41,8 @@ class Loss:
     Attributes:
         formula: l and its derivatives in one line, as ``check`` prints it.
         value: l.
-        dx, dt, dv: its partial derivatives. dt None: -dx. dv None: l has no third tensor, or torch does not differentiate by it.
+        dx, dt, dv: its partial derivatives. dt None: -dx. dv None: l has no third tensor, or torch
+            does not differentiate by it.
         parameters: the numbers that l takes, as a schema declares them.
     """
 
@@ -51,15 +55,37 @@ class Loss:
     parameters: tuple[str, ...] = ()
 
     def forward(
-        self, x: Tensor, t: Tensor, v: Tensor | None, w: Tensor | None, reduction: int, hold: bool, *parameters: Any
+        self,
+        x: Tensor,
+        t: Tensor,
+        v: Tensor | None,
+        w: Tensor | None,
+        reduction: int,
+        hold: bool,
+        *parameters: Any,
     ) -> tuple[Tensor, Tensor]:
-        """The loss, and where ``hold`` asks for it dL/dx for a gradient of 1 (else an empty tensor)."""
+        """The loss, and where ``hold`` asks for it dL/dx for a gradient of 1 (else an empty
+        tensor)."""
         loss = weighted(self.value(*map(widen, (x, t, v)), *parameters), widen(w))
-        dx = self.backward(x.new_ones(()), x, t, v, w, reduction, (True, False, False, False), *parameters)[0] if hold else x.new_empty(0)
+        dx = (
+            self.backward(
+                x.new_ones(()), x, t, v, w, reduction, (True, False, False, False), *parameters
+            )[0]
+            if hold
+            else x.new_empty(0)
+        )
         return reduced(loss, reduction).to(x.dtype), dx
 
     def backward(
-        self, dy: Tensor, x: Tensor, t: Tensor, v: Tensor | None, w: Tensor | None, reduction: int, needs: Any, *parameters: Any
+        self,
+        dy: Tensor,
+        x: Tensor,
+        t: Tensor,
+        v: Tensor | None,
+        w: Tensor | None,
+        reduction: int,
+        needs: Any,
+        *parameters: Any,
     ) -> tuple[Tensor, ...]:
         """dx, dt, dv and dw; an empty tensor for each that ``needs`` does not ask for."""
         scale = widen(dy) / x.numel() if reduction == MEAN else widen(dy)
@@ -81,7 +107,8 @@ class Loss:
         reduction: int,
         *parameters: Any,
     ) -> Tensor:
-        """The change of the loss along ``tangents`` of (x, t, v, w): Σ w (l_x ẋ + l_t ṫ + l_v v̇) + l ẇ, reduced."""
+        """The change of the loss along ``tangents`` of (x, t, v, w): Σ w (l_x ẋ + l_t ṫ + l_v v̇) +
+        l ẇ, reduced."""
         args = (*map(widen, (x, t, v)), *parameters)
         terms = (self.dx, self.dt or self._minus_dx, self.dv, self.value)
         weights = (w, w, w, None)
@@ -149,7 +176,8 @@ def huber_loss_dx(x: Tensor, t: Tensor, v: None, delta: float) -> Tensor:
 
 
 def binary_cross_entropy(x: Tensor, t: Tensor, v: None) -> Tensor:
-    """l = -t log x - (1 - t) log(1 - x), each logarithm at least -100, so that a sure mistake costs 100 and not infinity."""
+    """l = -t log x - (1 - t) log(1 - x), each logarithm at least -100, so that a sure mistake costs
+    100 and not infinity."""
     return (t - 1) * torch.log1p(-x).clamp_min(-100) - t * torch.log(x).clamp_min(-100)
 
 
@@ -169,13 +197,15 @@ def softplus(x: Tensor) -> Tensor:
 
 
 def binary_cross_entropy_with_logits(x: Tensor, t: Tensor, p: Tensor | None) -> Tensor:
-    """l = -p t log σ(x) - (1 - t) log(1 - σ(x)) = p t softplus(-x) + (1 - t) softplus(x): a sum of what is not negative, so nothing cancels
-    where the loss is near 0. Without a weight p of the positives, p = 1."""
+    """l = -p t log σ(x) - (1 - t) log(1 - σ(x)) = p t softplus(-x) + (1 - t) softplus(x): a sum of
+    what is not negative, so nothing cancels where the loss is near 0. Without a weight p of the
+    positives, p = 1."""
     return (t if p is None else p * t) * softplus(-x) + (1 - t) * softplus(x)
 
 
 def binary_cross_entropy_with_logits_dx(x: Tensor, t: Tensor, p: Tensor | None) -> Tensor:
-    """l_x = (1 - t) - (1 + (p - 1) t) σ(-x) = (1 + (p - 1) t) σ(x) - p t, and σ(x) - t where p = 1."""
+    """l_x = (1 - t) - (1 + (p - 1) t) σ(-x) = (1 + (p - 1) t) σ(x) - p t, and σ(x) - t where p =
+    1."""
     return torch.sigmoid(x) - t if p is None else (1 + (p - 1) * t) * torch.sigmoid(x) - p * t
 
 
@@ -185,7 +215,8 @@ def binary_cross_entropy_with_logits_dt(x: Tensor, t: Tensor, p: Tensor | None) 
 
 
 def kl_div(x: Tensor, t: Tensor, v: None, log_target: bool) -> Tensor:
-    """l = t (log t - x), for x a logarithm of probabilities; with ``log_target`` so is t, and l = e^t (t - x)."""
+    """l = t (log t - x), for x a logarithm of probabilities; with ``log_target`` so is t, and l =
+    e^t (t - x)."""
     return torch.exp(t) * (t - x) if log_target else t * (torch.log(t).clamp_min(LOG_0) - x)
 
 
@@ -195,17 +226,20 @@ def kl_div_dx(x: Tensor, t: Tensor, v: None, log_target: bool) -> Tensor:
 
 
 def kl_div_dt(x: Tensor, t: Tensor, v: None, log_target: bool) -> Tensor:
-    """l_t = log t - x + 1, or e^t (t - x + 1). At t = 0 the first is -∞, the slope of t log t (stock gives NaN)."""
+    """l_t = log t - x + 1, or e^t (t - x + 1). At t = 0 the first is -∞, the slope of t log t
+    (stock gives NaN)."""
     return torch.exp(t) * (t - x + 1) if log_target else torch.log(t) - x + 1
 
 
 def _variance(v: Tensor, eps: float) -> Tensor:
-    """max(v, ε) with the derivative 1 everywhere: the clamp is for stability and is not differentiated."""
+    """max(v, ε) with the derivative 1 everywhere: the clamp is for stability and is not
+    differentiated."""
     return torch.where(v < eps, v - v.detach() + eps, v)
 
 
 def gaussian_nll_loss(x: Tensor, t: Tensor, v: Tensor, full: bool, eps: float) -> Tensor:
-    """l = (log v + d²/v) / 2, plus log(2π)/2 if ``full``: t is drawn from N(x, v) (Nix and Weigend, 1994)."""
+    """l = (log v + d²/v) / 2, plus log(2π)/2 if ``full``: t is drawn from N(x, v) (Nix and Weigend,
+    1994)."""
     v = _variance(v, eps)
     return 0.5 * (torch.log(v) + (x - t).square() / v + (math.log(2 * math.pi) if full else 0))
 
@@ -221,21 +255,30 @@ def gaussian_nll_loss_dv(x: Tensor, t: Tensor, v: Tensor, full: bool, eps: float
     return 0.5 * (1 - (x - t).square() / v) / v
 
 
-def poisson_nll_loss(x: Tensor, t: Tensor, v: None, log_input: bool, full: bool, eps: float) -> Tensor:
-    """l = e^x - t x, or x - t log(x + ε) for x the rate itself; ``full`` adds Stirling's log t! ≈ t log t - t + log(2πt)/2 where t > 1."""
+def poisson_nll_loss(
+    x: Tensor, t: Tensor, v: None, log_input: bool, full: bool, eps: float
+) -> Tensor:
+    """l = e^x - t x, or x - t log(x + ε) for x the rate itself; ``full`` adds Stirling's log t! ≈ t
+    log t - t + log(2πt)/2 where t > 1."""
     loss = torch.exp(x) - t * x if log_input else x - t * torch.log(x + eps)
     if full:
         many = torch.where(t > 1, t, 1.0)
-        loss = loss + torch.where(t <= 1, 0.0, many * torch.log(many) - t + 0.5 * torch.log(2 * math.pi * many))
+        loss = loss + torch.where(
+            t <= 1, 0.0, many * torch.log(many) - t + 0.5 * torch.log(2 * math.pi * many)
+        )
     return loss
 
 
-def poisson_nll_loss_dx(x: Tensor, t: Tensor, v: None, log_input: bool, full: bool, eps: float) -> Tensor:
+def poisson_nll_loss_dx(
+    x: Tensor, t: Tensor, v: None, log_input: bool, full: bool, eps: float
+) -> Tensor:
     """l_x = e^x - t, or 1 - t / (x + ε)."""
     return torch.exp(x) - t if log_input else 1 - t / (x + eps)
 
 
-def poisson_nll_loss_dt(x: Tensor, t: Tensor, v: None, log_input: bool, full: bool, eps: float) -> Tensor:
+def poisson_nll_loss_dt(
+    x: Tensor, t: Tensor, v: None, log_input: bool, full: bool, eps: float
+) -> Tensor:
     """l_t = -x, or -log(x + ε); with ``full`` plus [t > 1] (log t + 1/2t)."""
     dt = -x if log_input else -torch.log(x + eps)
     if full:

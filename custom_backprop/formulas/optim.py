@@ -1,8 +1,9 @@
 """Update rules: what an optimizer does with the gradient g of one parameter θ at step t.
 
-A rule is a pure function ``rule(θ, g, **state, t, **hyperparameters) -> (θ', {name: state'})`` of tensors of one shape. It is elementwise,
-so it is as true of a shard, or of a thousand parameters laid end to end. Names and defaults are torch.optim's. In all of them γ is the
-learning rate ``lr``, λ is ``weight_decay``, and under ``maximize`` g stands for -g. Three operations are common to them:
+A rule is a pure function ``rule(θ, g, **state, t, **hyperparameters) -> (θ', {name: state'})`` of
+tensors of one shape. It is elementwise, so it is as true of a shard, or of a thousand parameters
+laid end to end. Names and defaults are torch.optim's. In all of them γ is the learning rate ``lr``,
+λ is ``weight_decay``, and under ``maximize`` g stands for -g. Three operations are common to them:
 
     weight decay, coupled     g ← g + λ θ           the gradient of ½ λ ‖θ‖² is added to g
     weight decay, decoupled   θ ← θ - γ λ θ         θ shrinks apart from g (Loshchilov & Hutter, "Decoupled weight decay", 2019)
@@ -30,10 +31,12 @@ def sgd(
     maximize: bool = False,
     fresh: bool = False,
 ) -> Update:
-    """θ ← θ - γ b,  b ← μ b + (1 - τ) g  (b = g at the first step, ``fresh``, and throughout if μ = 0).
+    """θ ← θ - γ b,  b ← μ b + (1 - τ) g  (b = g at the first step, ``fresh``, and throughout if μ =
+    0).
 
-    The momentum μ sums the gradients of the last 1 / (1 - μ) steps: a ball that rolls down (Polyak, 1964). Nesterov steps by g + μ b, the
-    gradient as it would be one step ahead (Sutskever et al., "On the importance of initialization and momentum in deep learning", 2013).
+    The momentum μ sums the gradients of the last 1 / (1 - μ) steps: a ball that rolls down (Polyak,
+    1964). Nesterov steps by g + μ b, the gradient as it would be one step ahead (Sutskever et al.,
+    "On the importance of initialization and momentum in deep learning", 2013).
     """
     g = coupled(p, -g if maximize else g, weight_decay)
     if momentum == 0:
@@ -57,8 +60,9 @@ def adagrad(
 ) -> Update:
     """s ← s + g²,  θ ← θ - γ / (1 + (t - 1) η) · g / (√s + ε).
 
-    Each coordinate has a rate of its own, which falls with the gradients it has seen: a rare feature keeps a large one (Duchi et al.,
-    "Adaptive subgradient methods for online learning and stochastic optimization", 2011).
+    Each coordinate has a rate of its own, which falls with the gradients it has seen: a rare
+    feature keeps a large one (Duchi et al., "Adaptive subgradient methods for online learning and
+    stochastic optimization", 2011).
     """
     g = coupled(p, -g if maximize else g, weight_decay)
     s = sum + g * g
@@ -82,8 +86,9 @@ def rmsprop(
 ) -> Update:
     """v ← α v + (1 - α) g²,  u = g / (√v + ε),  b ← μ b + u,  θ ← θ - γ b  (b = u if μ = 0).
 
-    Adagrad's sum made a running average, so that the rate does not fall for ever (Tieleman & Hinton, lecture 6.5, 2012). ``centered``
-    takes the variance v - a² in place of v, with a ← α a + (1 - α) g (Graves, "Generating sequences with recurrent neural networks", 2013).
+    Adagrad's sum made a running average, so that the rate does not fall for ever (Tieleman &
+    Hinton, lecture 6.5, 2012). ``centered`` takes the variance v - a² in place of v, with a ← α a +
+    (1 - α) g (Graves, "Generating sequences with recurrent neural networks", 2013).
     """
     g = coupled(p, -g if maximize else g, weight_decay)
     state = {"square_avg": alpha * square_avg + (1 - alpha) * g * g}
@@ -115,10 +120,12 @@ def adam(
     maximize: bool = False,
     decoupled_weight_decay: bool = False,
 ) -> Update:
-    """m ← β₁ m + (1 - β₁) g,  v ← β₂ v + (1 - β₂) g²,  θ ← θ - γ m̂ / (√v̂ + ε)  with  m̂ = m / (1 - β₁ᵗ),  v̂ = v / (1 - β₂ᵗ).
+    """m ← β₁ m + (1 - β₁) g,  v ← β₂ v + (1 - β₂) g²,  θ ← θ - γ m̂ / (√v̂ + ε)  with  m̂ = m / (1
+    - β₁ᵗ),  v̂ = v / (1 - β₂ᵗ).
 
-    m and v begin at 0: after t steps they hold 1 - βᵗ of an average, which m̂ and v̂ divide by (Kingma & Ba, "Adam: a method for stochastic
-    optimization", 2015). ``amsgrad`` takes the largest v so far (Reddi et al., "On the convergence of Adam and beyond", 2018).
+    m and v begin at 0: after t steps they hold 1 - βᵗ of an average, which m̂ and v̂ divide by
+    (Kingma & Ba, "Adam: a method for stochastic optimization", 2015). ``amsgrad`` takes the largest
+    v so far (Reddi et al., "On the convergence of Adam and beyond", 2018).
     ``decoupled_weight_decay`` makes it AdamW.
     """
     beta1, beta2 = betas
@@ -147,11 +154,14 @@ def lion(
 ) -> Update:
     """θ ← θ - γ λ θ - γ sign(β₁ m + (1 - β₁) g),  m ← β₂ m + (1 - β₂) g.
 
-    Every coordinate moves by γ, whatever the size of its gradient: take γ 3 to 10 times smaller than AdamW's and λ as many times larger
-    (Chen et al., "Symbolic discovery of optimization algorithms", 2023).
+    Every coordinate moves by γ, whatever the size of its gradient: take γ 3 to 10 times smaller
+    than AdamW's and λ as many times larger (Chen et al., "Symbolic discovery of optimization
+    algorithms", 2023).
     """
     g = -g if maximize else g
-    return p - lr * weight_decay * p - lr * average(exp_avg, g, betas[0]).sign(), {"exp_avg": average(exp_avg, g, betas[1])}
+    return p - lr * weight_decay * p - lr * average(exp_avg, g, betas[0]).sign(), {
+        "exp_avg": average(exp_avg, g, betas[1])
+    }
 
 
 def coupled(p: Tensor, g: Tensor, weight_decay: float) -> Tensor:
@@ -165,16 +175,19 @@ def average(m: Tensor, g: Tensor, beta: float) -> Tensor:
 
 
 def clip_factor(total_norm: Tensor, max_norm: float) -> Tensor:
-    """min(1, c / (n + 1e-6)): what clip_grad_norm_ multiplies every gradient by, when all of them together have the norm n."""
+    """min(1, c / (n + 1e-6)): what clip_grad_norm_ multiplies every gradient by, when all of them
+    together have the norm n."""
     return (max_norm / (total_norm + 1e-6)).clamp(max=1.0)
 
 
 def stochastically_rounded(x: Tensor, noise: Tensor) -> Tensor:
-    """float32 ``x`` to one of the two neighbours in bfloat16, the nearer the likelier, so that the mean of many roundings is x.
+    """float32 ``x`` to one of the two neighbours in bfloat16, the nearer the likelier, so that the
+    mean of many roundings is x.
 
-    bfloat16 is the upper half of float32's bits. Uniform ``noise`` (int32, 0 to 65535) added to the lower half carries into the upper one
-    with the probability lower / 65536. Rounded to nearest, an update of less than half a spacing would be lost at every step.
-    Infinities and NaN, which have no neighbours, stay.
+    bfloat16 is the upper half of float32's bits. Uniform ``noise`` (int32, 0 to 65535) added to the
+    lower half carries into the upper one with the probability lower / 65536. Rounded to nearest, an
+    update of less than half a spacing would be lost at every step. Infinities and NaN, which have
+    no neighbours, stay.
     """
     bits = (x.view(torch.int32) + noise) & -65536
     return torch.where(x.isfinite(), bits.view(torch.float32), x).bfloat16()

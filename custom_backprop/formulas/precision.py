@@ -1,4 +1,5 @@
-"""Formulas are written for exact numbers; half precision is computed in float32 and rounded once, as the kernels do."""
+"""Formulas are written for exact numbers; half precision is computed in float32 and rounded once,
+as the kernels do."""
 
 from __future__ import annotations
 
@@ -23,7 +24,8 @@ def widen(a: Any) -> Any:
 
 
 def rounded_once(formula: Callable[..., Tensor]) -> Callable[..., Tensor]:
-    """Runs an elementwise formula on widened tensors and rounds its result to the dtype of its first argument."""
+    """Runs an elementwise formula on widened tensors and rounds its result to the dtype of its
+    first argument."""
 
     @functools.wraps(formula)
     def run(*args: Any) -> Tensor:

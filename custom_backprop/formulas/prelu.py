@@ -1,4 +1,5 @@
-"""The parametric ReLU (He et al., 2015): a leaky ReLU whose slope is learned, one for all channels or one for each.
+"""The parametric ReLU (He et al., 2015): a leaky ReLU whose slope is learned, one for all channels
+or one for each.
 
 With y_i = x_i where x_i > 0, else w_c x_i, for an element i of channel c:
 
@@ -17,12 +18,18 @@ from .precision import rounded_once, widen
 
 def spread(weight: Tensor, x: Tensor) -> Tensor:
     """A weight of one element or of C, to be broadcast along dimension 1 of x."""
-    return weight.reshape(1, -1, *[1] * (x.dim() - 2)) if x.dim() > 1 else weight.reshape([1] * x.dim())
+    return (
+        weight.reshape(1, -1, *[1] * (x.dim() - 2))
+        if x.dim() > 1
+        else weight.reshape([1] * x.dim())
+    )
 
 
 def summed(t: Tensor, weight: Tensor) -> Tensor:
     """The sum of t over all that shares an element of the weight, in the weight's shape."""
-    return t.sum([d for d in range(t.dim()) if d != 1] if t.dim() > 1 and weight.numel() != 1 else None).reshape(weight.shape)
+    return t.sum(
+        [d for d in range(t.dim()) if d != 1] if t.dim() > 1 and weight.numel() != 1 else None
+    ).reshape(weight.shape)
 
 
 @rounded_once
@@ -31,12 +38,22 @@ def prelu(x: Tensor, weight: Tensor) -> Tensor:
     return torch.where(x > 0, x, spread(weight, x) * x)
 
 
-def prelu_backward(dy: Tensor, x: Tensor, weight: Tensor, need_x: bool, need_weight: bool) -> tuple[Tensor, Tensor]:
+def prelu_backward(
+    dy: Tensor, x: Tensor, weight: Tensor, need_x: bool, need_weight: bool
+) -> tuple[Tensor, Tensor]:
     """dx and dw; an empty tensor for one that is not needed."""
     dtype, nothing = dy.dtype, dy.new_empty(0)
     dy, x, weight = widen(dy), widen(x), widen(weight)
-    dx = constant_in(torch.where(x > 0, dy, spread(weight, x) * dy), x).to(dtype) if need_x else nothing
-    dw = constant_in(summed(torch.where(x > 0, 0.0, x * dy), weight), weight).to(dtype) if need_weight else nothing
+    dx = (
+        constant_in(torch.where(x > 0, dy, spread(weight, x) * dy), x).to(dtype)
+        if need_x
+        else nothing
+    )
+    dw = (
+        constant_in(summed(torch.where(x > 0, 0.0, x * dy), weight), weight).to(dtype)
+        if need_weight
+        else nothing
+    )
     return dx, dw
 
 

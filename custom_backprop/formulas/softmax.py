@@ -1,6 +1,7 @@
 """Softmax, log-softmax and softmin along one dimension, and their derivatives.
 
-The output is all that backward needs. Sums run along ``dim``, and m = max x: e^m cancels in every result, and e^(x-m) <= 1 cannot overflow.
+The output is all that backward needs. Sums run along ``dim``, and m = max x: e^m cancels in every
+result, and e^(x-m) <= 1 cannot overflow.
 
 A row without a largest finite number (all -inf, a +inf, a NaN) is NaN throughout, as in torch.
 """
@@ -30,7 +31,8 @@ def softmax(x: Tensor, dim: int) -> Tensor:
 def softmax_backward(dy: Tensor, y: Tensor, dim: int) -> Tensor:
     """dx = y (dy - Σ_j y_j dy_j).
 
-    The quotient rule gives ∂y_j/∂x_i = y_j ([i = j] - y_i), so dx_i = Σ_j dy_j y_j ([i = j] - y_i) = y_i dy_i - y_i Σ_j y_j dy_j.
+    The quotient rule gives ∂y_j/∂x_i = y_j ([i = j] - y_i), so dx_i = Σ_j dy_j y_j ([i = j] - y_i)
+    = y_i dy_i - y_i Σ_j y_j dy_j.
     The y_i sum to one, hence the dx_i to zero: a softmax does not see a shift of its input.
     """
     return y * (dy - (y * dy).sum(dim, keepdim=True))
@@ -65,7 +67,8 @@ def log_softmax(x: Tensor, dim: int) -> Tensor:
 def log_softmax_backward(dy: Tensor, y: Tensor, dim: int) -> Tensor:
     """dx = dy - e^y Σ_j dy_j.
 
-    ∂y_j/∂x_i = [i = j] - e^(x_i) / Σ_k e^(x_k) = [i = j] - e^(y_i), so dx_i = dy_i - e^(y_i) Σ_j dy_j.
+    ∂y_j/∂x_i = [i = j] - e^(x_i) / Σ_k e^(x_k) = [i = j] - e^(y_i), so dx_i = dy_i - e^(y_i) Σ_j
+    dy_j.
     """
     return dy - y.exp() * dy.sum(dim, keepdim=True)
 
@@ -105,8 +108,26 @@ class Softmax:
 SOFTMAXES = {
     s.name: s
     for s in (
-        Softmax("softmax", "y = e^x / Σ e^x;  dx = y (dy - Σ y dy)", softmax, softmax_backward, softmax_jvp),
-        Softmax("softmin", "y = e^-x / Σ e^-x;  dx = -y (dy - Σ y dy)", softmin, softmin_backward, softmin_jvp),
-        Softmax("log_softmax", "y = x - log Σ e^x;  dx = dy - e^y Σ dy", log_softmax, log_softmax_backward, log_softmax_jvp),
+        Softmax(
+            "softmax",
+            "y = e^x / Σ e^x;  dx = y (dy - Σ y dy)",
+            softmax,
+            softmax_backward,
+            softmax_jvp,
+        ),
+        Softmax(
+            "softmin",
+            "y = e^-x / Σ e^-x;  dx = -y (dy - Σ y dy)",
+            softmin,
+            softmin_backward,
+            softmin_jvp,
+        ),
+        Softmax(
+            "log_softmax",
+            "y = x - log Σ e^x;  dx = dy - e^y Σ dy",
+            log_softmax,
+            log_softmax_backward,
+            log_softmax_jvp,
+        ),
     )
 }

@@ -1,4 +1,5 @@
-"""Functions with the names and signatures of ``torch.nn.functional``, each with a backward written by hand. One file an op family."""
+"""Functions with the names and signatures of ``torch.nn.functional``, each with a backward written
+by hand. One file an op family."""
 
 from .activation import *
 from .activation import __all__ as _activation

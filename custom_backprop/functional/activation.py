@@ -1,8 +1,10 @@
 """Activations, with the names and signatures of ``torch.nn.functional``.
 
-Each takes a floating-point tensor of any shape and strides and returns one of the same shape and dtype. An integer, complex or nested
-tensor gives what stock gives, result or error. ``inplace=True`` writes the result over the input. It saves memory where backward needs the
-output alone (relu, leaky_relu with a slope >= 0, threshold with a value <= its threshold); the others keep a copy of the input.
+Each takes a floating-point tensor of any shape and strides and returns one of the same shape and
+dtype. An integer, complex or nested tensor gives what stock gives, result or error.
+``inplace=True`` writes the result over the input. It saves memory where backward needs the output
+alone (relu, leaky_relu with a slope >= 0, threshold with a value <= its threshold); the others keep
+a copy of the input.
 
 Raises:
     TypeError: what is no tensor, or a parameter that is no number.
@@ -42,7 +44,11 @@ def relu6(input: Tensor, inplace: bool = False) -> Tensor:
 @stock_without_gradient(stock.leaky_relu)
 def leaky_relu(input: Tensor, negative_slope: float = 0.01, inplace: bool = False) -> Tensor:
     """y = x where x > 0, else a x;  dx = dy or a dy, with a = ``negative_slope``."""
-    return activate_("leaky_relu", input, negative_slope) if inplace else activations["leaky_relu"](input, negative_slope)
+    return (
+        activate_("leaky_relu", input, negative_slope)
+        if inplace
+        else activations["leaky_relu"](input, negative_slope)
+    )
 
 
 @stock_without_gradient(stock.elu)
@@ -116,12 +122,15 @@ def hardsigmoid(input: Tensor, inplace: bool = False) -> Tensor:
 
 @stock_without_gradient(stock.hardswish)
 def hardswish(input: Tensor, inplace: bool = False) -> Tensor:
-    """y = x hardsigmoid(x);  dx = 0, dy (x/3 + 1/2) or dy where x is below, inside or above [-3, 3]."""
+    """y = x hardsigmoid(x);  dx = 0, dy (x/3 + 1/2) or dy where x is below, inside or above [-3,
+    3]."""
     return activate_("hardswish", input) if inplace else activations["hardswish"](input)
 
 
 @stock_without_gradient(stock.hardtanh)
-def hardtanh(input: Tensor, min_val: float = -1.0, max_val: float = 1.0, inplace: bool = False) -> Tensor:
+def hardtanh(
+    input: Tensor, min_val: float = -1.0, max_val: float = 1.0, inplace: bool = False
+) -> Tensor:
     """y = min(max(x, l), h);  dx = dy [l < y < h].
 
     Raises:
@@ -129,7 +138,11 @@ def hardtanh(input: Tensor, min_val: float = -1.0, max_val: float = 1.0, inplace
     """
     if min_val > max_val:
         raise ValueError(f"min_val cannot be greater than max_val, got {min_val} and {max_val}")
-    return activate_("hardtanh", input, min_val, max_val) if inplace else activations["hardtanh"](input, min_val, max_val)
+    return (
+        activate_("hardtanh", input, min_val, max_val)
+        if inplace
+        else activations["hardtanh"](input, min_val, max_val)
+    )
 
 
 @stock_without_gradient(torch.tanh)
@@ -175,7 +188,11 @@ def hardshrink(input: Tensor, lambd: float = 0.5) -> Tensor:
 @stock_without_gradient(stock.threshold)
 def threshold(input: Tensor, threshold: float, value: float, inplace: bool = False) -> Tensor:
     """y = x where x > θ, else v;  dx = dy [x > θ]."""
-    return activate_("threshold", input, threshold, value) if inplace else activations["threshold"](input, threshold, value)
+    return (
+        activate_("threshold", input, threshold, value)
+        if inplace
+        else activations["threshold"](input, threshold, value)
+    )
 
 
 def relu_squared(input: Tensor) -> Tensor:

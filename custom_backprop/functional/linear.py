@@ -1,4 +1,5 @@
-"""The linear layer: ``linear`` as in ``torch.nn.functional``, and ``linear_activation``, both in one Function."""
+"""The linear layer: ``linear`` as in ``torch.nn.functional``, and ``linear_activation``, both in
+one Function."""
 
 from __future__ import annotations
 
@@ -15,7 +16,9 @@ __all__ = ["linear", "linear_activation"]
 
 #: the parameters of each activation that has a default for all
 _DEFAULTS: dict[str, tuple[Any, ...]] = {
-    n: tuple(a.parameters.values()) for n, a in ACTIVATIONS.items() if None not in a.parameters.values()
+    n: tuple(a.parameters.values())
+    for n, a in ACTIVATIONS.items()
+    if None not in a.parameters.values()
 }
 
 
@@ -24,7 +27,8 @@ def linear(input: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
 
     Args:
         input: (..., in_features).
-        weight: (out_features, in_features), or without a bias (in_features), which gives an output without the last dimension.
+        weight: (out_features, in_features), or without a bias (in_features), which gives an output
+            without the last dimension.
         bias: (out_features), or what broadcasts with the output.
 
     Raises:
@@ -38,22 +42,33 @@ def linear(input: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     return ops.linear(input, weight, bias)
 
 
-def linear_activation(input: Tensor, weight: Tensor, bias: Tensor | None = None, activation: str = "relu", **parameters: float) -> Tensor:
+def linear_activation(
+    input: Tensor,
+    weight: Tensor,
+    bias: Tensor | None = None,
+    activation: str = "relu",
+    **parameters: float,
+) -> Tensor:
     """y = f(z), z = x Wᵀ + b;  dz = dy f', dx = dz W, dW = dzᵀ x, db = Σ_rows dz.
 
-    One Function for both: where f' can be written with y, z is never kept, and dz and db come from one pass.
+    One Function for both: where f' can be written with y, z is never kept, and dz and db come from
+    one pass.
 
     Args:
         input, weight, bias: as in :func:`linear`, ``weight`` with two dimensions.
-        activation: the name of an activation of :mod:`custom_backprop.functional` ("gelu_tanh" is gelu's tanh form).
+        activation: the name of an activation of :mod:`custom_backprop.functional` ("gelu_tanh" is
+            gelu's tanh form).
         parameters: the activation's own parameters by name, such as ``negative_slope=0.1``.
 
     Raises:
         ValueError: no activation of that name.
-        TypeError: it has no such parameter, one without a default is missing, or something is no tensor or no number.
+        TypeError: it has no such parameter, one without a default is missing, or something is no
+            tensor or no number.
         RuntimeError: shapes, dtypes or devices do not fit.
     """
-    return ops.linear_activation(input, weight, bias, activation, activation_parameters(activation, parameters))
+    return ops.linear_activation(
+        input, weight, bias, activation, activation_parameters(activation, parameters)
+    )
 
 
 def activation_parameters(activation: str, given: dict[str, float]) -> tuple[float, ...]:
@@ -68,7 +83,9 @@ def activation_parameters(activation: str, given: dict[str, float]) -> tuple[flo
         raise ValueError(f"no activation {activation!r}: choose one of {', '.join(ACTIVATIONS)}")
     known = ACTIVATIONS[activation].parameters
     if unknown := [name for name in given if name not in known]:
-        raise TypeError(f"{activation} has no parameter {', '.join(unknown)}; it has {', '.join(known) or 'none'}")
+        raise TypeError(
+            f"{activation} has no parameter {', '.join(unknown)}; it has {', '.join(known) or 'none'}"
+        )
     values = [given.get(name, default) for name, default in known.items()]
     if missing := [name for name, value in zip(known, values, strict=True) if value is None]:
         raise TypeError(f"{activation} needs a value for {', '.join(missing)}")

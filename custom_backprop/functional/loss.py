@@ -1,8 +1,10 @@
 """Pointwise losses, with the names and signatures of ``torch.nn.functional``.
 
-Each compares ``input`` and ``target`` element by element and then, by ``reduction``, keeps the losses ("none"), averages ("mean") or sums
-them ("sum"); ``size_average`` and ``reduce`` are its deprecated forms. Inputs of different dtypes meet in the wider one, and half precision
-is computed in float32. What is not real and floating-point gives what stock gives. Derivations: :mod:`custom_backprop.formulas.loss`.
+Each compares ``input`` and ``target`` element by element and then, by ``reduction``, keeps the
+losses ("none"), averages ("mean") or sums them ("sum"); ``size_average`` and ``reduce`` are its
+deprecated forms. Inputs of different dtypes meet in the wider one, and half precision is computed
+in float32. What is not real and floating-point gives what stock gives. Derivations:
+:mod:`custom_backprop.formulas.loss`.
 """
 
 from __future__ import annotations
@@ -27,7 +29,9 @@ __all__ = [
 ]  # fmt: skip
 
 
-@stock_without_gradient(torch.nn.functional.mse_loss, tensors=2, options=("reduction",), direct=DIRECT["mse_loss"])
+@stock_without_gradient(
+    torch.nn.functional.mse_loss, tensors=2, options=("reduction",), direct=DIRECT["mse_loss"]
+)
 def mse_loss(
     input: Tensor,
     target: Tensor,
@@ -36,7 +40,8 @@ def mse_loss(
     reduction: str = "mean",
     weight: Tensor | None = None,
 ) -> Tensor:
-    """l = w (x - t)²;  dx = 2 dy w (x - t), dt = -dx, dw = dy (x - t)². With a weight, the mean is Σ l / Σ w.
+    """l = w (x - t)²;  dx = 2 dy w (x - t), dt = -dx, dw = dy (x - t)². With a weight, the mean is
+    Σ l / Σ w.
 
     Args:
         input, target: of one shape, or broadcast with a warning.
@@ -46,7 +51,9 @@ def mse_loss(
         ValueError: an unknown reduction, or a weight of another shape.
         RuntimeError: shapes that do not broadcast.
     """
-    return _difference("mse_loss", input, target, reduction_of(size_average, reduce, reduction), weight)
+    return _difference(
+        "mse_loss", input, target, reduction_of(size_average, reduce, reduction), weight
+    )
 
 
 def l1_loss(
@@ -57,12 +64,19 @@ def l1_loss(
     reduction: str = "mean",
     weight: Tensor | None = None,
 ) -> Tensor:
-    """l = w |x - t|;  dx = dy w sign(x - t), dt = -dx, dw = dy |x - t|. Arguments and errors as :func:`mse_loss`."""
-    return _difference("l1_loss", input, target, reduction_of(size_average, reduce, reduction), weight)
+    """l = w |x - t|;  dx = dy w sign(x - t), dt = -dx, dw = dy |x - t|. Arguments and errors as
+    :func:`mse_loss`."""
+    return _difference(
+        "l1_loss", input, target, reduction_of(size_average, reduce, reduction), weight
+    )
 
 
 @stock_without_gradient(
-    torch.nn.functional.smooth_l1_loss, tensors=2, options=("reduction", "beta"), direct=DIRECT["smooth_l1_loss"], parameters=(1.0,)
+    torch.nn.functional.smooth_l1_loss,
+    tensors=2,
+    options=("reduction", "beta"),
+    direct=DIRECT["smooth_l1_loss"],
+    parameters=(1.0,),
 )
 def smooth_l1_loss(
     input: Tensor,
@@ -72,7 +86,8 @@ def smooth_l1_loss(
     reduction: str = "mean",
     beta: float = 1.0,
 ) -> Tensor:
-    """l = d² / 2β where |d| < β, else |d| - β/2, with d = x - t;  dx = dy min(max(d/β, -1), 1), dt = -dx. β = 0 is :func:`l1_loss`.
+    """l = d² / 2β where |d| < β, else |d| - β/2, with d = x - t;  dx = dy min(max(d/β, -1), 1), dt
+    = -dx. β = 0 is :func:`l1_loss`.
 
     Raises:
         ValueError: an unknown reduction.
@@ -87,10 +102,21 @@ def smooth_l1_loss(
 
 
 @stock_without_gradient(
-    torch.nn.functional.huber_loss, tensors=2, options=("reduction", "delta"), direct=DIRECT["huber_loss"], parameters=(1.0,)
+    torch.nn.functional.huber_loss,
+    tensors=2,
+    options=("reduction", "delta"),
+    direct=DIRECT["huber_loss"],
+    parameters=(1.0,),
 )
-def huber_loss(input: Tensor, target: Tensor, reduction: str = "mean", delta: float = 1.0, weight: Tensor | None = None) -> Tensor:
-    """l = w d²/2 where |d| <= δ, else w δ (|d| - δ/2), with d = x - t;  dx = dy w min(max(d, -δ), δ), dt = -dx, dw = dy l/w.
+def huber_loss(
+    input: Tensor,
+    target: Tensor,
+    reduction: str = "mean",
+    delta: float = 1.0,
+    weight: Tensor | None = None,
+) -> Tensor:
+    """l = w d²/2 where |d| <= δ, else w δ (|d| - δ/2), with d = x - t;  dx = dy w min(max(d, -δ),
+    δ), dt = -dx, dw = dy l/w.
 
     The mean divides by the number of elements, also with a weight.
 
@@ -99,11 +125,18 @@ def huber_loss(input: Tensor, target: Tensor, reduction: str = "mean", delta: fl
         RuntimeError: shapes that do not broadcast, or a ``delta`` that is not positive.
     """
     if delta <= 0:
-        raise RuntimeError(f"huber_loss does not support non-positive values for delta, got {delta}")
+        raise RuntimeError(
+            f"huber_loss does not support non-positive values for delta, got {delta}"
+        )
     return _difference("huber_loss", input, target, reduction, weight, delta=delta)
 
 
-@stock_without_gradient(torch.nn.functional.binary_cross_entropy, tensors=2, options=("reduction",), direct=DIRECT["binary_cross_entropy"])
+@stock_without_gradient(
+    torch.nn.functional.binary_cross_entropy,
+    tensors=2,
+    options=("reduction",),
+    direct=DIRECT["binary_cross_entropy"],
+)
 def binary_cross_entropy(
     input: Tensor,
     target: Tensor,
@@ -112,7 +145,8 @@ def binary_cross_entropy(
     reduce: bool | None = None,
     reduction: str = "mean",
 ) -> Tensor:
-    """l = -w (t log x + (1 - t) log(1 - x)), logarithms at least -100;  dx = dy w (x - t) / (x (1 - x)), dt = dy w (log(1 - x) - log x).
+    """l = -w (t log x + (1 - t) log(1 - x)), logarithms at least -100;  dx = dy w (x - t) / (x (1 -
+    x)), dt = dy w (log(1 - x) - log x).
 
     Args:
         input, target: probabilities, of one shape and dtype.
@@ -120,8 +154,9 @@ def binary_cross_entropy(
 
     Raises:
         ValueError: an unknown reduction, or different shapes.
-        RuntimeError: different dtypes, a weight that requires grad or does not broadcast, or CUDA's autocast; on a CPU also a value outside
-            [0, 1] (on a GPU, where looking would wait for it, such a value gives NaN).
+        RuntimeError: different dtypes, a weight that requires grad or does not broadcast, or CUDA's
+            autocast; on a CPU also a value outside [0, 1] (on a GPU, where looking would wait for
+            it, such a value gives NaN).
     """
     reduction = reduction_of(size_average, reduce, reduction)
     enum = _Reduction.get_enum(reduction)
@@ -132,12 +167,18 @@ def binary_cross_entropy(
         )
     if not input.is_floating_point():
         return torch.nn.functional.binary_cross_entropy(input, target, weight, reduction=reduction)
-    if not input.is_meta and torch.is_autocast_enabled(input.device.type):  # of meta it may not be asked
+    if not input.is_meta and torch.is_autocast_enabled(
+        input.device.type
+    ):  # of meta it may not be asked
         if input.is_cuda:
-            raise RuntimeError("binary_cross_entropy is unsafe to autocast: use binary_cross_entropy_with_logits, or disable autocast")
+            raise RuntimeError(
+                "binary_cross_entropy is unsafe to autocast: use binary_cross_entropy_with_logits, or disable autocast"
+            )
     elif any(a is not None and a.dtype != input.dtype for a in (target, weight)):
         got = [a.dtype for a in (input, target, weight) if a is not None]
-        raise RuntimeError(f"binary_cross_entropy: input, target and weight must have the same dtype, got {got}")
+        raise RuntimeError(
+            f"binary_cross_entropy: input, target and weight must have the same dtype, got {got}"
+        )
     x, t, w = same_dtype(input, target, _constant("weight", weight, input))
     return pointwise("binary_cross_entropy", x, t, None, w, enum)
 
@@ -157,7 +198,8 @@ def binary_cross_entropy_with_logits(
     reduction: str = "mean",
     pos_weight: Tensor | None = None,
 ) -> Tensor:
-    """l = w (p t softplus(-x) + (1 - t) softplus(x));  dx = dy w ((1 + (p - 1) t) σ(x) - p t), dt = dy w ((p - 1) softplus(-x) - x).
+    """l = w (p t softplus(-x) + (1 - t) softplus(x));  dx = dy w ((1 + (p - 1) t) σ(x) - p t), dt =
+    dy w ((p - 1) softplus(-x) - x).
 
     Args:
         input, target: logits and probabilities, of one shape.
@@ -170,9 +212,13 @@ def binary_cross_entropy_with_logits(
     reduction = reduction_of(size_average, reduce, reduction)
     enum = _Reduction.get_enum(reduction)
     if target.size() != input.size():
-        raise ValueError(f"Target size ({target.size()}) must be the same as input size ({input.size()})")
+        raise ValueError(
+            f"Target size ({target.size()}) must be the same as input size ({input.size()})"
+        )
     if not (input.is_floating_point() and target.is_floating_point()):
-        return torch.nn.functional.binary_cross_entropy_with_logits(input, target, weight, reduction=reduction, pos_weight=pos_weight)
+        return torch.nn.functional.binary_cross_entropy_with_logits(
+            input, target, weight, reduction=reduction, pos_weight=pos_weight
+        )
     w, p = _constant("weight", weight, input), _constant("pos_weight", pos_weight, input)
     x, t, p, w = same_dtype(input, target, p, w)
     return pointwise("binary_cross_entropy_with_logits", x, t, p, w, enum)
@@ -186,11 +232,13 @@ def kl_div(
     reduction: str = "mean",
     log_target: bool = False,
 ) -> Tensor:
-    """l = t (log t - x), for x a log-probability;  dx = -dy t, dt = dy (log t - x + 1). With ``log_target`` t is one too: l = e^t (t - x).
+    """l = t (log t - x), for x a log-probability;  dx = -dy t, dt = dy (log t - x + 1). With
+    ``log_target`` t is one too: l = e^t (t - x).
 
     Args:
         input, target: of one shape, or broadcast.
-        reduction: also "batchmean", the sum over the first dimension's length: the divergence as it is defined.
+        reduction: also "batchmean", the sum over the first dimension's length: the divergence as it
+            is defined.
 
     Raises:
         ValueError: an unknown reduction.
@@ -206,27 +254,37 @@ def kl_div(
         )
     enum = SUM if reduction == "batchmean" else _Reduction.get_enum(reduction)
     if not (input.is_floating_point() and target.is_floating_point()):
-        raise RuntimeError(f"kl_div: only real floating-point tensors are supported, got {input.dtype} and {target.dtype}")
+        raise RuntimeError(
+            f"kl_div: only real floating-point tensors are supported, got {input.dtype} and {target.dtype}"
+        )
     x, t = _broadcast(*same_dtype(input, target))
     loss = pointwise("kl_div", x, t, None, None, enum, log_target)
     return loss / input.shape[0] if batchmean and input.dim() else loss
 
 
 def gaussian_nll_loss(
-    input: Tensor, target: Tensor, var: Tensor | float, full: bool = False, eps: float = 1e-6, reduction: str = "mean"
+    input: Tensor,
+    target: Tensor,
+    var: Tensor | float,
+    full: bool = False,
+    eps: float = 1e-6,
+    reduction: str = "mean",
 ) -> Tensor:
-    """l = (log v + d²/v) / 2 with d = x - t, v = max(var, ε);  dx = dy d/v, dt = -dx, dvar = dy (1 - d²/v) / 2v.
+    """l = (log v + d²/v) / 2 with d = x - t, v = max(var, ε);  dx = dy d/v, dt = -dx, dvar = dy (1
+    - d²/v) / 2v.
 
     Args:
         input, target: broadcast to one shape.
-        var: of the shape of ``input``, or that without its last dimension, or with one dimension of length 1; or a number.
+        var: of the shape of ``input``, or that without its last dimension, or with one dimension of
+            length 1; or a number.
         full: adds the constant log(2π)/2.
         eps: bounds v from below; the bound is not differentiated.
 
     Raises:
-        ValueError: an unknown reduction, a variance of another shape, or a negative one (not looked for while torch.compile traces or
-            torch.func transforms: there it is bounded like any other; nor by the kernels on a GPU, where to look is to wait: there the
-            loss and its gradients are NaN).
+        ValueError: an unknown reduction, a variance of another shape, or a negative one (not looked
+            for while torch.compile traces or torch.func transforms: there it is bounded like any
+            other; nor by the kernels on a GPU, where to look is to wait: there the loss and its
+            gradients are NaN).
         RuntimeError: shapes that do not broadcast.
     """
     if isinstance(var, float):
@@ -234,14 +292,21 @@ def gaussian_nll_loss(
             raise ValueError("var has negative entry/entries")
         var = torch.full_like(input, var)
     elif not isinstance(var, Tensor):
-        raise TypeError(f"gaussian_nll_loss: var must be a Tensor or a float, not {type(var).__name__}")
+        raise TypeError(
+            f"gaussian_nll_loss: var must be a Tensor or a float, not {type(var).__name__}"
+        )
     elif _known(var) and not (var.is_cuda and takes_kernels(var)) and torch.any(var < 0):
         raise ValueError("var has negative entry/entries")
     if var.size() != input.size():
         if input.size()[:-1] == var.size():
             var = var.unsqueeze(-1)
-        elif input.dim() != var.dim() or sum(v for x, v in zip(input.shape, var.shape, strict=True) if x != v) != 1:
-            raise ValueError(f"var is of incorrect size: {tuple(var.shape)} for an input of {tuple(input.shape)}")
+        elif (
+            input.dim() != var.dim()
+            or sum(v for x, v in zip(input.shape, var.shape, strict=True) if x != v) != 1
+        ):
+            raise ValueError(
+                f"var is of incorrect size: {tuple(var.shape)} for an input of {tuple(input.shape)}"
+            )
     if reduction not in ("none", "mean", "sum"):
         raise ValueError(f"{reduction} is not valid")
     if not (input.is_floating_point() and target.is_floating_point() and var.is_floating_point()):
@@ -260,7 +325,8 @@ def poisson_nll_loss(
     reduce: bool | None = None,
     reduction: str = "mean",
 ) -> Tensor:
-    """l = e^x - t x;  dx = dy (e^x - t), dt = -dy x. Without ``log_input`` x is the rate: l = x - t log(x + ε), dx = dy (1 - t / (x + ε)).
+    """l = e^x - t x;  dx = dy (e^x - t), dt = -dy x. Without ``log_input`` x is the rate: l = x - t
+    log(x + ε), dx = dy (1 - t / (x + ε)).
 
     Args:
         input, target: broadcast to one shape.
@@ -274,12 +340,23 @@ def poisson_nll_loss(
     if reduction not in ("none", "mean", "sum"):
         raise ValueError(f"{reduction} is not a valid value for reduction")
     if not _dtype(input, target).is_floating_point:
-        return torch.nn.functional.poisson_nll_loss(input, target, log_input, full, eps=eps, reduction=reduction)
+        return torch.nn.functional.poisson_nll_loss(
+            input, target, log_input, full, eps=eps, reduction=reduction
+        )
     x, t = _broadcast(*same_dtype(input, target))
-    return pointwise("poisson_nll_loss", x, t, None, None, _Reduction.get_enum(reduction), log_input, full, eps)
+    return pointwise(
+        "poisson_nll_loss", x, t, None, None, _Reduction.get_enum(reduction), log_input, full, eps
+    )
 
 
-def _difference(name: str, input: Tensor, target: Tensor, reduction: str, weight: Tensor | None, **parameters: float) -> Tensor:
+def _difference(
+    name: str,
+    input: Tensor,
+    target: Tensor,
+    reduction: str,
+    weight: Tensor | None,
+    **parameters: float,
+) -> Tensor:
     """A loss of x - t, with a weight where torch has one."""
     if target.size() != input.size():
         _warn(
@@ -291,11 +368,17 @@ def _difference(name: str, input: Tensor, target: Tensor, reduction: str, weight
         given = parameters if weight is None else {**parameters, "weight": weight}
         return getattr(torch.nn.functional, name)(x, t, reduction=reduction, **given)
     if weight is None:
-        return pointwise(name, x, t, None, None, _Reduction.get_enum(reduction), *parameters.values())
+        return pointwise(
+            name, x, t, None, None, _Reduction.get_enum(reduction), *parameters.values()
+        )
     if weight.size() != input.size():
-        raise ValueError(f"Weights and input must have the same size, got {tuple(weight.shape)} and {tuple(input.shape)}")
+        raise ValueError(
+            f"Weights and input must have the same size, got {tuple(weight.shape)} and {tuple(input.shape)}"
+        )
     if reduction not in ("none", "mean", "sum"):
-        raise ValueError(f"Invalid reduction mode: {reduction}. Expected one of 'none', 'mean', 'sum'.")
+        raise ValueError(
+            f"Invalid reduction mode: {reduction}. Expected one of 'none', 'mean', 'sum'."
+        )
     x, t, w = _broadcast(*same_dtype(x, t, weight))
     if reduction == "mean" and name != "huber_loss":
         return pointwise(name, x, t, None, w, SUM, *parameters.values()) / weight.sum()
@@ -305,13 +388,19 @@ def _difference(name: str, input: Tensor, target: Tensor, reduction: str, weight
 def reduction_of(size_average: bool | None, reduce: bool | None, reduction: str) -> str:
     if size_average is None and reduce is None:
         return reduction
-    return _Reduction.legacy_get_string(size_average, reduce, emit_warning=not torch.compiler.is_compiling())
+    return _Reduction.legacy_get_string(
+        size_average, reduce, emit_warning=not torch.compiler.is_compiling()
+    )
 
 
 def _broadcast(*tensors: Tensor) -> Any:
     """The tensors in one shape. Autograd sums the gradient of one that was expanded."""
     first, *others = tensors
-    return tensors if all(t.shape == first.shape for t in others) else torch.broadcast_tensors(*tensors)
+    return (
+        tensors
+        if all(t.shape == first.shape for t in others)
+        else torch.broadcast_tensors(*tensors)
+    )
 
 
 def _dtype(*tensors: Tensor | None) -> torch.dtype:
@@ -319,7 +408,9 @@ def _dtype(*tensors: Tensor | None) -> torch.dtype:
     given = [t for t in tensors if t is not None]
     if all(t.dtype == given[0].dtype for t in given):
         return given[0].dtype
-    return functools.reduce(torch.promote_types, [t.dtype for t in given if t.dim()] or [t.dtype for t in given])
+    return functools.reduce(
+        torch.promote_types, [t.dtype for t in given if t.dim()] or [t.dtype for t in given]
+    )
 
 
 def same_dtype(*tensors: Any) -> Any:
@@ -332,7 +423,9 @@ def _warn(message: str) -> None:
     """A warning at the call into this package; none from a graph that torch.compile traces."""
     if not torch.compiler.is_compiling():
         level, frame = 1, sys._getframe()
-        while frame.f_back is not None and frame.f_globals["__name__"].startswith(f"{__package__}."):
+        while frame.f_back is not None and frame.f_globals["__name__"].startswith(
+            f"{__package__}."
+        ):
             level, frame = level + 1, frame.f_back
         warnings.warn(message, stacklevel=level)
 
@@ -342,10 +435,15 @@ def _constant(name: str, weight: Tensor | None, input: Tensor) -> Tensor | None:
     if weight is None:
         return None
     if weight.requires_grad and torch.is_grad_enabled():
-        raise RuntimeError(f"the loss is not differentiable with respect to argument '{name}': it cannot have requires_grad True")
+        raise RuntimeError(
+            f"the loss is not differentiable with respect to argument '{name}': it cannot have requires_grad True"
+        )
     return weight if weight.shape == input.shape else weight.expand_as(input)
 
 
 def _known(t: Tensor) -> bool:
-    """Whether the values of ``t`` can be looked at: not while a graph is traced or vmap runs, nor on the meta device."""
-    return not (torch.compiler.is_compiling() or torch._C._are_functorch_transforms_active() or t.is_meta)
+    """Whether the values of ``t`` can be looked at: not while a graph is traced or vmap runs, nor
+    on the meta device."""
+    return not (
+        torch.compiler.is_compiling() or torch._C._are_functorch_transforms_active() or t.is_meta
+    )

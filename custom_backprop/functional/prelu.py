@@ -13,7 +13,8 @@ __all__ = ["prelu"]
 
 @stock_without_gradient(torch.prelu, tensors=2)
 def prelu(input: Tensor, weight: Tensor) -> Tensor:
-    """y = x where x > 0, else w_c x;  dx = dy or w_c dy, dw_c = Σ dy x over the elements x <= 0 of channel c.
+    """y = x where x > 0, else w_c x;  dx = dy or w_c dy, dw_c = Σ dy x over the elements x <= 0 of
+    channel c.
 
     Args:
         input: (N, C, ...), or any shape with a weight of one element.

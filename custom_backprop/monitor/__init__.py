@@ -1,7 +1,9 @@
-"""Watches the gradients of a training run: which layer learns, which has stopped to, and what to do about it.
+"""Watches the gradients of a training run: which layer learns, which has stopped to, and what to do
+about it.
 
-By the chain rule the gradient at layer l carries the Jacobians of all layers after it, ∂L/∂a_l = J_{l+1}ᵀ ... J_Lᵀ ∂L/∂a_L: it shrinks
-or grows geometrically with depth unless each factor keeps its length. ``docs/gradients.md`` has the mathematics and the pictures.
+By the chain rule the gradient at layer l carries the Jacobians of all layers after it, ∂L/∂a_l =
+J_{l+1}ᵀ ... J_Lᵀ ∂L/∂a_L: it shrinks or grows geometrically with depth unless each factor keeps its
+length. ``docs/gradients.md`` has the mathematics and the pictures.
 """
 
 from __future__ import annotations
@@ -11,4 +13,15 @@ from .reading import CURES, Layer, Reading, Verdict
 from .watch import GradientMonitor
 from .writers import JSONLines, TensorBoard, Writer
 
-__all__ = ["CURES", "GradientMonitor", "JSONLines", "Layer", "Reading", "TensorBoard", "Verdict", "Writer", "falls", "judge"]
+__all__ = [
+    "CURES",
+    "GradientMonitor",
+    "JSONLines",
+    "Layer",
+    "Reading",
+    "TensorBoard",
+    "Verdict",
+    "Writer",
+    "falls",
+    "judge",
+]

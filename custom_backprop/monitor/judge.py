@@ -9,40 +9,71 @@ from itertools import accumulate, pairwise
 
 from .reading import Layer, Reading, Verdict
 
-FALL, STEP = 4.0, 2.0  # decades between the largest layer and a vanished one, and the most that one step between layers counts
+FALL, STEP = (
+    4.0,
+    2.0,
+)  # decades between the largest layer and a vanished one, and the most that one step between layers counts
 SURGE = 100.0  # times the largest total of the older half of the history
 LOST = 1e-3  # of a layer's own share of the total, its median over the older half
 OLD = 4  # readings before the history is judged by
 CANCELLED = 1e-4  # of the gradient after a normalisation: below is rounding
-DEAD, DIED = 0.75, 0.25  # the part of the units that is too much at any time, and above the least of the history
+DEAD, DIED = (
+    0.75,
+    0.25,
+)  # the part of the units that is too much at any time, and above the least of the history
 
 
-def judge(reading: Reading, history: Iterable[Reading], normalised: Collection[str] = (), overflows: bool = False) -> list[Verdict]:
+def judge(
+    reading: Reading,
+    history: Iterable[Reading],
+    normalised: Collection[str] = (),
+    overflows: bool = False,
+) -> list[Verdict]:
     """What is wrong in ``reading``, given those before it.
 
     Args:
-        normalised: the names of modules whose output is normalised: a gradient of exactly zero beneath one may be right.
-        overflows: whether a scaler skips steps that overflow, so that only a window without a finite step is trouble.
+        normalised: the names of modules whose output is normalised: a gradient of exactly zero
+            beneath one may be right.
+        overflows: whether a scaler skips steps that overflow, so that only a window without a
+            finite step is trouble.
     """
-    layers = [layer for layer in reading.layers if layer.norm is not None and layer.nonfinite is not None]
+    layers = [
+        layer for layer in reading.layers if layer.norm is not None and layer.nonfinite is not None
+    ]
     if found := _non_finite(reading, layers, overflows):
         return [v for v in (found, _too_far(reading)) if v]
     old = list(history)
     old = old[: len(old) // 2] if len(old) >= OLD else []
-    verdicts = [_exploding(reading, layers, old), _vanishing(reading, layers, old), *_dead(reading, layers, list(history), normalised)]
+    verdicts = [
+        _exploding(reading, layers, old),
+        _vanishing(reading, layers, old),
+        *_dead(reading, layers, list(history), normalised),
+    ]
     return [verdict for verdict in verdicts if verdict is not None]
 
 
 def _non_finite(reading: Reading, layers: list[Layer], overflows: bool) -> Verdict | None:
-    bad = [layer for layer in layers if layer.nonfinite and (not overflows or math.isnan(layer.norm or 0))]
+    bad = [
+        layer
+        for layer in layers
+        if layer.nonfinite and (not overflows or math.isnan(layer.norm or 0))
+    ]
     outputs = [layer for layer in reading.layers if layer.activation_nonfinite]
     if not bad:
         return None
     if outputs:
         evidence = f"{outputs[0].activation_nonfinite:.2g} of its output is NaN or infinite, the first in the network"
         return Verdict("non-finite", outputs[0].name, evidence)
-    where = ", and the loss may be" if bad[-1] is layers[-1] else ", while that of the layers after it is finite"
-    return Verdict("non-finite", bad[-1].name, f"{bad[-1].nonfinite:.2g} of its gradient is NaN or infinite{where}")
+    where = (
+        ", and the loss may be"
+        if bad[-1] is layers[-1]
+        else ", while that of the layers after it is finite"
+    )
+    return Verdict(
+        "non-finite",
+        bad[-1].name,
+        f"{bad[-1].nonfinite:.2g} of its gradient is NaN or infinite{where}",
+    )
 
 
 def _exploding(reading: Reading, layers: list[Layer], old: list[Reading]) -> Verdict | None:
@@ -50,14 +81,20 @@ def _exploding(reading: Reading, layers: list[Layer], old: list[Reading]) -> Ver
     if most > 0 and reading.norm > SURGE * most:
         worst = max(layers, key=lambda layer: layer.norm or 0)
         return Verdict(
-            "exploding", worst.name, f"the gradient's norm is {reading.norm:.3g}, {reading.norm / most:.3g} times the most of the past"
+            "exploding",
+            worst.name,
+            f"the gradient's norm is {reading.norm:.3g}, {reading.norm / most:.3g} times the most of the past",
         )
     if found := _too_far(reading):
         return found
     for what, values in (("gradient", _norms(layers)), ("activation", _deviations(reading)[::-1])):
         if values and (fall := max(falls([v for _, v in values]))) >= FALL:
             largest = max(values, key=lambda v: v[1])
-            return Verdict("exploding", largest[0], f"its {what} ({largest[1]:.3g}) has grown by {fall:.1f} decades through the network")
+            return Verdict(
+                "exploding",
+                largest[0],
+                f"its {what} ({largest[1]:.3g}) has grown by {fall:.1f} decades through the network",
+            )
     return None
 
 
@@ -65,7 +102,9 @@ def _too_far(reading: Reading) -> Verdict | None:
     if reading.update is None or not reading.update > 1:
         return None
     worst = max(reading.layers, key=lambda layer: layer.update or 0)
-    return Verdict("exploding", worst.name, f"an update is {worst.update:.3g} times as large as the weights")
+    return Verdict(
+        "exploding", worst.name, f"an update is {worst.update:.3g} times as large as the weights"
+    )
 
 
 def _vanishing(reading: Reading, layers: list[Layer], old: list[Reading]) -> Verdict | None:
@@ -74,47 +113,79 @@ def _vanishing(reading: Reading, layers: list[Layer], old: list[Reading]) -> Ver
         if gone := [name for (name, _), fall in zip(values, decades, strict=True) if fall >= FALL]:
             name, value = values[-1]
             more = f", as in {len(gone) - 1} more" if len(gone) > 1 else ""
-            return Verdict("vanishing", name, f"its {what} ({value:.3g}) has fallen by {decades[-1]:.1f} decades through the network{more}")
+            return Verdict(
+                "vanishing",
+                name,
+                f"its {what} ({value:.3g}) has fallen by {decades[-1]:.1f} decades through the network{more}",
+            )
     for layer in layers if old else ():
-        was = statistics.median((r[layer.name].norm or 0) / r.norm if r.norm > 0 else 0 for r in old)
+        was = statistics.median(
+            (r[layer.name].norm or 0) / r.norm if r.norm > 0 else 0 for r in old
+        )
         now = (layer.norm or 0) / reading.norm if reading.norm else was
         if now < LOST * was:
-            return Verdict("vanishing", layer.name, f"its part of the gradient's norm is {now:.2g}, and was {was:.2g}")
+            return Verdict(
+                "vanishing",
+                layer.name,
+                f"its part of the gradient's norm is {now:.2g}, and was {was:.2g}",
+            )
     return None
 
 
-def _dead(reading: Reading, layers: list[Layer], history: list[Reading], normalised: Collection[str]) -> Iterator[Verdict]:
+def _dead(
+    reading: Reading, layers: list[Layer], history: list[Reading], normalised: Collection[str]
+) -> Iterator[Verdict]:
     place = {layer.name: i for i, layer in enumerate(reading.layers)}
     cancelled = _cancelled(reading, layers, place, normalised)
     for i, layer in enumerate(layers):
         if layer.dead is None or layer.name in cancelled:
             continue
         if layer.dead == 1:
-            after = next((other for other in layers[i + 1 :] if other.dead is not None or other.norm), None)
+            after = next(
+                (other for other in layers[i + 1 :] if other.dead is not None or other.norm), None
+            )
             if after is None or not after.norm:
                 continue  # nothing arrives from the loss, or a later layer is to blame
         past = [d for r in history if (d := r[layer.name].dead) is not None]
         dead, long = layer.dead, ""
-        if layer.activation_std is None:  # gradients alone cannot tell the dead from those that the loss does not ask: death lasts
-            dead, long = min([dead, *past[1 - OLD :]]) if len(past) >= OLD - 1 else 0.0, f", {OLD} times in a row"
+        if (
+            layer.activation_std is None
+        ):  # gradients alone cannot tell the dead from those that the loss does not ask: death lasts
+            dead, long = (
+                min([dead, *past[1 - OLD :]]) if len(past) >= OLD - 1 else 0.0,
+                f", {OLD} times in a row",
+            )
         if dead > DEAD or dead > min(past, default=1.0) + DIED:
             source = _source(reading, place[layer.name])
-            yield Verdict("dead units", source, f"{dead:.0%} of the units of {layer.name!r} get no gradient at all{long}")
+            yield Verdict(
+                "dead units",
+                source,
+                f"{dead:.0%} of the units of {layer.name!r} get no gradient at all{long}",
+            )
 
 
-def _cancelled(reading: Reading, layers: list[Layer], place: dict[str, int], normalised: Collection[str]) -> set[str]:
-    """The layers beneath a normalised output whose gradient is zero, or what rounding leaves of zero: it may be right."""
+def _cancelled(
+    reading: Reading, layers: list[Layer], place: dict[str, int], normalised: Collection[str]
+) -> set[str]:
+    """The layers beneath a normalised output whose gradient is zero, or what rounding leaves of
+    zero: it may be right."""
     found: set[str] = set()
     for here, after in zip(layers[-2::-1], layers[:0:-1], strict=True):
         norm, rest = here.norm or 0.0, after.norm or 0.0
-        beneath = any(other.name in normalised for other in reading.layers[place[here.name] + 1 : place[after.name] + 1])
-        if (beneath and rest > 0 and norm <= CANCELLED * rest) or (after.name in found and norm <= rest / CANCELLED):
+        beneath = any(
+            other.name in normalised
+            for other in reading.layers[place[here.name] + 1 : place[after.name] + 1]
+        )
+        if (beneath and rest > 0 and norm <= CANCELLED * rest) or (
+            after.name in found and norm <= rest / CANCELLED
+        ):
             found.add(here.name)
     return found
 
 
 def _source(reading: Reading, i: int) -> str:
-    """The layer whose silence silences the one at ``i``: its own, or that before it where the input is all zero."""
+    """The layer whose silence silences the one at ``i``: its own, or that before it where the input
+    is all zero."""
     silent = reading.layers[i].name
     while i > 0 and reading.layers[i - 1].activation_zeros == 1:
         i -= 1
@@ -122,9 +193,11 @@ def _source(reading: Reading, i: int) -> str:
 
 
 def falls(values: Sequence[float]) -> list[float]:
-    """How many decades each value and all after it lie below the largest, a step from one to the next counting two at most.
+    """How many decades each value and all after it lie below the largest, a step from one to the
+    next counting two at most.
 
-    A geometric fall takes many steps. One long step alone is a gradient that cancels to rounding noise, or a change of units.
+    A geometric fall takes many steps. One long step alone is a gradient that cancels to rounding
+    noise, or a change of units.
     """
     level = list(accumulate(reversed(values), max))[::-1]  # the largest from here on
     fallen, decades = [], 0.0
@@ -135,8 +208,16 @@ def falls(values: Sequence[float]) -> list[float]:
 
 
 def _norms(layers: list[Layer]) -> list[tuple[str, float]]:
-    return [(layer.name, layer.norm) for layer in layers if layer.norm is not None and math.isfinite(layer.norm)]
+    return [
+        (layer.name, layer.norm)
+        for layer in layers
+        if layer.norm is not None and math.isfinite(layer.norm)
+    ]
 
 
 def _deviations(reading: Reading) -> list[tuple[str, float]]:
-    return [(layer.name, s) for layer in reading.layers if (s := layer.activation_std) is not None and math.isfinite(s)]
+    return [
+        (layer.name, s)
+        for layer in reading.layers
+        if (s := layer.activation_std) is not None and math.isfinite(s)
+    ]

@@ -1,4 +1,5 @@
-"""What forward hooks see: the sums of each module's output, the order of the calls, and the units that say nothing."""
+"""What forward hooks see: the sums of each module's output, the order of the calls, and the units
+that say nothing."""
 
 from __future__ import annotations
 
@@ -15,19 +16,28 @@ from ..backends.library import functorch_active
 from ..dtensor import local
 from .sums import sums_of
 
-LAYERS = {nn.Linear: -1, nn.Conv1d: -2, nn.Conv2d: -3, nn.Conv3d: -4}  # where the units stand in the output
+LAYERS = {
+    nn.Linear: -1,
+    nn.Conv1d: -2,
+    nn.Conv2d: -3,
+    nn.Conv3d: -4,
+}  # where the units stand in the output
 DEPTH = 8  # of containers in an output: one that contains itself has no end
-Stage = tuple[int, int]  # row of a layer, and of the module, it or one after it, that put its units out
+Stage = tuple[
+    int, int
+]  # row of a layer, and of the module, it or one after it, that put its units out
 
 
 class Outputs:
     """What the hooks of a window saw.
 
-    A unit that is dead gets no gradient, but not every unit without one is dead: the loss may ask for few samples (a hinge), or the weights
-    after it may be zero (LoRA's start). What tells them apart is the output. A layer's units are followed through the modules that keep
-    their shape (normalisation, activation, dropout). A unit is silent if after one of these it has one value for all samples of the
-    window, or is zero anywhere; or if it is never positive where what becomes of it is out of sight: the activation may be a function,
-    and then is ReLU for all we can know. What goes straight into the next layer or out of the model meets no activation.
+    A unit that is dead gets no gradient, but not every unit without one is dead: the loss may ask
+    for few samples (a hinge), or the weights after it may be zero (LoRA's start). What tells them
+    apart is the output. A layer's units are followed through the modules that keep their shape
+    (normalisation, activation, dropout). A unit is silent if after one of these it has one value
+    for all samples of the window, or is zero anywhere; or if it is never positive where what
+    becomes of it is out of sight: the activation may be a function, and then is ReLU for all we can
+    know. What goes straight into the next layer or out of the model meets no activation.
 
     Args:
         fused: rows of the layers that have their activation in them.
@@ -46,14 +56,22 @@ class Outputs:
         self.passed: set[Stage] = set()
         self._fused = fused
         self._last: Stage | None = None
-        self._known: dict[int, tuple[weakref.ref[Tensor], int, Stage, int]] = {}  # id -> tensor, its version, stage, dim of the units
+        self._known: dict[
+            int, tuple[weakref.ref[Tensor], int, Stage, int]
+        ] = {}  # id -> tensor, its version, stage, dim of the units
 
     def add(self, row: int, module: nn.Module, given: Any, x: Tensor) -> None:
-        forward = torch._C._current_graph_task_id() == -1  # a checkpoint calls modules again in backward, in its order
+        forward = (
+            torch._C._current_graph_task_id() == -1
+        )  # a checkpoint calls modules again in backward, in its order
         if forward:
             self.called.append(row)
         value, by_unit = local(x.detach()), None
-        if (found := self._stage(row, module, given, x)) and value.layout is torch.strided and value.numel():
+        if (
+            (found := self._stage(row, module, given, x))
+            and value.layout is torch.strided
+            and value.numel()
+        ):
             stage, dim = found
             rest = [d for d in range(value.dim() + 1) if d != value.dim() + 1 + dim]
             least, most = value.unsqueeze(0).amin(rest), value.unsqueeze(0).amax(rest)
@@ -65,13 +83,19 @@ class Outputs:
             self._last = stage if forward else self._last
         self.sums.append((row, sums_of(value, by_unit)))
 
-    def _stage(self, row: int, module: nn.Module, given: Any, x: Tensor) -> tuple[Stage, int] | None:
+    def _stage(
+        self, row: int, module: nn.Module, given: Any, x: Tensor
+    ) -> tuple[Stage, int] | None:
         dim = next((dim for kind, dim in LAYERS.items() if isinstance(module, kind)), None)
         if dim is not None:
             self.pass_on(given)
             units = module.out_features if isinstance(module, nn.Linear) else module.out_channels
             return ((row, row), dim) if x.dim() >= -dim and x.shape[dim] == units else None
-        if isinstance(given, Tensor) and given.shape == x.shape and (before := self.pass_on(given, in_place=given is x)):
+        if (
+            isinstance(given, Tensor)
+            and given.shape == x.shape
+            and (before := self.pass_on(given, in_place=given is x))
+        ):
             return (before[0][0], row), before[1]
         return None
 
@@ -94,7 +118,9 @@ class Outputs:
         """The row of each layer, and which of its units are silent."""
         found: dict[int, Tensor] = {}
         for stage, (least, most) in self.ranges.items():
-            here = (least == most) & ((stage[0] != stage[1] or stage[0] in self._fused) | (most == 0))
+            here = (least == most) & (
+                (stage[0] != stage[1] or stage[0] in self._fused) | (most == 0)
+            )
             if stage not in self.passed:
                 here |= most <= 0
             found[stage[0]] = found[stage[0]] | here if stage[0] in found else here
@@ -105,17 +131,23 @@ class Outputs:
 
 
 class Look:
-    """A forward hook that adds up a module's output, in training only: a validation pass without gradients is none of ours, nor is a trace.
+    """A forward hook that adds up a module's output, in training only: a validation pass without
+    gradients is none of ours, nor is a trace.
 
-    That of the whole model, which has no row, only sees what the model returns. A copy of the module, and what is loaded from a file, is
-    watched by nobody.
+    That of the whole model, which has no row, only sees what the model returns. A copy of the
+    module, and what is loaded from a file, is watched by nobody.
     """
 
     def __init__(self, row: int | None, outputs: Outputs) -> None:
         self._row, self._outputs = row, outputs
 
     def __call__(self, module: nn.Module, args: Any, output: Any) -> None:
-        if torch.compiler.is_compiling() or not torch.is_grad_enabled() or functorch_active() or torch.jit.is_tracing():
+        if (
+            torch.compiler.is_compiling()
+            or not torch.is_grad_enabled()
+            or functorch_active()
+            or torch.jit.is_tracing()
+        ):
             return
         found = (x for x in tensors_of(output) if _measurable(x))
         with torch.no_grad():
@@ -154,6 +186,10 @@ def tensors_of(output: Any, depth: int = DEPTH) -> Iterator[Tensor]:
 
 def _measurable(x: Tensor) -> bool:
     """Whether torch can reduce it: not so nested tensors, compressed sparse ones and float8."""
-    if not x.is_floating_point() or x.is_nested or x.layout not in (torch.strided, torch.sparse_coo):
+    if (
+        not x.is_floating_point()
+        or x.is_nested
+        or x.layout not in (torch.strided, torch.sparse_coo)
+    ):
         return False
     return x.dtype.itemsize > 1 and not x.is_inference() and not isinstance(x, FakeTensor)

@@ -34,13 +34,16 @@ class Verdict:
 
 @dataclass(frozen=True)
 class Layer:
-    """One module over the measured steps of a reading; its own parameters taken together. None: not measured, or it has no such thing.
+    """One module over the measured steps of a reading; its own parameters taken together. None: not
+    measured, or it has no such thing.
 
     Attributes:
-        norm: of the gradient, the root of the mean square over the steps in which it was finite; NaN if it never was.
+        norm: of the gradient, the root of the mean square over the steps in which it was finite;
+            NaN if it never was.
         mean, std, zeros, nonfinite: of the gradient's elements; the last two are fractions.
-        dead: the fraction of output units that got no gradient at all in any measured step and, where outputs are measured, were silent
-            in all of them: of one value, or under a function never above 0.
+        dead: the fraction of output units that got no gradient at all in any measured step and,
+            where outputs are measured, were silent in all of them: of one value, or under a
+                function never above 0.
         activation_*: the same of the module's output, of this rank.
         update: ‖Δw‖ / ‖w‖ of one optimizer step.
     """
@@ -61,7 +64,8 @@ class Layer:
 
 @dataclass(frozen=True)
 class Reading:
-    """What one window of steps showed. Prints the total and the verdicts; :meth:`table` prints the layers.
+    """What one window of steps showed. Prints the total and the verdicts; :meth:`table` prints the
+    layers.
 
     Attributes:
         step: the number of the step it was read at, from 1.
@@ -86,7 +90,9 @@ class Reading:
 
     def __str__(self) -> str:
         update = "" if self.update is None else f", update / weight {self.update:.1e}"
-        return "\n  ".join([f"step {self.step}: gradient norm {self.norm:.3g}{update}", *map(str, self.verdicts)])
+        return "\n  ".join(
+            [f"step {self.step}: gradient norm {self.norm:.3g}{update}", *map(str, self.verdicts)]
+        )
 
     def table(self) -> str:
         """One line a layer."""
@@ -95,11 +101,19 @@ class Reading:
         lines = [" ".join([" " * width, *(f"{k.replace('activation', 'act'):>13}" for k in keys)])]
         for layer in self.layers:
             cells = (getattr(layer, k) for k in keys)
-            lines.append(" ".join([f"{layer.name:{width}}", *(f"{'-' if c is None else format(c, '.3g'):>13}" for c in cells)]))
+            lines.append(
+                " ".join(
+                    [
+                        f"{layer.name:{width}}",
+                        *(f"{'-' if c is None else format(c, '.3g'):>13}" for c in cells),
+                    ]
+                )
+            )
         return "\n".join(lines)
 
     def scalars(self, layers: bool) -> dict[str, float]:
-        """All that was measured by name: the totals, and ``layer/statistic`` where ``layers`` are wanted."""
+        """All that was measured by name: the totals, and ``layer/statistic`` where ``layers`` are
+        wanted."""
         found = {"norm": self.norm, "update": self.update}
         for layer in self.layers if layers else ():
             found |= {f"{layer.name}/{k}": v for k, v in asdict(layer).items() if k != "name"}

@@ -18,20 +18,27 @@ class Writer(Protocol):
 
 
 class JSONLines:
-    """Appends a line of JSON a reading to ``path``: step, norm, update, verdicts; each layer's statistics if ``layers``. NaN is null."""
+    """Appends a line of JSON a reading to ``path``: step, norm, update, verdicts; each layer's
+    statistics if ``layers``. NaN is null."""
 
     def __init__(self, path: str | Path, layers: bool = False) -> None:
         self.path, self.layers = Path(path), layers
 
     def write(self, reading: Reading) -> None:
-        scalars = {k: v if math.isfinite(v) else None for k, v in reading.scalars(self.layers).items()}
+        scalars = {
+            k: v if math.isfinite(v) else None for k, v in reading.scalars(self.layers).items()
+        }
         verdicts = [{**asdict(v), "cure": v.cure} for v in reading.verdicts]
         with self.path.open("a", encoding="utf-8") as file:
-            file.write(json.dumps({"step": reading.step, **scalars, "verdicts": verdicts}, allow_nan=False) + "\n")
+            file.write(
+                json.dumps({"step": reading.step, **scalars, "verdicts": verdicts}, allow_nan=False)
+                + "\n"
+            )
 
 
 class TensorBoard:
-    """Scalars ``gradients/norm``, ``gradients/update`` and, if ``layers``, ``gradients/LAYER/STATISTIC``; the verdicts as text.
+    """Scalars ``gradients/norm``, ``gradients/update`` and, if ``layers``,
+    ``gradients/LAYER/STATISTIC``; the verdicts as text.
 
     Raises:
         ImportError: TensorBoard is not installed.
@@ -41,7 +48,9 @@ class TensorBoard:
         try:
             from torch.utils.tensorboard import SummaryWriter
         except ImportError as error:
-            raise ImportError("writing for TensorBoard needs: pip install tensorboard (or take JSONLines)") from error
+            raise ImportError(
+                "writing for TensorBoard needs: pip install tensorboard (or take JSONLines)"
+            ) from error
         self._open, self.directory, self.layers = SummaryWriter, str(directory), layers
         self._writer: Any = None
 
@@ -51,5 +60,7 @@ class TensorBoard:
         for name, value in reading.scalars(self.layers).items():
             self._writer.add_scalar(f"gradients/{name}", value, reading.step)
         if reading.verdicts:
-            self._writer.add_text("gradients/verdicts", "\n\n".join(map(str, reading.verdicts)), reading.step)
+            self._writer.add_text(
+                "gradients/verdicts", "\n\n".join(map(str, reading.verdicts)), reading.step
+            )
         self._writer.flush()

@@ -21,7 +21,8 @@ class Linear(torch.nn.Linear):
 
 
 class LinearActivation(torch.nn.Linear):
-    """A linear layer and an activation in one Function. The same parameters, names and initialisation as ``torch.nn.Linear``.
+    """A linear layer and an activation in one Function. The same parameters, names and
+    initialisation as ``torch.nn.Linear``.
 
     Args:
         in_features, out_features, bias, device, dtype: as in ``torch.nn.Linear``.
@@ -48,5 +49,8 @@ class LinearActivation(torch.nn.Linear):
         return ops.linear_activation(input, self.weight, self.bias, self.activation, parameters)
 
     def extra_repr(self) -> str:
-        own = [f"activation={self.activation!r}", *(f"{k}={v}" for k, v in self.parameters_of_activation.items())]
+        own = [
+            f"activation={self.activation!r}",
+            *(f"{k}={v}" for k, v in self.parameters_of_activation.items()),
+        ]
         return ", ".join([super().extra_repr(), *own])

@@ -51,7 +51,9 @@ class BCEWithLogitsLoss(torch.nn.BCEWithLogitsLoss):
     """See :func:`custom_backprop.functional.binary_cross_entropy_with_logits`."""
 
     def forward(self, input: Tensor, target: Tensor) -> Tensor:
-        return F.binary_cross_entropy_with_logits(input, target, self.weight, reduction=self.reduction, pos_weight=self.pos_weight)
+        return F.binary_cross_entropy_with_logits(
+            input, target, self.weight, reduction=self.reduction, pos_weight=self.pos_weight
+        )
 
 
 class KLDivLoss(torch.nn.KLDivLoss):
@@ -65,11 +67,15 @@ class GaussianNLLLoss(torch.nn.GaussianNLLLoss):
     """See :func:`custom_backprop.functional.gaussian_nll_loss`."""
 
     def forward(self, input: Tensor, target: Tensor, var: Tensor | float) -> Tensor:
-        return F.gaussian_nll_loss(input, target, var, full=self.full, eps=self.eps, reduction=self.reduction)
+        return F.gaussian_nll_loss(
+            input, target, var, full=self.full, eps=self.eps, reduction=self.reduction
+        )
 
 
 class PoissonNLLLoss(torch.nn.PoissonNLLLoss):
     """See :func:`custom_backprop.functional.poisson_nll_loss`."""
 
     def forward(self, log_input: Tensor, target: Tensor) -> Tensor:
-        return F.poisson_nll_loss(log_input, target, self.log_input, self.full, eps=self.eps, reduction=self.reduction)
+        return F.poisson_nll_loss(
+            log_input, target, self.log_input, self.full, eps=self.eps, reduction=self.reduction
+        )

@@ -1,4 +1,5 @@
-"""Clipping of gradients and of weights. The gradient functions are PyTorch's own: there is nothing to add to them."""
+"""Clipping of gradients and of weights. The gradient functions are PyTorch's own: there is nothing
+to add to them."""
 
 from __future__ import annotations
 
@@ -8,15 +9,21 @@ import torch
 from torch import Tensor
 from torch.nn.utils import clip_grad_norm_, clip_grad_value_, clip_grads_with_norm_, get_total_norm
 
-__all__ = ["clip_grad_norm_", "clip_grad_value_", "clip_grads_with_norm_", "clip_weights_", "get_total_norm"]
+__all__ = [
+    "clip_grad_norm_",
+    "clip_grad_value_",
+    "clip_grads_with_norm_",
+    "clip_weights_",
+    "get_total_norm",
+]
 
 
 @torch.no_grad()
 def clip_weights_(parameters: Tensor | Iterable[Tensor], clip_value: float) -> None:
     r"""Clips the parameters themselves, in place: :math:`W \leftarrow \min(\max(W, -c), c)`.
 
-    Weight clipping bounds the largest factor by which a layer multiplies what passes through it, and with it the product of factors that
-    makes a gradient explode. A NaN stays NaN.
+    Weight clipping bounds the largest factor by which a layer multiplies what passes through it,
+    and with it the product of factors that makes a gradient explode. A NaN stays NaN.
 
     Args:
         parameters: an iterable of Tensors or a single Tensor, of any shapes and real dtypes.

@@ -1,1 +1,2 @@
-"""The autograd Functions, one file an op family: what is saved, what is skipped, which formula runs."""
+"""The autograd Functions, one file an op family: what is saved, what is skipped, which formula
+runs."""

@@ -21,7 +21,8 @@ from .reuse import LEAST, is_unseen, place
 FLOAT32_ON_CUDA = {"softplus", "relu_squared"}
 
 
-#: activations of which torch keeps the input, though the derivative can be had from the output: that may then be changed in place
+#: activations of which torch keeps the input, though the derivative can be had from the output:
+#: that may then be changed in place
 _OUTPUT_IS_FREE = {"hardtanh", "relu6"}
 
 
@@ -74,7 +75,9 @@ def _function(a: Activation) -> Callable[..., Tensor]:
     no_gradients = (None,) * len(a.parameters)
 
     def as_floats(parameters: tuple[Any, ...]) -> tuple[float, ...]:
-        if parameters and not type(parameters[0]) is float is type(parameters[-1]):  # none has more than two
+        if parameters and not type(parameters[0]) is float is type(
+            parameters[-1]
+        ):  # none has more than two
             return numbers(a.name, parameters)
         return parameters
 
@@ -108,7 +111,10 @@ def _function(a: Activation) -> Callable[..., Tensor]:
         def direct_forward(ctx: Any, x: Tensor, *parameters: float) -> Tensor:
             parameters = as_floats(parameters)
             y = aten_forward(x, *parameters)
-            ctx.to_save, ctx.materialize_grads = (y if saves_output else x,), False  # what the methods set, without their frames
+            ctx.to_save, ctx.materialize_grads = (
+                (y if saves_output else x,),
+                False,
+            )  # what the methods set, without their frames
             ctx.parameters = parameters
             ctx.large = aten_into is not None and y.numel() >= LEAST
             ctx.may_take_saved = ctx.large and saves_output and is_unseen()
@@ -117,7 +123,10 @@ def _function(a: Activation) -> Callable[..., Tensor]:
         @staticmethod
         def direct_backward(ctx: Any, dy: Tensor) -> Any:
             (saved,) = ctx.saved_tensors
-            if ctx.large and (dx := place(ctx.references, dy, saved, ctx.may_take_saved)) is not None:
+            if (
+                ctx.large
+                and (dx := place(ctx.references, dy, saved, ctx.may_take_saved)) is not None
+            ):
                 return aten_into(dx, dy, saved, *ctx.parameters), *no_gradients  # type: ignore[misc]
             return aten_backward(dy, saved, *ctx.parameters), *no_gradients
 
@@ -147,11 +156,16 @@ def _function(a: Activation) -> Callable[..., Tensor]:
     Definition.__name__ = a.name
     Definition.__doc__ = a.formula
     policy = "float32" if a.name in FLOAT32_ON_CUDA else None
-    return differentiable(autocast_cuda=policy, unary=True, overwrites=True, prepare=prepare, stock=stock_of(a.name))(Definition)
+    return differentiable(
+        autocast_cuda=policy, unary=True, overwrites=True, prepare=prepare, stock=stock_of(a.name)
+    )(Definition)
 
 
-def _keep(definition: Any, forward: Callable[..., tuple[Tensor, Tensor]], backward: Callable[..., Tensor]) -> None:
-    """The direct face of an activation whose forward has in hand what backward needs, and would pay for a second time."""
+def _keep(
+    definition: Any, forward: Callable[..., tuple[Tensor, Tensor]], backward: Callable[..., Tensor]
+) -> None:
+    """The direct face of an activation whose forward has in hand what backward needs, and would pay
+    for a second time."""
 
     def direct_forward(ctx: Any, x: Tensor) -> Tensor:
         y, kept = forward(x)
@@ -163,10 +177,14 @@ def _keep(definition: Any, forward: Callable[..., tuple[Tensor, Tensor]], backwa
         x, kept = ctx.saved_tensors
         return backward(place(ctx.references, dy, x, False) if ctx.large else None, dy, x, kept)
 
-    definition.direct_forward, definition.direct_backward = staticmethod(direct_forward), staticmethod(direct_backward)
+    definition.direct_forward, definition.direct_backward = (
+        staticmethod(direct_forward),
+        staticmethod(direct_backward),
+    )
 
 
-#: activations whose derivative is the same at y as at x, for such parameters: in place they need no copy of x
+#: activations whose derivative is the same at y as at x, for such parameters: in place they need no
+#: copy of x
 _SAME_AT_OUTPUT: dict[str, Callable[..., bool]] = {
     "leaky_relu": lambda negative_slope: negative_slope >= 0,
     "threshold": lambda threshold, value: value <= threshold,
@@ -174,8 +192,13 @@ _SAME_AT_OUTPUT: dict[str, Callable[..., bool]] = {
 
 
 def _in_place_function(a: Activation) -> type[torch.autograd.Function]:
-    """The same, writing y over x. Backward keeps y, now in x's memory, or ``kept``, a copy of x that leads a second derivative back."""
-    run_forward_, run_backward, formula_backward = in_place[a.name], primitives[a.name][1], a.backward
+    """The same, writing y over x. Backward keeps y, now in x's memory, or ``kept``, a copy of x
+    that leads a second derivative back."""
+    run_forward_, run_backward, formula_backward = (
+        in_place[a.name],
+        primitives[a.name][1],
+        a.backward,
+    )
     no_gradients = (None,) * len(a.parameters)
 
     class InPlace(torch.autograd.Function):
@@ -190,7 +213,9 @@ def _in_place_function(a: Activation) -> type[torch.autograd.Function]:
         @staticmethod
         def backward(ctx: Any, dy: Tensor) -> Any:
             (saved,) = ctx.saved_tensors
-            dx = (formula_backward if differentiated() else run_backward)(dy, saved, *ctx.parameters)
+            dx = (formula_backward if differentiated() else run_backward)(
+                dy, saved, *ctx.parameters
+            )
             return dx, None, *no_gradients
 
     return InPlace
@@ -214,7 +239,11 @@ def activate_(name: str, x: Tensor, *parameters: float) -> Tensor:
         return handle_torch_function(activate_, (x,), name, x, *parameters)
     check(name, x)
     parameters = numbers(name, parameters)
-    if torch.compiler.is_compiling() or torch._C._are_functorch_transforms_active() or forward_ad._current_level >= 0:
+    if (
+        torch.compiler.is_compiling()
+        or torch._C._are_functorch_transforms_active()
+        or forward_ad._current_level >= 0
+    ):
         return x.copy_(activations[name](x.clone(), *parameters))
     if not (torch.is_grad_enabled() and x.requires_grad):
         in_place[name](x, *parameters)
@@ -222,6 +251,8 @@ def activate_(name: str, x: Tensor, *parameters: float) -> Tensor:
         return x
     if x.is_leaf or (x._base is not None and x._base.is_leaf):
         what = "a leaf Variable" if x.is_leaf else "a view of a leaf Variable"
-        raise RuntimeError(f"{what} that requires grad is being used in an in-place operation: {name}, shape {tuple(x.shape)}")
+        raise RuntimeError(
+            f"{what} that requires grad is being used in an in-place operation: {name}, shape {tuple(x.shape)}"
+        )
     same = _saves_output(name) or (name in _SAME_AT_OUTPUT and _SAME_AT_OUTPUT[name](*parameters))
     return _IN_PLACE[name].apply(x, None if same else x.clone(), *parameters)

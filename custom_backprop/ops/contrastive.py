@@ -15,11 +15,19 @@ from .function import differentiable, differentiated, wanted
 
 
 class Triplet:
-    """L = max(0, m + d_ap - d_an);  da = dy (u_ap - u_an), dp = -dy u_ap, dn = dy u_an where L > 0, u = ∂d/∂x."""
+    """L = max(0, m + d_ap - d_an);  da = dy (u_ap - u_an), dp = -dy u_ap, dn = dy u_an where L > 0,
+    u = ∂d/∂x."""
 
     @staticmethod
     def forward(
-        a: Tensor, p: Tensor, n: Tensor, margin: float, order: float, eps: float, swap: bool, reduction: int
+        a: Tensor,
+        p: Tensor,
+        n: Tensor,
+        margin: float,
+        order: float,
+        eps: float,
+        swap: bool,
+        reduction: int,
     ) -> tuple[Tensor, Tensor]:
         return primitives.triplet_forward(a, p, n, margin, order, eps, swap, reduction)
 
@@ -47,15 +55,24 @@ class Triplet:
     @staticmethod
     def jvp(ctx: Any, *tangents: Any) -> Tensor:
         a, p, n = ctx.saved_tensors[:3]
-        return formula.triplet_jvp(tangents[:3], a, p, n, ctx.margin, ctx.order, ctx.eps, ctx.swap, ctx.reduction)
+        return formula.triplet_jvp(
+            tangents[:3], a, p, n, ctx.margin, ctx.order, ctx.eps, ctx.swap, ctx.reduction
+        )
 
 
 class InfoNCE:
-    """L_i = -log softmax(s_i)_t, s = q kᵀ / τ;  G = (softmax(s) - I) / τ, dq = dy G k, dk = Gᵀ (dy q)."""
+    """L_i = -log softmax(s_i)_t, s = q kᵀ / τ;  G = (softmax(s) - I) / τ, dq = dy G k, dk = Gᵀ (dy
+    q)."""
 
     @staticmethod
     def forward(
-        q: Tensor, k: Tensor, n: Tensor | None, temperature: float, symmetric: bool, reduction: int, keep: bool
+        q: Tensor,
+        k: Tensor,
+        n: Tensor | None,
+        temperature: float,
+        symmetric: bool,
+        reduction: int,
+        keep: bool,
     ) -> tuple[Tensor, Tensor]:
         return primitives.info_nce(q, k, n, temperature, symmetric, reduction, keep)
 
@@ -75,7 +92,13 @@ class InfoNCE:
         if differentiated() or G is None:
             s = formula.logits(formula.widen(q), formula.widen(k), formula.widen(n), temperature)
             G = formula.slope(s, n is None, symmetric) / temperature
-        return *formula.info_nce_gradients(dy, q, k, n, G, reduction, ctx.needs_input_grad[:3]), None, None, None, None
+        return (
+            *formula.info_nce_gradients(dy, q, k, n, G, reduction, ctx.needs_input_grad[:3]),
+            None,
+            None,
+            None,
+            None,
+        )
 
     @staticmethod
     def jvp(ctx: Any, *tangents: Any) -> Tensor:
@@ -90,7 +113,9 @@ class Unit:
         return primitives.unit_forward(x, eps)
 
     @staticmethod
-    def setup_context(ctx: Any, inputs: tuple[Tensor, float], output: tuple[Tensor, Tensor]) -> None:
+    def setup_context(
+        ctx: Any, inputs: tuple[Tensor, float], output: tuple[Tensor, Tensor]
+    ) -> None:
         x, ctx.eps = inputs
         y, r = output
         ctx.set_materialize_grads(False)
@@ -109,7 +134,9 @@ class Unit:
     @staticmethod
     def jvp(ctx: Any, tx: Tensor, _: None) -> Tensor:
         (x, *_rest) = ctx.saved_tensors
-        return formula.unit_backward(tx, *formula.unit(x, ctx.eps), ctx.eps)  # the Jacobian is symmetric
+        return formula.unit_backward(
+            tx, *formula.unit(x, ctx.eps), ctx.eps
+        )  # the Jacobian is symmetric
 
 
 triplet = differentiable(autocast_cpu="float32", autocast_cuda="float32", keeps=True)(Triplet)
@@ -117,18 +144,28 @@ unit = differentiable(autocast_cpu="float32", autocast_cuda="float32", keeps=Tru
 _info_nce = differentiable(autocast_cpu="float32", autocast_cuda="float32", keeps=True)(InfoNCE)
 
 
-def info_nce(q: Tensor, k: Tensor, n: Tensor | None, temperature: float, symmetric: bool, reduction: int) -> Tensor:
-    """The loss of rows q (N, D) and k (N, D), with negatives n (M, D) or (N, M, D) or, for None, the other rows of k.
+def info_nce(
+    q: Tensor, k: Tensor, n: Tensor | None, temperature: float, symmetric: bool, reduction: int
+) -> Tensor:
+    """The loss of rows q (N, D) and k (N, D), with negatives n (M, D) or (N, M, D) or, for None,
+    the other rows of k.
 
-    G, of a number for each pair, is made in forward and kept, in the place of the similarities that it is made of.
+    G, of a number for each pair, is made in forward and kept, in the place of the similarities that
+    it is made of.
     """
     if symmetric and reduction == NONE:  # G of the sum says nothing of each
-        return (info_nce(q, k, n, temperature, False, NONE) + info_nce(k, q, n, temperature, False, NONE)) / 2
+        return (
+            info_nce(q, k, n, temperature, False, NONE)
+            + info_nce(k, q, n, temperature, False, NONE)
+        ) / 2
     return _info_nce(q, k, n, temperature, symmetric, reduction, _keeps(q, k, n))
 
 
 def _keeps(*tensors: Tensor | None) -> bool:
-    """Whether an ordinary backward may follow: torch.func's transformations differentiate it again, and take the formula."""
+    """Whether an ordinary backward may follow: torch.func's transformations differentiate it again,
+    and take the formula."""
     if not torch.is_grad_enabled() or not any(t is not None and t.requires_grad for t in tensors):
         return False
-    return torch.compiler.is_compiling() or not (torch._C._are_functorch_transforms_active() or forward_ad._current_level >= 0)
+    return torch.compiler.is_compiling() or not (
+        torch._C._are_functorch_transforms_active() or forward_ad._current_level >= 0
+    )

@@ -16,16 +16,25 @@ from .function import differentiable, differentiated, wanted
 from .reuse import LEAST, is_unseen, place
 
 _product = torch.nn.functional.linear
-_forward_by_kernels, _backward_by_kernels = primitives.by_kernels("forward"), primitives.by_kernels("backward")
+_forward_by_kernels, _backward_by_kernels = (
+    primitives.by_kernels("forward"),
+    primitives.by_kernels("backward"),
+)
 _activation_forward_by_kernels = primitives.by_kernels("activation_forward")
 _activation_backward_by_kernels = primitives.by_kernels("activation_backward")
 
 
 def check(x: Tensor, weight: Tensor, bias: Tensor | None) -> None:
     """Raises TypeError for what is no tensor. The product refuses what does not fit."""
-    if not (isinstance(x, Tensor) and isinstance(weight, Tensor) and (bias is None or isinstance(bias, Tensor))):
+    if not (
+        isinstance(x, Tensor)
+        and isinstance(weight, Tensor)
+        and (bias is None or isinstance(bias, Tensor))
+    ):
         got = ", ".join(type(a).__name__ for a in (x, weight, bias))
-        raise TypeError(f"linear: input and weight must be Tensors, and bias a Tensor or None, not {got}")
+        raise TypeError(
+            f"linear: input and weight must be Tensors, and bias a Tensor or None, not {got}"
+        )
 
 
 class Linear:
@@ -52,7 +61,12 @@ class Linear:
         x, weight = ctx.saved_tensors
         run = formula.linear_backward if differentiated() else primitives.backward
         # what was not saved is not needed, and any tensor may stand in its place
-        return wanted(ctx.needs_input_grad, run(dy, dy if x is None else x, dy if weight is None else weight, *ctx.needs_input_grad))
+        return wanted(
+            ctx.needs_input_grad,
+            run(
+                dy, dy if x is None else x, dy if weight is None else weight, *ctx.needs_input_grad
+            ),
+        )
 
     @staticmethod
     def jvp(ctx: Any, tx: Tensor | None, tw: Tensor | None, tb: Tensor | None) -> Any:
@@ -81,7 +95,10 @@ class Linear:
     def kernel_forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
         check(x, weight, bias)
         need_x, need_weight, *_ = ctx.needs_input_grad
-        ctx.to_save, ctx.materialize_grads = (x if need_weight else None, weight if need_x else None), False
+        ctx.to_save, ctx.materialize_grads = (
+            (x if need_weight else None, weight if need_x else None),
+            False,
+        )
         return _forward_by_kernels(x, weight, bias)
 
     @staticmethod
@@ -107,24 +124,42 @@ def _kernel_value(x: Tensor, weight: Tensor, bias: Tensor | None, *function: Any
     return _activation_forward_by_kernels(x, weight, bias, *function)[0]
 
 
-def _kernel_forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None, *function: Any) -> Tensor:
+def _kernel_forward(
+    ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None, *function: Any
+) -> Tensor:
     check(x, weight, bias)
     y, z = _activation_forward_by_kernels(x, weight, bias, *function)
     ctx.function = function
-    ctx.to_save, ctx.materialize_grads = (x, weight, None, y) if z is None else (x, weight, bias, z), False
+    ctx.to_save, ctx.materialize_grads = (
+        (x, weight, None, y) if z is None else (x, weight, bias, z),
+        False,
+    )
     return y
 
 
 def _kernel_backward(ctx: Any, dy: Tensor) -> Any:
     x, weight, _, saved = ctx.saved_tensors
-    return *_activation_backward_by_kernels(dy, x, weight, saved, *ctx.function, *ctx.needs_input_grad[:3]), None, None
+    return (
+        *_activation_backward_by_kernels(
+            dy, x, weight, saved, *ctx.function, *ctx.needs_input_grad[:3]
+        ),
+        None,
+        None,
+    )
 
 
 class OfInput:
-    """y = f(z), z = x Wᵀ + b;  dz = dy f'(z), dx = dz W, dW = dzᵀ x, db = Σ_rows dz.  Where f' is written with z."""
+    """y = f(z), z = x Wᵀ + b;  dz = dy f'(z), dx = dz W, dW = dzᵀ x, db = Σ_rows dz.  Where f' is
+    written with z."""
 
     @staticmethod
-    def forward(x: Tensor, weight: Tensor, bias: Tensor | None, activation: str, parameters: tuple[float, ...]) -> tuple[Tensor, Tensor]:
+    def forward(
+        x: Tensor,
+        weight: Tensor,
+        bias: Tensor | None,
+        activation: str,
+        parameters: tuple[float, ...],
+    ) -> tuple[Tensor, Tensor]:
         check(x, weight, bias)
         return primitives.activation_forward(x, weight, bias, activation, parameters)
 
@@ -141,11 +176,24 @@ class OfInput:
         return _activation_jvp(ctx, tangents)
 
     @staticmethod
-    def direct_value(x: Tensor, weight: Tensor, bias: Tensor | None, activation: str, parameters: tuple[float, ...]) -> Tensor:
+    def direct_value(
+        x: Tensor,
+        weight: Tensor,
+        bias: Tensor | None,
+        activation: str,
+        parameters: tuple[float, ...],
+    ) -> Tensor:
         return ATEN[activation][0](_product(x, weight, bias), *parameters)
 
     @staticmethod
-    def direct_forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None, activation: str, parameters: tuple[float, ...]) -> Tensor:
+    def direct_forward(
+        ctx: Any,
+        x: Tensor,
+        weight: Tensor,
+        bias: Tensor | None,
+        activation: str,
+        parameters: tuple[float, ...],
+    ) -> Tensor:
         z = _product(x, weight, bias)
         ctx.save_for_backward(x, weight, bias, z)
         ctx.function = activation, parameters
@@ -163,7 +211,13 @@ class OfOutput:
     """The same where f' is written with y: z is no output, and nobody keeps it."""
 
     @staticmethod
-    def forward(x: Tensor, weight: Tensor, bias: Tensor | None, activation: str, parameters: tuple[float, ...]) -> Tensor:
+    def forward(
+        x: Tensor,
+        weight: Tensor,
+        bias: Tensor | None,
+        activation: str,
+        parameters: tuple[float, ...],
+    ) -> Tensor:
         check(x, weight, bias)
         return primitives.activation_forward(x, weight, bias, activation, parameters)[0]
 
@@ -180,11 +234,24 @@ class OfOutput:
         return _activation_jvp(ctx, tangents)
 
     @staticmethod
-    def direct_value(x: Tensor, weight: Tensor, bias: Tensor | None, activation: str, parameters: tuple[float, ...]) -> Tensor:
+    def direct_value(
+        x: Tensor,
+        weight: Tensor,
+        bias: Tensor | None,
+        activation: str,
+        parameters: tuple[float, ...],
+    ) -> Tensor:
         return ATEN_IN_PLACE[activation](_product(x, weight, bias), *parameters)
 
     @staticmethod
-    def direct_forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None, activation: str, parameters: tuple[float, ...]) -> Tensor:
+    def direct_forward(
+        ctx: Any,
+        x: Tensor,
+        weight: Tensor,
+        bias: Tensor | None,
+        activation: str,
+        parameters: tuple[float, ...],
+    ) -> Tensor:
         y = ATEN_IN_PLACE[activation](_product(x, weight, bias), *parameters)
         ctx.save_for_backward(x, weight, None, y)
         ctx.function = activation, parameters
@@ -202,7 +269,9 @@ class OfOutput:
 def _keep(ctx: Any, inputs: tuple[Any, ...], y: Tensor, saved: Tensor) -> None:
     x, weight, bias, *function = inputs
     ctx.function = function
-    ctx.save_for_backward(x, weight, None if saved is y else bias, saved)  # with the bias z could be derived again
+    ctx.save_for_backward(
+        x, weight, None if saved is y else bias, saved
+    )  # with the bias z could be derived again
     ctx.save_for_forward(x, weight, bias, y)
     ctx.set_materialize_grads(False)
 
@@ -229,17 +298,31 @@ def _activation_jvp(ctx: Any, tangents: tuple[Tensor | None, ...]) -> Tensor | N
     return None if tz is None else ACTIVATIONS[activation].backward(tz, saved, *parameters)
 
 
-def _stock(x: Tensor, weight: Tensor, bias: Tensor | None, activation: str, parameters: tuple[float, ...]) -> Tensor:
+def _stock(
+    x: Tensor, weight: Tensor, bias: Tensor | None, activation: str, parameters: tuple[float, ...]
+) -> Tensor:
     return stock_of(activation)(_product(x, weight, bias), *parameters)
 
 
-_of_input = differentiable(autocast_cpu="lower", autocast_cuda="lower", keeps=True, overwrites=True, stock=_stock)(OfInput)
-_of_output = differentiable(autocast_cpu="lower", autocast_cuda="lower", overwrites=True, stock=_stock)(OfOutput)
+_of_input = differentiable(
+    autocast_cpu="lower", autocast_cuda="lower", keeps=True, overwrites=True, stock=_stock
+)(OfInput)
+_of_output = differentiable(
+    autocast_cpu="lower", autocast_cuda="lower", overwrites=True, stock=_stock
+)(OfOutput)
 
 
-def linear_activation(x: Tensor, weight: Tensor, bias: Tensor | None, activation: str, parameters: tuple[float, ...]) -> Tensor:
-    """f(x Wᵀ + b) in one Function; in two where autocast wants f in another dtype than the product."""
-    if activation in FLOAT32_ON_CUDA and isinstance(x, Tensor) and x.is_cuda and torch.is_autocast_enabled("cuda"):
+def linear_activation(
+    x: Tensor, weight: Tensor, bias: Tensor | None, activation: str, parameters: tuple[float, ...]
+) -> Tensor:
+    """f(x Wᵀ + b) in one Function; in two where autocast wants f in another dtype than the
+    product."""
+    if (
+        activation in FLOAT32_ON_CUDA
+        and isinstance(x, Tensor)
+        and x.is_cuda
+        and torch.is_autocast_enabled("cuda")
+    ):
         return activations[activation](linear(x, weight, bias), *parameters)
     if ACTIVATIONS[activation].saves_output:
         return _of_output(x, weight, bias, activation, parameters)

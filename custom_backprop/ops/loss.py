@@ -1,6 +1,8 @@
-"""Autograd of the pointwise losses: dx = dy w l_x, dt = dy w l_t, dv = dy w l_v, dw = dy l, with dy / n in the place of dy for a mean.
+"""Autograd of the pointwise losses: dx = dy w l_x, dt = dy w l_t, dv = dy w l_v, dw = dy l, with dy
+/ n in the place of dy for a mean.
 
-Where the loss is one number, forward already produces dx for dy = 1 (see ``held.py``); the other gradients are made in backward.
+Where the loss is one number, forward already produces dx for dy = 1 (see ``held.py``); the other
+gradients are made in backward.
 """
 
 from __future__ import annotations
@@ -26,7 +28,13 @@ def _definition(loss: Loss) -> type:
     class Definition:
         @staticmethod
         def forward(
-            x: Tensor, t: Tensor, v: Tensor | None, w: Tensor | None, reduction: int, hold: bool, *parameters: Any
+            x: Tensor,
+            t: Tensor,
+            v: Tensor | None,
+            w: Tensor | None,
+            reduction: int,
+            hold: bool,
+            *parameters: Any,
         ) -> tuple[Tensor, Tensor]:
             return run_forward(x, t, v, w, reduction, hold, *parameters)
 
@@ -45,9 +53,13 @@ def _definition(loss: Loss) -> type:
             *tensors, held = ctx.saved_tensors
             needs = ctx.needs_input_grad[:4]
             if differentiated() or (not torch.compiler.is_compiling() and is_batched(dy)):
-                return *wanted(needs, loss.backward(dy, *tensors, ctx.reduction, needs, *ctx.parameters)), *no_gradients
+                return *wanted(
+                    needs, loss.backward(dy, *tensors, ctx.reduction, needs, *ctx.parameters)
+                ), *no_gradients
             if held is None:
-                return *wanted(needs, run_backward(dy, *tensors, ctx.reduction, needs, *ctx.parameters)), *no_gradients
+                return *wanted(
+                    needs, run_backward(dy, *tensors, ctx.reduction, needs, *ctx.parameters)
+                ), *no_gradients
             dx = release(held, dy)
             dt = -dx if needs[1] and loss.dt is None else None
             needs = (False, needs[1] and dt is None, *needs[2:])
@@ -68,7 +80,10 @@ def _definition(loss: Loss) -> type:
             y, held = run(*args)
             *tensors, ctx.reduction, ctx.hold = args[:6]
             ctx.parameters = args[6:]
-            ctx.to_save, ctx.materialize_grads = (*tensors, held if ctx.hold else None), False  # as the methods set it
+            ctx.to_save, ctx.materialize_grads = (
+                (*tensors, held if ctx.hold else None),
+                False,
+            )  # as the methods set it
             return y
 
         return forward
@@ -83,7 +98,10 @@ def _definition(loss: Loss) -> type:
         return backward
 
     faces: Any = Definition
-    for way, run, release_way in (("direct", aten_forward, release_directly), ("kernel", run_forward.kernels, release_by_kernels)):  # type: ignore[attr-defined]
+    for way, run, release_way in (
+        ("direct", aten_forward, release_directly),
+        ("kernel", run_forward.kernels, release_by_kernels),
+    ):  # type: ignore[attr-defined]
         setattr(faces, f"{way}_value", staticmethod(value_of(run)))
         setattr(faces, f"{way}_forward", staticmethod(forward_of(run)))
         setattr(faces, f"{way}_backward", staticmethod(backward_of(release_way)))
@@ -93,29 +111,45 @@ def _definition(loss: Loss) -> type:
 
 
 def _function(loss: Loss, composed: bool, on_cuda: str | None = "float32") -> Callable[..., Any]:
-    """``composed``: what stock puts together of plain arithmetic, which autocast leaves in the lower dtype on a CPU, and on a GPU where
-    there is neither a power nor a logarithm nor a sum in it."""
-    return differentiable(autocast_cpu=None if composed else "float32", autocast_cuda=on_cuda, keeps=True)(_definition(loss))
+    """``composed``: what stock puts together of plain arithmetic, which autocast leaves in the
+    lower dtype on a CPU, and on a GPU where there is neither a power nor a logarithm nor a sum in
+    it."""
+    return differentiable(
+        autocast_cpu=None if composed else "float32", autocast_cuda=on_cuda, keeps=True
+    )(_definition(loss))
 
 
-_PLAIN = {name: _function(loss, composed=name == "gaussian_nll_loss") for name, loss in LOSSES.items()}
-_WEIGHTED = _PLAIN | {name: _function(LOSSES[name], composed=True) for name in ("mse_loss", "l1_loss")}
+_PLAIN = {
+    name: _function(loss, composed=name == "gaussian_nll_loss") for name, loss in LOSSES.items()
+}
+_WEIGHTED = _PLAIN | {
+    name: _function(LOSSES[name], composed=True) for name in ("mse_loss", "l1_loss")
+}
 _WEIGHTED_EACH = _WEIGHTED | {"l1_loss": _function(LOSSES["l1_loss"], composed=True, on_cuda=None)}
 
 
-#: name -> the direct face of the plain loss, and that by kernels. Their arguments are those of the primitive: x, t, v, w, reduction, hold
-#: and the parameters.
+#: name -> the direct face of the plain loss, and that by kernels. Their arguments are those of the
+#: primitive: x, t, v, w, reduction, hold and the parameters.
 DIRECT: dict[str, tuple[Callable[..., Tensor], Callable[..., Tensor]]] = {
     name: (op.apply_directly, op.apply_by_kernels)  # type: ignore[attr-defined]
     for name, op in _PLAIN.items()
 }
 
 
-def pointwise(name: str, x: Tensor, t: Tensor, v: Tensor | None, w: Tensor | None, reduction: int, *parameters: Any) -> Tensor:
+def pointwise(
+    name: str,
+    x: Tensor,
+    t: Tensor,
+    v: Tensor | None,
+    w: Tensor | None,
+    reduction: int,
+    *parameters: Any,
+) -> Tensor:
     """The loss of that name.
 
     Args:
-        x, t, v, w: input, target, the loss's third tensor and the weight, floating-point, of one shape and dtype; v and w may be None.
+        x, t, v, w: input, target, the loss's third tensor and the weight, floating-point, of one
+            shape and dtype; v and w may be None.
         reduction: 0, 1 or 2, for each element's loss, their mean or their sum.
         parameters: the loss's own, in order.
     """

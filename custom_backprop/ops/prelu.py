@@ -14,10 +14,17 @@ from .function import differentiable, differentiated, wanted
 def check(x: Tensor, weight: Tensor) -> None:
     """Raises what stock raises for what is no tensor, and for shapes and dtypes that do not fit."""
     if not (isinstance(x, Tensor) and isinstance(weight, Tensor)):
-        raise TypeError(f"prelu: input and weight must be Tensors, not {type(x).__name__} and {type(weight).__name__}")
+        raise TypeError(
+            f"prelu: input and weight must be Tensors, not {type(x).__name__} and {type(weight).__name__}"
+        )
     if x.dtype != weight.dtype:
-        raise RuntimeError(f"prelu: input and weight must have the same dtype, got {x.dtype} and {weight.dtype}")
-    if weight.dim() > 1 or (weight.numel() != 1 and (x.dim() == 0 or weight.numel() != (x.shape[1] if x.dim() > 1 else 1))):
+        raise RuntimeError(
+            f"prelu: input and weight must have the same dtype, got {x.dtype} and {weight.dtype}"
+        )
+    if weight.dim() > 1 or (
+        weight.numel() != 1
+        and (x.dim() == 0 or weight.numel() != (x.shape[1] if x.dim() > 1 else 1))
+    ):
         raise RuntimeError(
             f"prelu: the weight must have one element, or be 1-D with one for each channel (dimension 1) of the input: "
             f"got a weight of shape {tuple(weight.shape)} for an input of shape {tuple(x.shape)}"

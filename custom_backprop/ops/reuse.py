@@ -1,12 +1,15 @@
 """Gradients written over what nobody needs any more: dx over dy, or over the saved output.
 
-Backward of an elementwise op reads dy and a saved tensor and writes dx, all three of one size. On a CPU new memory for dx is the dearest of
-the three: its pages must be fetched into the cache, or even be mapped first. Where this backward alone holds dy, dx takes its place; and
-where the graph is about to be freed and nobody else holds the output that it saved, the place of that.
+Backward of an elementwise op reads dy and a saved tensor and writes dx, all three of one size. On a
+CPU new memory for dx is the dearest of
+the three: its pages must be fetched into the cache, or even be mapped first. Where this backward
+alone holds dy, dx takes its place; and where the graph is about to be freed and nobody else holds
+the output that it saved, the place of that.
 
-PyTorch's engine does likewise where gradients add up: it adds into a tensor that it alone holds, by the counts of its owners (see
-``InputBuffer::accumulate``). Here the owners of the Python object are counted as well. How many "nobody else" is differs between versions
-of PyTorch and of Python, so it is observed, once, in a backward where it is so.
+PyTorch's engine does likewise where gradients add up: it adds into a tensor that it alone holds, by
+the counts of its owners (see ``InputBuffer::accumulate``). Here the owners of the Python object are
+counted as well. How many "nobody else" is differs between versions of PyTorch and of Python, so it
+is observed, once, in a backward where it is so.
 """
 
 from __future__ import annotations
@@ -25,7 +28,8 @@ _hooks = torch._C._autograd._top_saved_tensors_default_hooks
 _use_count = torch._C._storage_Use_Count
 _counts_are_exact = getattr(sys, "_is_gil_enabled", lambda: True)()
 
-#: the fewest elements of a tensor for which backward is to ask :func:`place`: below, to ask costs more than it saves
+#: the fewest elements of a tensor for which backward is to ask :func:`place`: below, to ask costs
+#: more than it saves
 LEAST = 2**15 if _counts_are_exact else sys.maxsize
 
 Owners = tuple[int, ...]
@@ -44,7 +48,9 @@ def place(references: int, dy: Tensor, saved: Tensor, may_take_saved: bool) -> T
         dy, saved: the incoming gradient, and a saved tensor of its shape.
         may_take_saved: forward made ``saved``, and :func:`is_unseen` said yes to it.
     """
-    if not (is_unseen() and dy.layout is saved.layout is torch.strided):  # under hooks _alone would count them as well
+    if not (
+        is_unseen() and dy.layout is saved.layout is torch.strided
+    ):  # under hooks _alone would count them as well
         return None
     if (
         dy.dtype is saved.dtype
@@ -63,16 +69,26 @@ def _owners(references: int, dy: Tensor) -> Owners:
 
 def _storage_owners(t: Tensor) -> Owners:
     storage = t.untyped_storage()
-    return _use_count(storage._cdata), sys.getrefcount(storage), storage.is_shared(), storage.resizable()  # memory of NumPy is not
+    return (
+        _use_count(storage._cdata),
+        sys.getrefcount(storage),
+        storage.is_shared(),
+        storage.resizable(),
+    )  # memory of NumPy is not
 
 
 def _both_channels_last(dy: Tensor, saved: Tensor) -> bool:
-    return dy.dim() == 4 and dy.stride() == saved.stride() and dy.is_contiguous(memory_format=torch.channels_last)
+    return (
+        dy.dim() == 4
+        and dy.stride() == saved.stride()
+        and dy.is_contiguous(memory_format=torch.channels_last)
+    )
 
 
 @functools.cache
 def _alone() -> tuple[Owners, Owners]:
-    """The owners of a dy and of the storage of a saved output that one backward alone holds, as :func:`place` counts them."""
+    """The owners of a dy and of the storage of a saved output that one backward alone holds, as
+    :func:`place` counts them."""
     seen: list[tuple[Owners, Owners]] = []
 
     class Definition:

@@ -30,7 +30,9 @@ def _function(s: Softmax) -> Callable[..., Tensor]:
             return run_forward(x, dim, dtype)
 
         @staticmethod
-        def setup_context(ctx: Any, inputs: tuple[Tensor, int, torch.dtype | None], output: Tensor) -> None:
+        def setup_context(
+            ctx: Any, inputs: tuple[Tensor, int, torch.dtype | None], output: Tensor
+        ) -> None:
             x, ctx.dim, _ = inputs
             ctx.dtype = x.dtype
             ctx.save_for_backward(output)
@@ -55,7 +57,10 @@ def _function(s: Softmax) -> Callable[..., Tensor]:
         @staticmethod
         def direct_forward(ctx: Any, x: Tensor, dim: int, dtype: torch.dtype | None) -> Tensor:
             y = aten_forward(x, dim, dtype)
-            ctx.to_save, ctx.materialize_grads = (y,), False  # what the methods set, without their frames
+            ctx.to_save, ctx.materialize_grads = (
+                (y,),
+                False,
+            )  # what the methods set, without their frames
             ctx.dim, ctx.dtype = dim, x.dtype
             ctx.large = y.dtype == x.dtype and y.numel() >= LEAST
             ctx.may_take_saved = ctx.large and is_unseen()
@@ -90,10 +95,12 @@ _FUNCTIONS = {s.name: _function(s) for s in SOFTMAXES.values()}
 
 
 def apply(name: str, x: Tensor, dim: int, dtype: torch.dtype | None) -> Tensor:
-    """y along ``dim``, which may be negative, of x cast to ``dtype``. The cast is the kernel's own: no cast tensor is written.
+    """y along ``dim``, which may be negative, of x cast to ``dtype``. The cast is the kernel's own:
+    no cast tensor is written.
 
     Raises:
-        IndexError, TypeError, NotImplementedError: as :mod:`custom_backprop.functional.softmax` says.
+        IndexError, TypeError, NotImplementedError: as :mod:`custom_backprop.functional.softmax`
+            says.
     """
     if is_stocks(x):
         return getattr(torch.nn.functional, name)(x, dim, dtype=dtype)
@@ -102,11 +109,22 @@ def apply(name: str, x: Tensor, dim: int, dtype: torch.dtype | None) -> Tensor:
     count, dim = x.dim() or 1, index(dim)
     if not -count <= dim < count:
         given = f"{name} of shape {tuple(x.shape)}"
-        raise IndexError(f"Dimension out of range (expected to be in range of [{-count}, {count - 1}], but got {dim}): {given}")
-    if not (x.is_floating_point() and (dtype is None or dtype.is_floating_point)):  # has no gradient: stock's result, or stock's error
+        raise IndexError(
+            f"Dimension out of range (expected to be in range of [{-count}, {count - 1}], but got {dim}): {given}"
+        )
+    if not (
+        x.is_floating_point() and (dtype is None or dtype.is_floating_point)
+    ):  # has no gradient: stock's result, or stock's error
         return getattr(torch.nn.functional, name)(x, dim, dtype=dtype)
-    if dtype is None and x.is_cuda and torch.is_autocast_enabled("cuda") and x.dtype != torch.float64:
-        dtype = torch.float32  # what autocast on a GPU does to torch's own; on a CPU it does nothing
+    if (
+        dtype is None
+        and x.is_cuda
+        and torch.is_autocast_enabled("cuda")
+        and x.dtype != torch.float64
+    ):
+        dtype = (
+            torch.float32
+        )  # what autocast on a GPU does to torch's own; on a CPU it does nothing
     if x.dim() == 0:
         return _FUNCTIONS[name](x.reshape(1), 0, dtype).reshape(())
     return _FUNCTIONS[name](x, dim % count, dtype)

@@ -1,4 +1,5 @@
-"""Optimizers: drop-in subclasses of ``torch.optim``'s, whose step updates many parameters at once."""
+"""Optimizers: drop-in subclasses of ``torch.optim``'s, whose step updates many parameters at
+once."""
 
 from .adagrad import Adagrad
 from .adam import Adam, AdamW

@@ -21,7 +21,14 @@ class Adagrad(MultiTensor, torch.optim.Adagrad):
     _state_names = ("sum", "step")
     _slots = ("sum",)
 
-    def _aten(self, group: Group, bucket: Bucket, grads: list[Tensor], hyper: dict[str, Any], factor: float) -> None:
+    def _aten(
+        self,
+        group: Group,
+        bucket: Bucket,
+        grads: list[Tensor],
+        hyper: dict[str, Any],
+        factor: float,
+    ) -> None:
         for run, params, d, states in bucket.scaled(grads, factor):
             run(
                 torch._fused_adagrad_, params, d, states["sum"], states["step"], lr=hyper["lr"], lr_decay=hyper["lr_decay"],

@@ -18,7 +18,14 @@ class _Adam(MultiTensor):
     _state_names = ("exp_avg", "exp_avg_sq", "max_exp_avg_sq", "step")
     _slots = ("exp_avg", "exp_avg_sq", "max_exp_avg_sq")
 
-    def _aten(self, group: Group, bucket: Bucket, grads: list[Tensor], hyper: dict[str, Any], factor: float) -> None:
+    def _aten(
+        self,
+        group: Group,
+        bucket: Bucket,
+        grads: list[Tensor],
+        hyper: dict[str, Any],
+        factor: float,
+    ) -> None:
         beta1, beta2 = hyper["betas"]
         kernel = torch._fused_adamw_ if hyper["decoupled_weight_decay"] else torch._fused_adam_
         for run, params, d, states in bucket.scaled(grads, factor):

@@ -37,10 +37,18 @@ class _Loop(Optimizer):
                 raise ValueError(f"Invalid beta parameter at index {i}: {beta}")
         if not weight_decay >= 0:
             raise ValueError(f"Invalid weight_decay value: {weight_decay}")
-        defaults = {"lr": lr, "betas": betas, "weight_decay": weight_decay, "maximize": maximize, "differentiable": differentiable}
+        defaults = {
+            "lr": lr,
+            "betas": betas,
+            "weight_decay": weight_decay,
+            "maximize": maximize,
+            "differentiable": differentiable,
+        }
         super().__init__(params, defaults)
 
-    def _init_group(self, group: Group, params: list[Tensor], grads: list[Tensor], exp_avgs: list[Tensor]) -> None:
+    def _init_group(
+        self, group: Group, params: list[Tensor], grads: list[Tensor], exp_avgs: list[Tensor]
+    ) -> None:
         for p in group["params"]:
             if p.grad is None:
                 continue
@@ -73,7 +81,8 @@ class _Loop(Optimizer):
 
 
 class Lion(MultiTensor, _Loop):
-    """Lion: every coordinate moves by the learning rate in the direction of a sign (:func:`custom_backprop.formulas.optim.lion`).
+    """Lion: every coordinate moves by the learning rate in the direction of a sign
+    (:func:`custom_backprop.formulas.optim.lion`).
 
     Args:
         params: parameters or groups of them, as in torch.optim.
@@ -92,7 +101,14 @@ class Lion(MultiTensor, _Loop):
     _formula = formulas.lion
     _state_names = _slots = _adjacent = ("exp_avg",)
 
-    def _aten(self, group: Group, bucket: Bucket, grads: list[Tensor], hyper: dict[str, Any], factor: float) -> None:
+    def _aten(
+        self,
+        group: Group,
+        bucket: Bucket,
+        grads: list[Tensor],
+        hyper: dict[str, Any],
+        factor: float,
+    ) -> None:
         beta1, beta2 = hyper["betas"]
         factor = -factor if hyper["maximize"] else factor
         for piece in bucket.pieces:

@@ -1,7 +1,8 @@
 """Whether anybody looks at an optimizer's steps.
 
-torch.optim wraps ``step`` and ``zero_grad``, so that hooks run and a profiler sees each call by its name. Between two passes over large
-tensors that costs 30 to 50 us, as much as the step of a small network, also where there is neither.
+torch.optim wraps ``step`` and ``zero_grad``, so that hooks run and a profiler sees each call by its
+name. Between two passes over large tensors that costs 30 to 50 us, as much as the step of a small
+network, also where there is neither.
 """
 
 from __future__ import annotations
@@ -15,8 +16,9 @@ from torch.optim import Optimizer, optimizer
 
 
 def _recorded() -> Callable[[], bool] | None:
-    """``at::hasCallbacks``: whether anybody is called for what runs on this thread. That may be a profiler of Python's, one that was
-    started from outside of it, or an execution trace. None where the library does not show it."""
+    """``at::hasCallbacks``: whether anybody is called for what runs on this thread. That may be a
+    profiler of Python's, one that was started from outside of it, or an execution trace. None where
+    the library does not show it."""
     found = getattr(ctypes.PyDLL(torch._C.__file__), "_ZN2at12hasCallbacksEv", None)
     if found is not None:
         found.argtypes, found.restype = [], ctypes.c_bool
@@ -24,7 +26,8 @@ def _recorded() -> Callable[[], bool] | None:
 
 
 def _perhaps_recorded() -> bool:
-    """The same, as far as Python knows. (Where there is a GPU, somebody outside of Python may look.)"""
+    """The same, as far as Python knows. (Where there is a GPU, somebody outside of Python may
+    look.)"""
     return profiler._is_profiler_enabled or torch.cuda.is_initialized()
 
 

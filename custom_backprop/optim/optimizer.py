@@ -1,7 +1,10 @@
-"""What the optimizers share: torch.optim's own class underneath, and a step that updates many parameters at once.
+"""What the optimizers share: torch.optim's own class underneath, and a step that updates many
+parameters at once.
 
-Constructor, groups, state, checkpoints, hooks and schedulers are inherited. Replaced is the update alone, and only of what it is written
-for: dense real tensors. What else torch.optim takes (sparse, complex, ``capturable``, ``differentiable``, ...) goes to torch's own update.
+Constructor, groups, state, checkpoints, hooks and schedulers are inherited. Replaced is the update
+alone, and only of what it is written
+for: dense real tensors. What else torch.optim takes (sparse, complex, ``capturable``,
+``differentiable``, ...) goes to torch's own update.
 """
 
 from __future__ import annotations
@@ -29,7 +32,8 @@ Group = dict[str, Any]
 
 #: of each group: where gradients come and go, as many patterns are remembered
 PLANS = 4
-#: one gap in as many tensors is left between states that lie one behind the other, so that nothing moves when a parameter sits out a step
+#: one gap in as many tensors is left between states that lie one behind the other, so that nothing
+#: moves when a parameter sits out a step
 FEW = 8
 
 
@@ -69,38 +73,50 @@ class Plan:
 
 def _states_of(group: Group) -> tuple[bool, ...]:
     """The hyperparameters that decide which state a parameter has."""
-    return bool(group.get("momentum")), bool(group.get("amsgrad")), bool(group.get("centered")), bool(group.get("capturable"))
+    return (
+        bool(group.get("momentum")),
+        bool(group.get("amsgrad")),
+        bool(group.get("centered")),
+        bool(group.get("capturable")),
+    )
 
 
 class MultiTensor(Optimizer):
-    """Mixed in before a class of torch.optim: ``class SGD(MultiTensor, torch.optim.SGD)``. It adds three arguments to the constructor.
+    """Mixed in before a class of torch.optim: ``class SGD(MultiTensor, torch.optim.SGD)``. It adds
+    three arguments to the constructor.
 
     Args:
-        max_grad_norm: all gradients of this optimizer are multiplied by :func:`~custom_backprop.formulas.optim.clip_factor` of their total
-            2-norm, as ``clip_grad_norm_`` would do before the step, but on the way: ``.grad`` itself is not changed.
-        master_weights: float16 and bfloat16 parameters are updated in a float32 copy, kept as ``master_param`` in their state, and rounded
-            from it. Their other state is float32 too.
-        bf16_stochastic_round: bfloat16 parameters are updated in float32 and rounded up or down at random, the nearer the likelier; no
-            copy is kept. Their state is float32. The noise follows ``torch.manual_seed``.
+        max_grad_norm: all gradients of this optimizer are multiplied by
+            :func:`~custom_backprop.formulas.optim.clip_factor` of their total 2-norm, as
+            ``clip_grad_norm_`` would do before the step, but on the way: ``.grad`` itself is not
+            changed.
+        master_weights: float16 and bfloat16 parameters are updated in a float32 copy, kept as
+            ``master_param`` in their state, and rounded from it. Their other state is float32 too.
+        bf16_stochastic_round: bfloat16 parameters are updated in float32 and rounded up or down at
+            random, the nearer the likelier; no copy is kept. Their state is float32. The noise
+            follows ``torch.manual_seed``.
 
     Raises:
-        ValueError: ``max_grad_norm`` is negative or NaN, two of the ways to round are asked for, or one of these arguments is combined
-            with ``differentiable=True``.
-        RuntimeError: at a step, ``master_weights`` or ``bf16_stochastic_round`` meets what only torch's own update takes: ``capturable``,
-            sparse gradients, subclasses of Tensor.
+        ValueError: ``max_grad_norm`` is negative or NaN, two of the ways to round are asked for, or
+            one of these arguments is combined with ``differentiable=True``.
+        RuntimeError: at a step, ``master_weights`` or ``bf16_stochastic_round`` meets what only
+            torch's own update takes: ``capturable``, sparse gradients, subclasses of Tensor.
     """
 
-    #: ``step`` applies the attributes ``grad_scale`` and ``found_inf`` that a GradScaler sets; on a GPU without reading them
+    #: ``step`` applies the attributes ``grad_scale`` and ``found_inf`` that a GradScaler sets; on a
+    #: GPU without reading them
     _step_supports_amp_scaling = True
 
     #: torch's class, whose ``step`` takes what ours is not written for
     _torch: ClassVar[Any]
-    #: the update rule: its name in ``triton_kernels/optim.py``, its formula and the hyperparameters that this takes
+    #: the update rule: its name in ``triton_kernels/optim.py``, its formula and the hyperparameters
+    #: that this takes
     _rule: ClassVar[str]
     _formula: ClassVar[Callable[..., Any]]
     _takes: ClassVar[tuple[str, ...]]
     _hyper: ClassVar[tuple[str, ...]]
-    #: the lists that ``_init_group`` fills after parameters and gradients, by the name of the state they hold
+    #: the lists that ``_init_group`` fills after parameters and gradients, by the name of the state
+    #: they hold
     _state_names: ClassVar[tuple[str, ...]]
     #: the states in the order of the kernels
     _slots: ClassVar[tuple[str, ...]]
@@ -116,7 +132,9 @@ class MultiTensor(Optimizer):
         if "_torch" in vars(cls):
             ours = list(inspect.signature(MultiTensor.__init__).parameters.values())[3:-1]
             theirs = inspect.signature(cls._torch.__init__)
-            cls.__signature__ = theirs.replace(parameters=[*list(theirs.parameters.values())[1:], *ours])  # type: ignore[attr-defined]
+            cls.__signature__ = theirs.replace(
+                parameters=[*list(theirs.parameters.values())[1:], *ours]
+            )  # type: ignore[attr-defined]
 
     def __init__(
         self,
@@ -130,12 +148,20 @@ class MultiTensor(Optimizer):
         if max_grad_norm is not None and not max_grad_norm >= 0:
             raise ValueError(f"Invalid max_grad_norm value: {max_grad_norm}")
         if master_weights and bf16_stochastic_round:
-            raise ValueError("master_weights and bf16_stochastic_round are two ways to round: choose one")
-        if kwargs.get("differentiable") and (max_grad_norm is not None or master_weights or bf16_stochastic_round):
+            raise ValueError(
+                "master_weights and bf16_stochastic_round are two ways to round: choose one"
+            )
+        if kwargs.get("differentiable") and (
+            max_grad_norm is not None or master_weights or bf16_stochastic_round
+        ):
             raise ValueError(
                 "differentiable=True runs torch's own update, which has no max_grad_norm, master_weights or bf16_stochastic_round"
             )
-        self.max_grad_norm, self.master_weights, self.bf16_stochastic_round = max_grad_norm, master_weights, bf16_stochastic_round
+        self.max_grad_norm, self.master_weights, self.bf16_stochastic_round = (
+            max_grad_norm,
+            master_weights,
+            bf16_stochastic_round,
+        )
         super().__init__(params, *args, **kwargs)
 
     def __getstate__(self) -> dict[str, Any]:
@@ -147,27 +173,37 @@ class MultiTensor(Optimizer):
         self.__dict__.pop("_kept", None)
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """As torch's, which would cast the state of a half-precision parameter to its dtype: where ours is float32, it stays so."""
+        """As torch's, which would cast the state of a half-precision parameter to its dtype: where
+        ours is float32, it stays so."""
         if not (self.master_weights or self.bf16_stochastic_round):
             super().load_state_dict(state_dict)
             return
         loaded: dict[str, Any] = {}
-        with_hooks = self.register_load_state_dict_pre_hook(lambda optimizer, seen: loaded.update(seen))
+        with_hooks = self.register_load_state_dict_pre_hook(
+            lambda optimizer, seen: loaded.update(seen)
+        )
         try:
             super().load_state_dict(state_dict)
         finally:
             with_hooks.remove()
         ids = chain.from_iterable(group["params"] for group in loaded["param_groups"])
-        for i, p in zip(ids, chain.from_iterable(group["params"] for group in self.param_groups), strict=True):
+        for i, p in zip(
+            ids, chain.from_iterable(group["params"] for group in self.param_groups), strict=True
+        ):
             if self._is_wide(p):
                 for name, value in loaded["state"].get(i, {}).items():
                     if name != "step" and isinstance(value, Tensor):
-                        self.state[p][name] = value.to(device=p.device, dtype=torch.float32, copy=True)
+                        self.state[p][name] = value.to(
+                            device=p.device, dtype=torch.float32, copy=True
+                        )
 
     def step(self, closure: Callable[[], Any] | None = None) -> Any:
-        """One step. ``closure``, if given, computes the loss again (and its gradients), and the loss is returned."""
+        """One step. ``closure``, if given, computes the loss again (and its gradients), and the
+        loss is returned."""
         # a subclass that overrides this has torch's wrapper around its own
-        if type(self).step is MultiTensor.step and (torch.compiler.is_compiling() or is_observed(self)):
+        if type(self).step is MultiTensor.step and (
+            torch.compiler.is_compiling() or is_observed(self)
+        ):
             return _observed_step(self, closure)
         return self._unobserved_step(closure)
 
@@ -175,9 +211,19 @@ class MultiTensor(Optimizer):
 
     def _unobserved_step(self, closure: Callable[[], Any] | None) -> Any:
         if torch.compiler.is_compiling():
-            extra = self.max_grad_norm is not None or self.master_weights or self.bf16_stochastic_round
-            return torch.compiler.disable(self._eager)(closure) if extra else _plain_step(self._torch)(self, closure)
-        return _plain_step(self._torch)(self, closure) if self.defaults["differentiable"] else self._eager(closure)
+            extra = (
+                self.max_grad_norm is not None or self.master_weights or self.bf16_stochastic_round
+            )
+            return (
+                torch.compiler.disable(self._eager)(closure)
+                if extra
+                else _plain_step(self._torch)(self, closure)
+            )
+        return (
+            _plain_step(self._torch)(self, closure)
+            if self.defaults["differentiable"]
+            else self._eager(closure)
+        )
 
     def zero_grad(self, set_to_none: bool = True) -> None:
         """Sets every gradient to None, or to 0."""
@@ -194,7 +240,9 @@ class MultiTensor(Optimizer):
             with torch.enable_grad():
                 loss = closure()
         enabled = torch.is_grad_enabled()
-        torch._C._set_grad_enabled(False)  # torch.no_grad() less its frames: a step of few parameters is all host
+        torch._C._set_grad_enabled(
+            False
+        )  # torch.no_grad() less its frames: a step of few parameters is all host
         try:
             self._step()
         finally:
@@ -218,7 +266,11 @@ class MultiTensor(Optimizer):
                 grads = plan.grads(group)
                 assert grads is not None
             work.append((group, plan, grads))
-        factor = None if self.max_grad_norm is None and "grad_scale" not in self.__dict__ else self._factor(work)
+        factor = (
+            None
+            if self.max_grad_norm is None and "grad_scale" not in self.__dict__
+            else self._factor(work)
+        )
         for group, plan, grads in work:
             for bucket, mine in zip(plan.buckets, grads, strict=True):
                 self._update(group, bucket, mine, factor, found)
@@ -226,14 +278,20 @@ class MultiTensor(Optimizer):
                 self._by_torch(group, plan.rest, factor)
                 moved = True
         if moved:
-            self.__dict__["_known"] = list(chain.from_iterable(s.values() for s in self.state.values()))
+            self.__dict__["_known"] = list(
+                chain.from_iterable(s.values() for s in self.state.values())
+            )
 
     def _reads(self, found: Tensor) -> bool:
-        """Whether ``found_inf`` is read before anything is done. The kernels read it themselves, but for a state that they would begin."""
-        return selection.backend_for(found.device.type) != "triton" or any(group.get("dampening") for group in self.param_groups)
+        """Whether ``found_inf`` is read before anything is done. The kernels read it themselves,
+        but for a state that they would begin."""
+        return selection.backend_for(found.device.type) != "triton" or any(
+            group.get("dampening") for group in self.param_groups
+        )
 
     def _plans(self) -> dict[int, list[Plan]]:
-        """The last steps' plans, if every state is still what it was, else none. A group has several where gradients come and go."""
+        """The last steps' plans, if every state is still what it was, else none. A group has
+        several where gradients come and go."""
         known: list[Any] = self.__dict__.get("_known", [])
         values = list(chain.from_iterable(s.values() for s in self.state.values()))
         plans: dict[int, list[Plan]] = self.__dict__.setdefault("_kept", {})
@@ -243,7 +301,12 @@ class MultiTensor(Optimizer):
 
     def _plan(self, group: Group, kept: list[Plan]) -> Plan:
         """A new plan, which joins ``kept``; those that are there go if it had to move a state."""
-        before = [(state, name, t) for p in group["params"] if (state := self.state.get(p)) for name, t in state.items()]
+        before = [
+            (state, name, t)
+            for p in group["params"]
+            if (state := self.state.get(p))
+            for name, t in state.items()
+        ]
         plan = self._planned(group)
         if any(state.get(name) is not t for state, name, t in before):
             kept.clear()
@@ -257,13 +320,21 @@ class MultiTensor(Optimizer):
         lists: list[list[Any]] = [[] for _ in self._state_names]
         with _away_from_the_default_device():
             self._init_group(group, params, grads, *lists)  # type: ignore[attr-defined]
-        states = {name: tensors for name, tensors in zip(self._state_names, lists, strict=True) if tensors}
+        states = {
+            name: tensors for name, tensors in zip(self._state_names, lists, strict=True) if tensors
+        }
         alike: dict[Any, list[int]] = {}
         for i, (p, g) in enumerate(zip(params, grads, strict=True)):
-            alike.setdefault(self._kind(group, p, g, {name: tensors[i] for name, tensors in states.items()}), []).append(i)
+            alike.setdefault(
+                self._kind(group, p, g, {name: tensors[i] for name, tensors in states.items()}), []
+            ).append(i)
         rest = [params[i] for i in alike.pop(None, [])]
         buckets = [
-            self._bucket([params[i] for i in which], [grads[i] for i in which], {n: [s[i] for i in which] for n, s in states.items()})
+            self._bucket(
+                [params[i] for i in which],
+                [grads[i] for i in which],
+                {n: [s[i] for i in which] for n, s in states.items()},
+            )
             for which in alike.values()
         ]
         return Plan(group, buckets, rest)
@@ -272,7 +343,8 @@ class MultiTensor(Optimizer):
         """What parameters of one bucket have in common; None for one that torch updates.
 
         Raises:
-            RuntimeError: that would be one whose master, or whose rounding at random, torch would leave out.
+            RuntimeError: that would be one whose master, or whose rounding at random, torch would
+                leave out.
         """
         if (why := self._why_not(group, p, g, states)) is not None:
             if self._is_wide(p):
@@ -280,50 +352,83 @@ class MultiTensor(Optimizer):
                 raise RuntimeError(f"{asked}=True does not go with {why}")
             return None
         here, missing = local(p), [*states.values()].count(None)
-        return self._backend(p), here.device, p.dtype, g.dtype, hasattr(p, "placements"), here.is_contiguous(), missing
+        return (
+            self._backend(p),
+            here.device,
+            p.dtype,
+            g.dtype,
+            hasattr(p, "placements"),
+            here.is_contiguous(),
+            missing,
+        )
 
-    def _why_not(self, group: Group, p: Tensor, g: Tensor, states: dict[str, Tensor | None]) -> str | None:
-        """Why a parameter is torch's to update, in words that end what it does not go with; None where it is ours."""
-        placements = getattr(p, "placements", None)  # of a DTensor, whose shards are updated like any tensor
+    def _why_not(
+        self, group: Group, p: Tensor, g: Tensor, states: dict[str, Tensor | None]
+    ) -> str | None:
+        """Why a parameter is torch's to update, in words that end what it does not go with; None
+        where it is ours."""
+        placements = getattr(
+            p, "placements", None
+        )  # of a DTensor, whose shards are updated like any tensor
         plain = type(p) in (Tensor, torch.nn.Parameter) and type(g) is Tensor
         wide = self._is_wide(p)
         master = self.state[p].get("master_param") if wide and p in self.state else None
-        held = [s for s in (master, *(s for name, s in states.items() if name != "step")) if s is not None]
+        held = [
+            s
+            for s in (master, *(s for name, s in states.items() if name != "step"))
+            if s is not None
+        ]
         if group.get("capturable"):
             return "capturable=True, which is torch's own update: leave out one of the two"
         if any(t.layout != torch.strided for t in (p, g, *held)):
             return "sparse tensors: make parameters, gradients and states dense"
         if not p.is_floating_point():
             return "complex parameters"
-        if not (plain or (placements and all(getattr(t, "placements", None) == placements for t in (g, *held)))):
+        if not (
+            plain
+            or (
+                placements and all(getattr(t, "placements", None) == placements for t in (g, *held))
+            )
+        ):
             return f"a {type(p).__name__} that has a gradient of type {type(g).__name__}: take plain tensors, or DTensors placed alike"
         if any(t.shape != p.shape or t.device != p.device for t in (g, *held)):
             return f"a gradient or state of another shape, or on another device, than the parameter: {tuple(p.shape)} on {p.device}"
         here = local(p)
-        if here.is_neg() or not (here.is_contiguous() or here.stride() == torch.empty_like(here, device="meta").stride()):
+        if here.is_neg() or not (
+            here.is_contiguous() or here.stride() == torch.empty_like(here, device="meta").stride()
+        ):
             return "a parameter whose elements lie apart in memory, or are stored negated: give it a clone of its data"
         if wide:
             return None
         numbers = chain(group.values(), group.get("betas", ()))
         if any(isinstance(v, Tensor) and (v.requires_grad or not v.is_cpu) for v in numbers):
             return "hyperparameters on a GPU, or part of a graph"
-        if not all(same_order(local(t), here) for t in (g, *held)) or any(s.dtype != p.dtype for s in held):
+        if not all(same_order(local(t), here) for t in (g, *held)) or any(
+            s.dtype != p.dtype for s in held
+        ):
             return "gradients or states of other strides or dtypes"
-        if here.device.type not in ("cpu", "cuda", "meta") or (self._backend(p) == "aten" and not (here.is_cpu and g.dtype == p.dtype)):
+        if here.device.type not in ("cpu", "cuda", "meta") or (
+            self._backend(p) == "aten" and not (here.is_cpu and g.dtype == p.dtype)
+        ):
             return f"the device {here.device}, or gradients of dtype {g.dtype}"
         return None
 
     def _is_wide(self, p: Tensor) -> bool:
         """Whether the state of ``p`` is float32 though it is not."""
-        return (self.master_weights and p.dtype in HALF) or (self.bf16_stochastic_round and p.dtype == torch.bfloat16)
+        return (self.master_weights and p.dtype in HALF) or (
+            self.bf16_stochastic_round and p.dtype == torch.bfloat16
+        )
 
     def _backend(self, p: Tensor) -> str:
-        """What updates ``p``. By ATen we have an update on a CPU; elsewhere the formula does what torch's own would leave out."""
+        """What updates ``p``. By ATen we have an update on a CPU; elsewhere the formula does what
+        torch's own would leave out."""
         device = local(p).device.type
         backend = selection.backend_for(device)
         return "formula" if backend == "aten" and device != "cpu" and self._is_wide(p) else backend
 
-    def _bucket(self, params: list[Tensor], grads: list[Tensor], states: dict[str, list[Any]]) -> Bucket:
+    def _bucket(
+        self, params: list[Tensor], grads: list[Tensor], states: dict[str, list[Any]]
+    ) -> Bucket:
         device, wide = local(params[0]).device, self._is_wide(params[0])
         backend = self._backend(params[0])
         together = backend == "aten" and not hasattr(params[0], "placements")
@@ -337,8 +442,16 @@ class MultiTensor(Optimizer):
                 if backend == "triton" or len(gaps(tensors)) > len(tensors) // FEW:
                     tensors = gathered(tensors)
             else:
-                tensors = [in_order(t.float(), p) for t, p in zip(tensors, params, strict=True)] if wide else tensors
-                if together and name in self._adjacent and len(gaps(list(map(flat, tensors)))) > len(tensors) // FEW:
+                tensors = (
+                    [in_order(t.float(), p) for t, p in zip(tensors, params, strict=True)]
+                    if wide
+                    else tensors
+                )
+                if (
+                    together
+                    and name in self._adjacent
+                    and len(gaps(list(map(flat, tensors)))) > len(tensors) // FEW
+                ):
                     for which, elements in runs(tensors, together):
                         if elements is None:
                             tensors[which] = gathered(tensors[which])
@@ -347,10 +460,21 @@ class MultiTensor(Optimizer):
                 self.state[p][name] = t
         masters = None
         if wide and self.master_weights:
-            masters = [in_order(self.state[p].get("master_param", p.detach().float()), p) for p in params]
+            masters = [
+                in_order(self.state[p].get("master_param", p.detach().float()), p) for p in params
+            ]
             for p, master in zip(params, masters, strict=True):
                 self.state[p]["master_param"] = master
-        return Bucket(params, grads, states, masters, backend, fresh=fresh, together=together, adjacent=self._adjacent)
+        return Bucket(
+            params,
+            grads,
+            states,
+            masters,
+            backend,
+            fresh=fresh,
+            together=together,
+            adjacent=self._adjacent,
+        )
 
     def _numbers(self, group: Group) -> dict[str, Any]:
         """A group's hyperparameters as the formula takes them, all of them numbers."""
@@ -361,14 +485,17 @@ class MultiTensor(Optimizer):
         return numbers
 
     def _factor(self, work: list[tuple[Group, Plan, list[list[Tensor]]]]) -> Tensor | None:
-        """What every gradient is multiplied by: the inverse of the GradScaler's scale, and what clipping asks for."""
+        """What every gradient is multiplied by: the inverse of the GradScaler's scale, and what
+        clipping asks for."""
         scale: Tensor | None = self.__dict__.get("grad_scale")
         factor = None if scale is None else scale.double().reciprocal()
         if self.max_grad_norm is None:
             return factor
         norms: list[Tensor] = []
         for _, plan, grads in work:
-            norms += chain.from_iterable(bucket.norms(mine) for bucket, mine in zip(plan.buckets, grads, strict=True))
+            norms += chain.from_iterable(
+                bucket.norms(mine) for bucket, mine in zip(plan.buckets, grads, strict=True)
+            )
             norms += [norm(p.grad) for p in plan.rest if p.grad is not None]
         if not norms:
             return factor
@@ -378,7 +505,14 @@ class MultiTensor(Optimizer):
         factor = factor.to(total.device)
         return factor * clip_factor(total * factor, self.max_grad_norm)
 
-    def _update(self, group: Group, bucket: Bucket, grads: list[Tensor], factor: Tensor | None, found: Tensor | None) -> None:
+    def _update(
+        self,
+        group: Group,
+        bucket: Bucket,
+        grads: list[Tensor],
+        factor: Tensor | None,
+        found: Tensor | None,
+    ) -> None:
         backend = bucket.backend
         if found is not None and backend != "triton" and found.item():
             return
@@ -390,7 +524,11 @@ class MultiTensor(Optimizer):
                 found = found.to(bucket.device, non_blocking=True)
             bucket.count(1 if found is None else 1 - found)
             if factor is not None:
-                factor = factor.to(bucket.device, torch.float64 if bucket.dtype == torch.float64 else torch.float32, non_blocking=True)
+                factor = factor.to(
+                    bucket.device,
+                    torch.float64 if bucket.dtype == torch.float64 else torch.float32,
+                    non_blocking=True,
+                )
             seed = int(torch.randint(2**40, (), device="cpu")) if stochastic else None
             kernels("optim").update(
                 self._rule, bucket.table(self._slots), grads, bucket.steps, hyper, scale=factor, found_inf=found,
@@ -402,22 +540,43 @@ class MultiTensor(Optimizer):
                 self._by_formula(bucket, grads, hyper, factor, stochastic)
             else:
                 multiplier = 1.0 if factor is None else factor.item()
-                self._aten(group, bucket, grads if bucket.rounded is None else [g.float() for g in grads], hyper, multiplier)
+                self._aten(
+                    group,
+                    bucket,
+                    grads if bucket.rounded is None else [g.float() for g in grads],
+                    hyper,
+                    multiplier,
+                )
                 if bucket.rounded is not None:
                     torch._foreach_copy_(bucket.rounded, bucket.flats)
         bucket.fresh = False
         bucket.note_versions()
 
-    def _by_formula(self, bucket: Bucket, grads: list[Tensor], hyper: dict[str, Any], factor: Tensor | None, stochastic: bool) -> None:
+    def _by_formula(
+        self,
+        bucket: Bucket,
+        grads: list[Tensor],
+        hyper: dict[str, Any],
+        factor: Tensor | None,
+        stochastic: bool,
+    ) -> None:
         for i, (p, g) in enumerate(zip(bucket.flats, grads, strict=True)):
-            here: dict[str, Any] = {name: widen(tensors[i]) for name, tensors in bucket.states.items() if name != "step"}
+            here: dict[str, Any] = {
+                name: widen(tensors[i]) for name, tensors in bucket.states.items() if name != "step"
+            }
             if "step" in bucket.states and "t" in self._takes:
                 here["t"] = bucket.states["step"][i].item()
             if bucket.fresh:
                 here["fresh"] = True
             g = widen(g.view(-1))
-            new, states = type(self)._formula(widen(p), g if factor is None else g * factor.to(g.device), **here, **hyper)
-            p.copy_(stochastically_rounded(new, torch.randint_like(new, 2**16, dtype=torch.int32)) if stochastic else new)
+            new, states = type(self)._formula(
+                widen(p), g if factor is None else g * factor.to(g.device), **here, **hyper
+            )
+            p.copy_(
+                stochastically_rounded(new, torch.randint_like(new, 2**16, dtype=torch.int32))
+                if stochastic
+                else new
+            )
             if bucket.rounded is not None:
                 bucket.rounded[i].copy_(new)
             for name, state in states.items():
@@ -426,10 +585,16 @@ class MultiTensor(Optimizer):
     def _by_torch(self, group: Group, params: list[Tensor], factor: Tensor | None) -> None:
         """torch's own update of some parameters of a group."""
         groups, grads = self.param_groups, [p.grad for p in params]
-        scaler: dict[str, Any] = {name: self.__dict__.pop(name) for name in ("grad_scale", "found_inf") if name in self.__dict__}
+        scaler: dict[str, Any] = {
+            name: self.__dict__.pop(name)
+            for name in ("grad_scale", "found_inf")
+            if name in self.__dict__
+        }
         own = {**group, "params": params}
         if group.get("fused") and all(g is not None and g.layout == torch.strided for g in grads):
-            own["fused"] = False  # torch's fused kernels take tensors of different strides for alike (torch 2.13, on a CPU)
+            own["fused"] = (
+                False  # torch's fused kernels take tensors of different strides for alike (torch 2.13, on a CPU)
+            )
         self.param_groups = [own]
         try:
             if factor is not None:
@@ -445,7 +610,14 @@ class MultiTensor(Optimizer):
                 for p, g in zip(params, grads, strict=True):
                     p.grad = g
 
-    def _aten(self, group: Group, bucket: Bucket, grads: list[Tensor], hyper: dict[str, Any], factor: float) -> None:
+    def _aten(
+        self,
+        group: Group,
+        bucket: Bucket,
+        grads: list[Tensor],
+        hyper: dict[str, Any],
+        factor: float,
+    ) -> None:
         """The update of ``bucket.flats`` by PyTorch's operators, on a CPU."""
         raise NotImplementedError
 
@@ -456,12 +628,14 @@ def _number(value: Any) -> Any:
 
 
 def _away_from_the_default_device() -> AbstractContextManager[Any]:
-    """torch's own classes count steps on the default device, and fail where the count is neither on the CPU nor with the parameters."""
+    """torch's own classes count steps on the default device, and fail where the count is neither on
+    the CPU nor with the parameters."""
     return nullcontext() if torch.get_default_device().type == "cpu" else torch.device("cpu")
 
 
 def _moved(count: Tensor, device: torch.device) -> Tensor:
-    """A count of steps on ``device``. Some of torch's own classes begin it on the default device, and there may be none behind "meta"."""
+    """A count of steps on ``device``. Some of torch's own classes begin it on the default device,
+    and there may be none behind "meta"."""
     return torch.zeros_like(count, device=device) if count.is_meta else count.to(device)
 
 
@@ -469,6 +643,7 @@ _observed_step = Optimizer.profile_hook_step(MultiTensor._unobserved_step)
 
 
 def _plain_step(kind: type[Optimizer]) -> Callable[..., Any]:
-    """A class's ``step`` without the hooks and the profiler's record, in which the first instance of that very class wraps it."""
+    """A class's ``step`` without the hooks and the profiler's record, in which the first instance
+    of that very class wraps it."""
     step: Any = kind.step
     return step.__wrapped__ if getattr(step, "hooked", False) else step

@@ -21,8 +21,20 @@ class RMSprop(MultiTensor, torch.optim.RMSprop):
     _state_names = ("square_avg", "momentum_buffer", "grad_avg", "step")
     _slots = _adjacent = ("square_avg", "momentum_buffer", "grad_avg")
 
-    def _aten(self, group: Group, bucket: Bucket, grads: list[Tensor], hyper: dict[str, Any], factor: float) -> None:
-        lr, alpha, weight_decay, momentum = hyper["lr"], hyper["alpha"], hyper["weight_decay"], hyper["momentum"]
+    def _aten(
+        self,
+        group: Group,
+        bucket: Bucket,
+        grads: list[Tensor],
+        hyper: dict[str, Any],
+        factor: float,
+    ) -> None:
+        lr, alpha, weight_decay, momentum = (
+            hyper["lr"],
+            hyper["alpha"],
+            hyper["weight_decay"],
+            hyper["momentum"],
+        )
         factor = -factor if hyper["maximize"] else factor
         for piece in bucket.pieces:
             d, (out, root) = piece.joined(grads), piece.scratch

@@ -1,6 +1,7 @@
 """Small tensors without threads.
 
-ATen's fused kernels walk through a list of tensors, and share out each of them to all threads, however small. To meet again costs the
+ATen's fused kernels walk through a list of tensors, and share out each of them to all threads,
+however small. To meet again costs the
 threads some 2 us a tensor: as long as one of them takes for a few thousand elements by itself.
 """
 
@@ -15,7 +16,8 @@ import torch
 
 Run = Callable[..., None]
 
-#: a tensor of more elements is worth sharing out (measured: 4096 of Adam, 6300 of SGD with momentum, 10900 without)
+#: a tensor of more elements is worth sharing out (measured: 4096 of Adam, 6300 of SGD with
+#: momentum, 10900 without)
 SMALL = 2**12
 
 
@@ -25,7 +27,8 @@ def by_all_threads(kernel: Callable[..., Any], *args: Any, **kwargs: Any) -> Non
 
 
 def by_one_thread(kernel: Callable[..., Any], *args: Any, **kwargs: Any) -> None:
-    """Calls one of ATen's kernels so that it shares nothing out. The number is the calling thread's own: no other sees it change."""
+    """Calls one of ATen's kernels so that it shares nothing out. The number is the calling thread's
+    own: no other sees it change."""
     threads = torch.get_num_threads()
     set_threads = _openmp()
     if set_threads is None or threads == 1:
@@ -40,10 +43,11 @@ def by_one_thread(kernel: Callable[..., Any], *args: Any, **kwargs: Any) -> None
 
 @functools.cache
 def _openmp() -> Callable[[int], None] | None:
-    """``omp_set_num_threads`` of the OpenMP that ATen itself asks; None where ATen has other threads.
+    """``omp_set_num_threads`` of the OpenMP that ATen itself asks; None where ATen has other
+    threads.
 
-    It is found through the library that is linked to it. (``torch.set_num_threads`` sets the number for the whole process, and empties
-    oneDNN's caches.)
+    It is found through the library that is linked to it. (``torch.set_num_threads`` sets the number
+    for the whole process, and empties oneDNN's caches.)
     """
     if "parallel backend: OpenMP" not in torch.__config__.parallel_info():
         return None

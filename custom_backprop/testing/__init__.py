@@ -1,4 +1,5 @@
-"""Proof: :func:`validate` for anybody's Function, kernel or module; the op database for our own; what a kernel takes and touches."""
+"""Proof: :func:`validate` for anybody's Function, kernel or module; the op database for our own;
+what a kernel takes and touches."""
 
 from .audit import Audit, AuditedLaunch, audit
 from .checks import CHECKS

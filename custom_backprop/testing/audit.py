@@ -1,6 +1,8 @@
-"""What a Triton kernel really touches, seen in the interpreter: a GPU's memory checker without the GPU.
+"""What a Triton kernel really touches, seen in the interpreter: a GPU's memory checker without the
+GPU.
 
-Every load and store of the interpreter passes through two methods of its builder, where the addresses of the active lanes are known.
+Every load and store of the interpreter passes through two methods of its builder, where the
+addresses of the active lanes are known.
 """
 
 from __future__ import annotations
@@ -29,7 +31,8 @@ class AuditedLaunch:
     Attributes:
         moved: bytes that its loads and stores asked for.
         floor: bytes if every distinct address had been loaded and stored once.
-        reread: argument -> how often its bytes were loaded on average, for those above once (on a GPU: the caches' work).
+        reread: argument -> how often its bytes were loaded on average, for those above once (on a
+            GPU: the caches' work).
         faults: what it did wrong; empty if nothing.
     """
 
@@ -65,7 +68,9 @@ class Audit:
         for launch in self.launches:
             reread = ", ".join(f"{name} x{times:.1f}" for name, times in launch.reread.items())
             ratio = launch.moved / launch.floor if launch.floor else 1.0
-            lines.append(f"{launch.kernel}: {launch.programs} programs, moved {launch.moved} bytes, {ratio:.3f} of the floor  {reread}")
+            lines.append(
+                f"{launch.kernel}: {launch.programs} programs, moved {launch.moved} bytes, {ratio:.3f} of the floor  {reread}"
+            )
             lines += [f"  FAULT {fault}" for fault in launch.faults]
         return "\n".join(lines)
 
@@ -77,15 +82,19 @@ def audit(*tensors: Tensor) -> Iterator[Audit]:
     A launch is at fault if it
 
     - touches an address that is not an element of one of its tensor arguments (or of ``tensors``);
-    - stores to some elements of a tensor but not to all (unless it reads that tensor too: an update in place), or to one of them twice;
-    - has two programs that store to one address, or one that reads what another writes: on a GPU their order is unknown;
+    - stores to some elements of a tensor but not to all (unless it reads that tensor too: an update
+      in place), or to one of them twice;
+    - has two programs that store to one address, or one that reads what another writes: on a GPU
+      their order is unknown;
     - uses an atomic operation: the order of a sum, and so its bits, would differ from run to run.
 
     Args:
-        tensors: tensors that kernels may reach otherwise than as arguments, for example through a table of pointers.
+        tensors: tensors that kernels may reach otherwise than as arguments, for example through a
+            table of pointers.
 
     Yields:
-        the :class:`Audit`, filled as the launches go: what each moved, against the floor of touching every address once.
+        the :class:`Audit`, filled as the launches go: what each moved, against the floor of
+        touching every address once.
 
     Raises:
         RuntimeError: the interpreter is off (set ``TRITON_INTERPRET=1`` before triton is imported).
@@ -98,7 +107,9 @@ def audit(*tensors: Tensor) -> Iterator[Audit]:
         seen.raise_if_faulty()
     """
     if not interpreting():
-        raise RuntimeError("an audit reads the memory accesses of Triton's interpreter: set TRITON_INTERPRET=1 before the first import")
+        raise RuntimeError(
+            "an audit reads the memory accesses of Triton's interpreter: set TRITON_INTERPRET=1 before the first import"
+        )
     import triton.language as tl
     from triton.runtime.interpreter import GridExecutor, TensorHandle, interpreter_builder
 
@@ -113,14 +124,20 @@ def audit(*tensors: Tensor) -> Iterator[Audit]:
         try:
             call(executor, *args, **kwargs)
         finally:
-            seen.launches.append(running.pop().report(f"{executor.fn.__module__.rpartition('.')[2]}.{executor.fn.__name__}"))
+            seen.launches.append(
+                running.pop().report(
+                    f"{executor.fn.__module__.rpartition('.')[2]}.{executor.fn.__name__}"
+                )
+            )
 
     def inside(pointers: Any, mask: Any, stores: bool) -> Any:
         """The mask without the lanes that are out of bounds: they are reported, not carried out."""
         active = np.broadcast_to(np.asarray(mask.data, bool), pointers.data.shape)
         size = max(1, pointers.get_element_ty().primitive_bitwidth // 8)
         allowed = active.copy()
-        allowed[active] = running[-1].access(pointers.data[active].astype(np.int64), size, builder.grid_idx, stores)
+        allowed[active] = running[-1].access(
+            pointers.data[active].astype(np.int64), size, builder.grid_idx, stores
+        )
         return TensorHandle(allowed, tl.int1)
 
     def watched_load(pointers: Any, mask: Any, *rest: Any) -> Any:
@@ -149,7 +166,8 @@ def audit(*tensors: Tensor) -> Iterator[Audit]:
 
 
 def _tensors_in(named: Iterable[tuple[str, Any]]) -> Iterator[tuple[str, Tensor]]:
-    """The tensors among a kernel's arguments; those of a tuple too, and the one under a tensor descriptor."""
+    """The tensors among a kernel's arguments; those of a tuple too, and the one under a tensor
+    descriptor."""
     for name, a in named:
         if isinstance(a, Tensor):
             yield name, a
@@ -160,7 +178,8 @@ def _tensors_in(named: Iterable[tuple[str, Any]]) -> Iterator[tuple[str, Tensor]
 
 
 class _Storage:
-    """The bytes of one storage: which of them belong to an argument's elements, and who touched them."""
+    """The bytes of one storage: which of them belong to an argument's elements, and who touched
+    them."""
 
     def __init__(self, start: int, size: int) -> None:
         self.start = start
@@ -181,14 +200,22 @@ class _Memory:
         for name, t in tensors.items():
             whole = t.untyped_storage()
             if whole.nbytes():
-                storage = self.storages.setdefault(whole.data_ptr(), _Storage(whole.data_ptr(), whole.nbytes()))
-                numbers = torch.arange(whole.nbytes() // t.element_size()).as_strided(t.size(), t.stride(), t.storage_offset())
-                own = (numbers.unique().numpy()[:, None] * t.element_size() + np.arange(t.element_size())).ravel()
+                storage = self.storages.setdefault(
+                    whole.data_ptr(), _Storage(whole.data_ptr(), whole.nbytes())
+                )
+                numbers = torch.arange(whole.nbytes() // t.element_size()).as_strided(
+                    t.size(), t.stride(), t.storage_offset()
+                )
+                own = (
+                    numbers.unique().numpy()[:, None] * t.element_size()
+                    + np.arange(t.element_size())
+                ).ravel()
                 storage.element[own] = True
                 self.views[name] = storage, own, t.element_size()
 
     def access(self, addresses: np.ndarray, size: int, grid_index: Any, stores: bool) -> np.ndarray:
-        """Notes an access to ``size`` bytes at each address. Returns which of them lie in an element of some tensor."""
+        """Notes an access to ``size`` bytes at each address. Returns which of them lie in an
+        element of some tensor."""
         program = self.programs.setdefault(grid_index, len(self.programs))
         self.moved += addresses.size * size
         allowed = np.zeros(addresses.shape, bool)
@@ -198,12 +225,18 @@ class _Memory:
             allowed[here] = s.element[offsets].all(1)
             count, who = (s.writes, s.writer) if stores else (s.reads, s.reader)
             np.add.at(count, offsets, 1)
-            who[offsets] = np.where((who[offsets] == _NOBODY) | (who[offsets] == program), program, _SEVERAL)
+            who[offsets] = np.where(
+                (who[offsets] == _NOBODY) | (who[offsets] == program), program, _SEVERAL
+            )
         self.outside[stores] += int((~allowed).sum())
         return allowed
 
     def report(self, kernel: str) -> AuditedLaunch:
-        faults = [f"{n} {'stores' if store else 'loads'} outside every tensor" for store, n in self.outside.items() if n]
+        faults = [
+            f"{n} {'stores' if store else 'loads'} outside every tensor"
+            for store, n in self.outside.items()
+            if n
+        ]
         if self.atomics:
             faults.append(f"{self.atomics} atomic operations")
         reread, judged = {}, set()
@@ -211,22 +244,33 @@ class _Memory:
             reads, writes = s.reads[own], s.writes[own]
             if reads.sum() > np.count_nonzero(reads) > 0:
                 reread[name] = float(reads.sum() / np.count_nonzero(reads))
-            if not writes.any() or (s.start, own.tobytes()) in judged:  # no output, or one that was met under another name
+            if (
+                not writes.any() or (s.start, own.tobytes()) in judged
+            ):  # no output, or one that was met under another name
                 continue
             judged.add((s.start, own.tobytes()))
             wrong = {
                 "never written": (writes == 0) & (not reads.any()),
                 "written more than once": writes > 1,
                 "written by several programs": s.writer[own] == _SEVERAL,
-                "read by one program and written by another": (writes > 0) & (reads > 0) & (s.reader[own] != s.writer[own]),
+                "read by one program and written by another": (writes > 0)
+                & (reads > 0)
+                & (s.reader[own] != s.writer[own]),
             }
-            faults += [f"{name}: {bad.sum() // size} of {own.size // size} elements {what}" for what, bad in wrong.items() if bad.any()]
-        touched = sum(np.count_nonzero(count) for s in self.storages.values() for count in (s.reads, s.writes))
+            faults += [
+                f"{name}: {bad.sum() // size} of {own.size // size} elements {what}"
+                for what, bad in wrong.items()
+                if bad.any()
+            ]
+        touched = sum(
+            np.count_nonzero(count) for s in self.storages.values() for count in (s.reads, s.writes)
+        )
         return AuditedLaunch(kernel, len(self.programs), self.moved, int(touched), reread, faults)
 
 
 def audit_op(spec: OpSpec) -> Audit:
-    """Every launch of an op in float32: on its samples, which are of awkward sizes, and where several programs share the work."""
+    """Every launch of an op in float32: on its samples, which are of awkward sizes, and where
+    several programs share the work."""
     make = Make("cpu", torch.float32)
     with np.errstate(all="ignore"), audit() as seen, use_backend("triton"):
         for sample in (*spec.samples(make), spec.large(make, "medium")):

@@ -1,4 +1,5 @@
-"""One call under test: which tensors are differentiated, and the same call in another dtype, layout or set of leaves."""
+"""One call under test: which tensors are differentiated, and the same call in another dtype, layout
+or set of leaves."""
 
 from __future__ import annotations
 
@@ -19,7 +20,8 @@ def is_float(a: Any) -> bool:
 
 @dataclass(frozen=True)
 class Case:
-    """``function(*args, **kwargs)``, differentiated with respect to the positional tensors that require grad."""
+    """``function(*args, **kwargs)``, differentiated with respect to the positional tensors that
+    require grad."""
 
     function: Callable[..., Any]
     reference: Callable[..., Any] | None
@@ -65,19 +67,30 @@ class Case:
         def cast(a: Any) -> Any:
             return a.detach().to(dtype).requires_grad_(a.requires_grad) if is_float(a) else a
 
-        return replace(self, args=tuple(map(cast, self.args)), kwargs={k: cast(v) for k, v in self.kwargs.items()})
+        return replace(
+            self,
+            args=tuple(map(cast, self.args)),
+            kwargs={k: cast(v) for k, v in self.kwargs.items()},
+        )
 
     def nudged(self, seed: int) -> Case:
-        """The same case with every floating-point number up to a sixteenth nearer to 0: still a probability, or a variance."""
+        """The same case with every floating-point number up to a sixteenth nearer to 0: still a
+        probability, or a variance."""
         generator = torch.Generator().manual_seed(seed)
 
         def nudge(a: Any) -> Any:
             if not is_float(a):
                 return a
-            factor = 1 - torch.rand(a.shape, generator=generator, dtype=torch.float64).to(a.device) / 16
+            factor = (
+                1 - torch.rand(a.shape, generator=generator, dtype=torch.float64).to(a.device) / 16
+            )
             return (a.detach().double() * factor).to(a.dtype).requires_grad_(a.requires_grad)
 
-        return replace(self, args=tuple(map(nudge, self.args)), kwargs={k: nudge(v) for k, v in self.kwargs.items()})
+        return replace(
+            self,
+            args=tuple(map(nudge, self.args)),
+            kwargs={k: nudge(v) for k, v in self.kwargs.items()},
+        )
 
 
 def outputs(result: Any) -> tuple[Tensor, ...]:
@@ -93,16 +106,22 @@ def outputs(result: Any) -> tuple[Tensor, ...]:
 
 
 def weights_for(results: Sequence[Tensor], seed: int = 1) -> tuple[Tensor, ...]:
-    """Random gradients for the outputs: a plain sum would hide a wrong gradient (of a softmax it is zero)."""
+    """Random gradients for the outputs: a plain sum would hide a wrong gradient (of a softmax it is
+    zero)."""
     generator = torch.Generator().manual_seed(seed)
     return tuple(
-        torch.empty_like(r) if r.is_meta else torch.randn(r.shape, generator=generator, dtype=torch.float64).to(r.device, r.dtype)
+        torch.empty_like(r)
+        if r.is_meta
+        else torch.randn(r.shape, generator=generator, dtype=torch.float64).to(r.device, r.dtype)
         for r in results
     )
 
 
 def gradients(
-    function: Callable[..., Any], leaves: Sequence[Tensor], dys: Sequence[Tensor] | None = None, **options: Any
+    function: Callable[..., Any],
+    leaves: Sequence[Tensor],
+    dys: Sequence[Tensor] | None = None,
+    **options: Any,
 ) -> tuple[Any, ...]:
     """(outputs, gradients of the leaves) for given or random gradients of the outputs."""
     results = outputs(function(*leaves))
@@ -110,14 +129,25 @@ def gradients(
     return results, torch.autograd.grad(results, leaves, dys, allow_unused=True, **options)
 
 
-def of_module(module: nn.Module, reference: Any, inputs: Sequence[Any]) -> tuple[Callable[..., Any], Any, tuple[Any, ...]]:
-    """(function, reference, args) of a module: its parameters and floating-point buffers become arguments after the inputs."""
-    state = dict(module.named_parameters()) | {k: b for k, b in module.named_buffers() if b.is_floating_point()}
+def of_module(
+    module: nn.Module, reference: Any, inputs: Sequence[Any]
+) -> tuple[Callable[..., Any], Any, tuple[Any, ...]]:
+    """(function, reference, args) of a module: its parameters and floating-point buffers become
+    arguments after the inputs."""
+    state = dict(module.named_parameters()) | {
+        k: b for k, b in module.named_buffers() if b.is_floating_point()
+    }
     count, names = len(inputs), list(state)
 
     def functional(of: nn.Module) -> Callable[..., Any]:
         of = copy.deepcopy(of)
-        return lambda *args, **kwargs: torch.func.functional_call(of, dict(zip(names, args[count:], strict=True)), args[:count], kwargs)
+        return lambda *args, **kwargs: torch.func.functional_call(
+            of, dict(zip(names, args[count:], strict=True)), args[:count], kwargs
+        )
 
     args = tuple(inputs) + tuple(t.detach().requires_grad_(t.requires_grad) for t in state.values())
-    return functional(module), functional(reference) if isinstance(reference, nn.Module) else reference, args
+    return (
+        functional(module),
+        functional(reference) if isinstance(reference, nn.Module) else reference,
+        args,
+    )

@@ -1,4 +1,5 @@
-"""The checks of :func:`validate`, each a function of one :class:`Case` that raises AssertionError with what it saw.
+"""The checks of :func:`validate`, each a function of one :class:`Case` that raises AssertionError
+with what it saw.
 
 A check that has nothing to say about a case raises :class:`NotApplicable` with the reason.
 """
@@ -29,7 +30,10 @@ def forward(case: Case) -> None:
     leaves = _with_reference(case).leaves
     ours, theirs = case.call(*leaves), case.call_reference(*leaves)
     _same(outputs(ours), outputs(theirs), "outputs", exact_type=True)
-    mine, others = ([t for t in tree_leaves(r) if isinstance(t, Tensor) and not t.is_floating_point()] for r in (ours, theirs))
+    mine, others = (
+        [t for t in tree_leaves(r) if isinstance(t, Tensor) and not t.is_floating_point()]
+        for r in (ours, theirs)
+    )
     _same(mine, others, "outputs that are not floating-point", exact_type=True)
 
 
@@ -46,10 +50,12 @@ def gradcheck(case: Case) -> None:
 
 
 def gradgradcheck(case: Case) -> None:
-    """gradcheck of the gradients; an op without a second derivative must raise, not be silently wrong.
+    """gradcheck of the gradients; an op without a second derivative must raise, not be silently
+    wrong.
 
-    torch.autograd.gradgradcheck leaves out every gradient that does not require grad, which is just what a cut graph looks like: here
-    such a gradient is a constant, and its derivative is compared with the numerical one like any other.
+    torch.autograd.gradgradcheck leaves out every gradient that does not require grad, which is just
+    what a cut graph looks like: here such a gradient is a constant, and its derivative is compared
+    with the numerical one like any other.
     """
     leaves = case.leaves
     dys = tuple(d.requires_grad_() for d in weights_for(outputs(case.call(*leaves))))
@@ -57,14 +63,20 @@ def gradgradcheck(case: Case) -> None:
     def second(*inputs: Tensor) -> tuple[Tensor, ...]:
         leaves, dys = inputs[: len(case.wanted)], inputs[len(case.wanted) :]
         grads = gradients(case.call, leaves, dys, create_graph=True)[1]
-        return tuple(g if g.requires_grad else g + 0 * leaf for g, leaf in zip(grads, leaves, strict=True) if g is not None)
+        return tuple(
+            g if g.requires_grad else g + 0 * leaf
+            for g, leaf in zip(grads, leaves, strict=True)
+            if g is not None
+        )
 
     if case.double_backward:
         torch_gradcheck(second, (*leaves, *dys), check_undefined_grad=False)
         return
     results = second(*leaves, *dys)
     try:
-        torch.autograd.backward(results, weights_for(results))  # runs every node, also one that is cut off from the leaves
+        torch.autograd.backward(
+            results, weights_for(results)
+        )  # runs every node, also one that is cut off from the leaves
     except RuntimeError:
         return
     raise AssertionError("an op without a second derivative gave one")
@@ -72,7 +84,13 @@ def gradgradcheck(case: Case) -> None:
 
 def forward_mode(case: Case) -> None:
     """gradcheck of the jvp."""
-    torch_gradcheck(case.call, case.leaves, check_forward_ad=True, check_backward_ad=False, check_undefined_grad=False)
+    torch_gradcheck(
+        case.call,
+        case.leaves,
+        check_forward_ad=True,
+        check_backward_ad=False,
+        check_undefined_grad=False,
+    )
 
 
 def batched(case: Case) -> None:
@@ -81,8 +99,12 @@ def batched(case: Case) -> None:
     results = outputs(case.call(*leaves))
     dys = [weights_for(results, seed) for seed in (1, 2, 3)]
     stacked = tuple(torch.stack(d) for d in zip(*dys, strict=True))
-    loop = [torch.autograd.grad(results, leaves, d, retain_graph=True, allow_unused=True) for d in dys]
-    together = torch.autograd.grad(results, leaves, stacked, is_grads_batched=True, retain_graph=True, allow_unused=True)
+    loop = [
+        torch.autograd.grad(results, leaves, d, retain_graph=True, allow_unused=True) for d in dys
+    ]
+    together = torch.autograd.grad(
+        results, leaves, stacked, is_grads_batched=True, retain_graph=True, allow_unused=True
+    )
     _same(together, _stack(loop), "batched gradients")
     if not case.double_backward:
         return
@@ -91,14 +113,20 @@ def batched(case: Case) -> None:
     if not second:
         return
     weights = [weights_for(second, seed) for seed in (4, 5)]
-    loop = [torch.autograd.grad(second, leaves, w, retain_graph=True, allow_unused=True) for w in weights]
+    loop = [
+        torch.autograd.grad(second, leaves, w, retain_graph=True, allow_unused=True)
+        for w in weights
+    ]
     stacked = tuple(torch.stack(w) for w in zip(*weights, strict=True))
-    together = torch.autograd.grad(second, leaves, stacked, is_grads_batched=True, allow_unused=True)
+    together = torch.autograd.grad(
+        second, leaves, stacked, is_grads_batched=True, allow_unused=True
+    )
     _same(together, _stack(loop), "batched second gradients")
 
 
 def transforms(case: Case) -> None:
-    """vmap over each leaf and over all, per-sample gradients, jacrev against jacfwd, and the hessian, against loops and the reference."""
+    """vmap over each leaf and over all, per-sample gradients, jacrev against jacfwd, and the
+    hessian, against loops and the reference."""
     leaves = tuple(leaf.detach() for leaf in case.leaves)
     if not leaves:
         raise NotApplicable("nothing is differentiated")
@@ -110,7 +138,9 @@ def transforms(case: Case) -> None:
         weights = weights_for(outputs(function(*leaves)))
 
         def weighted(*args: Tensor) -> Tensor:
-            return sum((r * w).sum() for r, w in zip(outputs(function(*args)), weights, strict=True))  # type: ignore[return-value]
+            return sum(
+                (r * w).sum() for r, w in zip(outputs(function(*args)), weights, strict=True)
+            )  # type: ignore[return-value]
 
         return weighted
 
@@ -119,21 +149,46 @@ def transforms(case: Case) -> None:
     singles = [(i,) for i in which] if len(which) > 1 else []
     for mapped, dim in [*((m, 0) for m in singles), (which, 0), (which, -1)]:
         in_dims = tuple(dim if i in mapped else None for i in which)
-        args = tuple(b.movedim(0, dim) if i in mapped else leaf for i, (b, leaf) in enumerate(zip(batch, leaves, strict=True)))
-        rows = [tuple(b[k] if i in mapped else leaf for i, (b, leaf) in enumerate(zip(batch, leaves, strict=True))) for k in range(3)]
+        args = tuple(
+            b.movedim(0, dim) if i in mapped else leaf
+            for i, (b, leaf) in enumerate(zip(batch, leaves, strict=True))
+        )
+        rows = [
+            tuple(
+                b[k] if i in mapped else leaf
+                for i, (b, leaf) in enumerate(zip(batch, leaves, strict=True))
+            )
+            for k in range(3)
+        ]
         results = outputs(torch.vmap(case.call, in_dims)(*args))
-        _same(results, _stack([outputs(case.call(*row)) for row in rows]), f"vmap over dimension {dim} of {mapped}")
+        _same(
+            results,
+            _stack([outputs(case.call(*row)) for row in rows]),
+            f"vmap over dimension {dim} of {mapped}",
+        )
         per_sample = torch.vmap(torch.func.grad(ours, which), in_dims)(*args)
-        _same(per_sample, _stack([torch.func.grad(ours, which)(*row) for row in rows]), f"per-sample gradients over {mapped}")
+        _same(
+            per_sample,
+            _stack([torch.func.grad(ours, which)(*row) for row in rows]),
+            f"per-sample gradients over {mapped}",
+        )
     reverse = torch.func.jacrev(lambda *a: outputs(case.call(*a)), which)(*leaves)
     forward_ = torch.func.jacfwd(lambda *a: outputs(case.call(*a)), which)(*leaves)
     for r, f in zip(reverse, forward_, strict=True):
         _same(r, f, "jacrev and jacfwd")
     if case.double_backward:
         hessian = torch.func.hessian(ours, which)(*leaves)
-        expected = torch.func.hessian(loss(case.call_reference), which)(*leaves) if case.reference else None
+        expected = (
+            torch.func.hessian(loss(case.call_reference), which)(*leaves)
+            if case.reference
+            else None
+        )
         for i, j in itertools.product(which, which):
-            _same((hessian[i][j],), (hessian[j][i].permute(_swap(leaves[i], leaves[j])),), "hessian and its transpose")
+            _same(
+                (hessian[i][j],),
+                (hessian[j][i].permute(_swap(leaves[i], leaves[j])),),
+                "hessian and its transpose",
+            )
             if expected is not None:
                 _same((hessian[i][j],), (expected[i][j],), "hessian")
 
@@ -149,7 +204,8 @@ def opcheck(case: Case) -> None:
 
 
 def compile(case: Case) -> None:
-    """torch.compile(fullgraph=True) gives eager's outputs and gradients, and its outputs where nothing wants a gradient."""
+    """torch.compile(fullgraph=True) gives eager's outputs and gradients, and its outputs where
+    nothing wants a gradient."""
     leaves = case.leaves
     expected, expected_grads = gradients(case.call, leaves)
     for backend in ("aot_eager", "inductor") if case.inductor else ("aot_eager",):
@@ -158,7 +214,11 @@ def compile(case: Case) -> None:
         results, grads = gradients(compiled, leaves)
         _same(results, expected, f"outputs compiled by {backend}")
         _same(grads, expected_grads, f"gradients compiled by {backend}")
-        _same(outputs(compiled(*(leaf.detach() for leaf in leaves))), expected, f"outputs compiled by {backend} without gradients")
+        _same(
+            outputs(compiled(*(leaf.detach() for leaf in leaves))),
+            expected,
+            f"outputs compiled by {backend} without gradients",
+        )
 
 
 def layouts(case: Case) -> None:
@@ -168,15 +228,22 @@ def layouts(case: Case) -> None:
     dys = weights_for(results)
     expected = torch.autograd.grad(results, leaves, dys, retain_graph=True, allow_unused=True)
     for name, layout in (("transposed", transposed), ("sliced", sliced)):
-        grads = torch.autograd.grad(results, leaves, [layout(d) for d in dys], retain_graph=True, allow_unused=True)
+        grads = torch.autograd.grad(
+            results, leaves, [layout(d) for d in dys], retain_graph=True, allow_unused=True
+        )
         _same(grads, expected, f"gradients for a {name} grad_output")
     constant = [d.new_tensor(0.7).expand_as(d) for d in dys]
     grads = torch.autograd.grad(results, leaves, constant, retain_graph=True, allow_unused=True)
-    expected = torch.autograd.grad(results, leaves, [c.contiguous() for c in constant], retain_graph=True, allow_unused=True)
+    expected = torch.autograd.grad(
+        results, leaves, [c.contiguous() for c in constant], retain_graph=True, allow_unused=True
+    )
     _same(grads, expected, "gradients for a stride-0 grad_output")
     undefined: Any = [torch._C._functions.UndefinedGrad()(r) for r in results]
     for grad in torch.autograd.grad(undefined, leaves, dys, allow_unused=True):
-        _require(grad is None or not grad.count_nonzero(), "a gradient came from an undefined grad_output")
+        _require(
+            grad is None or not grad.count_nonzero(),
+            "a gradient came from an undefined grad_output",
+        )
 
 
 def input_layouts(case: Case) -> None:
@@ -188,9 +255,13 @@ def input_layouts(case: Case) -> None:
         got, got_grads = gradients(case.call, strided)
         _same(got, results, f"outputs for {name} inputs")
         _same(got_grads, grads, f"gradients for {name} inputs")
-    repeated = [leaf.detach()[:1].expand_as(leaf) if leaf.dim() and leaf.numel() else leaf.detach() for leaf in leaves]
+    repeated = [
+        leaf.detach()[:1].expand_as(leaf) if leaf.dim() and leaf.numel() else leaf.detach()
+        for leaf in leaves
+    ]
     (got, got_grads), (results, grads) = (
-        gradients(case.call, [f(r).requires_grad_() for r in repeated]) for f in (Tensor.detach, torch.clone)
+        gradients(case.call, [f(r).requires_grad_() for r in repeated])
+        for f in (Tensor.detach, torch.clone)
     )
     _same(got, results, "outputs for expanded inputs")
     _same(got_grads, grads, "gradients for expanded inputs")
@@ -201,32 +272,48 @@ def inputs_unchanged(case: Case) -> None:
     leaves = case.leaves
     results = outputs(case.call(*leaves))
     dys = weights_for(results)
-    tensors = [a for a in (*case._fill(leaves), *case.kwargs.values(), *dys) if isinstance(a, Tensor)]
+    tensors = [
+        a for a in (*case._fill(leaves), *case.kwargs.values(), *dys) if isinstance(a, Tensor)
+    ]
     before = [(t.detach().clone(), t._version) for t in tensors]
     torch.autograd.grad(outputs(case.call(*leaves)), leaves, dys, allow_unused=True)
     torch.autograd.grad(results, leaves, dys, allow_unused=True)
     for t, (copy, version) in zip(tensors, before, strict=True):
-        _require(_bits(t, copy) and t._version == version, f"a tensor of shape {tuple(t.shape)} was written")
+        _require(
+            _bits(t, copy) and t._version == version,
+            f"a tensor of shape {tuple(t.shape)} was written",
+        )
 
 
 def two_backwards(case: Case) -> None:
-    """A second backward through a retained graph gives the same bits, whatever was done to the first gradients."""
+    """A second backward through a retained graph gives the same bits, whatever was done to the
+    first gradients."""
     leaves = case.leaves
     results = outputs(case.call(*leaves))
     dys = weights_for(results)
     for weights in (dys, tuple(map(torch.ones_like, dys))):
-        first = torch.autograd.grad(results, leaves, [w.clone() for w in weights], retain_graph=True, allow_unused=True)
+        first = torch.autograd.grad(
+            results, leaves, [w.clone() for w in weights], retain_graph=True, allow_unused=True
+        )
         kept = [None if g is None else g.clone() for g in first]
         for g in first:
-            if g is not None and not any(s == 0 for s in g.stride()):  # what is expanded cannot be written
+            if g is not None and not any(
+                s == 0 for s in g.stride()
+            ):  # what is expanded cannot be written
                 g.mul_(3)
-        second = torch.autograd.grad(results, leaves, [w.clone() for w in weights], retain_graph=True, allow_unused=True)
+        second = torch.autograd.grad(
+            results, leaves, [w.clone() for w in weights], retain_graph=True, allow_unused=True
+        )
         for a, b in zip(kept, second, strict=True):
-            _require((a is None) == (b is None) and (a is None or _bits(a, b)), "the second backward gave other bits")
+            _require(
+                (a is None) == (b is None) and (a is None or _bits(a, b)),
+                "the second backward gave other bits",
+            )
 
 
 def freed(case: Case) -> None:
-    """Outputs are freed when their last name goes: a cycle through the context would hold them until the collector runs."""
+    """Outputs are freed when their last name goes: a cycle through the context would hold them
+    until the collector runs."""
     leaves = case.leaves
     collecting = gc.isenabled()
     gc.disable()
@@ -235,7 +322,10 @@ def freed(case: Case) -> None:
         watched = [weakref.ref(r) for r in results]
         torch.autograd.grad(results, leaves, weights_for(results), allow_unused=True)
         del results
-        _require(not any(w() is not None for w in watched), "an output outlives its last name: a reference cycle")
+        _require(
+            not any(w() is not None for w in watched),
+            "an output outlives its last name: a reference cycle",
+        )
     finally:
         if collecting:
             gc.enable()
@@ -250,17 +340,28 @@ def subsets(case: Case) -> None:
         for chosen in itertools.combinations(range(len(leaves)), size):
             some = tuple(leaf.detach().requires_grad_(i in chosen) for i, leaf in enumerate(leaves))
             results = outputs(case.call(*some))
-            _require(all(r.requires_grad == bool(chosen) for r in results), f"requires_grad of the output is wrong for inputs {chosen}")
+            _require(
+                all(r.requires_grad == bool(chosen) for r in results),
+                f"requires_grad of the output is wrong for inputs {chosen}",
+            )
             if chosen:
                 torch.autograd.backward(results, dys)
             for i, (leaf, expected) in enumerate(zip(some, full, strict=True)):
-                _require((leaf.grad is not None) == (i in chosen and expected is not None), f"inputs {chosen}: gradient of input {i}")
+                _require(
+                    (leaf.grad is not None) == (i in chosen and expected is not None),
+                    f"inputs {chosen}: gradient of input {i}",
+                )
                 if i in chosen and expected is not None:
-                    _same((leaf.grad,), (expected,), f"gradient of input {i} with only {chosen} wanted")
+                    _same(
+                        (leaf.grad,),
+                        (expected,),
+                        f"gradient of input {i} with only {chosen} wanted",
+                    )
 
 
 def autocast(case: Case) -> None:
-    """Under autocast values and gradients are the reference's, but for rounding, in its dtypes; gradients have those of their inputs."""
+    """Under autocast values and gradients are the reference's, but for rounding, in its dtypes;
+    gradients have those of their inputs."""
     _with_reference(case)
     for dtype in (torch.float32, torch.bfloat16):
         cast = case.to(dtype)
@@ -272,23 +373,40 @@ def autocast(case: Case) -> None:
                 continue
             leaves = cast.leaves
             results = outputs(cast.call(*leaves))
-        _equal([r.dtype for r in results], [e.dtype for e in expected], f"output dtypes of {dtype} inputs under autocast")
+        _equal(
+            [r.dtype for r in results],
+            [e.dtype for e in expected],
+            f"output dtypes of {dtype} inputs under autocast",
+        )
         grads = torch.autograd.grad(results, leaves, weights_for(results), allow_unused=True)
-        _equal([g.dtype for g in grads if g is not None], [dtype for g in grads if g is not None], "gradient dtypes under autocast")
-        for what, ours, theirs in (("outputs", results, expected), ("gradients", grads, expected_grads)):
+        _equal(
+            [g.dtype for g in grads if g is not None],
+            [dtype for g in grads if g is not None],
+            "gradient dtypes under autocast",
+        )
+        for what, ours, theirs in (
+            ("outputs", results, expected),
+            ("gradients", grads, expected_grads),
+        ):
             for our, their in zip(ours, theirs, strict=True):
                 if our is not None and their is not None:
                     off = _error(our.detach(), their.detach().double())
-                    _require(off <= 16 * torch.finfo(torch.bfloat16).eps, f"{what} of {dtype} inputs under autocast are off by {off:.2g}")
+                    _require(
+                        off <= 16 * torch.finfo(torch.bfloat16).eps,
+                        f"{what} of {dtype} inputs under autocast are off by {off:.2g}",
+                    )
 
 
 def precision(case: Case) -> dict[str, tuple[float, float]]:
-    """Error against float64 no worse than the reference's own in each reduced dtype, plus one unit of rounding.
+    """Error against float64 no worse than the reference's own in each reduced dtype, plus one unit
+    of rounding.
 
-    The rounding of a few numbers is luck. Where one draw says that ours is worse, the means of :data:`DRAWS` decide.
+    The rounding of a few numbers is luck. Where one draw says that ours is worse, the means of
+    :data:`DRAWS` decide.
 
     Returns:
-        dtype name -> (our error, the reference's), the largest over outputs and gradients, relative to the largest true value.
+        dtype name -> (our error, the reference's), the largest over outputs and gradients, relative
+        to the largest true value.
     """
     _with_reference(case)
     figures = {}
@@ -297,10 +415,19 @@ def precision(case: Case) -> dict[str, tuple[float, float]]:
         errors = _errors(case.to(dtype))
         if any(our > their + allowed for our, their in errors):
             draws = [_errors(case.nudged(seed).to(dtype)) for seed in range(DRAWS)]
-            errors = [tuple(sum(draw[i][side] for draw in draws) / DRAWS for side in (0, 1)) for i in range(len(errors))]  # type: ignore[misc]
+            errors = [
+                tuple(sum(draw[i][side] for draw in draws) / DRAWS for side in (0, 1))
+                for i in range(len(errors))
+            ]  # type: ignore[misc]
         for our, their in errors:
-            _require(our <= their + allowed, f"error in {dtype}: ours {our:.2e}, the reference's {their:.2e}")
-        figures[str(dtype).removeprefix("torch.")] = (max((o for o, _ in errors), default=0.0), max((t for _, t in errors), default=0.0))
+            _require(
+                our <= their + allowed,
+                f"error in {dtype}: ours {our:.2e}, the reference's {their:.2e}",
+            )
+        figures[str(dtype).removeprefix("torch.")] = (
+            max((o for o, _ in errors), default=0.0),
+            max((t for _, t in errors), default=0.0),
+        )
     return figures
 
 
@@ -348,7 +475,9 @@ def sliced(t: Tensor) -> Tensor:
 class _Recorder(TorchDispatchMode):
     """Keeps one call of each operator that is not PyTorch's own."""
 
-    STOCK = frozenset({"aten", "prim", "prims", "higher_order", "inductor", "profiler", "_c10d_functional"})
+    STOCK = frozenset(
+        {"aten", "prim", "prims", "higher_order", "inductor", "profiler", "_c10d_functional"}
+    )
 
     def __init__(self) -> None:
         super().__init__()
@@ -387,11 +516,16 @@ def _same(ours: Any, theirs: Any, what: str, exact_type: bool = False) -> None:
     for a, b in zip(ours, theirs, strict=True):
         if a is None or b is None:
             present = b if a is None else a
-            _require(present is None or not present.count_nonzero(), f"{what}: one is None, the other is not zero")
+            _require(
+                present is None or not present.count_nonzero(),
+                f"{what}: one is None, the other is not zero",
+            )
             continue
         if exact_type:
             _equal((a.shape, a.dtype), (b.shape, b.dtype), f"{what}: shape and dtype")
-        torch.testing.assert_close(a, b, rtol=1e-9, atol=1e-11, equal_nan=True, msg=lambda m: f"{what} differ: {m}")
+        torch.testing.assert_close(
+            a, b, rtol=1e-9, atol=1e-11, equal_nan=True, msg=lambda m: f"{what} differ: {m}"
+        )
 
 
 def _equal(ours: Any, theirs: Any, what: str) -> None:
@@ -399,7 +533,9 @@ def _equal(ours: Any, theirs: Any, what: str) -> None:
 
 
 def _stack(rows: Any) -> tuple[Tensor | None, ...]:
-    return tuple(None if column[0] is None else torch.stack(column) for column in zip(*rows, strict=True))
+    return tuple(
+        None if column[0] is None else torch.stack(column) for column in zip(*rows, strict=True)
+    )
 
 
 def _bits(a: Tensor, b: Tensor) -> bool:
@@ -408,7 +544,8 @@ def _bits(a: Tensor, b: Tensor) -> bool:
 
 
 def _swap(a: Tensor, b: Tensor) -> tuple[int, ...]:
-    """The permutation that turns a block of the hessian, of shape (b.shape, a.shape), into (a.shape, b.shape)."""
+    """The permutation that turns a block of the hessian, of shape (b.shape, a.shape), into
+    (a.shape, b.shape)."""
     return (*range(b.dim(), b.dim() + a.dim()), *range(b.dim()))
 
 

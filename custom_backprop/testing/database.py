@@ -31,7 +31,8 @@ def database() -> dict[str, OpSpec]:
 
 
 def named(wanted: Sequence[str]) -> list[OpSpec]:
-    """The specs of those names, in the database's order: of the op of a name, or of all ops of a family that shares its name with no op.
+    """The specs of those names, in the database's order: of the op of a name, or of all ops of a
+    family that shares its name with no op.
 
     All if nothing is wanted.
 
@@ -48,15 +49,23 @@ def named(wanted: Sequence[str]) -> list[OpSpec]:
     return [s for s in specs.values() if not wanted or s.name in wanted or s.family in meant]
 
 
-#: what depends on the tracing of an op, not on the backend that then runs it: too slow to repeat on every sample of every backend
+#: what depends on the tracing of an op, not on the backend that then runs it: too slow to repeat on
+#: every sample of every backend
 TRACED = ("opcheck", "compile")
 
-#: the ops that are compiled by Inductor too, their first sample: one of each kind, where there is a compiler
+#: the ops that are compiled by Inductor too, their first sample: one of each kind, where there is a
+#: compiler
 INDUCTOR = frozenset({"linear_activation", "silu", "softmax", "mse_loss", "cross_entropy"})
 
 
-def check_op(spec: OpSpec, backend: str, device: str | torch.device = "cpu", checks: Iterable[str] | None = None) -> Report:
-    """Every sample of an op on one backend; the checks of :data:`TRACED` on every sample of ATen's, on the first elsewhere."""
+def check_op(
+    spec: OpSpec,
+    backend: str,
+    device: str | torch.device = "cpu",
+    checks: Iterable[str] | None = None,
+) -> Report:
+    """Every sample of an op on one backend; the checks of :data:`TRACED` on every sample of ATen's,
+    on the first elsewhere."""
     report = Report(spec.name)
     with use_backend(backend):
         for i, case in enumerate(cases(spec, device)):

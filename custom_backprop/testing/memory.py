@@ -10,7 +10,8 @@ import torch
 
 
 def peak_memory(call: Callable[[], Any], device: str = "cpu") -> int:
-    """Bytes of tensors that ``call`` allocates at its peak, on top of what stood before it. It is called twice."""
+    """Bytes of tensors that ``call`` allocates at its peak, on top of what stood before it. It is
+    called twice."""
     call()
     if torch.device(device).type == "cuda":
         torch.cuda.synchronize(device)
@@ -19,7 +20,9 @@ def peak_memory(call: Callable[[], Any], device: str = "cpu") -> int:
         call()
         torch.cuda.synchronize(device)
         return torch.cuda.max_memory_allocated(device) - before
-    os.environ.setdefault("KINETO_LOG_LEVEL", "6")  # the profiler reports its own start and stop below that
+    os.environ.setdefault(
+        "KINETO_LOG_LEVEL", "6"
+    )  # the profiler reports its own start and stop below that
     with torch.autograd.profiler.profile(profile_memory=True) as profile:
         kept = call()
     del kept

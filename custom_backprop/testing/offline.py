@@ -1,7 +1,8 @@
 """Kernels compiled for a GPU that this machine does not have, and what the assembler made of them.
 
-No GPU and no data are needed: an op runs on meta tensors, where its launchers launch nothing but are observed, and Triton compiles what
-they would have launched. Triton's interpreter must be off (``TRITON_INTERPRET`` unset when the kernels are imported).
+No GPU and no data are needed: an op runs on meta tensors, where its launchers launch nothing but
+are observed, and Triton compiles what they would have launched. Triton's interpreter must be off
+(``TRITON_INTERPRET`` unset when the kernels are imported).
 """
 
 from __future__ import annotations
@@ -28,7 +29,8 @@ from .spec import Make, OpSpec, Sample
 
 @dataclass(frozen=True)
 class Target:
-    """A GPU to compile for: Triton's (backend, arch, warp size), and the bytes of shared memory that one block may have."""
+    """A GPU to compile for: Triton's (backend, arch, warp size), and the bytes of shared memory
+    that one block may have."""
 
     backend: str
     arch: int | str
@@ -63,7 +65,8 @@ class Resources:
         constants: the compile-time arguments.
         spilled: bytes of local memory a thread.
         shared: bytes of shared memory a block.
-        loads, stores: instructions to global memory; ``wide`` of them move 128 bits a thread or more.
+        loads, stores: instructions to global memory; ``wide`` of them move 128 bits a thread or
+            more.
         atomics: atomic instructions.
     """
 
@@ -87,11 +90,17 @@ class Resources:
         limit = TARGETS[self.target].shared
         found = []
         if self.spilled:
-            found.append(f"{self.spilled} bytes a thread of local memory (spilled registers, or an array on the stack)")
+            found.append(
+                f"{self.spilled} bytes a thread of local memory (spilled registers, or an array on the stack)"
+            )
         if self.atomics:
-            found.append(f"{self.atomics} atomic instructions: the order of a sum, and so its bits, would differ from run to run")
+            found.append(
+                f"{self.atomics} atomic instructions: the order of a sum, and so its bits, would differ from run to run"
+            )
         if self.shared > limit:
-            found.append(f"{self.shared} bytes of shared memory, where a block of {self.target} has {limit}")
+            found.append(
+                f"{self.shared} bytes of shared memory, where a block of {self.target} has {limit}"
+            )
         return found
 
     def to_dict(self) -> dict[str, Any]:
@@ -99,13 +108,19 @@ class Resources:
 
 
 def compile_offline(
-    kernel: Any, *args: Any, target: str = "sm_90", num_warps: int = 4, num_stages: int = 3, **constexprs: Any
+    kernel: Any,
+    *args: Any,
+    target: str = "sm_90",
+    num_warps: int = 4,
+    num_stages: int = 3,
+    **constexprs: Any,
 ) -> Resources:
     """Compiles one launch of a ``@triton.jit`` kernel for a GPU that need not be here.
 
     Args:
-        args: the runtime arguments of a launch. Tensors may be meta tensors, which count as aligned to 16 bytes. Integers are
-            specialised on their value as at a real launch (1, multiples of 16).
+        args: the runtime arguments of a launch. Tensors may be meta tensors, which count as aligned
+            to 16 bytes. Integers are specialised on their value as at a real launch (1, multiples
+            of 16).
         target: one of ``sm_80``, ``sm_90``, ``sm_100``, ``gfx942``.
 
     Raises:
@@ -123,7 +138,9 @@ def _compile(launch: Launch, target: str) -> Any:
     if target not in TARGETS:
         raise ValueError(f"unknown target {target!r}: choose among {', '.join(TARGETS)}")
     if not isinstance(launch.kernel, JITFunction):
-        raise RuntimeError(f"{launch.kernel.__name__} was decorated with TRITON_INTERPRET=1: only the interpreter can run it")
+        raise RuntimeError(
+            f"{launch.kernel.__name__} was decorated with TRITON_INTERPRET=1: only the interpreter can run it"
+        )
     with _pretending(TARGETS[target]):
         return launch.kernel.warmup(*launch.args, grid=(1,), **launch.constexprs, **launch.options)
 
@@ -134,7 +151,9 @@ def _resources(launch: Launch, compiled: Any, target: str) -> Resources:
         kernel=f"{launch.kernel.__module__.rpartition('.')[2]}.{launch.kernel.__name__}",
         target=target,
         signature=", ".join(t for t in compiled.src.signature.values() if t != "constexpr"),
-        constants=", ".join(f"{k}={getattr(v, '__name__', v)}" for k, v in launch.constexprs.items()),
+        constants=", ".join(
+            f"{k}={getattr(v, '__name__', v)}" for k, v in launch.constexprs.items()
+        ),
         num_warps=launch.options["num_warps"],
         shared=compiled.metadata.shared,
         **read(compiled.asm),
@@ -143,13 +162,20 @@ def _resources(launch: Launch, compiled: Any, target: str) -> Resources:
 
 @contextmanager
 def _pretending(target: Target) -> Iterator[None]:
-    """Inside, Triton meets a driver whose only device is the target; a device is all that it asks before it compiles."""
+    """Inside, Triton meets a driver whose only device is the target; a device is all that it asks
+    before it compiles."""
     from triton.backends.compiler import GPUTarget
     from triton.runtime.driver import driver
 
     gpu = GPUTarget(target.backend, target.arch, target.warp_size)
     previous = driver._active
-    driver.set_active(SimpleNamespace(get_current_device=lambda: gpu, get_current_target=lambda: gpu, get_current_stream=lambda device: 0))
+    driver.set_active(
+        SimpleNamespace(
+            get_current_device=lambda: gpu,
+            get_current_target=lambda: gpu,
+            get_current_stream=lambda device: 0,
+        )
+    )
     try:
         yield
     finally:
@@ -170,14 +196,20 @@ def read_cubin(asm: Any) -> dict[str, int]:
 
 def read_usage(usage: str) -> dict[str, int]:
     """What ``cuobjdump --dump-resource-usage`` prints."""
-    registers, stack, local = (int(re.search(rf"\b{name}:(\d+)", usage)[1]) for name in ("REG", "STACK", "LOCAL"))  # type: ignore[index]
+    registers, stack, local = (
+        int(re.search(rf"\b{name}:(\d+)", usage)[1]) for name in ("REG", "STACK", "LOCAL")
+    )  # type: ignore[index]
     return {"registers": registers, "spilled": stack + local}
 
 
 def read_ptx(ptx: str) -> dict[str, int]:
-    """Loads and stores of global memory, by width, and atomics. An asynchronous copy to shared memory is a load; TMA is wide."""
+    """Loads and stores of global memory, by width, and atomics. An asynchronous copy to shared
+    memory is a load; TMA is wide."""
     loads = [_bits(i) for i in re.findall(r"\bld(?:\.\w+)*\.global[\w.:]*", ptx)]
-    loads += [8 * int(size, 0) for size in re.findall(r"\bcp\.async\.c[ag]\.shared\.global[^;,]*,[^;,]*, *(\w+)", ptx)]
+    loads += [
+        8 * int(size, 0)
+        for size in re.findall(r"\bcp\.async\.c[ag]\.shared\.global[^;,]*,[^;,]*, *(\w+)", ptx)
+    ]
     loads += [128] * len(re.findall(r"\bcp\.async\.bulk\S*\.shared\S*\.global", ptx))
     stores = [_bits(i) for i in re.findall(r"\bst(?:\.\w+)*\.global[\w.:]*", ptx)]
     stores += [128] * len(re.findall(r"\bcp\.async\.bulk\S*\.global\S*\.shared", ptx))
@@ -191,15 +223,21 @@ def _bits(instruction: str) -> int:
 
 
 def read_amdgcn(asm: Any) -> dict[str, int]:
-    """Registers and scratch from the metadata at the end of the assembly, instructions from its text."""
+    """Registers and scratch from the metadata at the end of the assembly, instructions from its
+    text."""
     text = asm["amdgcn"]
 
     def note(name: str) -> int:
         return int(re.search(rf"\.{name}:\s*(\d+)", text)[1])  # type: ignore[index]
 
     width = {"dwordx4": 128, "b128": 128}
-    loads = [width.get(w, 0) for w in re.findall(r"\b(?:global|buffer|flat)_load_(?:lds_)?([a-z\d]+)", text)]
-    stores = [width.get(w, 0) for w in re.findall(r"\b(?:global|buffer|flat)_store_([a-z\d]+)", text)]
+    loads = [
+        width.get(w, 0)
+        for w in re.findall(r"\b(?:global|buffer|flat)_load_(?:lds_)?([a-z\d]+)", text)
+    ]
+    stores = [
+        width.get(w, 0) for w in re.findall(r"\b(?:global|buffer|flat)_store_([a-z\d]+)", text)
+    ]
     return {
         "registers": note("vgpr_count"),
         "spilled": max(note("private_segment_fixed_size"), 4 * note("vgpr_spill_count")),
@@ -223,7 +261,9 @@ class _Launching(TorchDispatchMode):
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         if func not in LAUNCHERS:
             return func(*args, **kwargs or {})
-        defaults = [a.default_value for a in func._schema.arguments[len(args) :]]  # the dispatcher drops arguments equal to their defaults
+        defaults = [
+            a.default_value for a in func._schema.arguments[len(args) :]
+        ]  # the dispatcher drops arguments equal to their defaults
         return LAUNCHERS[func](*args, *defaults)
 
     def __enter__(self) -> Any:
@@ -248,11 +288,15 @@ def launches(function: Callable[[], Any]) -> list[Launch]:
 
 
 #: what an op is compiled for: the sizes are those of ``OpSpec.large``
-REGIMES = [(torch.float64, "small"), *((d, size) for d in (torch.float32, torch.bfloat16) for size in ("small", "medium", "large"))]
+REGIMES = [
+    (torch.float64, "small"),
+    *((d, size) for d in (torch.float32, torch.bfloat16) for size in ("small", "medium", "large")),
+]
 
 
 def both_ways(spec: OpSpec, sample: Sample) -> None:
-    """The op without gradients, then forward and two backwards: through a graph that is retained, and through one that is freed."""
+    """The op without gradients, then forward and two backwards: through a graph that is retained,
+    and through one that is freed."""
     with torch.no_grad():
         spec.function(*sample.args, **sample.kwargs)
     results = outputs(spec.function(*sample.args, **sample.kwargs))

@@ -1,4 +1,5 @@
-"""What ``kernels`` compiles and audits of the optimizers: steps of parameters of every dtype, in every way to round."""
+"""What ``kernels`` compiles and audits of the optimizers: steps of parameters of every dtype, in
+every way to round."""
 
 from __future__ import annotations
 
@@ -46,7 +47,8 @@ _SHAPES = [(7, 3), (4099,), (5, 1021), (0,)]
 
 
 def audit_optimizer(name: str) -> Audit:
-    """A second step, its first made the states by the formula: float32, float64 and, by master weights, float16."""
+    """A second step, its first made the states by the formula: float32, float64 and, by master
+    weights, float16."""
     seen = Audit()
     for dtype, how in [*_KINDS[:2], (torch.float16, {"master_weights": True})]:
         params = [torch.nn.Parameter(torch.randn(shape, dtype=dtype)) for shape in _SHAPES]
@@ -56,7 +58,12 @@ def audit_optimizer(name: str) -> Audit:
         optimizer = getattr(optim, name)(params, **OPTIMIZERS[name], **how)
         with use_backend("formula"):
             optimizer.step()
-        states = [t for state in optimizer.state.values() for t in state.values() if isinstance(t, torch.Tensor)]
+        states = [
+            t
+            for state in optimizer.state.values()
+            for t in state.values()
+            if isinstance(t, torch.Tensor)
+        ]
         with use_backend("triton"), audit(*params, *grads, *states) as found:
             optimizer.step()
         seen.launches += found.launches
@@ -64,14 +71,22 @@ def audit_optimizer(name: str) -> Audit:
 
 
 def steps(name: str) -> Iterator[Callable[[], None]]:
-    """Calls that make a step of each kind, and two of the others: one that begins the states, and one of which a GradScaler has its say."""
+    """Calls that make a step of each kind, and two of the others: one that begins the states, and
+    one of which a GradScaler has its say."""
     for dtype, how in _KINDS:
         yield getattr(optim, name)(_params(dtype), **OPTIMIZERS[name], **how).step
-    yield partial(_two_steps, getattr(optim, name)(_params(torch.float32), **OTHERS[name], maximize=True, max_grad_norm=1.0))
+    yield partial(
+        _two_steps,
+        getattr(optim, name)(
+            _params(torch.float32), **OTHERS[name], maximize=True, max_grad_norm=1.0
+        ),
+    )
 
 
 def _params(dtype: torch.dtype) -> list[torch.nn.Parameter]:
-    params = [torch.nn.Parameter(torch.empty(1000, 1000, device="meta", dtype=dtype)) for _ in range(3)]
+    params = [
+        torch.nn.Parameter(torch.empty(1000, 1000, device="meta", dtype=dtype)) for _ in range(3)
+    ]
     for p in params:
         p.grad = torch.empty_like(p)
     return params

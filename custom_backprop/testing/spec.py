@@ -1,4 +1,5 @@
-"""What one op must state about itself. Tests, ``check``, ``kernels``, the benchmarks and the table in the docs are all driven by it."""
+"""What one op must state about itself. Tests, ``check``, ``kernels``, the benchmarks and the table
+in the docs are all driven by it."""
 
 from __future__ import annotations
 
@@ -30,27 +31,50 @@ class Make:
     """
 
     def __init__(
-        self, device: str | torch.device = "cpu", dtype: torch.dtype = torch.float64, seed: int = 0, *, there: bool = False
+        self,
+        device: str | torch.device = "cpu",
+        dtype: torch.dtype = torch.float64,
+        seed: int = 0,
+        *,
+        there: bool = False,
     ) -> None:
         self.device, self.dtype = torch.device(device), dtype
         self._drawn_on = self.device if there or self.device.type == "meta" else torch.device("cpu")
-        self._generator = torch.Generator("cpu" if self.device.type == "meta" else self._drawn_on).manual_seed(seed)
+        self._generator = torch.Generator(
+            "cpu" if self.device.type == "meta" else self._drawn_on
+        ).manual_seed(seed)
 
-    def tensor(self, *shape: int, low: float = -3.0, high: float = 3.0, avoid: Iterable[float] = (), requires_grad: bool = True) -> Tensor:
-        """Uniform in [low, high), no value nearer than 0.05 to one of ``avoid`` (the kinks, where no derivative exists)."""
-        t = torch.empty(shape, dtype=torch.float64, device=self._drawn_on).uniform_(low, high, generator=self._generator)
+    def tensor(
+        self,
+        *shape: int,
+        low: float = -3.0,
+        high: float = 3.0,
+        avoid: Iterable[float] = (),
+        requires_grad: bool = True,
+    ) -> Tensor:
+        """Uniform in [low, high), no value nearer than 0.05 to one of ``avoid`` (the kinks, where
+        no derivative exists)."""
+        t = torch.empty(shape, dtype=torch.float64, device=self._drawn_on).uniform_(
+            low, high, generator=self._generator
+        )
         for kink in avoid:
             t = torch.where((t - kink).abs() < 0.05, t + 0.1, t)
         return t.to(self.device, self.dtype).requires_grad_(requires_grad)
 
     def index(self, *shape: int, high: int, low: int = 0) -> Tensor:
         """Integers in [low, high), int64."""
-        return torch.randint(low, high, shape, generator=self._generator, device=self._drawn_on).to(self.device)
+        return torch.randint(low, high, shape, generator=self._generator, device=self._drawn_on).to(
+            self.device
+        )
 
     def probabilities(self, *shape: int, dim: int = -1, requires_grad: bool = True) -> Tensor:
         """Positive numbers that sum to one along ``dim``."""
-        t = torch.empty(shape, dtype=torch.float64, device=self._drawn_on).uniform_(0.1, 1.0, generator=self._generator)
-        return (t / t.sum(dim, keepdim=True)).to(self.device, self.dtype).requires_grad_(requires_grad)
+        t = torch.empty(shape, dtype=torch.float64, device=self._drawn_on).uniform_(
+            0.1, 1.0, generator=self._generator
+        )
+        return (
+            (t / t.sum(dim, keepdim=True)).to(self.device, self.dtype).requires_grad_(requires_grad)
+        )
 
 
 @dataclass(frozen=True)
@@ -62,12 +86,17 @@ class OpSpec:
         family: its file's name in every room.
         formula: forward and backward in one line, as ``check`` prints it.
         function: ours.
-        reference: stock torch with the same signature: the oracle (in float64) and the yardstick (in each dtype).
-        samples: small inputs that meet every argument and awkward sizes, smooth at the values drawn: valid for gradcheck.
-        large: ``large(make, size)`` with size "small" (about 4k elements), "medium" (about 64k) or "large" (1M and more): what the
-            benchmarks run, and what ``kernels`` compiles for on meta tensors; or "huge" (64M and more), which benchmarks run on a GPU.
-        regimes: large inputs that only ``kernels`` compiles for: with ``large``, they meet every way that the launchers take.
-        module: (our class, torch's class, constructor's arguments, the modules' inputs from a ``Make``), for the tests of drop-in modules.
+        reference: stock torch with the same signature: the oracle (in float64) and the yardstick
+            (in each dtype).
+        samples: small inputs that meet every argument and awkward sizes, smooth at the values
+            drawn: valid for gradcheck.
+        large: ``large(make, size)`` with size "small" (about 4k elements), "medium" (about 64k) or
+            "large" (1M and more): what the benchmarks run, and what ``kernels`` compiles for on
+            meta tensors; or "huge" (64M and more), which benchmarks run on a GPU.
+        regimes: large inputs that only ``kernels`` compiles for: with ``large``, they meet every
+            way that the launchers take.
+        module: (our class, torch's class, constructor's arguments, the modules' inputs from a
+            ``Make``), for the tests of drop-in modules.
         double_backward: False if the op has no second derivative; then create_graph raises.
         low_precision: the reduced dtypes that torch itself supports for this op on this device.
         batched: False if torch's own op cannot be batched by vmap either (data-dependent shapes).

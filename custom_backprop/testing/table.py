@@ -1,4 +1,5 @@
-"""The table of ops in ``docs/ops.md``, written from the database: ``python -m custom_backprop.testing.table > docs/ops.md``."""
+"""The table of ops in ``docs/ops.md``, written from the database: ``python -m
+custom_backprop.testing.table > docs/ops.md``."""
 
 from __future__ import annotations
 
@@ -24,7 +25,9 @@ def markdown() -> str:
     parts = [HEAD]
     for family, rows in families.items():
         links = f"[derivation](../custom_backprop/formulas/{family}.py), [kernels](../triton_kernels/{family}.py)"
-        parts.append("\n".join([f"## {family}", "", links, "", "| op | formula |", "|---|---|", *rows, ""]))
+        parts.append(
+            "\n".join([f"## {family}", "", links, "", "| op | formula |", "|---|---|", *rows, ""])
+        )
     return "\n".join(parts)
 
 

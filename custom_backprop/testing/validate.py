@@ -1,4 +1,5 @@
-"""``validate``: everything that a backward written by hand must prove, in one call, on anybody's Function, kernel or module."""
+"""``validate``: everything that a backward written by hand must prove, in one call, on anybody's
+Function, kernel or module."""
 
 from __future__ import annotations
 
@@ -22,7 +23,8 @@ SYMBOL = {"pass": "ok", "fail": "FAIL", "n/a": "-"}
 
 @dataclass(frozen=True)
 class Result:
-    """One check's outcome: ``status`` is "pass", "fail" or "n/a"; ``detail`` says what was seen, or why it does not apply."""
+    """One check's outcome: ``status`` is "pass", "fail" or "n/a"; ``detail`` says what was seen, or
+    why it does not apply."""
 
     check: str
     status: str
@@ -52,7 +54,8 @@ class Report:
         return {r.check: r.status for r in self.results}[check]
 
     def raise_if_failed(self) -> Report:
-        """Raises AssertionError that holds the whole report if any check failed; else returns the report."""
+        """Raises AssertionError that holds the whole report if any check failed; else returns the
+        report."""
         if not self.passed:
             raise AssertionError(str(self))
         return self
@@ -63,11 +66,15 @@ class Report:
     def to_json(self, **options: Any) -> str:
         """As JSON, which knows no infinity and no NaN: they stand there as text."""
         found = self.to_dict()
-        found["errors"] = {dtype: [e if math.isfinite(e) else str(e) for e in pair] for dtype, pair in self.errors.items()}
+        found["errors"] = {
+            dtype: [e if math.isfinite(e) else str(e) for e in pair]
+            for dtype, pair in self.errors.items()
+        }
         return json.dumps(found, **options)
 
     def merge(self, other: Report) -> None:
-        """Takes in another case's report: a check passes if it passes on every case to which it applies."""
+        """Takes in another case's report: a check passes if it passes on every case to which it
+        applies."""
         merged = {r.check: r for r in self.results}
         for r in other.results:
             mine = merged.get(r.check)
@@ -85,7 +92,10 @@ class Report:
     def __str__(self) -> str:
         lines = [f"{self.name}: {'passed' if self.passed else 'FAILED'}"]
         lines += [f"  {SYMBOL[r.status]:<5}{r.check:<18}{r.detail}" for r in self.results]
-        lines += [f"  error in {d}: {ours:.1e} (the reference's own: {theirs:.1e})" for d, (ours, theirs) in self.errors.items()]
+        lines += [
+            f"  error in {d}: {ours:.1e} (the reference's own: {theirs:.1e})"
+            for d, (ours, theirs) in self.errors.items()
+        ]
         return "\n".join(lines)
 
 
@@ -104,16 +114,20 @@ def validate(
     """Proves a backward against torch.
 
     Args:
-        fn_or_module: a function of tensors (``MyFunction.apply``, a kernel's wrapper), or a module, whose parameters are then
-            differentiated as well.
-        inputs: the positional arguments. Floating-point tensors are taken in float64; those that require grad are differentiated (all of
-            them if none does). Keep them small, a few dozen elements: gradcheck evaluates the function twice an element.
-        reference: the same computed by stock torch (with the same parameters, if both are modules). Without it the checks that need an
-            oracle do not apply.
-        kwargs: keyword arguments of every call. Their tensors that require grad are differentiated as well.
+        fn_or_module: a function of tensors (``MyFunction.apply``, a kernel's wrapper), or a module,
+            whose parameters are then differentiated as well.
+        inputs: the positional arguments. Floating-point tensors are taken in float64; those that
+            require grad are differentiated (all of them if none does). Keep them small, a few dozen
+            elements: gradcheck evaluates the function twice an element.
+        reference: the same computed by stock torch (with the same parameters, if both are modules).
+            Without it the checks that need an oracle do not apply.
+        kwargs: keyword arguments of every call. Their tensors that require grad are differentiated
+            as well.
         checks: names of :data:`custom_backprop.testing.CHECKS`. Default: all.
-        double_backward: False states that there is no second derivative; then asking for one must raise.
-        low_precision: the dtypes in which the error against float64 must not exceed the reference's own.
+        double_backward: False states that there is no second derivative; then asking for one must
+            raise.
+        low_precision: the dtypes in which the error against float64 must not exceed the reference's
+            own.
         inductor: compiles with Inductor too, which takes a C++ compiler and some seconds.
         name: the report's title.
 
@@ -121,7 +135,8 @@ def validate(
         a :class:`Report`, to print, to serialise, or to assert with ``.raise_if_failed()``.
 
     Raises:
-        TypeError: no input is a floating-point tensor, or one is a list or dict of tensors, which would not be differentiated.
+        TypeError: no input is a floating-point tensor, or one is a list or dict of tensors, which
+            would not be differentiated.
         ValueError: an unknown check.
     """
     title = name or getattr(fn_or_module, "__name__", None) or type(fn_or_module).__name__
@@ -131,12 +146,23 @@ def validate(
     function: Callable[..., Any] = fn_or_module
     if isinstance(fn_or_module, nn.Module):
         function, reference, args = of_module(fn_or_module, reference, args)
-    if any(is_float(t) for a in (*args, *(kwargs or {}).values()) if not isinstance(a, Tensor) for t in tree_leaves(a)):
-        raise TypeError("validate differentiates tensors that are arguments by themselves: take them out of lists, tuples and dicts")
+    if any(
+        is_float(t)
+        for a in (*args, *(kwargs or {}).values())
+        if not isinstance(a, Tensor)
+        for t in tree_leaves(a)
+    ):
+        raise TypeError(
+            "validate differentiates tensors that are arguments by themselves: take them out of lists, tuples and dicts"
+        )
     if not any(map(is_float, args)):
-        raise TypeError(f"validate needs a floating-point tensor among the inputs, got {[type(a).__name__ for a in inputs]}")
+        raise TypeError(
+            f"validate needs a floating-point tensor among the inputs, got {[type(a).__name__ for a in inputs]}"
+        )
     function, reference, args, kwargs = _positional(function, reference, args, kwargs or {})
-    case = Case(function, reference, args, kwargs, title, double_backward, low_precision, inductor).to(torch.float64)
+    case = Case(
+        function, reference, args, kwargs, title, double_backward, low_precision, inductor
+    ).to(torch.float64)
     return run(case, checks)
 
 
@@ -149,10 +175,17 @@ def _positional(
         return function, reference, args, kwargs
 
     def moved(of: Callable[..., Any]) -> Callable[..., Any]:
-        return lambda *all_, **rest: of(*all_[: len(args)], **dict(zip(names, all_[len(args) :], strict=True)), **rest)
+        return lambda *all_, **rest: of(
+            *all_[: len(args)], **dict(zip(names, all_[len(args) :], strict=True)), **rest
+        )
 
     rest = {name: value for name, value in kwargs.items() if name not in names}
-    return moved(function), reference and moved(reference), (*args, *(kwargs[name] for name in names)), rest
+    return (
+        moved(function),
+        reference and moved(reference),
+        (*args, *(kwargs[name] for name in names)),
+        rest,
+    )
 
 
 def run(case: Case, checks: list[str] | None = None) -> Report:

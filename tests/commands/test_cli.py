@@ -16,7 +16,15 @@ from conftest import DEVICE
 import custom_backprop
 from custom_backprop.__main__ import main
 from custom_backprop.cli import check, kernels, work
-from custom_backprop.testing import CHECKS, Audit, AuditedLaunch, Report, Resources, Result, database
+from custom_backprop.testing import (
+    CHECKS,
+    Audit,
+    AuditedLaunch,
+    Report,
+    Resources,
+    Result,
+    database,
+)
 
 ROOT = str(Path(custom_backprop.__file__).parents[1])
 
@@ -33,7 +41,9 @@ def planted(monkeypatch):
 
     def plant(result):
         for command in (check, kernels):
-            monkeypatch.setattr(command, "in_processes", lambda function, items, jobs: dict.fromkeys(items, result))
+            monkeypatch.setattr(
+                command, "in_processes", lambda function, items, jobs: dict.fromkeys(items, result)
+            )
 
     return plant
 
@@ -54,7 +64,10 @@ def test_help(command, capsys):
         (["check", "rleu"], "no op or family rleu; there are the ops relu"),
         (["check", "relu", "--backend", "cuda"], "invalid choice: 'cuda'"),
         (["check", "relu", "--check", "taste"], "invalid choice: 'taste'"),
-        (["check", "relu", "--json", "/nowhere/found.json"], "--json /nowhere/found.json: no file can be written there"),
+        (
+            ["check", "relu", "--json", "/nowhere/found.json"],
+            "--json /nowhere/found.json: no file can be written there",
+        ),
         (["kernels", "relu", "--json", "/nowhere/found.json"], "no file can be written there"),
         (["cost", "digits", "--json", "/nowhere/found.json"], "no file can be written there"),
         (["check", "relu", "--device", "meta"], "--device meta: the checks need numbers"),
@@ -72,7 +85,14 @@ def test_bad_arguments_exit_with_2(arguments, message, capsys):
 def test_info(capsys):
     assert main(["info"]) == 0
     out = capsys.readouterr().out
-    for word in ("torch", "triton on cuda", "inductor", "offline compiler", "primitives", "relu_squared"):
+    for word in (
+        "torch",
+        "triton on cuda",
+        "inductor",
+        "offline compiler",
+        "primitives",
+        "relu_squared",
+    ):
         assert word in out
 
 
@@ -98,26 +118,46 @@ def test_the_commands_share_the_selection(command, monkeypatch, capsys):
         pytest.importorskip("triton")
     worked = []
     monkeypatch.setattr(
-        {"check": check, "kernels": kernels}[command], "in_processes", lambda function, items, jobs: worked.extend(items) or {}
+        {"check": check, "kernels": kernels}[command],
+        "in_processes",
+        lambda function, items, jobs: worked.extend(items) or {},
     )
     with suppress(ValueError, KeyError):  # of a table without rows
         main([command, "softmax"])
     assert {item[0] for item in worked} == {"softmax"}
     with pytest.raises(SystemExit):
         main([command, "--help"])
-    assert "an op, that one alone; or a family that is no op" in " ".join(capsys.readouterr().out.split())
+    assert "an op, that one alone; or a family that is no op" in " ".join(
+        capsys.readouterr().out.split()
+    )
 
 
 def test_check_end_to_end(tmp_path):
-    done = run("check", "relu", "--check", "forward", "--check", "precision", "--device", DEVICE, "--json", str(tmp_path / "f.json"))
+    done = run(
+        "check",
+        "relu",
+        "--check",
+        "forward",
+        "--check",
+        "precision",
+        "--device",
+        DEVICE,
+        "--json",
+        str(tmp_path / "f.json"),
+    )
     assert done.returncode == 0, done.stderr
     assert "y = max(x, 0);  dx = dy [y > 0]" in done.stdout
     assert "3 passed, 0 failed: 1 ops on aten, formula, triton" in done.stdout
     reports = json.loads((tmp_path / "f.json").read_text())
-    assert [(r["op"], r["backend"], r["passed"]) for r in reports] == [("relu", b, True) for b in ("aten", "formula", "triton")]
+    assert [(r["op"], r["backend"], r["passed"]) for r in reports] == [
+        ("relu", b, True) for b in ("aten", "formula", "triton")
+    ]
 
 
-@pytest.mark.parametrize("planted_result", [Report("relu", [Result("forward", "fail", "off by 7")]), ValueError("off by 7")])
+@pytest.mark.parametrize(
+    "planted_result",
+    [Report("relu", [Result("forward", "fail", "off by 7")]), ValueError("off by 7")],
+)
 def test_a_failed_check_exits_with_1(planted_result, planted, capsys):
     planted(planted_result)
     assert main(["check", "relu", "--backend", "aten"]) == 1
@@ -132,7 +172,9 @@ def test_a_row_has_a_mark_under_each_check():
     report.results[3] = Result("gradgradcheck", "n/a")
     lines = check._rows({"relu": report}, list(CHECKS)).splitlines()
     row = lines[-1]
-    for line, name, mark in zip(lines, CHECKS, ["ok", "ok", "ok", "- ", *["ok"] * len(CHECKS)], strict=False):
+    for line, name, mark in zip(
+        lines, CHECKS, ["ok", "ok", "ok", "- ", *["ok"] * len(CHECKS)], strict=False
+    ):
         at = line.index(name)
         assert row[at : at + 2] == mark
     assert "1e-08 / 2e-08" in row
@@ -163,12 +205,23 @@ def test_a_spill_exits_with_1(planted, capsys):
     pytest.importorskip("triton")
     planted([SPILLED])
     assert main(["kernels", "relu", "--target", "sm_90"]) == 1
-    assert "FAULT relu: activation._forward (*fp32; F=relu) on sm_90: 8 bytes a thread of local memory" in capsys.readouterr().out
+    assert (
+        "FAULT relu: activation._forward (*fp32; F=relu) on sm_90: 8 bytes a thread of local memory"
+        in capsys.readouterr().out
+    )
 
 
 def test_a_fault_of_the_audit_exits_with_1(planted, capsys):
     pytest.importorskip("triton")
-    planted(Audit([AuditedLaunch("activation._forward", 1, 8, 8, {"X": 2.0}, ["1 loads outside every tensor"])]))
+    planted(
+        Audit(
+            [
+                AuditedLaunch(
+                    "activation._forward", 1, 8, 8, {"X": 2.0}, ["1 loads outside every tensor"]
+                )
+            ]
+        )
+    )
     assert main(["kernels", "relu", "--audit"]) == 1
     out = capsys.readouterr().out
     assert "FAULT relu: activation._forward: 1 loads outside every tensor" in out
@@ -198,7 +251,12 @@ def test_an_interrupt_ends_the_workers(tmp_path):
     command = [sys.executable, "-c", code]
     root = Path(__file__).parents[2]
     process = subprocess.Popen(
-        command, cwd=root, env={**os.environ, "PYTHONPATH": str(root)}, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True
+        command,
+        cwd=root,
+        env={**os.environ, "PYTHONPATH": str(root)},
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.PIPE,
+        text=True,
     )
     seen = ""
     while "op/s" not in seen:  # the bar is there: a worker has begun

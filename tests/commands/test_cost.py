@@ -26,7 +26,9 @@ B, IN, HIDDEN, OUT, FLOAT = 5, 7, 11, 3, 8
 
 
 def mlp(*activation):
-    return nn.Sequential(nn.Linear(IN, HIDDEN), *(activation or [nn.ReLU()]), nn.Linear(HIDDEN, OUT)).double()
+    return nn.Sequential(
+        nn.Linear(IN, HIDDEN), *(activation or [nn.ReLU()]), nn.Linear(HIDDEN, OUT)
+    ).double()
 
 
 def batch(requires_grad=False):
@@ -41,7 +43,9 @@ def test_a_small_network_counted_by_hand(requires_grad):
         assert [side[n].forward_flops for n in "012"] == [first, 0, last]
         assert [side[n].backward_flops for n in "012"] == [first * (1 + requires_grad), 0, 2 * last]
         assert [side[n].parameters for n in "012"] == [(IN + 1) * HIDDEN, 0, (HIDDEN + 1) * OUT]
-        assert [side[n].saved_bytes for n in "012"] == [B * IN * FLOAT, B * HIDDEN * FLOAT, 0], "x, and y of the ReLU once"
+        assert [side[n].saved_bytes for n in "012"] == [B * IN * FLOAT, B * HIDDEN * FLOAT, 0], (
+            "x, and y of the ReLU once"
+        )
         assert side["1"].forward_bytes == 2 * B * HIDDEN * FLOAT
         assert side["1"].backward_bytes == 3 * B * HIDDEN * FLOAT
         assert side["0"].forward_bytes == (B * IN + IN * HIDDEN + HIDDEN + B * HIDDEN) * FLOAT
@@ -54,20 +58,39 @@ def test_a_small_network_counted_by_hand(requires_grad):
 
 def test_a_linear_layer_and_its_activation_in_one_keep_y_once():
     ours = custom_backprop.nn
-    for activation, stock, kept in (("relu", nn.ReLU(), 1), ("sigmoid", nn.Sigmoid(), 1), ("gelu", nn.GELU(), 2)):
-        fused = nn.Sequential(ours.LinearActivation(IN, HIDDEN, activation=activation), ours.Linear(HIDDEN, OUT)).double()
+    for activation, stock, kept in (
+        ("relu", nn.ReLU(), 1),
+        ("sigmoid", nn.Sigmoid(), 1),
+        ("gelu", nn.GELU(), 2),
+    ):
+        fused = nn.Sequential(
+            ours.LinearActivation(IN, HIDDEN, activation=activation), ours.Linear(HIDDEN, OUT)
+        ).double()
         found = measure(fused, batch())
-        assert found["0"].saved_bytes == B * (IN + kept * HIDDEN) * FLOAT - (kept - 1) * B * HIDDEN * FLOAT
-        assert found.total.saved_bytes == measure(mlp(stock), batch()).total.saved_bytes == B * (IN + kept * HIDDEN) * FLOAT
+        assert (
+            found["0"].saved_bytes
+            == B * (IN + kept * HIDDEN) * FLOAT - (kept - 1) * B * HIDDEN * FLOAT
+        )
+        assert (
+            found.total.saved_bytes
+            == measure(mlp(stock), batch()).total.saved_bytes
+            == B * (IN + kept * HIDDEN) * FLOAT
+        )
 
 
-ACTIVATIONS = [t for t, o in DROP_INS.items() if o.__module__.endswith("nn.activation") and t is not nn.Threshold]
+ACTIVATIONS = [
+    t
+    for t, o in DROP_INS.items()
+    if o.__module__.endswith("nn.activation") and t is not nn.Threshold
+]
 
 
 @pytest.mark.parametrize("activation", ACTIVATIONS, ids=lambda t: t.__name__)
 def test_no_activation_of_ours_keeps_more_than_stocks(activation):
     report = cost(mlp(activation()), batch())
-    of_input = B * HIDDEN * FLOAT if activation is nn.Tanhshrink else 0  # saves tanh x, as stock does, rather than compute it again
+    of_input = (
+        B * HIDDEN * FLOAT if activation is nn.Tanhshrink else 0
+    )  # saves tanh x, as stock does, rather than compute it again
     assert 0 < report.ours.total.saved_bytes <= report.stock.total.saved_bytes + of_input
 
 
@@ -131,15 +154,24 @@ class Checkpointed(nn.Module):
         self.reentrant, self.body, self.last = reentrant, mlp(), nn.Linear(OUT, OUT).double()
 
     def forward(self, x):
-        return self.last(self.body(x) if self.reentrant is None else checkpoint(self.body, x, use_reentrant=self.reentrant))
+        return self.last(
+            self.body(x)
+            if self.reentrant is None
+            else checkpoint(self.body, x, use_reentrant=self.reentrant)
+        )
 
 
 def test_a_checkpoint_trades_saved_bytes_for_a_second_forward():
     plain, again = measure(Checkpointed(), batch()), measure(Checkpointed(False), batch())
     for name in ("body.0", "body.2", "last"):
         assert again[name].forward_flops == plain[name].forward_flops > 0
-    assert again["body.0"].backward_flops == plain["body.0"].backward_flops + plain["body.0"].forward_flops
-    assert again["body.2"].backward_flops == plain["body.2"].backward_flops, "nobody needs its result again"
+    assert (
+        again["body.0"].backward_flops
+        == plain["body.0"].backward_flops + plain["body.0"].forward_flops
+    )
+    assert again["body.2"].backward_flops == plain["body.2"].backward_flops, (
+        "nobody needs its result again"
+    )
     assert again["last"] == plain["last"]
     assert plain.total.saved_bytes - again.total.saved_bytes == B * HIDDEN * FLOAT
 
@@ -149,17 +181,23 @@ def test_the_graph_of_a_reentrant_checkpoint_is_nobodys():
     plain, again = measure(Checkpointed(), x), measure(Checkpointed(True), x)
     bodies = [plain[name] for name in ("body.0", "body.2")]
     assert again[OUTSIDE].backward_flops == sum(layer.backward_flops for layer in bodies)
-    assert again.total.backward_flops == plain.total.backward_flops + sum(layer.forward_flops for layer in bodies)
+    assert again.total.backward_flops == plain.total.backward_flops + sum(
+        layer.forward_flops for layer in bodies
+    )
 
 
 class Looks(nn.Module):
     def forward(self, x):
         torch.empty_like(x).new_empty(3)
-        return x.t().reshape(-1).view(IN, B).unsqueeze(0).expand(4, -1, -1).detach().requires_grad_()
+        return (
+            x.t().reshape(-1).view(IN, B).unsqueeze(0).expand(4, -1, -1).detach().requires_grad_()
+        )
 
 
 def test_a_view_moves_nothing_and_an_expanded_dimension_is_one_element():
-    assert measure(Looks(), batch()).total.forward_bytes == 2 * B * IN * FLOAT, "reshape copies, the rest looks"
+    assert measure(Looks(), batch()).total.forward_bytes == 2 * B * IN * FLOAT, (
+        "reshape copies, the rest looks"
+    )
     found = measure(nn.Sequential(Looks(), nn.Sigmoid()), batch())
     assert found["1"].forward_bytes == (1 + 4) * B * IN * FLOAT
 
@@ -178,7 +216,11 @@ def test_what_is_only_written_is_not_read():
 def test_an_operator_that_could_be_written_with_others_is_one():
     for device in ("cpu", "meta"):
         report = cost(mlp(nn.SiLU()).to(device), batch().to(device))
-        assert report.stock["1"].backward_bytes == report.ours["1"].backward_bytes == 3 * B * HIDDEN * FLOAT
+        assert (
+            report.stock["1"].backward_bytes
+            == report.ours["1"].backward_bytes
+            == 3 * B * HIDDEN * FLOAT
+        )
 
 
 def test_what_is_written_in_place_is_read_and_written():
@@ -213,7 +255,13 @@ def counted_by_torch(model, x):
 @pytest.mark.parametrize("ours", [False, True])
 def test_torchs_counter_counts_the_same(ours, backend):
     activation = custom_backprop.nn.LinearActivation(OUT, 4, activation="gelu")
-    model = nn.Sequential(nn.Conv1d(2, 3, 2), nn.Linear(IN - 1, OUT), nn.Softmax(-1), *[activation] * ours, nn.Flatten())
+    model = nn.Sequential(
+        nn.Conv1d(2, 3, 2),
+        nn.Linear(IN - 1, OUT),
+        nn.Softmax(-1),
+        *[activation] * ours,
+        nn.Flatten(),
+    )
     if ours:
         custom_backprop.convert(model)
     x = torch.rand(B, 2, IN)
@@ -237,7 +285,9 @@ def test_a_primitive_has_the_flops_of_what_aten_runs_in_its_place(name, monkeypa
         return total.forward_flops, total.backward_flops
 
     for case in cases(spec):
-        if max(a.dim() for a in case.leaves) > 1:  # a product with a vector is none that torch's counter knows
+        if (
+            max(a.dim() for a in case.leaves) > 1
+        ):  # a product with a vector is none that torch's counter knows
             beneath = flops()
             with monkeypatch.context() as patched:
                 patched.setattr(engine, "_beneath", lambda func, args: None)
@@ -280,7 +330,9 @@ def test_the_command(tmp_path, capsys):
     assert found["device"] == "cpu"
     for side in ("stock", "ours"):
         assert found[side]["total"]["forward_flops"] == 2 * 4 * (64 * 256 + 256 * 128 + 128 * 10)
-        assert found[side]["total"]["parameters"] == 64 * 256 + 256 * 128 + 128 * 10 + 256 + 128 + 10
+        assert (
+            found[side]["total"]["parameters"] == 64 * 256 + 256 * 128 + 128 * 10 + 256 + 128 + 10
+        )
         assert [layer["kind"] for layer in found[side]["layers"]][-2:] == ["CrossEntropyLoss", ""]
     assert f"wrote {file}" in out
     row = next(line.split() for line in out.splitlines() if line.startswith("2 "))
@@ -296,11 +348,15 @@ def test_the_examples_of_the_command_have_losses_and_batches(name, capsys):
 
 def test_the_examples_of_the_command_are_the_examples(monkeypatch):
     monkeypatch.syspath_prepend(Path(__file__).parents[2] / "examples")
-    assert repr(importlib.import_module("digits").stock_model(256, 128)) == repr(command.digits()[0])
+    assert repr(importlib.import_module("digits").stock_model(256, 128)) == repr(
+        command.digits()[0]
+    )
     for theirs, ours in (
         (importlib.import_module("autoencoder").Autoencoder(2, 64), command.autoencoder()[0]),
         (
-            importlib.import_module("vanishing_gradients").network("sigmoid", "Kaiming", 20, torch.rand(2, 64)),
+            importlib.import_module("vanishing_gradients").network(
+                "sigmoid", "Kaiming", 20, torch.rand(2, 64)
+            ),
             command.vanishing_gradients()[0],
         ),
     ):
@@ -329,9 +385,25 @@ def module(tmp_path, monkeypatch):
     monkeypatch.syspath_prepend(tmp_path)
 
 
-@pytest.mark.parametrize(("name", "options", "flops"), [("net", [], 60), ("net", ["--batch", "4"], 80), ("fixed", [], 60)])
+@pytest.mark.parametrize(
+    ("name", "options", "flops"),
+    [("net", [], 60), ("net", ["--batch", "4"], 80), ("fixed", [], 60)],
+)
 def test_a_callable_of_the_users(module, name, options, flops, tmp_path):
-    assert main(["cost", f"built_for_cost:{name}", "--device", "cpu", "--json", str(tmp_path / "f.json"), *options]) == 0
+    assert (
+        main(
+            [
+                "cost",
+                f"built_for_cost:{name}",
+                "--device",
+                "cpu",
+                "--json",
+                str(tmp_path / "f.json"),
+                *options,
+            ]
+        )
+        == 0
+    )
     assert json.loads((tmp_path / "f.json").read_text())["ours"]["total"]["forward_flops"] == flops
 
 
@@ -349,7 +421,10 @@ def test_a_model_larger_than_the_memory(module, capsys):
         (["built_for_cost:number"], "built_for_cost:number is not callable"),
         (["built_for_cost:bare"], "built_for_cost:bare must return (model, inputs)"),
         (["built_for_cost:flat"], "built_for_cost:flat: nothing to differentiate"),
-        (["built_for_cost:fixed", "--batch", "4"], "cannot call built_for_cost:fixed: got an unexpected keyword argument 'batch'"),
+        (
+            ["built_for_cost:fixed", "--batch", "4"],
+            "cannot call built_for_cost:fixed: got an unexpected keyword argument 'batch'",
+        ),
         (["digits", "--batch", "0"], "0 is less than 1"),
         (["digits", "--device", "nowhere"], "no device 'nowhere'"),
     ],
@@ -363,7 +438,9 @@ def test_bad_arguments_exit_with_2(arguments, message, module, capsys):
 
 def test_the_slope_is_that_of_the_upper_half():
     sizes = [1, 2, 4, 8, 16, 32]
-    assert growth.slope(sizes, [5, 5, 5, *(3 * n**2 for n in sizes[3:])]) == pytest.approx(2, abs=1e-12)
+    assert growth.slope(sizes, [5, 5, 5, *(3 * n**2 for n in sizes[3:])]) == pytest.approx(
+        2, abs=1e-12
+    )
     assert growth.slope(sizes, [7.0] * 6) == pytest.approx(0, abs=1e-12)
     noisy = growth.slope([1, 1, 10, 100], [9, 9, 10, 1000])
     assert noisy == pytest.approx(2, abs=1e-12)

@@ -1,4 +1,5 @@
-"""examples/distributed.py, of which rank 1 dies once: killed while the second checkpoint is being written."""
+"""examples/distributed.py, of which rank 1 dies once: killed while the second checkpoint is being
+written."""
 
 from __future__ import annotations
 

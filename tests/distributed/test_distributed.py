@@ -20,17 +20,32 @@ import custom_backprop
 TESTS = Path(__file__).parent
 SECONDS = 300  # after which a launch is taken for hung
 
-pytestmark = pytest.mark.skipif(not dist.is_available() or not dist.is_gloo_available(), reason="torch was built without gloo")
+pytestmark = pytest.mark.skipif(
+    not dist.is_available() or not dist.is_gloo_available(), reason="torch was built without gloo"
+)
 
 
 @contextmanager
 def started(*command):
-    """A process without what tests/conftest.py sets for Triton. It does not outlive the block, nor do its children."""
+    """A process without what tests/conftest.py sets for Triton. It does not outlive the block, nor
+    do its children."""
     path = os.pathsep.join(filter(None, [str(TESTS.parents[1]), os.environ.get("PYTHONPATH")]))
     environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
-    environment |= {"PYTHONPATH": path, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": "", "PYTHONWARNINGS": "error::UserWarning"}
-    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "text": True, "start_new_session": True}
-    with subprocess.Popen([sys.executable, *map(str, command)], env=environment, **pipes) as process:
+    environment |= {
+        "PYTHONPATH": path,
+        "OMP_NUM_THREADS": "1",
+        "CUDA_VISIBLE_DEVICES": "",
+        "PYTHONWARNINGS": "error::UserWarning",
+    }
+    pipes = {
+        "stdout": subprocess.PIPE,
+        "stderr": subprocess.STDOUT,
+        "text": True,
+        "start_new_session": True,
+    }
+    with subprocess.Popen(
+        [sys.executable, *map(str, command)], env=environment, **pipes
+    ) as process:
         try:
             yield process
         finally:
@@ -53,23 +68,44 @@ CHECKS = {
 def test_two_and_four_ranks(tmp_path):
     with started(TESTS / "distributed_checks.py", tmp_path, 2, 4) as ranks:
         passed = re.findall(r"^ok (\d) check_(\w+)$", output_of(ranks), re.MULTILINE)
-    assert set(passed) == {(n, name) for n in "24" for name in CHECKS} | {("2", "ops_of_the_database")}
+    assert set(passed) == {(n, name) for n in "24" for name in CHECKS} | {
+        ("2", "ops_of_the_database")
+    }
 
 
 def test_killed_and_restarted(monkeypatch, tmp_path):
-    """A rank dies while the second checkpoint is being written: the agent starts all again, and they go on from the first."""
+    """A rank dies while the second checkpoint is being written: the agent starts all again, and
+    they go on from the first."""
     options = "--epochs", "1", "--interval", "4", "--device", "cpu"
-    torchrun = "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", 2, "--max-restarts", 1, "--monitor-interval", 0.1
-    with started(*torchrun, TESTS / "distributed_killed.py", "--out", tmp_path / "killed", *options) as agent:
+    torchrun = (
+        "-m",
+        "torch.distributed.run",
+        "--standalone",
+        "--nproc-per-node",
+        2,
+        "--max-restarts",
+        1,
+        "--monitor-interval",
+        0.1,
+    )
+    with started(
+        *torchrun, TESTS / "distributed_killed.py", "--out", tmp_path / "killed", *options
+    ) as agent:
         one_process(monkeypatch, "--out", str(tmp_path / "alone"), *options)
         output = output_of(agent)
     assert "found step-000004 unfinished" in output
     assert not re.search("an interpreter ended beside.*gloo|terminate called", output)
     assert re.findall(r"^going on after step (\d+)", output, re.MULTILINE) == ["4"]
-    weights = [torch.load(tmp_path / name / "weights.pt", weights_only=True) for name in ("killed", "alone")]
+    weights = [
+        torch.load(tmp_path / name / "weights.pt", weights_only=True)
+        for name in ("killed", "alone")
+    ]
     torch.testing.assert_close(*weights, rtol=0, atol=1e-6)
     for name in ("killed", "alone"):
-        assert sorted(p.name for p in (tmp_path / name).iterdir()) == ["distributed.png", "weights.pt"]
+        assert sorted(p.name for p in (tmp_path / name).iterdir()) == [
+            "distributed.png",
+            "weights.pt",
+        ]
 
 
 def test_an_interrupt_is_told_in_one_line(example, monkeypatch, tmp_path, capsys):
@@ -83,7 +119,10 @@ def test_an_interrupt_is_told_in_one_line(example, monkeypatch, tmp_path, capsys
         return steps.append(1) or step(*args)
 
     monkeypatch.setattr(module.Learner, "step", interrupted)
-    for interval, kept in ((2, "no checkpoint is complete yet"), (1, f"{tmp_path / 'checkpoints' / 'step-000001'} is kept")):
+    for interval, kept in (
+        (2, "no checkpoint is complete yet"),
+        (1, f"{tmp_path / 'checkpoints' / 'step-000001'} is kept"),
+    ):
         try:
             with pytest.raises(SystemExit) as error:
                 main("--epochs", 1, "--interval", interval)
@@ -95,7 +134,12 @@ def test_an_interrupt_is_told_in_one_line(example, monkeypatch, tmp_path, capsys
 
 @pytest.mark.parametrize(
     ("program", "code", "said"),
-    [("pass", 0, ""), ("sys.exit('why')", 1, "why\n"), ("sys.exit(130)", 130, ""), ("1 / 0", 1, "ZeroDivisionError: division by zero\n")],
+    [
+        ("pass", 0, ""),
+        ("sys.exit('why')", 1, "why\n"),
+        ("sys.exit(130)", 130, ""),
+        ("1 / 0", 1, "ZeroDivisionError: division by zero\n"),
+    ],
 )
 def test_a_rank_ends_as_its_program_does(program, code, said, example, monkeypatch, capfd):
     module, _ = example("distributed")

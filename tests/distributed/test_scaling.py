@@ -18,7 +18,9 @@ def test_the_fit_finds_latency_and_bandwidth(turns):
     assert link.bandwidth == pytest.approx(3e9)
 
 
-@pytest.mark.parametrize("times", [{s: 1e-4 * (1 - s / 1e8) for s in SIZES}, {s: 1e-9 * s - 1e-7 for s in SIZES}])
+@pytest.mark.parametrize(
+    "times", [{s: 1e-4 * (1 - s / 1e8) for s in SIZES}, {s: 1e-9 * s - 1e-7 for s in SIZES}]
+)
 def test_neither_is_below_zero(times):
     link = ranks.fit(times, 1)
     assert link.latency >= 0
@@ -29,7 +31,9 @@ def test_collectives_of_a_ring_and_a_tree():
     link = ranks.Link(1e-5, 1e9)
     assert link.pass_on(4e6, 4) == pytest.approx(3 * (1e-5 + 1e-3))
     assert link.all_reduce(4e6, 4) == pytest.approx(2 * link.pass_on(4e6, 4))
-    assert link.all_reduce(8.0, 1024) == pytest.approx(2 * 10 * 1e-5 + 16 / 1e9)  # a tree: 10 turns down and up in place of 2046
+    assert link.all_reduce(8.0, 1024) == pytest.approx(
+        2 * 10 * 1e-5 + 16 / 1e9
+    )  # a tree: 10 turns down and up in place of 2046
     assert link.all_reduce(4e6, 1) == 0
 
 
@@ -37,17 +41,22 @@ def test_processes_share_the_cores_that_copy(monkeypatch):
     monkeypatch.setattr(ranks.os, "cpu_count", lambda: 2)
     links = dict.fromkeys(("all_reduce", "all_gather"), ranks.Link(1e-5, 1e9))
     assert ranks.collective("all_gather", links, 4e6, 2) == links["all_gather"].pass_on(4e6, 2)
-    assert ranks.collective("all_reduce", links, 4e6, 4) == 2 * links["all_reduce"].all_reduce(4e6, 4)
+    assert ranks.collective("all_reduce", links, 4e6, 4) == 2 * links["all_reduce"].all_reduce(
+        4e6, 4
+    )
 
 
 def test_what_a_step_sends():
-    """DDP every gradient once, FSDP2 every layer three times, tensor parallelism activations between layers."""
+    """DDP every gradient once, FSDP2 every layer three times, tensor parallelism activations
+    between layers."""
     link = ranks.Link(0.0, 1.0)  # seconds are bytes that pass one link
     links = dict.fromkeys(("all_reduce", "all_gather", "reduce_scatter"), link)
     parameters = 4 * ranks.LAYERS * ranks.WIDTH * (ranks.WIDTH + 1)
     assert ranks.communication("ddp", links, 2) == pytest.approx(parameters)
     assert ranks.communication("fsdp2", links, 2) == pytest.approx(1.5 * parameters)
-    assert ranks.communication("tensor", links, 2) == pytest.approx((ranks.LAYERS - 1) * 4 * ranks.ROWS * ranks.WIDTH)
+    assert ranks.communication("tensor", links, 2) == pytest.approx(
+        (ranks.LAYERS - 1) * 4 * ranks.ROWS * ranks.WIDTH
+    )
 
 
 def test_the_table_of_many_gpus_has_a_row_for_each_size():

@@ -1,4 +1,5 @@
-"""What is installed, and under which names: another project owns the import name ``triton_kernels``."""
+"""What is installed, and under which names: another project owns the import name
+``triton_kernels``."""
 
 from __future__ import annotations
 
@@ -33,7 +34,16 @@ def wheel(tmp_path_factory) -> Path:
     for part in PARTS:
         copy = shutil.copytree if (ROOT / part).is_dir() else shutil.copy
         copy(ROOT / part, source / part)
-    command = [sys.executable, "-m", "build", "--wheel", "--no-isolation", "--outdir", str(out), str(source)]
+    command = [
+        sys.executable,
+        "-m",
+        "build",
+        "--wheel",
+        "--no-isolation",
+        "--outdir",
+        str(out),
+        str(source),
+    ]
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stdout + done.stderr
     (built,) = out.glob("*.whl")
@@ -50,11 +60,14 @@ def stranger(tmp_path) -> Path:
 
 
 def kernel_file(stranger: Path, root: Path) -> Path:
-    """Where the kernels come from in a fresh interpreter that has ``root`` on its path, behind a package of the other project's name."""
+    """Where the kernels come from in a fresh interpreter that has ``root`` on its path, behind a
+    package of the other project's name."""
     path = os.pathsep.join([str(stranger), str(root)])
     environment = {**os.environ, "PYTHONPATH": path, "TRITON_INTERPRET": "1"}
     command = [sys.executable, "-W", "error", "-c", USES_A_KERNEL]
-    done = subprocess.run(command, env=environment, cwd=stranger, capture_output=True, text=True, check=False)
+    done = subprocess.run(
+        command, env=environment, cwd=stranger, capture_output=True, text=True, check=False
+    )
     assert done.returncode == 0, done.stderr
     return Path(done.stdout.strip())
 
@@ -74,8 +87,16 @@ def test_wheel_holds_one_top_level_module(wheel):
 def test_wheel_states_what_it_needs(wheel):
     archive = zipfile.ZipFile(wheel)
     (metadata,) = (n for n in archive.namelist() if n.endswith(".dist-info/METADATA"))
-    required = [line for line in archive.read(metadata).decode().splitlines() if line.startswith("Requires-Dist") and "extra" not in line]
-    assert sorted(line.split(": ")[1] for line in required) == ["numpy", "torch>=2.11", 'triton>=3.6; platform_system == "Linux"']
+    required = [
+        line
+        for line in archive.read(metadata).decode().splitlines()
+        if line.startswith("Requires-Dist") and "extra" not in line
+    ]
+    assert sorted(line.split(": ")[1] for line in required) == [
+        "numpy",
+        "torch>=2.11",
+        'triton>=3.6; platform_system == "Linux"',
+    ]
 
 
 def test_the_wheel_finds_its_own_kernels(wheel, stranger, tmp_path):
@@ -93,6 +114,14 @@ def test_import_needs_no_triton():
         "import sys; sys.modules['triton'] = None; import torch, custom_backprop; "
         "print(custom_backprop.functional.relu(torch.ones(1)).item())"
     )
-    environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"} | {"PYTHONPATH": str(ROOT)}
-    done = subprocess.run([sys.executable, "-W", "error", "-c", blocked], env=environment, capture_output=True, text=True, check=False)
+    environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"} | {
+        "PYTHONPATH": str(ROOT)
+    }
+    done = subprocess.run(
+        [sys.executable, "-W", "error", "-c", blocked],
+        env=environment,
+        capture_output=True,
+        text=True,
+        check=False,
+    )
     assert done.stdout == "1.0\n", done.stderr

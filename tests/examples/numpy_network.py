@@ -1,6 +1,8 @@
-"""A multilayer perceptron in NumPy, written from the equations of backpropagation alone: an oracle that knows nothing of torch.
+"""A multilayer perceptron in NumPy, written from the equations of backpropagation alone: an oracle
+that knows nothing of torch.
 
-The samples are columns: a_0 is (inputs, samples), W_i is (outputs_i, inputs_i), b_i is (outputs_i, 1). For i = 1 ... L
+The samples are columns: a_0 is (inputs, samples), W_i is (outputs_i, inputs_i), b_i is (outputs_i,
+1). For i = 1 ... L
 
     z_i = W_i a_{i-1} + b_i,    a_i = f_i(z_i),    loss = mean((a_L - y)²)
 
@@ -71,6 +73,8 @@ class NumpyNetwork:
 
     def update(self, x: np.ndarray, y: np.ndarray, rate: float) -> None:
         """One step of gradient descent."""
-        for parameters, gradients in zip((self.weights, self.biases), self.gradients(x, y), strict=True):
+        for parameters, gradients in zip(
+            (self.weights, self.biases), self.gradients(x, y), strict=True
+        ):
             for parameter, gradient in zip(parameters, gradients, strict=True):
                 parameter -= rate * gradient

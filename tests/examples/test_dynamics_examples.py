@@ -1,4 +1,5 @@
-"""The examples of vanishing and exploding gradients, small, end to end: what they conclude, their pictures, a run that is interrupted."""
+"""The examples of vanishing and exploding gradients, small, end to end: what they conclude, their
+pictures, a run that is interrupted."""
 
 from __future__ import annotations
 
@@ -10,7 +11,10 @@ import pytest
 import torch
 from conftest import assert_is_a_picture
 
-SMALL = {"vanishing_gradients": ("--epochs", 1, "--depth", 2), "exploding_gradients": ("--epochs", 1)}
+SMALL = {
+    "vanishing_gradients": ("--epochs", 1, "--depth", 2),
+    "exploding_gradients": ("--epochs", 1),
+}
 
 
 @pytest.fixture(params=SMALL)
@@ -20,7 +24,11 @@ def name(request):
 
 def rows(table, names):
     """The table's cells by the name that each line starts with: two spaces stand between cells."""
-    found = {name: cells for name, *cells in (re.split(r" {2,}", line) for line in table.splitlines()) if name}
+    found = {
+        name: cells
+        for name, *cells in (re.split(r" {2,}", line) for line in table.splitlines())
+        if name
+    }
     assert list(found) == list(names)
     return found
 
@@ -29,21 +37,34 @@ def test_vanishing_gradients(example, tmp_path, capsys):
     module, main = example("vanishing_gradients")
     main("--epochs", 1, "--depth", 14, "--out", tmp_path)
     out, table = capsys.readouterr().out, (tmp_path / "table.txt").read_text()
-    assert sorted(os.listdir(tmp_path)) == ["table.txt", "vanishing_gradients.png"], "a finished run leaves no checkpoint"
+    assert sorted(os.listdir(tmp_path)) == ["table.txt", "vanishing_gradients.png"], (
+        "a finished run leaves no checkpoint"
+    )
     assert all(f"wrote {tmp_path / name}" in out for name in os.listdir(tmp_path))
     assert table in out
     assert "trains the digits (90% and more): " in out.splitlines()[-1]
     assert_is_a_picture(tmp_path / "vanishing_gradients.png")
-    found = rows(table, [f"{activation}, {start}" for activation in module.ACTIVATIONS for start in module.STARTS])
+    found = rows(
+        table,
+        [f"{activation}, {start}" for activation in module.ACTIVATIONS for start in module.STARTS],
+    )
     first = {name: float(row[0]) for name, row in found.items()}
     verdicts = {name: row[4] for name, row in found.items()}
     for activation in module.ACTIVATIONS:
         assert first[f"{activation}, small"] < 1e-4
         assert "vanishing" in verdicts[f"{activation}, small"]
-        assert first[f"{activation}, small + clip"] == first[f"{activation}, small"], "clipping does not help"
+        assert first[f"{activation}, small + clip"] == first[f"{activation}, small"], (
+            "clipping does not help"
+        )
         assert first[f"{activation}, small + norm"] > 0.01
         assert "vanishing" not in verdicts[f"{activation}, small + norm"]
-    assert first["sigmoid, small"] < first["sigmoid, Xavier"] < first["sigmoid, Kaiming"] < first["sigmoid, LSUV"] < 1e-3
+    assert (
+        first["sigmoid, small"]
+        < first["sigmoid, Xavier"]
+        < first["sigmoid, Kaiming"]
+        < first["sigmoid, LSUV"]
+        < 1e-3
+    )
     assert "vanishing" in verdicts["sigmoid, LSUV"]
     for name in ("tanh, Xavier", "tanh, LSUV", "relu, Kaiming", "relu, LSUV"):
         assert first[name] > 0.01
@@ -56,7 +77,9 @@ def test_exploding_gradients(example, tmp_path, capsys):
     out = capsys.readouterr().out
     assert sorted(os.listdir(tmp_path)) == ["exploding_gradients.png", "table.txt"]
     assert_is_a_picture(tmp_path / "exploding_gradients.png")
-    assert float(out.splitlines()[-1].rpartition("=")[2]) > 100, "the gradient grows on its way back"
+    assert float(out.splitlines()[-1].rpartition("=")[2]) > 100, (
+        "the gradient grows on its way back"
+    )
     found = rows((tmp_path / "table.txt").read_text(), module.WAYS)
     assert found["nothing"][1:3] == ["nan", "nan"]
     assert "exploding" in found["nothing"][-1]
@@ -88,12 +111,18 @@ def test_an_interrupted_run_goes_on_to_the_same_bits(name, example, tmp_path, mo
     whole = len(calls) - 3
     main(*SMALL[name], "--out", tmp_path / "whole")
     assert len(calls) - 3 - whole == whole + 2, "the finished ones were not trained again"
-    assert (tmp_path / "stopped" / "table.txt").read_text() == (tmp_path / "whole" / "table.txt").read_text()
+    assert (tmp_path / "stopped" / "table.txt").read_text() == (
+        tmp_path / "whole" / "table.txt"
+    ).read_text()
 
 
 @pytest.mark.parametrize(
     ("options", "message"),
-    [(("--backend", "cuda"), "unknown backend 'cuda'"), (("--epochs", 0), "0 is less than 1"), (("--out", __file__), "File exists")],
+    [
+        (("--backend", "cuda"), "unknown backend 'cuda'"),
+        (("--epochs", 0), "0 is less than 1"),
+        (("--out", __file__), "File exists"),
+    ],
 )
 def test_bad_options_are_told_in_one_line(name, options, message, example, capsys):
     _, main = example(name)

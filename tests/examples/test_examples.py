@@ -32,7 +32,14 @@ def environment():
 
 
 def run(name, *options, cwd):
-    done = subprocess.run(command(name, *options), cwd=cwd, env=environment(), capture_output=True, text=True, check=False)
+    done = subprocess.run(
+        command(name, *options),
+        cwd=cwd,
+        env=environment(),
+        capture_output=True,
+        text=True,
+        check=False,
+    )
     assert done.returncode == 0, done.stderr
     return done
 
@@ -43,7 +50,12 @@ def _interrupt():
 
 def rows(text):
     """The table of linear_regression: name -> W, b, the difference."""
-    return {name: tuple(map(float, rest)) for name, *rest in re.findall(r"^(NumPy|ours|stock) +(\S+) +(\S+) +(\S+)$", text, re.MULTILINE)}
+    return {
+        name: tuple(map(float, rest))
+        for name, *rest in re.findall(
+            r"^(NumPy|ours|stock) +(\S+) +(\S+) +(\S+)$", text, re.MULTILINE
+        )
+    }
 
 
 def test_linear_regression(tmp_path):
@@ -65,7 +77,9 @@ def test_linear_regression_finds_the_least_squares_line(example):
     module, _ = example("linear_regression")
     x = module.np.random.default_rng(3).uniform(-1, 1, (100, 1))
     y = 4 * x + module.np.sin(50 * x)
-    exact = module.np.linalg.lstsq(module.np.hstack([x, module.np.ones_like(x)]), y, rcond=None)[0][:, 0]
+    exact = module.np.linalg.lstsq(module.np.hstack([x, module.np.ones_like(x)]), y, rcond=None)[0][
+        :, 0
+    ]
     found = module.by_numpy(x, y, module.np.zeros((1, 1)), module.np.zeros(1), 1000)[-1]
     assert found == pytest.approx(exact, rel=0, abs=1e-10)
 
@@ -84,7 +98,9 @@ def test_backends(example, tmp_path, capsys):
     main("--steps", 20, "--backend", "formula")
     assert custom_backprop.get_backend() == "formula"
     assert rows(capsys.readouterr().out)["ours"][2] <= 1e-12
-    out = run("linear_regression", "--steps", 2, "--backend", "triton", "--device", "cpu", cwd=tmp_path).stdout
+    out = run(
+        "linear_regression", "--steps", 2, "--backend", "triton", "--device", "cpu", cwd=tmp_path
+    ).stdout
     assert rows(out)["ours"][2] <= 1e-12
 
 
@@ -98,7 +114,9 @@ def test_digits(tmp_path, example):
     for name in ("digits.png", "weights.pt"):
         assert f"wrote {Path('out', 'digits', name)}" in out
     assert_is_a_picture(folder / "digits.png")
-    assert sorted(os.listdir(folder)) == ["digits.png", "weights.pt"], "a finished run leaves no checkpoint"
+    assert sorted(os.listdir(folder)) == ["digits.png", "weights.pt"], (
+        "a finished run leaves no checkpoint"
+    )
     assert "360/360" in done.stderr, "no progress bar"
     assert "USDT" not in done.stderr
 
@@ -110,12 +128,16 @@ def test_digits(tmp_path, example):
     for parameter, ours in zip(model.parameters(), weights["ours"].values(), strict=True):
         parameter.data = ours
     _, x, _, y = module.data(0, "cpu")
-    assert f"{100 * (model(x).argmax(1) == y).double().mean().item():.2f}" == match[1], "stock's layers read our weights otherwise"
+    assert f"{100 * (model(x).argmax(1) == y).double().mean().item():.2f}" == match[1], (
+        "stock's layers read our weights otherwise"
+    )
 
 
 def test_an_interrupted_run_goes_on_to_the_same_bits(tmp_path, example):
     options = ("--epochs", 6, "--seed", 3, "--device", "cpu", "--out")
-    handler = signal.signal(signal.SIGINT, signal.default_int_handler)  # a child of a process that ignores it would ignore it too
+    handler = signal.signal(
+        signal.SIGINT, signal.default_int_handler
+    )  # a child of a process that ignores it would ignore it too
     try:
         child = subprocess.Popen(
             command("digits", *options, tmp_path / "stopped"),
@@ -135,7 +157,9 @@ def test_an_interrupted_run_goes_on_to_the_same_bits(tmp_path, example):
     assert child.returncode == 130, stderr
     assert "the same command goes on" in stderr
     assert 1 <= torch.load(checkpoint)["epoch"] < 6
-    assert "going on after epoch" in run("digits", *options, tmp_path / "stopped", cwd=tmp_path).stdout
+    assert (
+        "going on after epoch" in run("digits", *options, tmp_path / "stopped", cwd=tmp_path).stdout
+    )
 
     _, main = example("digits")
     main(*options, tmp_path / "whole")
@@ -184,7 +208,9 @@ def test_a_damaged_checkpoint_is_noticed_wherever_the_damage_is(example, tmp_pat
     common.save({"settings": settings, "epoch": 1, "weights": torch.randn(50)}, path)
     whole = path.read_bytes()
     assert common.load(path, settings)["epoch"] == 1
-    flipped = [whole[:i] + bytes([whole[i] ^ 1 << i % 8]) + whole[i + 1 :] for i in range(0, len(whole), 5)]
+    flipped = [
+        whole[:i] + bytes([whole[i] ^ 1 << i % 8]) + whole[i + 1 :] for i in range(0, len(whole), 5)
+    ]
     for content in [*flipped, *(whole[:i] for i in range(0, len(whole), 50)), whole[:-1]]:
         path.write_bytes(content)
         with pytest.raises(SystemExit, match=r"checkpoint\.pt.*to start anew$"):
@@ -195,7 +221,15 @@ def test_a_damaged_checkpoint_is_noticed_wherever_the_damage_is(example, tmp_pat
 def test_digits_does_not_go_on_from_damaged_weights(damage, example, monkeypatch, tmp_path):
     module, main = example("digits")
     path, after = tmp_path / "checkpoint.pt", []
-    monkeypatch.setattr(module, "keep", lambda *args: (common_keep(*args), after.append(1), _interrupt() if len(after) == 1 else None))
+    monkeypatch.setattr(
+        module,
+        "keep",
+        lambda *args: (
+            common_keep(*args),
+            after.append(1),
+            _interrupt() if len(after) == 1 else None,
+        ),
+    )
     common_keep = example("common")[0].keep
     with pytest.raises(SystemExit):
         main("--epochs", 2)
@@ -241,7 +275,10 @@ def test_bad_options_are_told_in_one_line(name, options, message, example, capsy
     assert message in capsys.readouterr().err.splitlines()[-1]
 
 
-@pytest.mark.parametrize(("name", "package"), [("linear_regression", "matplotlib"), ("digits", "tqdm"), ("digits", "custom_backprop")])
+@pytest.mark.parametrize(
+    ("name", "package"),
+    [("linear_regression", "matplotlib"), ("digits", "tqdm"), ("digits", "custom_backprop")],
+)
 def test_a_missing_package_is_named(name, package, example, monkeypatch):
     monkeypatch.setitem(sys.modules, package, None)
     with pytest.raises(SystemExit, match=rf"{package}.*pip install -e '\.\[demo\]'"):

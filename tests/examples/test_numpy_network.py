@@ -1,4 +1,5 @@
-"""Our layers against a network in NumPy that was written from the equations and knows nothing of torch."""
+"""Our layers against a network in NumPy that was written from the equations and knows nothing of
+torch."""
 
 from __future__ import annotations
 
@@ -12,7 +13,8 @@ from custom_backprop import nn
 SIZES = (5, 7, 6, 4, 3)
 ACTIVATIONS = ("relu", "sigmoid", "relu", "sigmoid")
 SAMPLES, RATE = 11, 0.5
-#: every update on PyTorch's operators; in Triton's interpreter an update costs about a hundred programs, so it makes fewer
+#: every update on PyTorch's operators; in Triton's interpreter an update costs about a hundred
+#: programs, so it makes fewer
 UPDATES = {"aten": 100, "formula": 100, "triton": 100 if torch.cuda.is_available() else 10}
 TOLERANCE = {"rtol": 0, "atol": 1e-10}
 
@@ -36,7 +38,9 @@ def copy_of(network, layer, device):
     layers = [layer(i, o, f) for i, o, f in zip(SIZES[:-1], SIZES[1:], ACTIVATIONS, strict=True)]
     model = torch.nn.Sequential(*(module for modules in layers for module in modules)).double()
     with torch.no_grad():
-        for ours, theirs in zip(model.parameters(), parameters(network.weights, network.biases), strict=True):
+        for ours, theirs in zip(
+            model.parameters(), parameters(network.weights, network.biases), strict=True
+        ):
             ours.copy_(torch.from_numpy(theirs))
     return model.to(device)
 
@@ -64,7 +68,9 @@ def test_gradients_and_updates_are_the_oracles(layer, backend, device):
         loss.backward()
         assert abs(loss.item() - network.loss(x, y)) < TOLERANCE["atol"]
         gradients = parameters(*network.gradients(x, y))
-        assert min(np.abs(g).max() for g in gradients) > 1e-5, "a gradient that vanishes proves nothing"
+        assert min(np.abs(g).max() for g in gradients) > 1e-5, (
+            "a gradient that vanishes proves nothing"
+        )
         assert_close([p.grad for p in model.parameters()], gradients)
         optimizer.step()
         network.update(x, y, RATE)
@@ -76,8 +82,12 @@ def test_the_oracle_itself_by_central_differences():
     network, x, y = problem()
     gradients = parameters(*network.gradients(x, y))
     h = 1e-6
-    for parameter, gradient in zip(parameters(network.weights, network.biases), gradients, strict=True):
-        for index in np.ndindex(parameter.shape):  # parameters() gives views: what is written here is the network's own
+    for parameter, gradient in zip(
+        parameters(network.weights, network.biases), gradients, strict=True
+    ):
+        for index in np.ndindex(
+            parameter.shape
+        ):  # parameters() gives views: what is written here is the network's own
             value, losses = parameter[index], []
             for shifted in (value + h, value - h):
                 parameter[index] = shifted

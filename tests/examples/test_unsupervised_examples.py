@@ -1,4 +1,5 @@
-"""The examples that learn without labels: what they find is right, what they write is there, and an interrupted run goes on."""
+"""The examples that learn without labels: what they find is right, what they write is there, and an
+interrupted run goes on."""
 
 from __future__ import annotations
 
@@ -26,14 +27,18 @@ def test_a_linear_autoencoder_spans_the_space_of_pca(example):
         lost = torch.linalg.svdvals(x)[code:].square().sum() / x.numel()
         assert coder.history[-1] == pytest.approx(lost.item(), rel=1e-5)
         with torch.no_grad():
-            assert coder.loss(coder.model(x), x).item() == pytest.approx(coder.history[-1], rel=1e-12), "R stands for the digits"
+            assert coder.loss(coder.model(x), x).item() == pytest.approx(
+                coder.history[-1], rel=1e-12
+            ), "R stands for the digits"
 
 
 def test_the_gradient_of_k_means(example):
     module, _ = example("autoencoder")
     x, centroids = torch.randn(20, 3, dtype=torch.float64), torch.randn(6, 3, dtype=torch.float64)
     centroids[5] = 100  # nobody's nearest
-    torch.autograd.gradcheck(lambda c: 1.7 * module.SquaredDistances.apply(x, c)[0], centroids.requires_grad_())
+    torch.autograd.gradcheck(
+        lambda c: 1.7 * module.SquaredDistances.apply(x, c)[0], centroids.requires_grad_()
+    )
 
 
 def test_newtons_step_is_lloyds(example):
@@ -41,7 +46,9 @@ def test_newtons_step_is_lloyds(example):
     x, _, _ = module.data("cpu")
     start = x[:10]
     ours, _, nearest = module._descend(x, start)
-    lloyd = KMeans(10, init=start.numpy(), n_init=1, max_iter=module.MOST_STEPS, tol=0, algorithm="lloyd").fit(x.numpy())
+    lloyd = KMeans(
+        10, init=start.numpy(), n_init=1, max_iter=module.MOST_STEPS, tol=0, algorithm="lloyd"
+    ).fit(x.numpy())
     assert ours == pytest.approx(lloyd.inertia_, rel=1e-9)
     assert torch.equal(nearest, torch.from_numpy(lloyd.labels_).long())
 
@@ -52,18 +59,26 @@ def test_autoencoder(example, tmp_path, capsys, monkeypatch):
     main("--epochs", 2)
     out = capsys.readouterr().out
     assert "the linear codes do not span PCA's spaces to 1e-3 after 2 epochs" in out
-    assert re.search(r"normalised mutual information: 0\.\d{3} \(\w+ \d+\), scikit-learn's KMeans on raw pixels 0\.7\d\d$", out.strip())
+    assert re.search(
+        r"normalised mutual information: 0\.\d{3} \(\w+ \d+\), scikit-learn's KMeans on raw pixels 0\.7\d\d$",
+        out.strip(),
+    )
     for name in ("codes.png", "reconstructions.png"):
         assert f"wrote {tmp_path / name}" in out
         assert_is_a_picture(tmp_path / name)
-    assert sorted(os.listdir(tmp_path)) == ["codes.png", "reconstructions.png", "weights.pt"], "a finished run leaves no checkpoint"
+    assert sorted(os.listdir(tmp_path)) == ["codes.png", "reconstructions.png", "weights.pt"], (
+        "a finished run leaves no checkpoint"
+    )
 
 
 def test_contrastive(example, tmp_path, capsys):
     _, main = example("contrastive")
     main("--epochs", 8)
     out = capsys.readouterr().out
-    match = re.search(r"test accuracy of a linear probe: InfoNCE (\d+\.\d\d) %, triplet (\d+\.\d\d) %, pixels (\d+\.\d\d) %$", out.strip())
+    match = re.search(
+        r"test accuracy of a linear probe: InfoNCE (\d+\.\d\d) %, triplet (\d+\.\d\d) %, pixels (\d+\.\d\d) %$",
+        out.strip(),
+    )
     assert match, out
     assert min(map(float, match.groups())) > 90
     assert f"wrote {tmp_path / 'contrastive.png'}" in out
@@ -77,7 +92,9 @@ def test_views_and_partners(example):
     x, _, labels, _ = module.data(0, "cpu")
     seen = module.view(x[:50], generator)
     padded = torch.nn.functional.pad(x[:50].view(-1, 8, 8), (1, 1, 1, 1))
-    shifts = torch.stack([padded[:, i : i + 8, j : j + 8].flatten(1) for i in range(3) for j in range(3)])
+    shifts = torch.stack(
+        [padded[:, i : i + 8, j : j + 8].flatten(1) for i in range(3) for j in range(3)]
+    )
     nearest = (shifts - seen).square().mean(dim=2).sqrt().min(dim=0)
     assert nearest.values.max() < 1.5 * module.NOISE, "a view is a shift and noise"
     assert len(nearest.indices.unique()) > 5

@@ -1,4 +1,5 @@
-"""The kernels' elementary functions against torch's in float64: a few units of rounding, everywhere and at the edges."""
+"""The kernels' elementary functions against torch's in float64: a few units of rounding, everywhere
+and at the edges."""
 
 from __future__ import annotations
 
@@ -37,16 +38,28 @@ def apply(name, x):
 FUNCTIONS = {
     "exp": (torch.exp, [(-1, 1), (-86, 88.7)], [-INF, -1e4, -0.0, 89.5, 1e4, INF, NAN]),
     "exp_minus": (lambda x: torch.exp(-x), [(0, 1), (0, 87)], [0.0, 200.0, INF, NAN]),
-    "expm1": (torch.expm1, [(-1e-4, 1e-4), (-1, 1), (-90, 88.7)], [-INF, -200.0, 0.0, 89.5, INF, NAN]),
+    "expm1": (
+        torch.expm1,
+        [(-1e-4, 1e-4), (-1, 1), (-90, 88.7)],
+        [-INF, -200.0, 0.0, 89.5, INF, NAN],
+    ),
     "log1p": (torch.log1p, [(-1e-4, 1e-4), (-1, 1)], [-1.0, 0.0, 1e-30, NAN]),
     "log1p_positive": (torch.log1p, [(0, 1e-4), (0, 1)], [0.0, 1e-30, 1.0, NAN]),
     "sigmoid": (torch.sigmoid, [(-1, 1), (-86, 86)], [-INF, -1e4, 0.0, 1e4, INF, NAN]),
-    "softplus": (lambda x: x.clamp(min=0) + torch.log1p(torch.exp(-x.abs())), [(-1, 1), (-86, 86)], [-INF, -1e4, 0.0, 1e4, INF, NAN]),
+    "softplus": (
+        lambda x: x.clamp(min=0) + torch.log1p(torch.exp(-x.abs())),
+        [(-1, 1), (-86, 86)],
+        [-INF, -1e4, 0.0, 1e4, INF, NAN],
+    ),
     "tanh": (torch.tanh, [(-1e-4, 1e-4), (-1, 1), (-10, 10)], [-INF, -1e4, 0.0, 1e4, INF, NAN]),
 }
 
 
-@pytest.mark.parametrize(("name", "ends"), [(name, ends) for name, (_, ranges, _) in FUNCTIONS.items() for ends in ranges], ids=str)
+@pytest.mark.parametrize(
+    ("name", "ends"),
+    [(name, ends) for name, (_, ranges, _) in FUNCTIONS.items() for ends in ranges],
+    ids=str,
+)
 def test_units_of_rounding(name, ends):
     low, high = ends
     x = (torch.rand(20_000, dtype=torch.float64) * (high - low) + low).to(DEVICE)
@@ -55,7 +68,9 @@ def test_units_of_rounding(name, ends):
     for dtype in (torch.float32, torch.float64):
         given = x.to(dtype)
         ours, true = apply(name, given).double(), FUNCTIONS[name][0](given.double())
-        error = (ours - true).abs() / (torch.finfo(dtype).eps * true.abs().clamp_min(torch.finfo(dtype).tiny))
+        error = (ours - true).abs() / (
+            torch.finfo(dtype).eps * true.abs().clamp_min(torch.finfo(dtype).tiny)
+        )
         assert error.max() <= allowed, f"{dtype}: {error.max():.1f} at {given[error.argmax()]}"
 
 
@@ -64,4 +79,6 @@ def test_edges(name):
     reference, _, edges = FUNCTIONS[name]
     for dtype in (torch.float32, torch.float64):
         x = torch.tensor(edges, dtype=dtype, device=DEVICE)
-        torch.testing.assert_close(apply(name, x), reference(x.double()).to(dtype), rtol=1e-6, atol=0, equal_nan=True)
+        torch.testing.assert_close(
+            apply(name, x), reference(x.double()).to(dtype), rtol=1e-6, atol=0, equal_nan=True
+        )

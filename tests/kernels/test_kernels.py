@@ -83,7 +83,9 @@ def test_out_of_bounds():
 
 
 def test_the_gaps_of_a_view_are_out_of_bounds():
-    assert seen(_copy, 1, torch.ones(8)[::2], torch.empty(4), 4, BLOCK=4).faults == ["2 loads outside every tensor"]
+    assert seen(_copy, 1, torch.ones(8)[::2], torch.empty(4), 4, BLOCK=4).faults == [
+        "2 loads outside every tensor"
+    ]
 
 
 def test_tensors_reached_through_no_argument():
@@ -94,19 +96,28 @@ def test_tensors_reached_through_no_argument():
 
 
 def test_an_element_that_is_never_written():
-    assert seen(_copy, 1, torch.ones(5), torch.empty(5), 4, BLOCK=4).faults == ["Y: 1 of 5 elements never written"]
+    assert seen(_copy, 1, torch.ones(5), torch.empty(5), 4, BLOCK=4).faults == [
+        "Y: 1 of 5 elements never written"
+    ]
 
 
 def test_an_element_that_is_written_twice():
-    assert seen(_stores_twice, 1, torch.ones(4), torch.empty(4), BLOCK=4).faults == ["Y: 4 of 4 elements written more than once"]
+    assert seen(_stores_twice, 1, torch.ones(4), torch.empty(4), BLOCK=4).faults == [
+        "Y: 4 of 4 elements written more than once"
+    ]
 
 
 def test_two_programs_at_one_address():
-    assert "Y: 1 of 1 elements written by several programs" in seen(_everybody_stores, 2, torch.ones(1), torch.empty(1)).faults
+    assert (
+        "Y: 1 of 1 elements written by several programs"
+        in seen(_everybody_stores, 2, torch.ones(1), torch.empty(1)).faults
+    )
 
 
 def test_a_program_that_reads_what_another_writes():
-    assert seen(_shift, 3, torch.randn(4), BLOCK=4).faults == ["X: 2 of 4 elements read by one program and written by another"]
+    assert seen(_shift, 3, torch.randn(4), BLOCK=4).faults == [
+        "X: 2 of 4 elements read by one program and written by another"
+    ]
 
 
 def test_atomics_in_the_interpreter():
@@ -163,8 +174,19 @@ GCN = """
 
 
 def test_reading_ptx():
-    assert offline.read_ptx(PTX) == {"loads": 5, "wide_loads": 3, "stores": 2, "wide_stores": 1, "atomics": 0}
-    assert offline.read_ptx("atom.global.gpu.acq_rel.add.f32 %f1, [ %rd1 + 0 ], %f2;\nred.global.add.f32 [%rd1], %f1;")["atomics"] == 2
+    assert offline.read_ptx(PTX) == {
+        "loads": 5,
+        "wide_loads": 3,
+        "stores": 2,
+        "wide_stores": 1,
+        "atomics": 0,
+    }
+    assert (
+        offline.read_ptx(
+            "atom.global.gpu.acq_rel.add.f32 %f1, [ %rd1 + 0 ], %f2;\nred.global.add.f32 [%rd1], %f1;"
+        )["atomics"]
+        == 2
+    )
 
 
 def test_reading_registers_and_the_stack():
@@ -178,11 +200,28 @@ def test_reading_amdgcn(scratch, spills, spilled):
     found = offline.read_amdgcn({"amdgcn": GCN.format(scratch=scratch, spills=spills)})
     counts = {"loads": 2, "wide_loads": 1, "stores": 1, "wide_stores": 1, "atomics": 0}
     assert found == {"registers": 42, "spilled": spilled, **counts}
-    assert offline.read_amdgcn({"amdgcn": GCN.format(scratch=0, spills=0) + "global_atomic_add_f32 v0, v1, s[0:1]"})["atomics"] == 1
+    assert (
+        offline.read_amdgcn(
+            {"amdgcn": GCN.format(scratch=0, spills=0) + "global_atomic_add_f32 v0, v1, s[0:1]"}
+        )["atomics"]
+        == 1
+    )
 
 
 def resources(**changed):
-    counts = dict.fromkeys(("registers", "spilled", "shared", "loads", "wide_loads", "stores", "wide_stores", "atomics"), 0)
+    counts = dict.fromkeys(
+        (
+            "registers",
+            "spilled",
+            "shared",
+            "loads",
+            "wide_loads",
+            "stores",
+            "wide_stores",
+            "atomics",
+        ),
+        0,
+    )
     return Resources("k", "sm_80", "*fp32", "", 4, **{**counts, **changed})
 
 
@@ -216,15 +255,23 @@ for target in ("sm_90", "gfx942"):
 
 
 def test_compiled_for_a_gpu_that_is_not_here(tmp_path):
-    """Integers are specialised on their value: with a length that 16 does not divide, the mask splits the 128-bit accesses."""
-    (tmp_path / "kernels_on_disk.py").write_text(COMPILED)  # the compiler reads a kernel's source file
-    printed = python(f"import runpy; runpy.run_path({str(tmp_path / 'kernels_on_disk.py')!r})").splitlines()
+    """Integers are specialised on their value: with a length that 16 does not divide, the mask
+    splits the 128-bit accesses."""
+    (tmp_path / "kernels_on_disk.py").write_text(
+        COMPILED
+    )  # the compiler reads a kernel's source file
+    printed = python(
+        f"import runpy; runpy.run_path({str(tmp_path / 'kernels_on_disk.py')!r})"
+    ).splitlines()
     assert printed == 2 * ["True [] *fp32, *fp32, i32", "False [] *fp32, *fp32, i32", "True"]
 
 
 def test_both_sides_of_every_branch_are_compiled(monkeypatch):
-    """What the interpreter alone runs may not compile: 1 / p of the maximum norm, which is kept as p = 0, did not."""
-    monkeypatch.setattr(selection, "why_not", lambda *_: None)  # the interpreter refuses meta tensors
+    """What the interpreter alone runs may not compile: 1 / p of the maximum norm, which is kept as
+    p = 0, did not."""
+    monkeypatch.setattr(
+        selection, "why_not", lambda *_: None
+    )  # the interpreter refuses meta tensors
     sides, orders = defaultdict(set), set()
     ops, optimizers = map(offline.calls, database().values()), map(steps, OPTIMIZERS)
     for call in chain.from_iterable([*ops, *optimizers]):
@@ -235,13 +282,19 @@ def test_both_sides_of_every_branch_are_compiled(monkeypatch):
                 if re.search(rf"\b{name} is (not )?None", source):
                     sides[kernel, name].add(argument is None)
             for name, value in launch.constexprs.items():
-                if isinstance(value, bool) and name not in ("A", "B", "C"):  # which are an op's own, and not the kernel's
+                if isinstance(value, bool) and name not in (
+                    "A",
+                    "B",
+                    "C",
+                ):  # which are an op's own, and not the kernel's
                     sides[kernel, name].add(value)
                 elif name == "ORDER":
                     orders.add((kernel, value, launch.constexprs["SWAP"]))
     assert len(sides) > 50
     assert {key: seen for key, seen in sides.items() if len(seen) == 1} == {}
-    assert {seen[1:] for seen in orders} == {(p, swap) for p in (0.0, 1.0, 2.0, 3.0) for swap in (False, True)}
+    assert {seen[1:] for seen in orders} == {
+        (p, swap) for p in (0.0, 1.0, 2.0, 3.0) for swap in (False, True)
+    }
     assert len(orders) == 16, "forward and backward"
 
 

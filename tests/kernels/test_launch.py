@@ -1,4 +1,5 @@
-"""The launcher of kernels: what it refuses, what it keys its cache on, and what it hands to a compiled kernel."""
+"""The launcher of kernels: what it refuses, what it keys its cache on, and what it hands to a
+compiled kernel."""
 
 from __future__ import annotations
 
@@ -49,7 +50,9 @@ def test_an_empty_grid_returns_early():
 
 
 def test_tensors_on_two_devices():
-    with pytest.raises(RuntimeError, match="_double to be on the same device, but found cpu and meta"):
+    with pytest.raises(
+        RuntimeError, match="_double to be on the same device, but found cpu and meta"
+    ):
         launch(_double, 1, torch.empty(3), torch.empty(3, device="meta"), 3, BLOCK=4)
 
 
@@ -60,7 +63,9 @@ def test_no_tensor():
 
 def test_constexprs_out_of_order():
     x = torch.empty(3)
-    with pytest.raises(TypeError, match=r"\['BLOCK'\], all of them and in this order, but was given \[\]"):
+    with pytest.raises(
+        TypeError, match=r"\['BLOCK'\], all of them and in this order, but was given \[\]"
+    ):
         launch(_double, 1, x, x, 3)
 
 
@@ -166,7 +171,8 @@ class _Kernel(JITFunction):
 
 @pytest.fixture
 def gpus(monkeypatch):
-    """A driver of two GPUs, the first of them current. Says which device guards were entered and left."""
+    """A driver of two GPUs, the first of them current. Says which device guards were entered and
+    left."""
     current, seen = [0], []
 
     @contextmanager
@@ -179,27 +185,51 @@ def gpus(monkeypatch):
 
     monkeypatch.setattr(torch.cuda, "device", guard)
     monkeypatch.setattr(torch._C, "_cuda_getDevice", lambda: current[0], raising=False)
-    monkeypatch.setattr(torch._C, "_cuda_getCurrentRawStream", lambda index: f"stream {index} of {current[0]}", raising=False)
+    monkeypatch.setattr(
+        torch._C,
+        "_cuda_getCurrentRawStream",
+        lambda index: f"stream {index} of {current[0]}",
+        raising=False,
+    )
     monkeypatch.setattr(launcher, "_bound", {})
     return seen
 
 
 @pytest.mark.parametrize(("index", "guards"), [(0, []), (1, ["enter 1", "exit 1"])])
 def test_a_compiled_kernel_gets_the_arguments_that_triton_gives_it(index, guards, gpus):
-    """(grid x, y, z, stream, function, metadata, launch metadata, enter hook, exit hook, *arguments): triton/runtime/jit.py, 3.6 to 3.9,
-    a tensor by its address, which is what the launchers of both backends take beside one.
+    """(grid x, y, z, stream, function, metadata, launch metadata, enter hook, exit hook,
+    *arguments): triton/runtime/jit.py, 3.6 to 3.9, a tensor by its address, which is what the
+    launchers of both backends take beside one.
 
     And it runs on the GPU of its tensors, not on the current one, which is the first.
     """
     kernel, x, y = _Kernel(), on_gpu(index), on_gpu(index)
     launch(kernel, 7, x, y, 48, BLOCK=16, num_warps=8, num_stages=2)
-    assert kernel.compilations == [((x, y, 48), (7,), {"BLOCK": 16, "num_warps": 8, "num_stages": 2})]
+    assert kernel.compilations == [
+        ((x, y, 48), (7,), {"BLOCK": 16, "num_warps": 8, "num_stages": 2})
+    ]
     assert not kernel.compiled.calls
     gpus.clear()
     launch(kernel, 7, x, y, 64, BLOCK=16, num_warps=8, num_stages=2)
     assert len(kernel.compilations) == 1
     stream = f"stream {index} of {index}"
-    assert kernel.compiled.calls == [(7, 1, 1, stream, "function", "packed", None, None, None, x.data_ptr(), y.data_ptr(), 64, 16)]
+    assert kernel.compiled.calls == [
+        (
+            7,
+            1,
+            1,
+            stream,
+            "function",
+            "packed",
+            None,
+            None,
+            None,
+            x.data_ptr(),
+            y.data_ptr(),
+            64,
+            16,
+        )
+    ]
     assert gpus == guards
 
 
@@ -215,7 +245,11 @@ def test_a_bound_launcher_that_is_kept(gpus):
         bound(0.0)(7, x, x, n)
     bound(0.0)(0, x, x, 48)
     assert len(kernel.compilations) == 2
-    assert kernel.compilations[1] == ((x, x, 49), (7,), {"BLOCK": 16, "num_warps": 8, "num_stages": 3})
+    assert kernel.compilations[1] == (
+        (x, x, 49),
+        (7,),
+        {"BLOCK": 16, "num_warps": 8, "num_stages": 3},
+    )
     assert [call[11] for call in kernel.compiled.calls] == [64]
     assert bound(-0.0) is not bound(0.0)
     assert bound(1.0, 2.0) is bound(1.0, 2.0)

@@ -1,4 +1,5 @@
-"""Initialisation: the gains are the integrals, the table is what is computed, and unit variance comes out of twenty layers."""
+"""Initialisation: the gains are the integrals, the table is what is computed, and unit variance
+comes out of twenty layers."""
 
 from __future__ import annotations
 
@@ -20,7 +21,10 @@ DEPTH, WIDTH = 20, 128
 
 
 def network(activation, depth=DEPTH, width=WIDTH):
-    return nn.Sequential(*(LinearActivation(width, width, activation=activation) for _ in range(depth)), Linear(width, width))
+    return nn.Sequential(
+        *(LinearActivation(width, width, activation=activation) for _ in range(depth)),
+        Linear(width, width),
+    )
 
 
 def second_moment(model, n=128):
@@ -30,7 +34,8 @@ def second_moment(model, n=128):
 
 
 def bound(slope):
-    """By how much the variance may be off after twenty layers: chance in one layer (some 12 % at this width), multiplied by the slope."""
+    """By how much the variance may be off after twenty layers: chance in one layer (some 12 % at
+    this width), multiplied by the slope."""
     return 1.35 if slope < 0.6 else 2.0 if slope < 0.95 else 4.0 if slope <= 1.0 else 12.0
 
 
@@ -53,7 +58,8 @@ def test_lsuv_keeps_it_for_the_others_too(activation):
 
 
 def test_wrong_gains_fail_this():
-    """The bounds are no formality: torch's gain for tanh's neighbours, and none at all, leave them."""
+    """The bounds are no formality: torch's gain for tanh's neighbours, and none at all, leave
+    them."""
     model = init_for(network("relu"), "relu")
     for layer in model:
         layer.weight.data.mul_(0.9)
@@ -66,13 +72,18 @@ def test_gains_are_torchs_where_it_derives_them(activation):
 
 
 def test_gain_of_parameters():
-    assert gain("leaky_relu", negative_slope=0.3) == pytest.approx(nn.init.calculate_gain("leaky_relu", 0.3), rel=1e-9)
-    assert propagation("selu") == pytest.approx((1, 1.0352, 0.7826), rel=1e-3), "SELU's constants are made for gain 1"
+    assert gain("leaky_relu", negative_slope=0.3) == pytest.approx(
+        nn.init.calculate_gain("leaky_relu", 0.3), rel=1e-9
+    )
+    assert propagation("selu") == pytest.approx((1, 1.0352, 0.7826), rel=1e-3), (
+        "SELU's constants are made for gain 1"
+    )
 
 
 @pytest.mark.parametrize("activation", ["tanh", "sigmoid", "gelu", "softsign"])
 def test_integrals_against_samples(activation):
-    """E f², E f'² and the change of E f² with the variance, by four million samples and autograd."""
+    """E f², E f'² and the change of E f² with the variance, by four million samples and
+    autograd."""
     z = torch.randn(4_000_000, dtype=torch.float64, requires_grad=True)
     f = getattr(custom_backprop.functional, activation)
 
@@ -80,14 +91,20 @@ def test_integrals_against_samples(activation):
     (slope,) = torch.autograd.grad(y.sum(), z)
     found, square = propagation(activation), y.square().mean().item()
     assert found.gain == pytest.approx(square**-0.5, rel=3e-3)
-    assert found.gradient == pytest.approx(math.sqrt(slope.square().mean().item() / square), rel=3e-3)
+    assert found.gradient == pytest.approx(
+        math.sqrt(slope.square().mean().item() / square), rel=3e-3
+    )
     with torch.no_grad():
         up, down = (f(z * math.sqrt(q)).square().mean().item() for q in (1.01, 0.99))
     assert found.slope == pytest.approx((up - down) / 0.02 / square, rel=1e-2)
 
 
 def test_the_table_is_what_is_computed():
-    rows = re.findall(r"^(\w+) +(\d\.\d{4}) +(\d\.\d{4}) +(\d\.\d{4})$", custom_backprop.init.__doc__, re.MULTILINE)
+    rows = re.findall(
+        r"^(\w+) +(\d\.\d{4}) +(\d\.\d{4}) +(\d\.\d{4})$",
+        custom_backprop.init.__doc__,
+        re.MULTILINE,
+    )
     assert [name for name, *_ in rows] == ["linear", *NAMES]
     for name, *numbers in rows:
         assert [float(n) for n in numbers] == pytest.approx(propagation(name), abs=5.1e-5)
@@ -98,18 +115,23 @@ def test_gradients_lose_what_the_table_says():
     model = init_for(network("sigmoid"), "sigmoid")
     model(torch.randn(128, WIDTH)).sum(dim=1).mean().backward()
     norms = [layer.bias.grad.norm().item() for layer in model]
-    assert (norms[0] / norms[-1]) ** (1 / DEPTH) == pytest.approx(propagation("sigmoid").gradient, rel=0.15)
+    assert (norms[0] / norms[-1]) ** (1 / DEPTH) == pytest.approx(
+        propagation("sigmoid").gradient, rel=0.15
+    )
 
 
 @pytest.mark.parametrize(
-    ("method", "deviation"), [("kaiming", (1 / 50) ** 0.5), ("xavier", (2 / 250) ** 0.5), ("orthogonal", (1 / 50) ** 0.5)]
+    ("method", "deviation"),
+    [("kaiming", (1 / 50) ** 0.5), ("xavier", (2 / 250) ** 0.5), ("orthogonal", (1 / 50) ** 0.5)],
 )
 def test_deviation_of_a_rectangle(method, deviation):
     """50 -> 200 -> 50, the second with tanh's gain."""
     model = nn.Sequential(nn.Linear(50, 200), nn.Tanh(), nn.Linear(200, 50))
     init_for(model, "tanh", method)
     assert model[0].weight.std().item() == pytest.approx(deviation, rel=0.05)
-    second = {"kaiming": (1 / 200) ** 0.5, "xavier": deviation, "orthogonal": (1 / 200) ** 0.5}[method]
+    second = {"kaiming": (1 / 200) ** 0.5, "xavier": deviation, "orthogonal": (1 / 200) ** 0.5}[
+        method
+    ]
     assert model[2].weight.std().item() == pytest.approx(second * gain("tanh"), rel=0.05)
     assert not model[0].bias.any()
 
@@ -117,7 +139,8 @@ def test_deviation_of_a_rectangle(method, deviation):
 @pytest.mark.parametrize("method", ["kaiming", "xavier", "orthogonal"])
 @pytest.mark.parametrize(("groups", "out"), [(1, 128), (4, 128), (64, 64), (64, 192)])
 def test_variance_of_grouped_convolutions(method, groups, out):
-    """Forward and backward, measured. The fans are those of one group; circular padding: every pixel has all its neighbours."""
+    """Forward and backward, measured. The fans are those of one group; circular padding: every
+    pixel has all its neighbours."""
     pad = {"padding": 1, "padding_mode": "circular", "bias": False}
     model = nn.Sequential(nn.Conv2d(2, 64, 3, **pad), nn.Conv2d(64, out, 3, groups=groups, **pad))
     init_for(model, "linear", method)
@@ -131,24 +154,39 @@ def test_variance_of_grouped_convolutions(method, groups, out):
 
 
 def test_each_group_is_orthogonal():
-    model = init_for(nn.Sequential(nn.Linear(3, 3), nn.Conv1d(32, 48, 3, groups=4), nn.Conv1d(32, 64, 1, groups=8)), "tanh", "orthogonal")
+    model = init_for(
+        nn.Sequential(
+            nn.Linear(3, 3), nn.Conv1d(32, 48, 3, groups=4), nn.Conv1d(32, 64, 1, groups=8)
+        ),
+        "tanh",
+        "orthogonal",
+    )
     for rows in model[1].weight.detach().flatten(1).chunk(4):
-        torch.testing.assert_close(rows @ rows.T, gain("tanh") ** 2 * torch.eye(12), rtol=1e-4, atol=1e-4)
+        torch.testing.assert_close(
+            rows @ rows.T, gain("tanh") ** 2 * torch.eye(12), rtol=1e-4, atol=1e-4
+        )
     for rows in model[2].weight.detach().flatten(1).chunk(8):
-        torch.testing.assert_close(rows.T @ rows, 2 * gain("tanh") ** 2 * torch.eye(4), rtol=1e-4, atol=1e-4)
+        torch.testing.assert_close(
+            rows.T @ rows, 2 * gain("tanh") ** 2 * torch.eye(4), rtol=1e-4, atol=1e-4
+        )
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("method", ["kaiming", "xavier", "orthogonal", "lsuv"])
 def test_half_precision(method, dtype):
     model = network("relu", 2, 64).to(dtype)
-    init_for(model, "relu", method, batch=torch.randn(64, 64, dtype=dtype) if method == "lsuv" else None)
+    init_for(
+        model, "relu", method, batch=torch.randn(64, 64, dtype=dtype) if method == "lsuv" else None
+    )
     assert model[1].weight.dtype is dtype
-    assert model[1].weight.float().std().item() == pytest.approx(gain("relu") / 8, rel=0.1 if method == "lsuv" else 0.05)
+    assert model[1].weight.float().std().item() == pytest.approx(
+        gain("relu") / 8, rel=0.1 if method == "lsuv" else 0.05
+    )
 
 
 class Tied(nn.Module):
-    """Two modules with one weight, one of them under two names, and called in another order than they are registered in."""
+    """Two modules with one weight, one of them under two names, and called in another order than
+    they are registered in."""
 
     def __init__(self):
         super().__init__()
@@ -187,7 +225,12 @@ def test_lsuv_scales_a_shared_weight_at_its_first_use():
 
 def test_convolutions_and_what_is_left_alone():
     model = nn.Sequential(
-        nn.Conv2d(3, 24, 3), nn.BatchNorm2d(24), nn.SiLU(), nn.Conv2d(24, 24, 3, groups=2), nn.Flatten(), nn.LazyLinear(5)
+        nn.Conv2d(3, 24, 3),
+        nn.BatchNorm2d(24),
+        nn.SiLU(),
+        nn.Conv2d(24, 24, 3, groups=2),
+        nn.Flatten(),
+        nn.LazyLinear(5),
     )
     with pytest.raises(ValueError, match="layer '5' is lazy"):
         init_for(model, "silu")
@@ -203,28 +246,47 @@ def test_convolutions_and_what_is_left_alone():
     assert model(x).std().item() == pytest.approx(1, rel=1e-4)
     model[1].load_state_dict(norm | {"num_batches_tracked": model[1].num_batches_tracked})
     init_for(model, "silu", "lsuv", batch=(x,))
-    assert all(torch.equal(norm[k], v) for k, v in model[1].state_dict().items() if k.startswith("running")), (
-        "running statistics are put back"
-    )
+    assert all(
+        torch.equal(norm[k], v) for k, v in model[1].state_dict().items() if k.startswith("running")
+    ), "running statistics are put back"
     assert not [h for m in model.modules() for h in m._forward_pre_hooks]
 
 
 def test_activations_that_no_gain_carries():
-    assert set(NAMES) - set(DEEP) == {"silu", "hardswish", "tanhshrink", "softshrink", "relu_squared"}
-    with pytest.raises(ValueError, match=r"relu_squared: a deviation of the variance grows 2\.00-fold each layer.*method='lsuv'"):
+    assert set(NAMES) - set(DEEP) == {
+        "silu",
+        "hardswish",
+        "tanhshrink",
+        "softshrink",
+        "relu_squared",
+    }
+    with pytest.raises(
+        ValueError,
+        match=r"relu_squared: a deviation of the variance grows 2\.00-fold each layer.*method='lsuv'",
+    ):
         init_for(network("relu_squared", 2), "relu_squared")
 
 
 @pytest.mark.parametrize(
     ("arguments", "options", "error", "message"),
     [
-        (("relu",), {"method": "he"}, ValueError, "no method 'he': choose one of kaiming, xavier, orthogonal, lsuv"),
+        (
+            ("relu",),
+            {"method": "he"},
+            ValueError,
+            "no method 'he': choose one of kaiming, xavier, orthogonal, lsuv",
+        ),
         (("swish",), {}, ValueError, "no activation 'swish': choose one of linear, relu"),
         (("relu",), {"negative_slope": 0.1}, TypeError, "relu has no parameter negative_slope"),
         (("relu", "lsuv"), {}, ValueError, "give it a batch"),
         (("relu",), {"batch": torch.ones(2, 4)}, ValueError, "kaiming takes no batch"),
         (("tanh",), {}, ValueError, "layer '0' applies 'relu', not 'tanh'"),
-        (("relu", "lsuv"), {"batch": torch.zeros(3, 4)}, ValueError, "the output of layer '0' has the deviation 0"),
+        (
+            ("relu", "lsuv"),
+            {"batch": torch.zeros(3, 4)},
+            ValueError,
+            "the output of layer '0' has the deviation 0",
+        ),
     ],
 )
 def test_errors(arguments, options, error, message):
@@ -238,7 +300,10 @@ def test_errors_of_the_model():
     with pytest.raises(ValueError, match="no linear layer and no convolution"):
         init_for(nn.ReLU(), "relu")
     leaky = LinearActivation(3, 3, activation="leaky_relu", negative_slope=0.2)
-    with pytest.raises(ValueError, match=r"applies 'leaky_relu', negative_slope=0\.2, not 'leaky_relu', negative_slope=0\.1"):
+    with pytest.raises(
+        ValueError,
+        match=r"applies 'leaky_relu', negative_slope=0\.2, not 'leaky_relu', negative_slope=0\.1",
+    ):
         init_for(leaky, "leaky_relu", negative_slope=0.1)
     assert init_for(leaky, "leaky_relu", negative_slope=0.2) is leaky
 

@@ -1,4 +1,5 @@
-"""The monitor's verdicts: each threshold from both sides, the halves of the history, and what makes a unit dead rather than unasked."""
+"""The monitor's verdicts: each threshold from both sides, the halves of the history, and what makes
+a unit dead rather than unasked."""
 
 from __future__ import annotations
 
@@ -18,9 +19,17 @@ def kinds(verdicts):
 
 
 def reading(norm=1.0, norms=(0.5, 0.5), update=None, dead=None, std=1.0):
-    """Layers "0", "1", ... with these gradients; ``dead`` and ``std`` are those of layer 0, of all others 0 and 1."""
+    """Layers "0", "1", ... with these gradients; ``dead`` and ``std`` are those of layer 0, of all
+    others 0 and 1."""
     layers = [
-        Layer(str(i), n, nonfinite=0.0, dead=0.0 if i else dead, activation_std=1.0 if i else std, update=update)
+        Layer(
+            str(i),
+            n,
+            nonfinite=0.0,
+            dead=0.0 if i else dead,
+            activation_std=1.0 if i else std,
+            update=update,
+        )
         for i, n in enumerate(norms)
     ]
     return Reading(1, norm, update, tuple(layers))
@@ -86,7 +95,14 @@ def test_a_fall_of_the_activations(decades, said):
     deviations = [10 ** (-decades * i / 4) for i in range(5)]
 
     def outputs(values):
-        return Reading(1, 1.0, None, tuple(Layer(str(i), 0.5, nonfinite=0.0, activation_std=s) for i, s in enumerate(values)))
+        return Reading(
+            1,
+            1.0,
+            None,
+            tuple(
+                Layer(str(i), 0.5, nonfinite=0.0, activation_std=s) for i, s in enumerate(values)
+            ),
+        )
 
     assert kinds(judge(outputs(deviations), [])) == [("vanishing", "4")] * said
     assert kinds(judge(outputs(deviations[::-1]), [])) == [("exploding", "4")] * said
@@ -105,7 +121,8 @@ def test_most_units_dead(dead, said):
 
 @pytest.mark.parametrize(("dead", "said"), [(0.34, []), (0.36, [("dead units", "0")])])
 def test_units_that_died(dead, said):
-    """A quarter more than once; when that was does not matter, nor that a layer was frozen before."""
+    """A quarter more than once; when that was does not matter, nor that a layer was frozen
+    before."""
     for place in range(5):
         history = [reading(dead=0.1 if i == place else 0.6) for i in range(5)]
         assert kinds(judge(reading(dead=dead), history)) == said
@@ -126,7 +143,12 @@ def test_gradients_alone_must_say_it_four_times(before, said):
 
 def beneath(norm, rest, normalised, dead=0.9):
     """Layer 0, a module without parameters, layer 2, whose gradient is ``rest``."""
-    layers = Layer("0", norm, nonfinite=0.0, dead=dead), Layer("1"), Layer("2", rest, nonfinite=0.0), Layer("3", 1.0, nonfinite=0.0)
+    layers = (
+        Layer("0", norm, nonfinite=0.0, dead=dead),
+        Layer("1"),
+        Layer("2", rest, nonfinite=0.0),
+        Layer("3", 1.0, nonfinite=0.0),
+    )
     layers = tuple(Layer(**{**vars(layer), "activation_std": 1.0}) for layer in layers)
     return kinds(judge(Reading(1, 1.0, None, layers), [], normalised))
 
@@ -150,7 +172,12 @@ class Functional(nn.Module):
 
     def __init__(self, activation, out=50):
         super().__init__()
-        self.a, self.b, self.c, self.activation = nn.Linear(16, 32), nn.Linear(32, 32), nn.Linear(32, out), activation
+        self.a, self.b, self.c, self.activation = (
+            nn.Linear(16, 32),
+            nn.Linear(32, 32),
+            nn.Linear(32, out),
+            activation,
+        )
 
     def forward(self, x):
         return self.c(self.activation(self.b(self.activation(self.a(x)))))
@@ -160,7 +187,9 @@ class Functional(nn.Module):
 
 
 def sequential(activation=nn.ReLU):
-    return nn.Sequential(nn.Linear(16, 32), activation(), nn.Linear(32, 32), activation(), nn.Linear(32, 50))
+    return nn.Sequential(
+        nn.Linear(16, 32), activation(), nn.Linear(32, 32), activation(), nn.Linear(32, 50)
+    )
 
 
 class LinearReLU(nn.Linear):
@@ -182,7 +211,9 @@ NETWORKS = {
     "in place": lambda: sequential(lambda: nn.ReLU(inplace=True)),
     "relu6": lambda: sequential(nn.ReLU6),
     "relu6 in place": lambda: sequential(lambda: nn.ReLU6(inplace=True)),
-    "normalised": lambda: sequential(lambda: nn.Sequential(nn.BatchNorm1d(32), nn.ReLU(), nn.Dropout(0.1))),
+    "normalised": lambda: sequential(
+        lambda: nn.Sequential(nn.BatchNorm1d(32), nn.ReLU(), nn.Dropout(0.1))
+    ),
     "fused": lambda: fused(LinearActivation, activation="relu"),
     "fused relu6": lambda: fused(LinearActivation, activation="relu6"),
     "fused by another": lambda: fused(LinearReLU),
@@ -202,7 +233,9 @@ def one_asks(loss):
     def embedding(y):
         distance = y.square().sum(dim=1)
         least = distance.detach().sort().values
-        return nn.HingeEmbeddingLoss(margin=(least[0] + least[1]).item() / 2)(distance, -torch.ones(len(y)))
+        return nn.HingeEmbeddingLoss(margin=(least[0] + least[1]).item() / 2)(
+            distance, -torch.ones(len(y))
+        )
 
     def margin(y):
         target = y.argmax(dim=1)
@@ -243,13 +276,16 @@ def test_a_dead_layer_is_named_under_any_loss(network, loss):
     monitor = GradientMonitor(model, every=1)
     one_asks(loss)(model(x) + torch.randn(64, 50)).backward()
     verdicts = monitor.step().verdicts
-    assert kinds(v for v in verdicts if v.kind == "dead units") == [("dead units", monitor.names[monitor._modules.index(model[2])])]
+    assert kinds(v for v in verdicts if v.kind == "dead units") == [
+        ("dead units", monitor.names[monitor._modules.index(model[2])])
+    ]
 
 
 @pytest.mark.parametrize("conv", [nn.Conv1d, nn.Conv2d, nn.Conv3d])
 @pytest.mark.parametrize("batched", [True, False])
 def test_dead_channels(conv, batched):
-    """Of eight, six, while nothing arrives at any; the units stand in the second dimension, or in the first."""
+    """Of eight, six, while nothing arrives at any; the units stand in the second dimension, or in
+    the first."""
     dims = {nn.Conv1d: 1, nn.Conv2d: 2, nn.Conv3d: 3}[conv]
     model = nn.Sequential(conv(2, 8, 3), nn.ReLU(), conv(8, 3, 1))
     with torch.no_grad():
@@ -274,10 +310,13 @@ class Adapter(nn.Module):
 
 
 def test_layers_before_a_zero_one_are_not_dead():
-    """LoRA's start, and a head that starts at zero: nothing arrives yet. The sample is one, of one sign, as tokens with a mean are."""
+    """LoRA's start, and a head that starts at zero: nothing arrives yet. The sample is one, of one
+    sign, as tokens with a mean are."""
     adapted = nn.Sequential(Adapter(16, 16), nn.ReLU(), Adapter(16, 5))
     nn.init.uniform_(adapted[0].down.weight, -1, 0)
-    headed = nn.Sequential(nn.Linear(16, 16), nn.ReLU(), nn.Linear(16, 16), nn.Tanh(), nn.Linear(16, 5))
+    headed = nn.Sequential(
+        nn.Linear(16, 16), nn.ReLU(), nn.Linear(16, 16), nn.Tanh(), nn.Linear(16, 5)
+    )
     nn.init.zeros_(headed[4].weight)
     for model, silent in ((adapted, adapted[0].down), (headed, headed[2])):
         monitor = GradientMonitor(model, every=1)
@@ -290,7 +329,9 @@ def test_layers_before_a_zero_one_are_not_dead():
 
 def negative_heads(join):
     """Two heads under a hinge; no output of the first is ever positive, and nothing acts on it."""
-    model = nn.ModuleDict({"body": nn.Linear(16, 16), "first": nn.Linear(16, 20), "second": nn.Linear(16, 20)})
+    model = nn.ModuleDict(
+        {"body": nn.Linear(16, 16), "first": nn.Linear(16, 20), "second": nn.Linear(16, 20)}
+    )
 
     class Model(nn.Module):
         def __init__(self):
@@ -326,7 +367,8 @@ def test_a_head_that_is_called_by_itself():
 
 
 def test_a_unit_is_silent_in_a_whole_window():
-    """Its output moves in the first step alone. A checkpoint between the two knows of it; the next window does not."""
+    """Its output moves in the first step alone. A checkpoint between the two knows of it; the next
+    window does not."""
     model = nn.Sequential(nn.Linear(3, 4, bias=False), nn.Linear(4, 2))
     nn.init.zeros_(model[1].weight)
 
@@ -345,7 +387,8 @@ def test_a_unit_is_silent_in_a_whole_window():
 
 
 def test_a_checkpoint_knows_what_met_no_activation():
-    """The first layer, whose output is never positive, went straight into the second; the rest of the window leaves it out."""
+    """The first layer, whose output is never positive, went straight into the second; the rest of
+    the window leaves it out."""
     model = nn.Sequential(nn.Linear(3, 4, bias=False), nn.Linear(4, 2))
     nn.init.zeros_(model[1].weight)
     nn.init.uniform_(model[0].weight, -1, 0)
@@ -377,7 +420,9 @@ def test_a_checkpoint_that_calls_in_backward_does_not_turn_the_order():
         def __init__(self):
             super().__init__()
             self.first = nn.Linear(16, 16)
-            self.blocks = nn.ModuleList(nn.Sequential(nn.Linear(16, 16), nn.Sigmoid()) for _ in range(12))
+            self.blocks = nn.ModuleList(
+                nn.Sequential(nn.Linear(16, 16), nn.Sigmoid()) for _ in range(12)
+            )
             self.head = nn.Linear(16, 5)
 
         def forward(self, x):

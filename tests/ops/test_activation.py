@@ -1,4 +1,5 @@
-"""Activations beyond what the op database drives: extreme values, kinks, in place, layouts, dtypes and bad calls, all against stock."""
+"""Activations beyond what the op database drives: extreme values, kinks, in place, layouts, dtypes
+and bad calls, all against stock."""
 
 from __future__ import annotations
 
@@ -41,14 +42,25 @@ def stock(spec):
 
 
 @pytest.mark.parametrize(
-    ("name", "parameters"), [("hardtanh", (-0.4, 0.7)), ("threshold", (0.4, 0.1)), ("softshrink", (0.4,)), ("hardshrink", (0.4,))]
+    ("name", "parameters"),
+    [
+        ("hardtanh", (-0.4, 0.7)),
+        ("threshold", (0.4, 0.1)),
+        ("softshrink", (0.4,)),
+        ("hardshrink", (0.4,)),
+    ],
 )
 def test_a_bound_that_float32_does_not_hold(name, parameters, backend):
-    """Of float64, exactly at the bound and next to it. triton before 3.9 compares with the bound rounded to float32."""
+    """Of float64, exactly at the bound and next to it. triton before 3.9 compares with the bound
+    rounded to float32."""
     bounds = torch.tensor([-0.7, -0.4, 0.4, 0.7], dtype=torch.float64, device=DEVICE)
     x = torch.cat([bounds, bounds.nextafter(bounds * 2), bounds.nextafter(bounds * 0)])
     for ours, theirs in zip(
-        *(value_and_gradient(lambda v, m=m: getattr(m, name)(v, *parameters), x, {}) for m in (functional, F)), strict=True
+        *(
+            value_and_gradient(lambda v, m=m: getattr(m, name)(v, *parameters), x, {})
+            for m in (functional, F)
+        ),
+        strict=True,
     ):
         assert torch.equal(ours, theirs)
 
@@ -60,10 +72,13 @@ def value_and_gradient(function, x, kwargs, dy=None):
     return y.detach(), *torch.autograd.grad(y, x, torch.full_like(y, 0.75) if dy is None else dy)
 
 
-@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize(
+    "dtype", [torch.float64, torch.float32, torch.bfloat16, torch.float16], ids=str
+)
 @pytest.mark.parametrize(("spec", "kwargs"), CALLS)
 def test_extreme_values(spec, kwargs, dtype, backend):
-    """As near to the float64 truth as stock in the same dtype, and infinite or NaN just where the truth is."""
+    """As near to the float64 truth as stock in the same dtype, and infinite or NaN just where the
+    truth is."""
     far = [1e-3, 3.0, 10.0, 20.5, 30.0, 50.0, 88.8, 100.0, 1e4, INF]
     x = torch.tensor([-f for f in far] + [0.0, *far, NAN], dtype=dtype, device=DEVICE)
     truth = value_and_gradient(spec.reference, x.double(), kwargs)
@@ -72,9 +87,14 @@ def test_extreme_values(spec, kwargs, dtype, backend):
         truth[1][x.isinf()] = 0
     if spec.name == "hardswish":  # as does the oracle on a GPU
         truth[1][x.isinf()] = (x[x.isinf()] > 0).double()
-    if spec.name == "gelu" and backend == "aten" and ours[0][x == INF].isnan():  # stock's own: test_gelu_at_infinity
+    if (
+        spec.name == "gelu" and backend == "aten" and ours[0][x == INF].isnan()
+    ):  # stock's own: test_gelu_at_infinity
         below = x != INF
-        x, ours, theirs, truth = x[below], *([v[below] for v in pair] for pair in (ours, theirs, truth))
+        x, ours, theirs, truth = (
+            x[below],
+            *([v[below] for v in pair] for pair in (ours, theirs, truth)),
+        )
     if spec.name in (
         "relu6",
         "hardtanh",
@@ -84,9 +104,18 @@ def test_extreme_values(spec, kwargs, dtype, backend):
         x, ours, theirs, truth = x[:-1], *([v[:-1] for v in pair] for pair in (ours, theirs, truth))
     for our, their, true, what in zip(ours, theirs, truth, ("value", "gradient"), strict=True):
         true = true.to(dtype).double()
-        error, allowed = (our.double() - true).abs(), (their.double() - true).abs().nan_to_num(0, posinf=0)
-        good = (our == true) | (our.isnan() & true.isnan()) | (error <= allowed + 4 * torch.finfo(dtype).eps * true.abs().clamp_min(1))
-        assert good.all(), f"{what} at {x[~good].tolist()}: {our[~good].tolist()}, true {true[~good].tolist()}"
+        error, allowed = (
+            (our.double() - true).abs(),
+            (their.double() - true).abs().nan_to_num(0, posinf=0),
+        )
+        good = (
+            (our == true)
+            | (our.isnan() & true.isnan())
+            | (error <= allowed + 4 * torch.finfo(dtype).eps * true.abs().clamp_min(1))
+        )
+        assert good.all(), (
+            f"{what} at {x[~good].tolist()}: {our[~good].tolist()}, true {true[~good].tolist()}"
+        )
 
 
 def test_celu_with_a_negative_alpha(backend):
@@ -99,8 +128,13 @@ def test_celu_with_a_negative_alpha(backend):
 
 @pytest.mark.parametrize(("spec", "kwargs"), CALLS)
 def test_second_derivatives_at_kinks(spec, kwargs, backend):
-    """There too ours is stock's choice, and a second derivative that is 0 everywhere can be asked for."""
-    x = torch.tensor([-3, -1.2, -1, -0.5, -0.0, 0, 0.1, 0.5, 1, 1.2, 1.5, 3, 6, 20], dtype=torch.float64, device=DEVICE)
+    """There too ours is stock's choice, and a second derivative that is 0 everywhere can be asked
+    for."""
+    x = torch.tensor(
+        [-3, -1.2, -1, -0.5, -0.0, 0, 0.1, 0.5, 1, 1.2, 1.5, 3, 6, 20],
+        dtype=torch.float64,
+        device=DEVICE,
+    )
     weights = torch.linspace(0.5, 1.5, len(x), dtype=torch.float64, device=DEVICE)
     results = []
     for function in (spec.function, spec.reference):
@@ -114,7 +148,11 @@ def test_second_derivatives_at_kinks(spec, kwargs, backend):
 @pytest.mark.parametrize(("spec", "kwargs"), CALLS)
 def test_kinks(spec, kwargs, dtype, backend):
     """Where no derivative exists, ours is stock's choice."""
-    near = [v for k in (-3, -1.2, -1, -0.5, 0, 0.1, 0.5, 1, 1.2, 1.5, 3, 6) for v in (k - 1 / 16, k, k + 1 / 16)]
+    near = [
+        v
+        for k in (-3, -1.2, -1, -0.5, 0, 0.1, 0.5, 1, 1.2, 1.5, 3, 6)
+        for v in (k - 1 / 16, k, k + 1 / 16)
+    ]
     x = torch.tensor([*near, -0.0], dtype=torch.float64, device=DEVICE)
     if (
         dtype == torch.bfloat16
@@ -129,16 +167,21 @@ def test_kinks(spec, kwargs, dtype, backend):
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 def test_gelu_at_infinity(dtype, backend):
-    """Infinity. By ATen what stock gives, which is NaN where oneDNN computes it with AVX-512 (pytorch issue 185770)."""
+    """Infinity. By ATen what stock gives, which is NaN where oneDNN computes it with AVX-512
+    (pytorch issue 185770)."""
     x = torch.full((3,), INF, dtype=dtype, device=DEVICE)
     y, stocks = functional.gelu(x.requires_grad_()), F.gelu(x)
     assert (y == INF).all() or (backend == "aten" and y.isnan().all() and stocks.isnan().all())
 
 
 def test_stocks_hardsigmoid_gradient_is_one_sixth_in_float32(backend):
-    """ATen/native/cpu/Activation.cpp holds 1/6 as a float in every dtype (torch 2.13), so the spec's oracle is relu6(x + 3) / 6."""
+    """ATen/native/cpu/Activation.cpp holds 1/6 as a float in every dtype (torch 2.13), so the
+    spec's oracle is relu6(x + 3) / 6."""
     x = torch.zeros((), dtype=torch.float64, device=DEVICE)
-    ours, theirs = (value_and_gradient(f, x, {}, torch.ones_like(x))[1].item() for f in (functional.hardsigmoid, F.hardsigmoid))
+    ours, theirs = (
+        value_and_gradient(f, x, {}, torch.ones_like(x))[1].item()
+        for f in (functional.hardsigmoid, F.hardsigmoid)
+    )
     assert ours == 1 / 6
     if DEVICE == "cpu":
         assert theirs == torch.tensor(1 / 6).item() != 1 / 6
@@ -146,7 +189,8 @@ def test_stocks_hardsigmoid_gradient_is_one_sixth_in_float32(backend):
 
 @pytest.mark.parametrize("name", ["hardsigmoid", "hardswish"])
 def test_what_stands_for_aten_on_a_gpu(name):
-    """There ATEN's own multiplies by that float in float64 (tests/ops/test_gpu.py); what we put together is what a CPU gives, bit for bit."""
+    """There ATEN's own multiplies by that float in float64 (tests/ops/test_gpu.py); what we put
+    together is what a CPU gives, bit for bit."""
     x = torch.tensor([-4, -3, -2.9, -0.1, 0, 1e-3, 0.1, 2.9, 3, 4, INF, NAN], dtype=torch.float64)
     exact = activation_primitives._EXACT[name](x)
     torch.testing.assert_close(exact, getattr(F, name)(x), rtol=0, atol=0, equal_nan=True)
@@ -164,7 +208,9 @@ class TestInPlace:
             leaf = base.clone().requires_grad_()
             x = leaf * 1
             if name == "leaky_relu" and function is F.leaky_relu:
-                y = F.leaky_relu(x, IN_PLACE[name]["negative_slope"])  # stock refuses a negative slope in place
+                y = F.leaky_relu(
+                    x, IN_PLACE[name]["negative_slope"]
+                )  # stock refuses a negative slope in place
             else:
                 y = function(x, **kwargs)
                 assert y is x
@@ -202,7 +248,9 @@ class TestInPlace:
         with torch.no_grad():
             assert getattr(functional, name)(leaf, **IN_PLACE[name], inplace=True) is leaf
         assert leaf.requires_grad
-        torch.testing.assert_close(leaf.detach(), getattr(functional, name)(before, **IN_PLACE[name]), rtol=0, atol=0)
+        torch.testing.assert_close(
+            leaf.detach(), getattr(functional, name)(before, **IN_PLACE[name]), rtol=0, atol=0
+        )
 
     def test_the_version_moves(self, name, backend):
         x = torch.randn(4, device=DEVICE)
@@ -220,7 +268,9 @@ class TestInPlace:
         with torch.inference_mode():
             x = torch.randn(4, device=DEVICE)
             expected = getattr(functional, name)(x, **IN_PLACE[name])
-            assert torch.equal(getattr(functional, name)(x, **IN_PLACE[name], inplace=True), expected)
+            assert torch.equal(
+                getattr(functional, name)(x, **IN_PLACE[name], inplace=True), expected
+            )
 
     def test_under_a_transform(self, name, backend):
         x = torch.randn(3, 4, dtype=torch.float64, device=DEVICE)
@@ -231,10 +281,16 @@ class TestInPlace:
 
         expected = torch.vmap(torch.func.grad(lambda v: function(v, **IN_PLACE[name]).sum()))(x)
         torch.testing.assert_close(torch.vmap(torch.func.grad(in_place))(x), expected)
-        torch.testing.assert_close(torch.func.jvp(in_place, (x[0],), (x[1],))[1], (expected[0] * x[1]).sum())
+        torch.testing.assert_close(
+            torch.func.jvp(in_place, (x[0],), (x[1],))[1], (expected[0] * x[1]).sum()
+        )
 
     def test_the_module_honours_it(self, name, backend):
-        module = next(m for m in map(nn.__dict__.get, nn.__all__) if m.__name__.lower() == name.replace("_", ""))
+        module = next(
+            m
+            for m in map(nn.__dict__.get, nn.__all__)
+            if m.__name__.lower() == name.replace("_", "")
+        )
         arguments = IN_PLACE[name]
         x = torch.randn(5, device=DEVICE)
         expected = module(**arguments)(x)
@@ -247,7 +303,9 @@ class TestInPlace:
 def test_in_place_keeps_a_copy_only_where_backward_needs_the_input(name, kwargs, copies, backend):
     x = torch.randn(5, device=DEVICE, requires_grad=True) * 1
     kept = []
-    with torch.autograd.graph.saved_tensors_hooks(lambda t: kept.append(t.data_ptr()) or t, lambda t: t):
+    with torch.autograd.graph.saved_tensors_hooks(
+        lambda t: kept.append(t.data_ptr()) or t, lambda t: t
+    ):
         getattr(functional, name)(x, **kwargs, inplace=True)
     assert len(kept) == 1
     assert (kept[0] != x.data_ptr()) == copies
@@ -262,7 +320,9 @@ def test_underscored_names_write_in_place(name, backend):
     torch.testing.assert_close(x, expected)
 
 
-@pytest.mark.parametrize("dtype", [torch.int64, torch.int8, torch.uint8, torch.bool, torch.complex64], ids=str)
+@pytest.mark.parametrize(
+    "dtype", [torch.int64, torch.int8, torch.uint8, torch.bool, torch.complex64], ids=str
+)
 @pytest.mark.parametrize("spec", SPECS, ids=str)
 def test_other_dtypes_do_as_stock(spec, dtype, backend):
     """An integer or complex tensor gives stock's result and gradient, or stock's error."""
@@ -278,26 +338,37 @@ def test_other_dtypes_do_as_stock(spec, dtype, backend):
     assert result.dtype == expected.dtype
     torch.testing.assert_close(result, expected)
     if dtype.is_complex:
-        torch.testing.assert_close(*(torch.autograd.grad(y.abs().sum(), x)[0] for y in (result, expected)))
+        torch.testing.assert_close(
+            *(torch.autograd.grad(y.abs().sum(), x)[0] for y in (result, expected))
+        )
 
 
 @pytest.mark.filterwarnings("ignore:The PyTorch API of nested tensors")
 @pytest.mark.parametrize("layout", [torch.strided, torch.jagged], ids=str)
-@pytest.mark.parametrize("function", ["relu", "gelu", "silu", "relu in place", "softmax", "linear", "linear_activation"])
+@pytest.mark.parametrize(
+    "function", ["relu", "gelu", "silu", "relu in place", "softmax", "linear", "linear_activation"]
+)
 def test_rows_of_several_lengths_do_as_stock(function, layout, backend):
-    rows, weight = [torch.randn(2, 4, device=DEVICE), torch.randn(3, 4, device=DEVICE)], torch.randn(5, 4, device=DEVICE)
+    rows, weight = (
+        [torch.randn(2, 4, device=DEVICE), torch.randn(3, 4, device=DEVICE)],
+        torch.randn(5, 4, device=DEVICE),
+    )
     calls = {
         "relu in place": lambda module, x: module.relu(x + x, inplace=True),
         "softmax": lambda module, x: module.softmax(x, -1),
         "linear": lambda module, x: module.linear(x, weight),
         "linear_activation": lambda module, x: (
-            module.linear_activation(x, weight) if module is functional else module.relu(module.linear(x, weight))
+            module.linear_activation(x, weight)
+            if module is functional
+            else module.relu(module.linear(x, weight))
         ),
     }
     results = []
     for module in (functional, F):
         x = torch.nested.nested_tensor(rows, layout=layout, requires_grad=True)
-        y = calls.get(function, lambda module, x: getattr(module, function)(x))(module, x).to_padded_tensor(0.0)
+        y = calls.get(function, lambda module, x: getattr(module, function)(x))(
+            module, x
+        ).to_padded_tensor(0.0)
         results.append((y, torch.autograd.grad(y.square().sum(), x)[0].to_padded_tensor(0.0)))
     torch.testing.assert_close(*results)
 
@@ -319,7 +390,9 @@ def test_strides_are_stocks(spec, kwargs, x, backend):
     x = x.to(DEVICE)
     dy = transposed(torch.randn(x.shape, device=DEVICE))
     ours, theirs = (value_and_gradient(f, x, kwargs, dy) for f in (spec.function, spec.reference))
-    if spec.name != "logsigmoid":  # stock's makes its input contiguous; ours keeps the strides as all others do
+    if (
+        spec.name != "logsigmoid"
+    ):  # stock's makes its input contiguous; ours keeps the strides as all others do
         assert ours[0].stride() == theirs[0].stride()
     for our, their in zip(ours, theirs, strict=True):
         torch.testing.assert_close(our, their, rtol=2e-6, atol=2e-6)
@@ -332,7 +405,9 @@ def test_sizes_at_the_edges_of_a_block(name, size, backend):
     buffer = torch.randn(size + 64, dtype=torch.float64, device=DEVICE)
     after = buffer[size:].clone()
     dy = torch.randn(size, dtype=torch.float64, device=DEVICE)
-    ours, theirs = (value_and_gradient(getattr(m, name), buffer[:size], {}, dy) for m in (functional, F))
+    ours, theirs = (
+        value_and_gradient(getattr(m, name), buffer[:size], {}, dy) for m in (functional, F)
+    )
     for our, their in zip(ours, theirs, strict=True):
         torch.testing.assert_close(our, their, rtol=1e-9, atol=1e-11)
     getattr(functional, name)(buffer[:size], inplace=True)
@@ -355,8 +430,12 @@ def test_any_shape_layout_and_value(name, kwargs, special, backend_):
     @given(data=st.data())
     def check(data):
         x = data.draw(tensors(special=special)).to(DEVICE)
-        dy = data.draw(layouts(x.dim()))(torch.linspace(-2, 1, x.numel(), dtype=x.dtype).view(x.shape).to(DEVICE))
-        ours, theirs = (value_and_gradient(getattr(m, name), x, kwargs, dy) for m in (functional, F))
+        dy = data.draw(layouts(x.dim()))(
+            torch.linspace(-2, 1, x.numel(), dtype=x.dtype).view(x.shape).to(DEVICE)
+        )
+        ours, theirs = (
+            value_and_gradient(getattr(m, name), x, kwargs, dy) for m in (functional, F)
+        )
         assert ours[0].stride() == theirs[0].stride()
         for our, their in zip(ours, theirs, strict=True):
             torch.testing.assert_close(our, their, rtol=1e-9, atol=1e-11, equal_nan=True)
@@ -415,17 +494,23 @@ def test_the_list_is_complete():
 
 
 def test_small_gradients_keep_their_digits(backend):
-    """tanhshrink' is about x² near 0: a tanh that is only as exact as its largest value would lose it."""
+    """tanhshrink' is about x² near 0: a tanh that is only as exact as its largest value would lose
+    it."""
     x = torch.logspace(-4, 0, 9, dtype=torch.float32, device=DEVICE).requires_grad_()
     (grad,) = torch.autograd.grad(functional.tanhshrink(x), x, torch.ones_like(x))
-    torch.testing.assert_close(grad.double(), x.detach().double().tanh().square(), rtol=1e-6, atol=0)
+    torch.testing.assert_close(
+        grad.double(), x.detach().double().tanh().square(), rtol=1e-6, atol=0
+    )
 
 
 @pytest.mark.parametrize("module", [torch.nn.ReLU6, torch.nn.Hardtanh])
 @pytest.mark.parametrize("inplace", [False, True])
 def test_outputs_that_torch_lets_change_in_place(module, inplace):
-    """MobileNet's order: torch keeps the input of these two, so that what follows may write over their output."""
-    model = torch.nn.Sequential(torch.nn.Linear(4, 4), module(inplace=inplace), torch.nn.Dropout(0.5, inplace=True))
+    """MobileNet's order: torch keeps the input of these two, so that what follows may write over
+    their output."""
+    model = torch.nn.Sequential(
+        torch.nn.Linear(4, 4), module(inplace=inplace), torch.nn.Dropout(0.5, inplace=True)
+    )
     x, found = torch.randn(3, 4), []
     for of in (model, convert(copy.deepcopy(model))):
         torch.manual_seed(0)

@@ -52,7 +52,10 @@ def test_the_forced_implementation_is_the_one_that_runs(forced, monkeypatch):
     operator = library.primitive(
         "twice(Tensor x) -> Tensor",
         library=scratch,
-        **{name: lambda x, name=name: called.append(name) or 2 * x for name in ("formula", "aten", "triton")},
+        **{
+            name: lambda x, name=name: called.append(name) or 2 * x
+            for name in ("formula", "aten", "triton")
+        },
     )
     with use_backend(forced):
         operator(torch.ones(3, device=DEVICE))
@@ -63,7 +66,9 @@ def test_the_forced_implementation_is_the_one_that_runs(forced, monkeypatch):
 def test_kernels_refuse_tensors_of_another_device(monkeypatch):
     with use_backend("triton"):
         monkeypatch.setenv("TRITON_INTERPRET", "0")
-        with pytest.raises(RuntimeError, match=r"'triton' cannot run on cpu tensors: .* set TRITON_INTERPRET=1"):
+        with pytest.raises(
+            RuntimeError, match=r"'triton' cannot run on cpu tensors: .* set TRITON_INTERPRET=1"
+        ):
             functional.relu(torch.ones(3))
     assert selection.why_not("triton", "cuda") is None
 
@@ -107,9 +112,7 @@ def test_without_gpu_and_interpreter():
 
 @pytest.mark.skipif(why_not("triton", DEVICE) is not None, reason="triton is not installed")
 def test_triton_is_imported_when_a_kernel_is_wanted_and_not_before():
-    code = (
-        "import sys, torch, custom_backprop as c\nc.functional.relu(torch.ones(2))\nprint('custom_backprop.triton_kernels' in sys.modules)"
-    )
+    code = "import sys, torch, custom_backprop as c\nc.functional.relu(torch.ones(2))\nprint('custom_backprop.triton_kernels' in sys.modules)"
     assert python(code) == "False\n"
 
 
@@ -120,5 +123,10 @@ def test_the_kernels_of_another_checkout_are_not_taken_for_ours(tmp_path):
     (other / "__init__.py").touch()
     own = Path(kernels_module.__file__).parents[2] / "triton_kernels" / "__init__.py"
     for file, ours in ((own, True), (other / "__init__.py", False)):
-        assert kernels_module._is_ours(importlib.util.spec_from_file_location(kernels_module.NAME, file)) is ours
+        assert (
+            kernels_module._is_ours(
+                importlib.util.spec_from_file_location(kernels_module.NAME, file)
+            )
+            is ours
+        )
     assert not kernels_module._is_ours(None)

@@ -1,4 +1,5 @@
-"""Triplet margin and InfoNCE beyond what the op database drives: several chunks and tiles, ties and zeros, broadcasts, bad calls."""
+"""Triplet margin and InfoNCE beyond what the op database drives: several chunks and tiles, ties and
+zeros, broadcasts, bad calls."""
 
 from __future__ import annotations
 
@@ -20,7 +21,9 @@ def compare(ours, stock, tensors, *, rtol=1e-9, atol=1e-10):
     for function in (ours, stock):
         leaves = [t.detach().to(DEVICE).requires_grad_() for t in tensors]
         y = function(*leaves)
-        dy = torch.randn(y.shape, generator=torch.Generator().manual_seed(5), dtype=y.dtype).to(DEVICE)
+        dy = torch.randn(y.shape, generator=torch.Generator().manual_seed(5), dtype=y.dtype).to(
+            DEVICE
+        )
         found.append([y, *torch.autograd.grad(y, leaves, dy)])
     for mine, theirs in zip(*found, strict=True):
         assert mine.dtype == theirs.dtype
@@ -40,7 +43,10 @@ def normal(*shape):
 @pytest.mark.parametrize("shape", [(37, 5), (3, 1025)], ids=str)
 def test_triplet_sizes_and_orders(shape, swap, p, backend):
     options = {"p": p, "swap": swap, "margin": 0.7, "reduction": "none"}
-    ours, stock = triplets(functional.triplet_margin_loss, **options), triplets(F.triplet_margin_loss, **options)
+    ours, stock = (
+        triplets(functional.triplet_margin_loss, **options),
+        triplets(F.triplet_margin_loss, **options),
+    )
     compare(ours, stock, [normal(*shape) for _ in range(3)])
 
 
@@ -50,24 +56,37 @@ def test_triplet_in_chunks(monkeypatch, backend):
     for reduction in ("none", "mean", "sum"):
         for swap in (False, True):
             options = {"swap": swap, "margin": 2.0, "reduction": reduction}
-            ours, stock = triplets(functional.triplet_margin_loss, **options), triplets(F.triplet_margin_loss, **options)
+            ours, stock = (
+                triplets(functional.triplet_margin_loss, **options),
+                triplets(F.triplet_margin_loss, **options),
+            )
             compare(ours, stock, [normal(3, 3, 5) for _ in range(3)])
 
 
 @pytest.mark.parametrize(
     "shapes",
-    [((4, 1), (4, 3), (1, 3)), ((1, 1), (4, 1), (4, 3)), ((4, 3), (1, 1), (1, 1)), ((2, 1, 3), (1, 5, 3), (2, 5, 1)), ((), (), ())],
+    [
+        ((4, 1), (4, 3), (1, 3)),
+        ((1, 1), (4, 1), (4, 3)),
+        ((4, 3), (1, 1), (1, 1)),
+        ((2, 1, 3), (1, 5, 3), (2, 5, 1)),
+        ((), (), ()),
+    ],
     ids=str,
 )
 def test_triplet_broadcasts_as_stock(shapes, backend):
     options = {"swap": True, "margin": 3.0, "reduction": "none"}
-    ours, stock = triplets(functional.triplet_margin_loss, **options), triplets(F.triplet_margin_loss, **options)
+    ours, stock = (
+        triplets(functional.triplet_margin_loss, **options),
+        triplets(F.triplet_margin_loss, **options),
+    )
     compare(ours, stock, [normal(*shape) for shape in shapes])
 
 
 @pytest.mark.parametrize("p", [1, 2, 3, math.inf])
 def test_triplet_at_kinks_and_ties(p, backend):
-    """Distances of 0, a negative as near as the positive, components that tie, a hinge of exactly 0."""
+    """Distances of 0, a negative as near as the positive, components that tie, a hinge of exactly
+    0."""
     a = torch.zeros(5, 2, dtype=torch.float64)
     p_ = torch.tensor([[0.0, 0], [1, 1], [1, 0], [2, -2], [0, 0]], dtype=torch.float64)
     n = torch.tensor([[0.0, 0], [1, 1], [0, 1], [-2, 2], [1, 0]], dtype=torch.float64)
@@ -77,13 +96,19 @@ def test_triplet_at_kinks_and_ties(p, backend):
         a, p_, n = a[:-1], p_[:-1], n[:-1]
     for swap in (False, True):
         options = {"p": p, "swap": swap, "eps": 0.0, "reduction": "none"}
-        compare(triplets(functional.triplet_margin_loss, **options), triplets(F.triplet_margin_loss, **options), [a, p_, n])
+        compare(
+            triplets(functional.triplet_margin_loss, **options),
+            triplets(F.triplet_margin_loss, **options),
+            [a, p_, n],
+        )
 
 
 def test_triplet_norm_of_no_order_is_stocks(backend):
     options = {"p": -1.0, "reduction": "sum"}
     compare(
-        triplets(functional.triplet_margin_loss, **options), triplets(F.triplet_margin_loss, **options), [normal(3, 2) for _ in range(3)]
+        triplets(functional.triplet_margin_loss, **options),
+        triplets(F.triplet_margin_loss, **options),
+        [normal(3, 2) for _ in range(3)],
     )
 
 
@@ -93,10 +118,16 @@ def test_triplets_of_integers_are_stocks(backend):
 
 
 @pytest.mark.parametrize(("rows", "width"), [(1, 1), (33, 3), (70, 40)])
-@pytest.mark.parametrize("options", [{}, {"symmetric": True}, {"symmetric": True, "reduction": "none"}, {"normalize": False}], ids=str)
+@pytest.mark.parametrize(
+    "options",
+    [{}, {"symmetric": True}, {"symmetric": True, "reduction": "none"}, {"normalize": False}],
+    ids=str,
+)
 def test_info_nce_sizes(rows, width, options, backend):
     compare(
-        lambda *t: functional.info_nce(*t, **options), lambda *t: stock_info_nce(*t, **options), [normal(rows, width), normal(rows, width)]
+        lambda *t: functional.info_nce(*t, **options),
+        lambda *t: stock_info_nce(*t, **options),
+        [normal(rows, width), normal(rows, width)],
     )
 
 
@@ -112,17 +143,25 @@ def test_info_nce_in_chunks(monkeypatch, backend):
 
 
 def test_info_nce_rows_longer_than_a_block(backend):
-    compare(functional.info_nce, stock_info_nce, [normal(2, 1030), normal(2, 1030), normal(3, 1030)])
+    compare(
+        functional.info_nce, stock_info_nce, [normal(2, 1030), normal(2, 1030), normal(3, 1030)]
+    )
     compare(functional.info_nce, stock_info_nce, [normal(2, 3), normal(2, 3), normal(1100, 3)])
 
 
 @pytest.mark.parametrize("symmetric", [False, True])
 def test_info_nce_of_great_logits(symmetric, backend):
-    """Logits of 1e4: the statistics of a row are its largest and the rest, whose sum would lose what the loss is made of."""
+    """Logits of 1e4: the statistics of a row are its largest and the rest, whose sum would lose
+    what the loss is made of."""
     q, k = 100 * torch.randn(6, 4), 100 * torch.randn(6, 4)
     options = {"temperature": 1.0, "normalize": False, "symmetric": symmetric}
     exact = stock_info_nce(q.double(), k.double(), **options)
-    torch.testing.assert_close(functional.info_nce(q.to(DEVICE), k.to(DEVICE), **options).double().cpu(), exact, rtol=1e-5, atol=0)
+    torch.testing.assert_close(
+        functional.info_nce(q.to(DEVICE), k.to(DEVICE), **options).double().cpu(),
+        exact,
+        rtol=1e-5,
+        atol=0,
+    )
 
 
 def test_info_nce_of_a_zero_vector(backend):
@@ -142,7 +181,10 @@ def test_info_nce_keeps_one_number_a_pair():
 
 
 def test_info_nce_modules_repr():
-    assert repr(nn.InfoNCELoss(0.5)) == "InfoNCELoss(temperature=0.5, symmetric=False, normalize=True, reduction='mean')"
+    assert (
+        repr(nn.InfoNCELoss(0.5))
+        == "InfoNCELoss(temperature=0.5, symmetric=False, normalize=True, reduction='mean')"
+    )
 
 
 X = torch.ones(2, 3)
@@ -193,13 +235,18 @@ def test_the_maximum_norm_keeps_a_nan(backend):
     """In the maximum of a row a NaN is easily passed over."""
     a = torch.tensor([[float("nan"), 1.0, 2.0], [1.0, 2.0, 3.0]], device=DEVICE, requires_grad=True)
     p, n = torch.zeros(2, 3, device=DEVICE), torch.ones(2, 3, device=DEVICE)
-    ours, theirs = (m.triplet_margin_loss(a, p, n, p=float("inf"), reduction="none") for m in (functional, torch.nn.functional))
+    ours, theirs = (
+        m.triplet_margin_loss(a, p, n, p=float("inf"), reduction="none")
+        for m in (functional, torch.nn.functional)
+    )
     torch.testing.assert_close(ours, theirs, equal_nan=True)
 
 
 def test_a_temperature_that_is_learned(backend):
     """CLIP's: the gradient of τ is that of a similarity divided by it."""
-    q, k = (torch.randn(5, 4, dtype=torch.float64, device=DEVICE, requires_grad=True) for _ in range(2))
+    q, k = (
+        torch.randn(5, 4, dtype=torch.float64, device=DEVICE, requires_grad=True) for _ in range(2)
+    )
     tau = torch.tensor(0.3, dtype=torch.float64, device=DEVICE, requires_grad=True)
     ours = functional.info_nce(q, k, temperature=tau)
     s = torch.nn.functional.normalize(q, dim=1) @ torch.nn.functional.normalize(k, dim=1).T / tau
@@ -213,7 +260,9 @@ def test_info_nce_compiled_for_several_shapes_and_temperatures():
     loss = torch.compile(functional.info_nce, fullgraph=True, backend="aot_eager")
     for rows, temperature in ((4, 0.5), (6, 0.4), (8, 0.3)):
         q, k = torch.randn(rows, 3, device=DEVICE), torch.randn(rows, 3, device=DEVICE)
-        torch.testing.assert_close(loss(q, k, temperature=temperature), functional.info_nce(q, k, temperature=temperature))
+        torch.testing.assert_close(
+            loss(q, k, temperature=temperature), functional.info_nce(q, k, temperature=temperature)
+        )
 
 
 @pytest.mark.parametrize("temperature", [0.0, -1.0, float("inf"), float("nan")])

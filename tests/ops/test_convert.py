@@ -16,12 +16,18 @@ from custom_backprop.convert import DROP_INS
 def model():
     torch.manual_seed(0)
     stock = torch.nn
-    block = stock.Sequential(stock.Linear(6, 8), stock.GELU(approximate="tanh"), stock.Dropout(0.0), stock.LayerNorm(8))
-    return stock.Sequential(block, stock.LeakyReLU(0.3), stock.Linear(8, 3, bias=False), stock.Softmax(dim=-1)).double()
+    block = stock.Sequential(
+        stock.Linear(6, 8), stock.GELU(approximate="tanh"), stock.Dropout(0.0), stock.LayerNorm(8)
+    )
+    return stock.Sequential(
+        block, stock.LeakyReLU(0.3), stock.Linear(8, 3, bias=False), stock.Softmax(dim=-1)
+    ).double()
 
 
 def test_every_drop_in_is_known():
-    assert {DROP_INS[getattr(torch.nn, n)] for n in nn.__all__ if hasattr(torch.nn, n)} == set(DROP_INS.values())
+    assert {DROP_INS[getattr(torch.nn, n)] for n in nn.__all__ if hasattr(torch.nn, n)} == set(
+        DROP_INS.values()
+    )
     assert all(issubclass(ours, stock) for stock, ours in DROP_INS.items())
     assert DROP_INS[torch.nn.Linear] is nn.Linear
 
@@ -43,7 +49,9 @@ def test_classes_change_and_nothing_else():
         (y * w).sum().backward()
         outputs.append(y)
     torch.testing.assert_close(outputs[1], outputs[0])
-    torch.testing.assert_close([p.grad for p in ours.parameters()], [p.grad for p in stock.parameters()])
+    torch.testing.assert_close(
+        [p.grad for p in ours.parameters()], [p.grad for p in stock.parameters()]
+    )
     assert calls == [1]
 
 
@@ -90,15 +98,33 @@ def test_not_a_module():
 
 
 def test_a_converted_model_is_traced_by_fx():
-    layers = torch.nn.Linear(4, 4), torch.nn.ReLU(inplace=True), torch.nn.PReLU(), torch.nn.GELU(), torch.nn.Softmax(dim=-1)
+    layers = (
+        torch.nn.Linear(4, 4),
+        torch.nn.ReLU(inplace=True),
+        torch.nn.PReLU(),
+        torch.nn.GELU(),
+        torch.nn.Softmax(dim=-1),
+    )
     model, x = torch.nn.Sequential(*layers, torch.nn.Linear(4, 2)), torch.randn(3, 4)
     expected = torch.autograd.grad(model(x).square().sum(), list(model.parameters()))
     traced = torch.fx.symbolic_trace(custom_backprop.convert(model))
     found = dict(
-        zip(dict(traced.named_parameters()), torch.autograd.grad(traced(x).square().sum(), list(traced.parameters())), strict=True)
+        zip(
+            dict(traced.named_parameters()),
+            torch.autograd.grad(traced(x).square().sum(), list(traced.parameters())),
+            strict=True,
+        )
     )
-    torch.testing.assert_close([found[name] for name, _ in model.named_parameters()], list(expected))
-    assert {n.target.__name__ for n in traced.graph.nodes if n.op == "call_function"} >= {"Linear", "activate_", "PReLU", "gelu", "apply"}
+    torch.testing.assert_close(
+        [found[name] for name, _ in model.named_parameters()], list(expected)
+    )
+    assert {n.target.__name__ for n in traced.graph.nodes if n.op == "call_function"} >= {
+        "Linear",
+        "activate_",
+        "PReLU",
+        "gelu",
+        "apply",
+    }
 
 
 def test_types_that_override_torchs_functions_hear_of_ours():

@@ -1,4 +1,5 @@
-"""nll_loss and cross_entropy against stock, on every backend: what the op database's small samples do not meet."""
+"""nll_loss and cross_entropy against stock, on every backend: what the op database's small samples
+do not meet."""
 
 from __future__ import annotations
 
@@ -37,16 +38,28 @@ def weights(n, dtype=torch.float64):
 
 
 def agree(name, args, rtol=1e-9, atol=1e-11, dy=None, **options):
-    """Ours against stock in float64: the loss, and the gradients of all that requires grad, under a random dy."""
+    """Ours against stock in float64: the loss, and the gradients of all that requires grad, under a
+    random dy."""
     found = []
     for f, dtype in ((getattr(functional, name), None), (getattr(F, name), torch.float64)):
-        cast = {k: v.to(dtype) if isinstance(v, torch.Tensor) and dtype else v for k, v in options.items()}
+        cast = {
+            k: v.to(dtype) if isinstance(v, torch.Tensor) and dtype else v
+            for k, v in options.items()
+        }
         given = [a.to(dtype or a.dtype) if a.is_floating_point() else a for a in args]
-        given = [a.contiguous() for a in given] if dtype else given  # stock's nll_loss of 4-D raises in backward where x is not
-        leaves = [a.detach().requires_grad_(b.requires_grad) for a, b in zip(given, args, strict=True)]
+        given = (
+            [a.contiguous() for a in given] if dtype else given
+        )  # stock's nll_loss of 4-D raises in backward where x is not
+        leaves = [
+            a.detach().requires_grad_(b.requires_grad) for a, b in zip(given, args, strict=True)
+        ]
         loss = f(*leaves, **cast)
         torch.manual_seed(5)
-        weight = torch.randn(loss.shape, dtype=torch.float64).to(loss) if dy is None else torch.full_like(loss, dy)
+        weight = (
+            torch.randn(loss.shape, dtype=torch.float64).to(loss)
+            if dy is None
+            else torch.full_like(loss, dy)
+        )
         grads = torch.autograd.grad(loss, [leaf for leaf in leaves if leaf.requires_grad], weight)
         found.append((loss.detach().double(), *(g.double() for g in grads)))
     torch.testing.assert_close(*found, rtol=rtol, atol=atol, equal_nan=True)
@@ -63,7 +76,9 @@ def test_the_weight_of_an_ignored_class_is_not_read(name, reduction, backend):
 
 
 @each_name
-@pytest.mark.parametrize("options", [{}, {"weight": torch.tensor([0.5, 2.0, 1.0], dtype=torch.float64)}])
+@pytest.mark.parametrize(
+    "options", [{}, {"weight": torch.tensor([0.5, 2.0, 1.0], dtype=torch.float64)}]
+)
 def test_all_ignored_is_a_loss_of_nan_and_no_gradient(name, options, backend):
     options = {k: v.to(DEVICE) for k, v in options.items()}
     x, target = logits(5, 3), classes(5, high=3, ignored=1.0)
@@ -82,7 +97,11 @@ def test_no_rows(name, shape, backend):
         agree(name, (logits(*shape), target), reduction=reduction)
     if name == "cross_entropy":
         for reduction in ("none", "mean", "sum"):
-            agree(name, (logits(*shape), torch.rand(shape, device=DEVICE, dtype=torch.float64)), reduction=reduction)
+            agree(
+                name,
+                (logits(*shape), torch.rand(shape, device=DEVICE, dtype=torch.float64)),
+                reduction=reduction,
+            )
 
 
 def test_no_classes():
@@ -106,7 +125,9 @@ def test_each_row_has_its_own_dy(name, backend):
     agree(name, (logits(2, 5, 3), classes(2, 3, high=5)), reduction="none", weight=weights(5))
 
 
-@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize(
+    "dtype", [torch.float64, torch.float32, torch.bfloat16, torch.float16], ids=str
+)
 def test_logits_are_not_overwritten(dtype, backend):
     x, target = logits(9, 5, dtype=dtype), classes(9, high=5)
     before, version = x.detach().clone(), x._version
@@ -135,7 +156,13 @@ def test_infinite_logits_give_what_stock_gives(keep, backend):
     x[4, 2] = torch.inf
     for rows in ([0], [1], [2], [0, 2, 5], [3], [4]):
         for options in ({}, {"label_smoothing": 0.1}):
-            agree("cross_entropy", (x[rows].requires_grad_(), target[rows]), reduction=keep, dy=1.0, **options)
+            agree(
+                "cross_entropy",
+                (x[rows].requires_grad_(), target[rows]),
+                reduction=keep,
+                dy=1.0,
+                **options,
+            )
 
 
 @pytest.mark.parametrize(
@@ -145,7 +172,13 @@ def test_infinite_logits_give_what_stock_gives(keep, backend):
 def test_smoothing_weight_and_ignored(smoothing, weighted, ignored, reduction, backend):
     weight = weights(4) if weighted else None
     target = classes(5, high=4, ignored=ignored)
-    agree("cross_entropy", (logits(5, 4), target), label_smoothing=smoothing, weight=weight, reduction=reduction)
+    agree(
+        "cross_entropy",
+        (logits(5, 4), target),
+        label_smoothing=smoothing,
+        weight=weight,
+        reduction=reduction,
+    )
 
 
 @each_name
@@ -160,7 +193,11 @@ def test_dimensions(name, shape, reduction, backend):
         torch.testing.assert_close(f(target.view(1)), f(target), rtol=0, atol=0)
     order = (0, *range(2, len(shape)), 1) if len(shape) > 1 else (0,)
     agree(name, (permuted(x.detach(), order).requires_grad_(), target), reduction=reduction)
-    agree(name, (gapped(x.detach(), len(shape) - 1, 2, 1).requires_grad_(), target), reduction=reduction)
+    agree(
+        name,
+        (gapped(x.detach(), len(shape) - 1, 2, 1).requires_grad_(), target),
+        reduction=reduction,
+    )
 
 
 def test_the_gradient_has_the_layout_of_the_logits(backend):
@@ -178,28 +215,50 @@ def test_probabilities(shape, reduction, backend):
     q = torch.rand(shape, dtype=torch.float64, device=DEVICE)
     for wanted in (True, False):
         for options in ({}, {"weight": weights(4), "label_smoothing": 0.2}):
-            agree("cross_entropy", (logits(*shape), q.clone().requires_grad_(wanted)), reduction=reduction, **options)
+            agree(
+                "cross_entropy",
+                (logits(*shape), q.clone().requires_grad_(wanted)),
+                reduction=reduction,
+                **options,
+            )
     target = permuted(q, tuple(reversed(range(q.dim())))).requires_grad_()
     agree("cross_entropy", (logits(*shape), target), reduction=reduction)
 
 
 def test_probabilities_alone_are_differentiated(backend):
-    agree("cross_entropy", (logits(3, 4).detach(), torch.rand(3, 4, dtype=torch.float64, device=DEVICE).requires_grad_()))
+    agree(
+        "cross_entropy",
+        (
+            logits(3, 4).detach(),
+            torch.rand(3, 4, dtype=torch.float64, device=DEVICE).requires_grad_(),
+        ),
+    )
 
 
 def test_the_weight_has_a_gradient_beside_probabilities(backend):
     x, q = logits(3, 4, 2), torch.rand(3, 4, 2, dtype=torch.float64, device=DEVICE)
     weight = weights(4).requires_grad_()
-    grads = [torch.autograd.grad(f(x, q, weight, label_smoothing=0.1), (x, weight)) for f in (functional.cross_entropy, F.cross_entropy)]
+    grads = [
+        torch.autograd.grad(f(x, q, weight, label_smoothing=0.1), (x, weight))
+        for f in (functional.cross_entropy, F.cross_entropy)
+    ]
     torch.testing.assert_close(*grads)
 
 
 @pytest.mark.parametrize(
-    ("x", "q"), [(torch.float32, torch.float64), (torch.float32, torch.float16), (torch.bfloat16, torch.float32)], ids=str
+    ("x", "q"),
+    [
+        (torch.float32, torch.float64),
+        (torch.float32, torch.float16),
+        (torch.bfloat16, torch.float32),
+    ],
+    ids=str,
 )
 def test_probabilities_of_another_dtype(x, q, backend):
     logits_, target = logits(3, 4, dtype=x), torch.rand(3, 4, device=DEVICE).to(q)
-    ours, stock = (f(logits_, target, reduction="sum") for f in (functional.cross_entropy, F.cross_entropy))
+    ours, stock = (
+        f(logits_, target, reduction="sum") for f in (functional.cross_entropy, F.cross_entropy)
+    )
     assert ours.dtype == stock.dtype
     torch.testing.assert_close(ours, stock, rtol=1e-2 if x == torch.bfloat16 else 1e-5, atol=0)
     assert torch.autograd.grad(ours, logits_)[0].dtype == x
@@ -209,18 +268,33 @@ def test_probabilities_of_another_dtype(x, q, backend):
 def test_a_wide_row(reduction, backend):
     x, target = logits(2, 70001, dtype=torch.float32), classes(2, high=70001)
     agree("cross_entropy", (x, target), rtol=1e-4, atol=1e-7, reduction=reduction)
-    agree("cross_entropy", (x, target), rtol=1e-4, atol=1e-7, reduction=reduction, label_smoothing=0.1)
+    agree(
+        "cross_entropy", (x, target), rtol=1e-4, atol=1e-7, reduction=reduction, label_smoothing=0.1
+    )
 
 
 def test_many_chunks_on_a_cpu():
     """More than the chunk of the CPU's walk holds, the last one shorter."""
     with custom_backprop.use_backend("aten"):
         for shape in ((1100, 1000), (3, 1000, 300)):
-            x, target = logits(*shape, dtype=torch.float32), classes(shape[0], *shape[2:], high=1000, ignored=0.1)
+            x, target = (
+                logits(*shape, dtype=torch.float32),
+                classes(shape[0], *shape[2:], high=1000, ignored=0.1),
+            )
             for options in ({}, {"reduction": "none"}, {"label_smoothing": 0.1}):
-                agree("cross_entropy", (x, target), rtol=1e-4, atol=1e-7, weight=weights(1000, torch.float32), **options)
+                agree(
+                    "cross_entropy",
+                    (x, target),
+                    rtol=1e-4,
+                    atol=1e-7,
+                    weight=weights(1000, torch.float32),
+                    **options,
+                )
             for reduction in ("none", "mean", "sum"):
-                ours, stock = (f(x.detach(), target, reduction=reduction) for f in (functional.cross_entropy, F.cross_entropy))
+                ours, stock = (
+                    f(x.detach(), target, reduction=reduction)
+                    for f in (functional.cross_entropy, F.cross_entropy)
+                )
                 torch.testing.assert_close(ours, stock, rtol=1e-5, atol=1e-5)
 
 
@@ -240,12 +314,20 @@ def test_backward_of_a_retained_graph_has_the_bits_of_a_freed_one(dy, dtype, bac
 @each_name
 @pytest.mark.parametrize("wrong", [3, -1])
 def test_a_class_out_of_range(name, wrong, backend):
-    """IndexError where ATen looks; NaN, and no reading out of bounds, where nobody can without waiting for the device."""
+    """IndexError where ATen looks; NaN, and no reading out of bounds, where nobody can without
+    waiting for the device."""
     if backend == "aten" and DEVICE != "cpu":
         pytest.skip("ATen's own kernels stop a GPU")
     x, target = logits(2, 3), torch.tensor([1, wrong], device=DEVICE)
-    for options in ({}, {"weight": weights(3)}, *([{"label_smoothing": 0.1}] if name == "cross_entropy" else [])):
-        none, mean = (functools.partial(getattr(functional, name), x, target, reduction=r, **options) for r in ("none", "mean"))
+    for options in (
+        {},
+        {"weight": weights(3)},
+        *([{"label_smoothing": 0.1}] if name == "cross_entropy" else []),
+    ):
+        none, mean = (
+            functools.partial(getattr(functional, name), x, target, reduction=r, **options)
+            for r in ("none", "mean")
+        )
         if backend == "aten":
             for call in (none, mean):
                 with pytest.raises(IndexError, match=f"{wrong} is out of bounds"):
@@ -294,7 +376,8 @@ BAD_PROBABILITIES = {
 
 @pytest.mark.parametrize(
     ("name", "args", "options"),
-    [(n, *BAD[case]) for n, case in itertools.product(NAMES, BAD)] + [("cross_entropy", *case) for case in BAD_PROBABILITIES.values()],
+    [(n, *BAD[case]) for n, case in itertools.product(NAMES, BAD)]
+    + [("cross_entropy", *case) for case in BAD_PROBABILITIES.values()],
     ids=[f"{n}: {case}" for n, case in itertools.product(NAMES, BAD)] + list(BAD_PROBABILITIES),
 )
 def test_bad_arguments_raise_what_stock_raises(name, args, options):
@@ -307,7 +390,9 @@ def test_bad_arguments_raise_what_stock_raises(name, args, options):
     assert errors[0] is errors[1]
 
 
-@pytest.mark.parametrize(("size_average", "reduce"), [*itertools.product((None, True, False), repeat=2)])
+@pytest.mark.parametrize(
+    ("size_average", "reduce"), [*itertools.product((None, True, False), repeat=2)]
+)
 @each_name
 def test_the_deprecated_forms_of_reduction(name, size_average, reduce):
     x, target = logits(4, 3), classes(4, high=3)
@@ -332,14 +417,23 @@ def test_smoothing_below_zero_is_none(backend):
 @pytest.mark.parametrize("autocast", [False, True])
 def test_low_precision(name, autocast, backend):
     for dtype in (torch.bfloat16, torch.float16):
-        x, target, weight = logits(7, 5, dtype=dtype), classes(7, high=5, ignored=0.2), weights(5, torch.float32 if autocast else dtype)
+        x, target, weight = (
+            logits(7, 5, dtype=dtype),
+            classes(7, high=5, ignored=0.2),
+            weights(5, torch.float32 if autocast else dtype),
+        )
         with torch.autocast(DEVICE, torch.bfloat16, enabled=autocast):
             loss = getattr(functional, name)(x, target, weight)
         assert loss.dtype == (torch.float32 if autocast else dtype)
         exact = x.detach().double().requires_grad_()
         expected = getattr(F, name)(exact, target, weight.double())
         torch.testing.assert_close(loss.double(), expected, rtol=1e-2, atol=1e-3)
-        torch.testing.assert_close(torch.autograd.grad(loss, x)[0].double(), torch.autograd.grad(expected, exact)[0], rtol=2e-2, atol=1e-3)
+        torch.testing.assert_close(
+            torch.autograd.grad(loss, x)[0].double(),
+            torch.autograd.grad(expected, exact)[0],
+            rtol=2e-2,
+            atol=1e-3,
+        )
 
 
 def test_modules_pass_everything_on():
@@ -350,14 +444,20 @@ def test_modules_pass_everything_on():
         (nn.CrossEntropyLoss, torch.nn.CrossEntropyLoss, {"label_smoothing": 0.2}),
     ):
         target = target.where(target != IGNORED, 1)
-        torch.testing.assert_close(ours(**options, **more)(x, target), stock(**options, **more)(x, target))
+        torch.testing.assert_close(
+            ours(**options, **more)(x, target), stock(**options, **more)(x, target)
+        )
 
 
 @settings(max_examples=15, derandomize=True, deadline=None)
 @given(data=st.data())
 @pytest.mark.parametrize("forced", [b for b in BACKENDS if why_not(b, DEVICE) is None])
 def test_any_shape(forced, data):
-    rows, n_classes, rest = data.draw(st.integers(1, 5)), data.draw(st.integers(1, 6)), data.draw(st.lists(st.integers(1, 3), max_size=2))
+    rows, n_classes, rest = (
+        data.draw(st.integers(1, 5)),
+        data.draw(st.integers(1, 6)),
+        data.draw(st.lists(st.integers(1, 3), max_size=2)),
+    )
     torch.manual_seed(data.draw(st.integers(0, 1000)))
     x, target = logits(rows, n_classes, *rest), classes(rows, *rest, high=n_classes, ignored=0.2)
     options = {
@@ -372,14 +472,22 @@ def test_any_shape(forced, data):
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
 @pytest.mark.parametrize("reduction", ["none", "mean", "sum"])
 def test_an_empty_batch_without_gradient(dtype, reduction, backend):
-    x, t = torch.zeros(0, 5, dtype=dtype, device=DEVICE), torch.zeros(0, dtype=torch.int64, device=DEVICE)
-    ours, theirs = (m.cross_entropy(x, t, reduction=reduction) for m in (functional, torch.nn.functional))
+    x, t = (
+        torch.zeros(0, 5, dtype=dtype, device=DEVICE),
+        torch.zeros(0, dtype=torch.int64, device=DEVICE),
+    )
+    ours, theirs = (
+        m.cross_entropy(x, t, reduction=reduction) for m in (functional, torch.nn.functional)
+    )
     torch.testing.assert_close(ours, theirs, equal_nan=True)
 
 
 @pytest.mark.parametrize("shape", [(2, 5, 4), (2, 4), (3, 4, 5), (2, 4, 5, 1)])
 def test_a_target_of_another_shape(shape, backend):
-    x, t = torch.randn(2, 3, 4, 5, device=DEVICE), torch.zeros(shape, dtype=torch.int64, device=DEVICE)
+    x, t = (
+        torch.randn(2, 3, 4, 5, device=DEVICE),
+        torch.zeros(shape, dtype=torch.int64, device=DEVICE),
+    )
     for module in (functional, torch.nn.functional):
         with pytest.raises((RuntimeError, ValueError)):
             module.cross_entropy(x, t)
@@ -389,6 +497,8 @@ def test_a_target_of_another_shape(shape, backend):
 def test_any_class_may_be_ignored(ignore_index, backend):
     x = torch.randn(6, 3, dtype=torch.float64, device=DEVICE, requires_grad=True)
     t = torch.tensor([0, 1, 2, 0, 1, 2], device=DEVICE)
-    ours, theirs = (m.cross_entropy(x, t, ignore_index=ignore_index) for m in (functional, torch.nn.functional))
+    ours, theirs = (
+        m.cross_entropy(x, t, ignore_index=ignore_index) for m in (functional, torch.nn.functional)
+    )
     torch.testing.assert_close(ours, theirs)
     torch.testing.assert_close(*(torch.autograd.grad(y, x)[0] for y in (ours, theirs)))

@@ -1,4 +1,5 @@
-"""The two faces of a Function, and what stands above autograd: autocast and the cheap way where nothing wants a gradient."""
+"""The two faces of a Function, and what stands above autograd: autocast and the cheap way where
+nothing wants a gradient."""
 
 from __future__ import annotations
 
@@ -79,7 +80,8 @@ def test_forward_over_reverse():
     t = torch.randn(3, dtype=torch.float64)
     w = torch.randn(3, dtype=torch.float64)
     ours, stock = (
-        torch.autograd.functional.vhp(lambda v, f=f: (f(v) * w).sum(), x, t)[1] for f in (functional.silu, torch.nn.functional.silu)
+        torch.autograd.functional.vhp(lambda v, f=f: (f(v) * w).sum(), x, t)[1]
+        for f in (functional.silu, torch.nn.functional.silu)
     )
     torch.testing.assert_close(ours, stock)
 
@@ -258,7 +260,12 @@ def test_without_a_gradient_stock_answers_and_with_one_we_do(name):
     leaf = x.clone().requires_grad_()
     assert "custom_backprop" in type(ours(leaf, *args).grad_fn)._forward_cls.__module__
     if args and isinstance(args[0], torch.Tensor) and name != "binary_cross_entropy_with_logits":
-        assert "custom_backprop" in type(ours(x, args[0].clone().requires_grad_(), *args[1:]).grad_fn)._forward_cls.__module__
+        assert (
+            "custom_backprop"
+            in type(
+                ours(x, args[0].clone().requires_grad_(), *args[1:]).grad_fn
+            )._forward_cls.__module__
+        )
 
 
 @pytest.mark.parametrize("name", VALUES)
@@ -273,7 +280,10 @@ def test_without_a_gradient_transformations_still_meet_ours(name):
     ours, stock, args = getattr(functional, name), getattr(torch.nn.functional, name), VALUES[name]
     x, t = torch.randn(5), torch.randn(5)
     with forward_ad.dual_level():
-        tangents = [forward_ad.unpack_dual(f(forward_ad.make_dual(x, t), *args)).tangent for f in (ours, stock)]
+        tangents = [
+            forward_ad.unpack_dual(f(forward_ad.make_dual(x, t), *args)).tangent
+            for f in (ours, stock)
+        ]
     torch.testing.assert_close(*tangents)
     with Operators() as seen:
         torch.func.grad(lambda v: ours(v, *args).sum())(x)
@@ -292,7 +302,16 @@ class Operators(torch.utils._python_dispatch.TorchDispatchMode):
         return func(*args, **(kwargs or {}))
 
 
-@pytest.mark.parametrize("name", ["mse_loss", "smooth_l1_loss", "huber_loss", "binary_cross_entropy", "binary_cross_entropy_with_logits"])
+@pytest.mark.parametrize(
+    "name",
+    [
+        "mse_loss",
+        "smooth_l1_loss",
+        "huber_loss",
+        "binary_cross_entropy",
+        "binary_cross_entropy_with_logits",
+    ],
+)
 def test_a_mode_sees_the_primitive_of_a_loss(name):
     x, t = torch.rand(2, 6)
     with Operators() as seen:

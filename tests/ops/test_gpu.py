@@ -1,4 +1,5 @@
-"""What only a GPU can show: that nothing waits for it, and that steps can be recorded in a CUDA graph."""
+"""What only a GPU can show: that nothing waits for it, and that steps can be recorded in a CUDA
+graph."""
 
 from __future__ import annotations
 
@@ -36,7 +37,9 @@ def step_of(spec, dtype=torch.float32):
     sample = spec.large(Make("cuda", dtype), "small")
     leaves = [a for a in sample.args if is_float(a) and a.requires_grad]
     dys = weights_for(outputs(spec.function(*sample.args, **sample.kwargs)))
-    return leaves, lambda: torch.autograd.grad(outputs(spec.function(*sample.args, **sample.kwargs)), leaves, dys)
+    return leaves, lambda: torch.autograd.grad(
+        outputs(spec.function(*sample.args, **sample.kwargs)), leaves, dys
+    )
 
 
 @pytest.mark.parametrize("spec", SPECS, ids=str)
@@ -51,7 +54,8 @@ def test_no_op_waits(spec, waiting_is_an_error):
 
 @pytest.mark.parametrize("spec", SPECS, ids=str)
 def test_every_op_can_be_recorded(spec):
-    """In a CUDA graph, replayed on other inputs: the gradients are those of an eager call, bit for bit."""
+    """In a CUDA graph, replayed on other inputs: the gradients are those of an eager call, bit for
+    bit."""
     leaves, step = step_of(spec)
     stream = torch.cuda.Stream()
     stream.wait_stream(torch.cuda.current_stream())
@@ -99,7 +103,9 @@ def test_one_launch_a_step():
         p.grad = torch.randn_like(p)
     optimizer = optim.AdamW(params)
     optimizer.step()
-    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA], acc_events=True) as profile:
+    with torch.profiler.profile(
+        activities=[torch.profiler.ProfilerActivity.CUDA], acc_events=True
+    ) as profile:
         optimizer.step()
         torch.cuda.synchronize()
     launched = [e.name for e in profile.events() if str(e.device_type).endswith("CUDA")]
@@ -109,22 +115,39 @@ def test_one_launch_a_step():
 
 @pytest.mark.parametrize("name", ["hardsigmoid", "hardswish"])
 def test_stock_multiplies_by_a_sixth_in_float32_on_a_gpu(name):
-    """ATen's CUDA kernels hold 1/6 in the type that they compute float32 in, for float64 too: its own are not the oracle there."""
+    """ATen's CUDA kernels hold 1/6 in the type that they compute float32 in, for float64 too: its
+    own are not the oracle there."""
     x = torch.linspace(-2.9, 2.9, 7, dtype=torch.float64, device="cuda")
     exact = database()[name].reference(x)
     assert 1e-9 < ((getattr(F, name)(x) - exact) / exact).abs().max() < 1e-7
     for backend in ("triton", "aten", "formula"):
         with custom_backprop.use_backend(backend):
-            found = [getattr(functional, name)(x), getattr(functional, name)(x.clone(), inplace=True)]
-            found += [functional.linear_activation(x, torch.eye(7, dtype=x.dtype, device="cuda"), None, name)]
+            found = [
+                getattr(functional, name)(x),
+                getattr(functional, name)(x.clone(), inplace=True),
+            ]
+            found += [
+                functional.linear_activation(
+                    x, torch.eye(7, dtype=x.dtype, device="cuda"), None, name
+                )
+            ]
             for y in found:
                 torch.testing.assert_close(y, exact, rtol=1e-14, atol=0)
 
 
 AUTOCAST = {
-    **{f"linear and {a}": lambda f, x, w, a=a: activated(f, x, w, a) for a in ("softplus", "relu_squared", "gelu", "tanh")},
-    **{f"l1 {r}": lambda f, x, w, r=r: f.l1_loss(x, x * 0.5, reduction=r, weight=x * x) for r in ("none", "mean", "sum")},
-    **{f"mse {r}": lambda f, x, w, r=r: f.mse_loss(x, x * 0.5, reduction=r, weight=x * x) for r in ("none", "mean")},
+    **{
+        f"linear and {a}": lambda f, x, w, a=a: activated(f, x, w, a)
+        for a in ("softplus", "relu_squared", "gelu", "tanh")
+    },
+    **{
+        f"l1 {r}": lambda f, x, w, r=r: f.l1_loss(x, x * 0.5, reduction=r, weight=x * x)
+        for r in ("none", "mean", "sum")
+    },
+    **{
+        f"mse {r}": lambda f, x, w, r=r: f.mse_loss(x, x * 0.5, reduction=r, weight=x * x)
+        for r in ("none", "mean")
+    },
     "prelu": lambda f, x, w: f.prelu(x, w[0, :1]),
     "softmin": lambda f, x, w: f.softmin(x, -1),
 }
@@ -165,7 +188,13 @@ def test_training_under_autocast_follows_stock(dtype):
 
     def losses(ours: bool) -> list[float]:
         torch.manual_seed(0)
-        layers = (torch.nn.Linear(8, 32), torch.nn.GELU(), torch.nn.Linear(32, 16), torch.nn.Softplus(), torch.nn.Linear(16, 3))
+        layers = (
+            torch.nn.Linear(8, 32),
+            torch.nn.GELU(),
+            torch.nn.Linear(32, 16),
+            torch.nn.Softplus(),
+            torch.nn.Linear(16, 3),
+        )
         model = torch.nn.Sequential(*layers).cuda()
         if ours:
             custom_backprop.convert(model)
@@ -186,7 +215,9 @@ def test_training_under_autocast_follows_stock(dtype):
             found.append(loss.item())
         return found
 
-    torch.testing.assert_close(torch.tensor(losses(True)), torch.tensor(losses(False)), rtol=2e-2, atol=2e-2)
+    torch.testing.assert_close(
+        torch.tensor(losses(True)), torch.tensor(losses(False)), rtol=2e-2, atol=2e-2
+    )
 
 
 def test_more_elements_than_int32_counts():
@@ -199,7 +230,9 @@ def test_more_elements_than_int32_counts():
     y = functional.relu_squared(x)
     assert y[-1501:].tolist() == [1.0] + [0.0] * 1500
     del y
-    loss = functional.mse_loss(x, torch.zeros((), dtype=torch.bfloat16, device="cuda").expand(n), reduction="sum")
+    loss = functional.mse_loss(
+        x, torch.zeros((), dtype=torch.bfloat16, device="cuda").expand(n), reduction="sum"
+    )
     assert abs(loss.item() / (n + 3 * 1500) - 1) < 1e-2
     rows = x[: 2**31].view(2**12, 2**19)
     z = functional.softmax(rows, -1)

@@ -1,4 +1,5 @@
-"""Gradients produced in forward: when one is made, and that handing it out without a copy never shows."""
+"""Gradients produced in forward: when one is made, and that handing it out without a copy never
+shows."""
 
 from __future__ import annotations
 
@@ -118,7 +119,9 @@ def test_under_checkpointing(use_reentrant):
 
 def test_under_hooks_that_keep_what_was_saved():
     x, packed = leaf(), []
-    with torch.autograd.graph.saved_tensors_hooks(lambda t: packed.append((t, t.clone())) or t, lambda t: t):
+    with torch.autograd.graph.saved_tensors_hooks(
+        lambda t: packed.append((t, t.clone())) or t, lambda t: t
+    ):
         y = loss(x)
     (y * 3).backward()
     torch.testing.assert_close(x.grad, 6 * x.detach() / x.numel())
@@ -141,7 +144,9 @@ def test_not_held_where_it_would_not_serve():
     assert holds(x, scalar=True)
     assert not holds(x, scalar=False), "a gradient per element of the loss is not known in forward"
     assert not holds(x.detach(), scalar=True)
-    assert not holds(leaf(torch.float16), scalar=True), "it could underflow before a gradient scaler's factor is known"
+    assert not holds(leaf(torch.float16), scalar=True), (
+        "it could underflow before a gradient scaler's factor is known"
+    )
     with torch.no_grad():
         assert not holds(x, scalar=True)
     with torch.autograd.forward_ad.dual_level():

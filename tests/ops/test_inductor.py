@@ -1,4 +1,5 @@
-"""torch.compile with Inductor, whole graphs, on a few ops and a network: the generated code calls our operators between its own."""
+"""torch.compile with Inductor, whole graphs, on a few ops and a network: the generated code calls
+our operators between its own."""
 
 from __future__ import annotations
 
@@ -11,7 +12,9 @@ from conftest import DEVICE
 import custom_backprop
 from custom_backprop import functional, nn
 
-pytestmark = pytest.mark.skipif(DEVICE == "cpu" and shutil.which("g++") is None, reason="Inductor needs a C++ compiler on a CPU")
+pytestmark = pytest.mark.skipif(
+    DEVICE == "cpu" and shutil.which("g++") is None, reason="Inductor needs a C++ compiler on a CPU"
+)
 
 
 def both(function, *inputs):
@@ -47,7 +50,9 @@ def test_a_network_trains_compiled_as_it_does_eager():
     for compiled in (False, True):
         torch._dynamo.reset()
         torch.manual_seed(1)
-        model = torch.nn.Sequential(nn.LinearActivation(6, 8, activation="silu"), nn.Linear(8, 3)).to(DEVICE)
+        model = torch.nn.Sequential(
+            nn.LinearActivation(6, 8, activation="silu"), nn.Linear(8, 3)
+        ).to(DEVICE)
         step = torch.compile(model, fullgraph=True) if compiled else model
         optimizer = torch.optim.SGD(model.parameters(), 0.1)
         losses[compiled] = []

@@ -1,4 +1,5 @@
-"""The face of a Function that goes from plain tensors to the kernels: who takes it, and who meets the general one."""
+"""The face of a Function that goes from plain tensors to the kernels: who takes it, and who meets
+the general one."""
 
 from __future__ import annotations
 
@@ -13,7 +14,9 @@ from torch.autograd import forward_ad
 from custom_backprop import functional, use_backend
 from custom_backprop.backends import why_not
 
-pytestmark = pytest.mark.skipif(why_not("triton", DEVICE) is not None, reason="kernels do not run here")
+pytestmark = pytest.mark.skipif(
+    why_not("triton", DEVICE) is not None, reason="kernels do not run here"
+)
 
 
 @pytest.fixture(autouse=True)
@@ -80,7 +83,10 @@ def test_a_backward_that_is_watched_or_differentiated_is_the_general_one():
 def calls():
     x, t = (torch.randn(3, 5, device=DEVICE, dtype=torch.float64) for _ in range(2))
     classes = torch.randint(5, (3,), device=DEVICE)
-    w, b = torch.randn(4, 5, device=DEVICE, dtype=torch.float64), torch.randn(4, device=DEVICE, dtype=torch.float64)
+    w, b = (
+        torch.randn(4, 5, device=DEVICE, dtype=torch.float64),
+        torch.randn(4, device=DEVICE, dtype=torch.float64),
+    )
     return {
         "silu": (F.silu, x), "softplus": (F.softplus, x, 2, 10), "relu": (F.relu, x), "softmax": (F.softmax, x, -1),
         "mse_loss": (F.mse_loss, x, t), "kl_div": (lambda *a, **k: F.kl_div(*a, **k), x, t.softmax(1)),
@@ -89,12 +95,18 @@ def calls():
     }  # fmt: skip
 
 
-@pytest.mark.filterwarnings("ignore:reduction. 'mean' divides the total loss")  # stock's own words on kl_div
+@pytest.mark.filterwarnings(
+    "ignore:reduction. 'mean' divides the total loss"
+)  # stock's own words on kl_div
 @pytest.mark.parametrize("name", calls())
 def test_every_kind_of_op_has_it(name, monkeypatch):
-    """No primitive is met on the way, forward or backward; the answer is stock's. After a second backward too."""
+    """No primitive is met on the way, forward or backward; the answer is stock's. After a second
+    backward too."""
     reference, x, *args = calls()[name]
-    monkeypatch.setattr("custom_backprop.backends.library._unobserved", lambda args: pytest.fail("a primitive was called"))
+    monkeypatch.setattr(
+        "custom_backprop.backends.library._unobserved",
+        lambda args: pytest.fail("a primitive was called"),
+    )
     x.requires_grad_()
     y = getattr(functional, name)(x, *args)
     dy = torch.randn_like(y)

@@ -1,6 +1,8 @@
-"""Bugs that other libraries of kernels shipped, one named test each. Where a bug may hide in any op, the op database drives the test.
+"""Bugs that other libraries of kernels shipped, one named test each. Where a bug may hide in any
+op, the op database drives the test.
 
-Elsewhere: test_launch.py (the wrong GPU), test_packaging.py (the import name), test_validate.py (tests that cannot fail).
+Elsewhere: test_launch.py (the wrong GPU), test_packaging.py (the import name), test_validate.py
+(tests that cannot fail).
 """
 
 from __future__ import annotations
@@ -23,12 +25,16 @@ from custom_backprop.testing import Make, cases, database
 from custom_backprop.testing.case import gradients, outputs, weights_for
 from custom_backprop.testing.offline import both_ways, launches
 
-pytestmark = pytest.mark.filterwarnings("ignore:reduction. 'mean' divides the total loss")  # stock's own words on kl_div
+pytestmark = pytest.mark.filterwarnings(
+    "ignore:reduction. 'mean' divides the total loss"
+)  # stock's own words on kl_div
 
 SPECS = list(database().values())
 F = torch.nn.functional
 each_op = pytest.mark.parametrize("spec", SPECS, ids=str)
-each_loss = pytest.mark.parametrize("spec", [s for s in SPECS if s.family in ("loss", "cross_entropy")], ids=str)
+each_loss = pytest.mark.parametrize(
+    "spec", [s for s in SPECS if s.family in ("loss", "cross_entropy")], ids=str
+)
 
 
 def tensor(*shape, dtype=torch.float64, requires_grad=False):
@@ -64,7 +70,9 @@ def test_reduction_none_meets_each_gradient_not_the_first(spec, backend):
     case = first_case(spec)
     leaves = case.leaves
     kwargs = {**case.kwargs, "reduction": "none"}
-    ours, theirs = (lambda *a, f=f: f(*case._fill(a), **kwargs) for f in (case.function, case.reference))
+    ours, theirs = (
+        lambda *a, f=f: f(*case._fill(a), **kwargs) for f in (case.function, case.reference)
+    )
     (loss,), grads = gradients(ours, leaves)
     assert loss.numel() > 1
     same(grads, gradients(theirs, leaves)[1])
@@ -76,7 +84,11 @@ def test_no_shortcut_takes_the_gradient_for_one(spec, dy, backend):
     case = first_case(spec)
     leaves = case.leaves
     ours, theirs = (
-        gradients(lambda *a, f=f: f(*a).mean() * dy, leaves, [torch.ones((), dtype=torch.float64, device=DEVICE)])[1]
+        gradients(
+            lambda *a, f=f: f(*a).mean() * dy,
+            leaves,
+            [torch.ones((), dtype=torch.float64, device=DEVICE)],
+        )[1]
         for f in (case.call, case.call_reference)
     )
     same(ours, theirs)
@@ -104,15 +116,30 @@ def test_cross_entropy_takes_an_empty_batch(backend):
 
 def test_a_batch_that_is_no_multiple_of_the_block(backend):
     x, target = tensor(2049, 3, requires_grad=True), torch.randint(3, (2049,), device=DEVICE)
-    same(*((loss, torch.autograd.grad(loss, x)) for loss in (f(x, target) for f in (functional.cross_entropy, F.cross_entropy))))
+    same(
+        *(
+            (loss, torch.autograd.grad(loss, x))
+            for loss in (f(x, target) for f in (functional.cross_entropy, F.cross_entropy))
+        )
+    )
     a, b = tensor(2049, requires_grad=True), tensor(2049)
-    same(*((loss, torch.autograd.grad(loss, a)) for loss in (f(a, b) for f in (functional.mse_loss, F.mse_loss))))
+    same(
+        *(
+            (loss, torch.autograd.grad(loss, a))
+            for loss in (f(a, b) for f in (functional.mse_loss, F.mse_loss))
+        )
+    )
 
 
 def test_ignored_targets_add_nothing_and_index_no_weight(backend):
     x, weight = tensor(5, 4, requires_grad=True), torch.rand(4, dtype=torch.float64, device=DEVICE)
     target = torch.tensor([1, -100, 3, -100, 0], device=DEVICE)
-    same(*((loss, torch.autograd.grad(loss, x)) for loss in (f(x, target, weight) for f in (functional.cross_entropy, F.cross_entropy))))
+    same(
+        *(
+            (loss, torch.autograd.grad(loss, x))
+            for loss in (f(x, target, weight) for f in (functional.cross_entropy, F.cross_entropy))
+        )
+    )
 
 
 def test_all_targets_ignored(backend):
@@ -126,32 +153,47 @@ def test_all_targets_ignored(backend):
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16, torch.float16])
-@pytest.mark.parametrize("name", ["softplus", "logsigmoid", "mish", "silu", "gelu", "sigmoid", "tanh", "elu"])
+@pytest.mark.parametrize(
+    "name", ["softplus", "logsigmoid", "mish", "silu", "gelu", "sigmoid", "tanh", "elu"]
+)
 def test_far_from_zero(name, dtype, backend):
     x = torch.tensor([-100.0, -30.0, 30.0, 100.0], dtype=dtype, device=DEVICE, requires_grad=True)
     results = []
-    for f, leaf in ((getattr(functional, name), x), (getattr(F, name, None) or getattr(torch, name), x.detach().double().requires_grad_())):
+    for f, leaf in (
+        (getattr(functional, name), x),
+        (getattr(F, name, None) or getattr(torch, name), x.detach().double().requires_grad_()),
+    ):
         y = f(leaf)
         y.backward(torch.ones_like(y))
         results.append((y.detach().double(), leaf.grad.double()))
     assert all(r.isfinite().all() for r in results[0])
     eps, tiny = torch.finfo(dtype).eps, torch.finfo(dtype).tiny
     torch.testing.assert_close(results[0][0], results[1][0], rtol=2 * eps, atol=tiny)
-    torch.testing.assert_close(results[0][1], results[1][1], rtol=2 * eps, atol=eps)  # y (1 - y) is 0 where y rounds to 1, as in torch
+    torch.testing.assert_close(
+        results[0][1], results[1][1], rtol=2 * eps, atol=eps
+    )  # y (1 - y) is 0 where y rounds to 1, as in torch
 
 
-@pytest.mark.parametrize("spec", [s for s in SPECS if s.family in ("activation", "softmax")], ids=str)
+@pytest.mark.parametrize(
+    "spec", [s for s in SPECS if s.family in ("activation", "softmax")], ids=str
+)
 @pytest.mark.parametrize("shape", [(2, 3, 4), (2, 1, 3, 2)], ids=str)
 def test_more_than_two_dimensions(spec, shape, backend):
     x = tensor(*shape)
     kwargs = {"dim": 1} if spec.family == "softmax" else first_case(spec).kwargs
-    ours, theirs = (gradients(lambda t, f=f: f(t, **kwargs), [x.clone().requires_grad_()]) for f in (spec.function, spec.reference))
+    ours, theirs = (
+        gradients(lambda t, f=f: f(t, **kwargs), [x.clone().requires_grad_()])
+        for f in (spec.function, spec.reference)
+    )
     same(ours, theirs)
 
 
 def test_column_sums_of_bfloat16_are_made_in_float32(backend):
     """In bfloat16 a sum of ones stops at 256."""
-    x, w = torch.ones(1000, 2, dtype=torch.bfloat16, device=DEVICE), torch.ones(3, 2, dtype=torch.bfloat16, device=DEVICE)
+    x, w = (
+        torch.ones(1000, 2, dtype=torch.bfloat16, device=DEVICE),
+        torch.ones(3, 2, dtype=torch.bfloat16, device=DEVICE),
+    )
     b = torch.zeros(3, dtype=torch.bfloat16, device=DEVICE, requires_grad=True)
     w.requires_grad_()
     functional.linear(x, w, b).backward(torch.ones(1000, 3, dtype=torch.bfloat16, device=DEVICE))
@@ -160,13 +202,16 @@ def test_column_sums_of_bfloat16_are_made_in_float32(backend):
 
 
 def test_statistics_of_bfloat16_logits_are_kept_in_float32(backend):
-    """A log-sum-exp rounded to bfloat16 would put the probabilities off by up to 2^-8 of a logit of 20: by a tenth."""
+    """A log-sum-exp rounded to bfloat16 would put the probabilities off by up to 2^-8 of a logit of
+    20: by a tenth."""
     x = (20 + tensor(4, 9, dtype=torch.float32)).bfloat16().requires_grad_()
     target = torch.randint(9, (4,), device=DEVICE)
     dy = tensor(4, dtype=torch.bfloat16)
     (grad,) = torch.autograd.grad(functional.cross_entropy(x, target, reduction="none"), x, dy)
     exact = x.detach().double().requires_grad_()
-    (expected,) = torch.autograd.grad(F.cross_entropy(exact, target, reduction="none"), exact, dy.double())
+    (expected,) = torch.autograd.grad(
+        F.cross_entropy(exact, target, reduction="none"), exact, dy.double()
+    )
     torch.testing.assert_close(grad.double(), expected, rtol=2**-8, atol=2**-10)
 
 
@@ -178,14 +223,19 @@ def test_every_parameter_of_every_module_gets_a_gradient(backend):
         module = ours(**arguments).to(DEVICE, torch.float64)
         results = outputs(module(*inputs(Make(DEVICE))))
         torch.autograd.backward(results, weights_for(results))
-        assert all(p.grad is not None and p.grad.count_nonzero() for p in module.parameters()), spec.name
+        assert all(p.grad is not None and p.grad.count_nonzero() for p in module.parameters()), (
+            spec.name
+        )
 
 
 def test_a_frozen_weight_costs_nothing(backend):
-    """LoRA and fine-tuning freeze most weights: no product, no buffer and no copy of the input for a gradient nobody wants."""
+    """LoRA and fine-tuning freeze most weights: no product, no buffer and no copy of the input for
+    a gradient nobody wants."""
     x, w = tensor(4, 5, requires_grad=True), tensor(3, 5)
     saved = []
-    with torch.autograd.graph.saved_tensors_hooks(lambda t: saved.append(t.data_ptr()) or t, lambda t: t):
+    with torch.autograd.graph.saved_tensors_hooks(
+        lambda t: saved.append(t.data_ptr()) or t, lambda t: t
+    ):
         y = functional.linear(x, w)
     assert x.data_ptr() not in saved
     with torch.autograd.profiler.profile(record_shapes=True) as profile:
@@ -197,7 +247,9 @@ def test_a_frozen_weight_costs_nothing(backend):
 def test_checkpoints_of_a_linear_layer_are_stock_ones():
     ours, stock = nn.Linear(5, 3), torch.nn.Linear(5, 3)
     assert isinstance(ours, torch.nn.Linear)
-    assert {k: v.shape for k, v in ours.state_dict().items()} == {k: v.shape for k, v in stock.state_dict().items()}
+    assert {k: v.shape for k, v in ours.state_dict().items()} == {
+        k: v.shape for k, v in stock.state_dict().items()
+    }
     assert list(nn.LinearActivation(5, 3).state_dict()) == list(stock.state_dict())
     ours.load_state_dict(stock.state_dict(), strict=True)
     x = torch.randn(2, 5)
@@ -205,7 +257,8 @@ def test_checkpoints_of_a_linear_layer_are_stock_ones():
 
 
 def rows_far_apart(n, dtype=torch.float16):
-    """Two rows, the second more than 2**31 elements behind the first. Memory that is never touched is never taken."""
+    """Two rows, the second more than 2**31 elements behind the first. Memory that is never touched
+    is never taken."""
     far = torch.empty(2**31 + 64, dtype=dtype, device=DEVICE).as_strided((2, n), (2**31 + 8, 1))
     return far.copy_(torch.randn(2, n))
 
@@ -227,7 +280,10 @@ def test_offsets_past_two_to_the_31(op):
 
 
 def kernel_modules():
-    return [kernels(m.name) for m in pkgutil.iter_modules(sys.modules["custom_backprop.triton_kernels"].__path__)]
+    return [
+        kernels(m.name)
+        for m in pkgutil.iter_modules(sys.modules["custom_backprop.triton_kernels"].__path__)
+    ]
 
 
 def test_the_grid_is_one_dimensional():
@@ -259,13 +315,17 @@ def test_autocast_lowers_to_its_own_dtype():
 
 @each_op
 def test_no_launcher_reads_a_value(spec):
-    """A value read on the host waits for the GPU, and no CUDA graph can hold it. Meta tensors have none to read."""
+    """A value read on the host waits for the GPU, and no CUDA graph can hold it. Meta tensors have
+    none to read."""
     sample = spec.large(Make("meta", torch.float32), "small")
     assert launches(lambda: both_ways(spec, sample))
 
 
 def test_nothing_is_tuned_at_import():
-    """An autotuner contacts the driver at its first use, hangs a first step, and lets ranks choose differently."""
+    """An autotuner contacts the driver at its first use, hangs a first step, and lets ranks choose
+    differently."""
     for module in kernel_modules():
         for name, value in vars(module).items():
-            assert not isinstance(value, (triton.runtime.Autotuner, triton.runtime.autotuner.Heuristics)), f"{module.__name__}.{name}"
+            assert not isinstance(
+                value, (triton.runtime.Autotuner, triton.runtime.autotuner.Heuristics)
+            ), f"{module.__name__}.{name}"

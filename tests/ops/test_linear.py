@@ -1,4 +1,5 @@
-"""The linear layers beyond what the op database drives: shapes at the edges of tiles, frozen weights, what is saved, bad calls, modules."""
+"""The linear layers beyond what the op database drives: shapes at the edges of tiles, frozen
+weights, what is saved, bad calls, modules."""
 
 from __future__ import annotations
 
@@ -17,7 +18,11 @@ from custom_backprop.formulas.activation import ACTIVATIONS
 from custom_backprop.testing.checks import sliced, transposed
 from custom_backprop.testing.specs.linear import linear_activation as stock_linear_activation
 
-PARAMETERS = {"threshold": {"threshold": 0.1, "value": 0.5}, "hardtanh": {"min_val": -0.5, "max_val": 0.7}, "elu": {"alpha": 0.6}}
+PARAMETERS = {
+    "threshold": {"threshold": 0.1, "value": 0.5},
+    "hardtanh": {"min_val": -0.5, "max_val": 0.7},
+    "elu": {"alpha": 0.6},
+}
 
 
 def tensor(*shape, dtype=torch.float64, requires_grad=True):
@@ -54,18 +59,27 @@ def test_every_activation_by_name(activation, backend):
         return stock_linear_activation(x, weight, bias, activation, **parameters)
 
     inputs = tensor(7, 5), tensor(3, 5), tensor(3)
-    # 1e-7: stock's hardsigmoid gradient multiplies by 1/6 in float32; on a GPU the rest of it, and hardswish, do as well
+    # 1e-7: stock's hardsigmoid gradient multiplies by 1/6 in float32; on a GPU the rest of it, and
+    # hardswish, do as well
     inexact = ("hardsigmoid", "hardswish") if DEVICE == "cuda" else ("hardsigmoid",)
     tolerance = {"rtol": 1e-7, "atol": 1e-7} if activation in inexact else {}
-    assert_same(ours, stock_relu_squared if activation == "relu_squared" else theirs, inputs, **tolerance)
+    assert_same(
+        ours, stock_relu_squared if activation == "relu_squared" else theirs, inputs, **tolerance
+    )
 
 
 @pytest.mark.parametrize(
-    ("rows", "inner", "columns"), [(31, 32, 33), (33, 31, 32), (32, 33, 31), (65, 130, 70), (1, 1, 1), (64, 16, 64), (257, 3, 5)]
+    ("rows", "inner", "columns"),
+    [(31, 32, 33), (33, 31, 32), (32, 33, 31), (65, 130, 70), (1, 1, 1), (64, 16, 64), (257, 3, 5)],
 )
-@pytest.mark.parametrize("layout", [torch.clone, transposed, sliced], ids=["contiguous", "transposed", "sliced"])
+@pytest.mark.parametrize(
+    "layout", [torch.clone, transposed, sliced], ids=["contiguous", "transposed", "sliced"]
+)
 def test_tiles(rows, inner, columns, layout, backend):
-    inputs = [layout(t.detach()).requires_grad_() for t in (tensor(rows, inner), tensor(columns, inner), tensor(columns))]
+    inputs = [
+        layout(t.detach()).requires_grad_()
+        for t in (tensor(rows, inner), tensor(columns, inner), tensor(columns))
+    ]
     assert_same(functional.linear, F.linear, inputs)
     assert_same(
         lambda *a: functional.linear_activation(*a, "softplus", beta=2.0),
@@ -94,21 +108,33 @@ def test_awkward_shapes(x, weight, bias, backend):
     inputs = [tensor(*x), tensor(*weight), None if bias is None else tensor(*bias)]
     assert_same(functional.linear, F.linear, inputs)
     if len(weight) == 2:
-        assert_same(lambda *a: functional.linear_activation(*a, "tanh"), lambda *a: stock_linear_activation(*a, "tanh"), inputs)
+        assert_same(
+            lambda *a: functional.linear_activation(*a, "tanh"),
+            lambda *a: stock_linear_activation(*a, "tanh"),
+            inputs,
+        )
 
 
 @pytest.mark.parametrize(
-    ("frozen", "products", "sums"), [((), 2, 1), ((0,), 1, 1), ((1,), 1, 1), ((1, 2), 1, 0), ((0, 1), 0, 1), ((0, 2), 1, 0)]
+    ("frozen", "products", "sums"),
+    [((), 2, 1), ((0,), 1, 1), ((1,), 1, 1), ((1, 2), 1, 0), ((0, 1), 0, 1), ((0, 2), 1, 0)],
 )
 @pytest.mark.parametrize("op", ["linear", "linear_activation"])
 def test_nothing_is_computed_for_a_frozen_input(op, frozen, products, sums, backend):
     """A peer computed the weight's gradient for frozen weights too: a third of backward's time."""
-    inputs = [t.requires_grad_(i not in frozen) for i, t in enumerate((tensor(4, 5), tensor(3, 5), tensor(3)))]
+    inputs = [
+        t.requires_grad_(i not in frozen)
+        for i, t in enumerate((tensor(4, 5), tensor(3, 5), tensor(3)))
+    ]
     y = getattr(functional, op)(*inputs)
     launched = []
     launch = kernels("launch")
     with (
-        launch.observed(lambda kernel, programs, args, constexprs, options: launched.append((kernel.__name__, constexprs))),
+        launch.observed(
+            lambda kernel, programs, args, constexprs, options: launched.append(
+                (kernel.__name__, constexprs)
+            )
+        ),
         torch.autograd.profiler.profile() as profile,
     ):
         y.backward(torch.randn_like(y))
@@ -117,7 +143,9 @@ def test_nothing_is_computed_for_a_frozen_input(op, frozen, products, sums, back
         columns = [c for name, c in launched if name == "_columns"]
         assert sum(c["NEED_BIAS"] for c in columns) == sums
         assert len(columns) == (sums if op == "linear" else 1)
-    by_aten = sum(e.name in ("aten::mm", "aten::addmm", "aten::bmm") for e in profile.function_events)
+    by_aten = sum(
+        e.name in ("aten::mm", "aten::addmm", "aten::bmm") for e in profile.function_events
+    )
     assert by_aten == (0 if backend == "triton" else products)
     for i, t in enumerate(inputs):
         assert (t.grad is None) == (i in frozen)
@@ -134,10 +162,15 @@ def same_memory(a, b):
     return a.data_ptr() == b.data_ptr() and a.numel() == b.numel()
 
 
-@pytest.mark.parametrize(("frozen", "keeps"), [((), "xw"), ((0,), "x"), ((1,), "w"), ((0, 1), ""), ((1, 2), "w")])
+@pytest.mark.parametrize(
+    ("frozen", "keeps"), [((), "xw"), ((0,), "x"), ((1,), "w"), ((0, 1), ""), ((1, 2), "w")]
+)
 def test_what_linear_saves(frozen, keeps, backend):
     """The input only for dW, the weight only for dx."""
-    x, weight, bias = (t.requires_grad_(i not in frozen) for i, t in enumerate((tensor(4, 5), tensor(3, 5), tensor(3))))
+    x, weight, bias = (
+        t.requires_grad_(i not in frozen)
+        for i, t in enumerate((tensor(4, 5), tensor(3, 5), tensor(3)))
+    )
     _, kept = saved_by(lambda: functional.linear(x, weight, bias))
     assert len(kept) == len(keeps)
     for name, t in (("x", x), ("w", weight)):
@@ -221,7 +254,11 @@ def test_bad_calls_raise_what_stock_raises(args, backend):
 def test_bad_activations(backend):
     with pytest.raises(ValueError, match=r"no activation 'rleu': choose one of relu, "):
         functional.linear_activation(X, W, B, "rleu")
-    for call in ({"alpha": 1.0}, {"activation": "threshold", "value": 1.0}, {"activation": "elu", "alpha": "one"}):
+    for call in (
+        {"alpha": 1.0},
+        {"activation": "threshold", "value": 1.0},
+        {"activation": "elu", "alpha": "one"},
+    ):
         with pytest.raises(TypeError):
             functional.linear_activation(X, W, B, **call)
         with pytest.raises(TypeError):
@@ -233,10 +270,15 @@ def test_bad_activations(backend):
 class TestModule:
     @pytest.fixture
     def module(self):
-        return nn.LinearActivation(5, 3, activation="elu", alpha=0.7, dtype=torch.float64, device=DEVICE)
+        return nn.LinearActivation(
+            5, 3, activation="elu", alpha=0.7, dtype=torch.float64, device=DEVICE
+        )
 
     def test_repr(self, module):
-        assert repr(module) == "LinearActivation(in_features=5, out_features=3, bias=True, activation='elu', alpha=0.7)"
+        assert (
+            repr(module)
+            == "LinearActivation(in_features=5, out_features=3, bias=True, activation='elu', alpha=0.7)"
+        )
 
     def test_checkpoints_go_both_ways(self, module, backend):
         stock = torch.nn.Linear(5, 3, dtype=torch.float64, device=DEVICE)
@@ -280,23 +322,38 @@ class TestModule:
         torch.testing.assert_close(y, expected)
         for ours, theirs in zip(*([*m.parameters()] for m in (module, stock)), strict=True):
             torch.testing.assert_close(
-                torch.autograd.grad(y.sum(), ours, retain_graph=True), torch.autograd.grad(expected.sum(), theirs, retain_graph=True)
+                torch.autograd.grad(y.sum(), ours, retain_graph=True),
+                torch.autograd.grad(expected.sum(), theirs, retain_graph=True),
             )
 
 
 @pytest.mark.parametrize("shape", [(), (1, 5), (3, 5), (3, 1)])
 def test_a_bias_that_broadcasts(shape, backend):
-    args = [torch.randn(s, dtype=torch.float64, device=DEVICE, requires_grad=True) for s in ((3, 4), (5, 4), shape)]
+    args = [
+        torch.randn(s, dtype=torch.float64, device=DEVICE, requires_grad=True)
+        for s in ((3, 4), (5, 4), shape)
+    ]
     dy = torch.randn(3, 5, dtype=torch.float64, device=DEVICE)
-    ours, theirs = (torch.autograd.grad(m.linear(*args), args, dy) for m in (functional, torch.nn.functional))
+    ours, theirs = (
+        torch.autograd.grad(m.linear(*args), args, dy) for m in (functional, torch.nn.functional)
+    )
     torch.testing.assert_close(ours, theirs)
 
 
 def test_complex_numbers_are_left_to_stock(backend):
-    x, weight, bias = (torch.randn(s, dtype=torch.complex64, device=DEVICE, requires_grad=True) for s in ((3, 4), (5, 4), (5,)))
+    x, weight, bias = (
+        torch.randn(s, dtype=torch.complex64, device=DEVICE, requires_grad=True)
+        for s in ((3, 4), (5, 4), (5,))
+    )
     results = []
     for ours in (True, False):
         y = functional.linear(x, weight, bias) if ours else F.linear(x, weight, bias)
-        z = functional.linear_activation(x, weight, bias, "tanh") if ours else torch.tanh(F.linear(x, weight, bias))
-        results.append((y, z, *torch.autograd.grad(y.abs().sum() + z.abs().sum(), (x, weight, bias))))
+        z = (
+            functional.linear_activation(x, weight, bias, "tanh")
+            if ours
+            else torch.tanh(F.linear(x, weight, bias))
+        )
+        results.append(
+            (y, z, *torch.autograd.grad(y.abs().sum() + z.abs().sum(), (x, weight, bias)))
+        )
     torch.testing.assert_close(*results)

@@ -1,4 +1,5 @@
-"""The parametric ReLU beyond what the op database drives: sizes of several chunks and tiles, layouts, frozen weights, bad calls."""
+"""The parametric ReLU beyond what the op database drives: sizes of several chunks and tiles,
+layouts, frozen weights, bad calls."""
 
 from __future__ import annotations
 
@@ -20,9 +21,13 @@ def compare(x, weight, rtol=1e-9, atol=1e-9):
     for wanted in ((True, True), (True, False), (False, True)):
         found = []
         for function in (functional.prelu, F.prelu):
-            leaves = [t.detach().requires_grad_(want) for t, want in zip((x, weight), wanted, strict=True)]
+            leaves = [
+                t.detach().requires_grad_(want) for t, want in zip((x, weight), wanted, strict=True)
+            ]
             y = function(*leaves)
-            found.append([y, *torch.autograd.grad(y, [leaf for leaf in leaves if leaf.requires_grad], dy)])
+            found.append(
+                [y, *torch.autograd.grad(y, [leaf for leaf in leaves if leaf.requires_grad], dy)]
+            )
         assert found[0][0].stride() == found[1][0].stride()
         for ours, theirs in zip(*found, strict=True):
             assert ours.dtype == theirs.dtype
@@ -31,12 +36,26 @@ def compare(x, weight, rtol=1e-9, atol=1e-9):
 
 @pytest.mark.parametrize(
     "shape",
-    [(3, 1), (1, 2), (2, 5, 1023), (2, 3, 1025), (300, 5), (70, 200), (7, 3, 7, 7), (2, 33, 5), (1, 2, 4097), (5, 2, 3, 2, 3)],
+    [
+        (3, 1),
+        (1, 2),
+        (2, 5, 1023),
+        (2, 3, 1025),
+        (300, 5),
+        (70, 200),
+        (7, 3, 7, 7),
+        (2, 33, 5),
+        (1, 2, 4097),
+        (5, 2, 3, 2, 3),
+    ],
     ids=str,
 )
 @pytest.mark.parametrize("one", [True, False], ids=["one weight", "a weight a channel"])
 def test_sizes(shape, one, backend):
-    compare(torch.randn(shape, dtype=torch.float64), torch.randn(1 if one else shape[1], dtype=torch.float64))
+    compare(
+        torch.randn(shape, dtype=torch.float64),
+        torch.randn(1 if one else shape[1], dtype=torch.float64),
+    )
 
 
 @pytest.mark.parametrize("shape", [(5, 3, 150, 150), (1, 2, 70000), (140000,)], ids=str)
@@ -44,7 +63,10 @@ def test_more_than_a_chunk_of_the_cpu(shape, backend):
     """Sizes that the CPU takes in parts, along whatever the first dimension is."""
     if get_backend() == "triton" and DEVICE == "cpu":
         pytest.skip("the interpreter meets several programs in test_sizes")
-    compare(torch.randn(shape, dtype=torch.float64), torch.randn(1 if len(shape) == 1 else shape[1], dtype=torch.float64))
+    compare(
+        torch.randn(shape, dtype=torch.float64),
+        torch.randn(1 if len(shape) == 1 else shape[1], dtype=torch.float64),
+    )
 
 
 @pytest.mark.parametrize(
@@ -82,10 +104,18 @@ def test_nothing_is_computed_for_a_frozen_weight():
 
     launched = []
     launch = kernels("launch")
-    with use_backend("triton"), launch.observed(lambda kernel, programs, args, constexprs, options: launched.append(constexprs)):
+    with (
+        use_backend("triton"),
+        launch.observed(
+            lambda kernel, programs, args, constexprs, options: launched.append(constexprs)
+        ),
+    ):
         for frozen in (0, 1):
             leaves = [
-                t.requires_grad_(i != frozen) for i, t in enumerate((torch.randn(2, 3, device=DEVICE), torch.randn(3, device=DEVICE)))
+                t.requires_grad_(i != frozen)
+                for i, t in enumerate(
+                    (torch.randn(2, 3, device=DEVICE), torch.randn(3, device=DEVICE))
+                )
             ]
             functional.prelu(*leaves).sum().backward()
             assert leaves[frozen].grad is None

@@ -1,4 +1,5 @@
-"""A gradient written over dy or over the saved output: when it is, and that whoever still holds either never sees it."""
+"""A gradient written over dy or over the saved output: when it is, and that whoever still holds
+either never sees it."""
 
 from __future__ import annotations
 
@@ -36,7 +37,10 @@ OPS = {
     "softmax of columns": lambda x: F.softmax(x, 0),
     "softmin": lambda x: F.softmin(x, 1),
     "log_softmax": lambda x: F.log_softmax(x, 1),
-    **{f"linear and {f}": lambda x, f=f: F.linear_activation(x, WEIGHT, None, f) for f in ("relu", "relu6", "hardtanh", "sigmoid", "tanh")},
+    **{
+        f"linear and {f}": lambda x, f=f: F.linear_activation(x, WEIGHT, None, f)
+        for f in ("relu", "relu6", "hardtanh", "sigmoid", "tanh")
+    },
 }
 WEIGHT = torch.eye(COLUMNS)
 
@@ -56,7 +60,9 @@ def x():
 def test_same_bits_in_the_place_of_the_output(op, dtype, layout, monkeypatch):
     x = torch.randn(ROWS, COLUMNS, dtype=dtype, requires_grad=True)
     monkeypatch.setitem(globals(), "WEIGHT", torch.eye(COLUMNS, dtype=dtype))
-    made = {"contiguous": (ROWS, COLUMNS), "transposed": (COLUMNS, ROWS), "stride 0": (ROWS, 1)}[layout]
+    made = {"contiguous": (ROWS, COLUMNS), "transposed": (COLUMNS, ROWS), "stride 0": (ROWS, 1)}[
+        layout
+    ]
     dy = torch.randn(made, dtype=dtype)
     dy = dy.t() if layout == "transposed" else dy.expand(ROWS, COLUMNS)
     before = dy.clone()
@@ -88,13 +94,17 @@ def test_a_small_output_is_left_alone():
     assert dx.data_ptr() != place
 
 
-#: how somebody may still hold the memory of an output: what is kept of y, and how to look at it again
+#: how somebody may still hold the memory of an output: what is kept of y, and how to look at it
+#: again
 HOLDERS = {
     "itself": (lambda y: y, lambda y: y),
     "a view": (lambda y: y[1:], lambda v: v),
     "detached": (lambda y: y.detach(), lambda d: d),
     "numpy": (lambda y: y.detach().numpy(), torch.from_numpy),
-    "a storage": (lambda y: y.untyped_storage(), lambda s: torch.empty(0).set_(s, 0, (ROWS, COLUMNS))),
+    "a storage": (
+        lambda y: y.untyped_storage(),
+        lambda s: torch.empty(0).set_(s, 0, (ROWS, COLUMNS)),
+    ),
     "dlpack": (lambda y: torch.from_dlpack(y.detach()), lambda d: d),
     "a saved tensor": (lambda y: y.grad_fn.saved_tensors, lambda s: s[-1]),
     "another graph": (lambda y: y**3, lambda z: z.grad_fn._saved_self),
@@ -102,7 +112,10 @@ HOLDERS = {
 
 
 #: a dy that dx may be written over, and one of stride 0, so that only the output is left
-LOSSES = {"dy alone": lambda y: (y * torch.randn(ROWS, COLUMNS)).sum(), "dy of stride 0": lambda y: 3 * y.sum()}
+LOSSES = {
+    "dy alone": lambda y: (y * torch.randn(ROWS, COLUMNS)).sum(),
+    "dy of stride 0": lambda y: 3 * y.sum(),
+}
 
 
 @pytest.fixture(params=LOSSES)
@@ -172,7 +185,8 @@ def test_the_gradient_takes_the_place_of_a_dy_that_nobody_holds(name, x):
 
 @pytest.mark.parametrize("compiled_first", [True, False])
 def test_a_call_costs_other_references_while_dynamo_evaluates_frames(compiled_first, x):
-    """CPython then holds the arguments of a Python call twice. What was observed in one state must hold in the other."""
+    """CPython then holds the arguments of a Python call twice. What was observed in one state must
+    hold in the other."""
     states = [lambda f: f(), lambda f: torch._dynamo.run(f)()]
     w = torch.randn(ROWS, COLUMNS)
     reuse._alone.cache_clear()
@@ -276,7 +290,9 @@ def given(y, w):
 
 
 @pytest.mark.parametrize(
-    "way", [by_hook, by_node, by_node_before, retained, captured, captured_with_input, given], ids=lambda f: f.__name__
+    "way",
+    [by_hook, by_node, by_node_before, retained, captured, captured_with_input, given],
+    ids=lambda f: f.__name__,
 )
 def test_a_dy_that_somebody_sees_keeps_its_values(op, x, way):
     w = torch.randn(ROWS, COLUMNS)
@@ -298,7 +314,9 @@ def test_a_dy_of_two_branches_reaches_both(op, x):
 def test_a_module_hook_keeps_the_gradients_it_was_given(x):
     seen = []
     module = nn.SiLU()
-    module.register_full_backward_hook(lambda module, grad_input, grad_output: seen.append((*grad_input, *grad_output)))
+    module.register_full_backward_hook(
+        lambda module, grad_input, grad_output: seen.append((*grad_input, *grad_output))
+    )
     w = torch.randn(ROWS, COLUMNS)
     (module(x) * w).sum().backward()
     dx, dy = seen[0]
@@ -319,7 +337,9 @@ def test_owners_are_not_counted_under_hooks():
     """Which keep what the counting backward saves."""
     seen = []
     reuse._alone.cache_clear()
-    with torch.autograd.graph.saved_tensors_hooks(lambda t: seen.append(t.detach()) or t, lambda t: t):
+    with torch.autograd.graph.saved_tensors_hooks(
+        lambda t: seen.append(t.detach()) or t, lambda t: t
+    ):
         F.sigmoid(torch.randn(256, 256, requires_grad=True)).sum().backward()
     y = F.sigmoid(torch.randn(256, 256, requires_grad=True))
     kept, loss = y.detach(), y.sum()

@@ -1,4 +1,5 @@
-"""Softmaxes beyond what the op database drives: every regime of the kernels, masks, extreme values, dims, dtypes, warnings, bad calls."""
+"""Softmaxes beyond what the op database drives: every regime of the kernels, masks, extreme values,
+dims, dtypes, warnings, bad calls."""
 
 from __future__ import annotations
 
@@ -30,7 +31,9 @@ def results(function, x, dim=-1, dy=None, **kwargs):
     x = x.detach().requires_grad_()  # keeps its strides
     y = function(x, dim, **kwargs)
     if dy is None:
-        dy = torch.randn(y.shape, dtype=torch.float64, generator=torch.Generator().manual_seed(5)).to(y.device, y.dtype)
+        dy = torch.randn(
+            y.shape, dtype=torch.float64, generator=torch.Generator().manual_seed(5)
+        ).to(y.device, y.dtype)
     return y.detach(), torch.autograd.grad(y, x, dy)[0]
 
 
@@ -39,9 +42,12 @@ def same(ours, theirs, rtol=1e-10, atol=1e-12):
 
 
 def as_near_as_stock(name, x, **kwargs):
-    """NaN and infinite where stock is; elsewhere no further from the float64 truth than stock, but for a few units of rounding."""
+    """NaN and infinite where stock is; elsewhere no further from the float64 truth than stock, but
+    for a few units of rounding."""
     ours, theirs = (results(getattr(of, name), x, **kwargs) for of in (functional, F))
-    dy = torch.randn(x.shape, dtype=torch.float64, generator=torch.Generator().manual_seed(5)).to(x.device, ours[0].dtype)
+    dy = torch.randn(x.shape, dtype=torch.float64, generator=torch.Generator().manual_seed(5)).to(
+        x.device, ours[0].dtype
+    )
     truths = results(getattr(F, name), x.double(), dy=dy.double())
     for our, their, truth in zip(ours, theirs, truths, strict=True):
         assert (our.dtype, our.shape, our.stride()) == (their.dtype, their.shape, their.stride())
@@ -50,7 +56,9 @@ def as_near_as_stock(name, x, **kwargs):
         finite = their.isfinite()
         our, their, truth = (t[finite].double() for t in (our, their, truth))
         if truth.numel():
-            bound = (their - truth).abs().max() + 4 * torch.finfo(ours[0].dtype).eps * truth.abs().max()
+            bound = (their - truth).abs().max() + 4 * torch.finfo(
+                ours[0].dtype
+            ).eps * truth.abs().max()
             assert (our - truth).abs().max() <= bound
 
 
@@ -85,23 +93,31 @@ def test_widths_of_one_row_a_program_and_of_a_loop(n):
 def test_every_regime_is_met():
     config = kernels("softmax").config
     for dtype, (backward, past_backward, forward, past_forward) in WIDTHS.items():
-        assert (config(forward, 1, dtype, 1).block, config(backward, 1, dtype, 2).block) == (forward, backward)
+        assert (config(forward, 1, dtype, 1).block, config(backward, 1, dtype, 2).block) == (
+            forward,
+            backward,
+        )
         assert config(past_forward, 1, dtype, 1).block < forward
         assert config(past_backward, 1, dtype, 2).block < backward
     for n in (1, 7, 128, 1000, 50257, 262144):
         for inner in (1, 2, 3, 49, 64, 10000):
             for dtype in DTYPES:
                 c = config(n, inner, dtype, 2)
-                assert all(v.bit_count() == 1 for v in (c.rows, c.block, c.num_warps)), "powers of two"
+                assert all(v.bit_count() == 1 for v in (c.rows, c.block, c.num_warps)), (
+                    "powers of two"
+                )
                 assert c.rows * c.block <= 64 * 32 * c.num_warps <= 64 * 32 * 16
-                assert inner == 1 or c.rows * dtype.itemsize >= min(128, inner * dtype.itemsize), "whole cache lines"
+                assert inner == 1 or c.rows * dtype.itemsize >= min(128, inner * dtype.itemsize), (
+                    "whole cache lines"
+                )
 
 
 @on_triton
 @each
 @pytest.mark.parametrize("shape", [(2, 5, 3), (2, 300, 2), (1, 700, 70), (3, 2, 33)])
 def test_rows_side_by_side(name, shape):
-    """A dimension with another after it, in one pass and in a loop, sizes that the tile does not divide, in offsets of both widths."""
+    """A dimension with another after it, in one pass and in a loop, sizes that the tile does not
+    divide, in offsets of both widths."""
     module = kernels("softmax")
     x = torch.randn(shape, dtype=torch.float64, device=DEVICE)
     expected = results(getattr(F, name), x, 1)
@@ -117,11 +133,17 @@ def test_rows_side_by_side(name, shape):
 @on_triton
 def test_offsets_grow_with_the_tensor():
     launch, module, seen = kernels("launch"), kernels("softmax"), []
-    with launch.observed(lambda kernel, programs, args, constexprs, options: seen.append((constexprs["WIDE"], constexprs["WIDE_COLUMNS"]))):
+    with launch.observed(
+        lambda kernel, programs, args, constexprs, options: seen.append(
+            (constexprs["WIDE"], constexprs["WIDE_COLUMNS"])
+        )
+    ):
         for shape, dim in (((2**15, 2**14), 1), ((2**16, 2**15), 1), ((2**15, 2**16), 0)):
             x = torch.empty(shape, device="meta")
             module.backward("softmax", x, module.forward("softmax", x, dim, None), dim, x.dtype)
-        module.forward("softmax", torch.empty(2**16, 2**15, device="meta")[:, :3], 1, None)  # few elements, far apart
+        module.forward(
+            "softmax", torch.empty(2**16, 2**15, device="meta")[:, :3], 1, None
+        )  # few elements, far apart
     assert seen == [(False, False)] * 2 + [(True, False)] * 2 + [(True, True)] * 2 + [(True, False)]
 
 
@@ -129,7 +151,12 @@ def test_offsets_grow_with_the_tensor():
 @pytest.mark.parametrize("dim", range(-4, 4))
 def test_every_dim(name, dim, backend):
     x = torch.randn(2, 3, 5, 4, dtype=torch.float64, device=DEVICE)
-    for layout in (x, x.contiguous(memory_format=torch.channels_last), x.permute(3, 1, 0, 2), x[:, :, ::2, 1:]):
+    for layout in (
+        x,
+        x.contiguous(memory_format=torch.channels_last),
+        x.permute(3, 1, 0, 2),
+        x[:, :, ::2, 1:],
+    ):
         ours, theirs = (results(getattr(of, name), layout, dim) for of in (functional, F))
         same(ours, theirs)
         assert ours[0].stride() == theirs[0].stride()
@@ -139,17 +166,32 @@ def test_every_dim(name, dim, backend):
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("scale", [100.0, 1e4])
 def test_large_inputs(name, dtype, scale, backend):
-    x = torch.tensor([[-1.0, 1.0, 0.5], [1.0, 1.0, 1.0], [-1.0, -1.0, -0.999], [0.0, 0.0, 1.0]], dtype=torch.float64, device=DEVICE) * scale
+    x = (
+        torch.tensor(
+            [[-1.0, 1.0, 0.5], [1.0, 1.0, 1.0], [-1.0, -1.0, -0.999], [0.0, 0.0, 1.0]],
+            dtype=torch.float64,
+            device=DEVICE,
+        )
+        * scale
+    )
     as_near_as_stock(name, x.to(dtype))
 
 
 @each
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_masks_and_special_values(name, dtype, backend):
-    """Attention masks: a row with some -inf, with all but one, with nothing else (NaN, as stock); and +inf and NaN."""
+    """Attention masks: a row with some -inf, with all but one, with nothing else (NaN, as stock);
+    and +inf and NaN."""
     lowest = torch.finfo(dtype).min
     masked = [[1, -INF, 2, -INF], [-INF, -INF, -INF, 3], [-INF] * 4]
-    rows = [*masked, [1, INF, 2, 0], [INF, INF, -INF, 0], [NAN, 1, 2, 3], [lowest] * 4, [-lowest] * 4]
+    rows = [
+        *masked,
+        [1, INF, 2, 0],
+        [INF, INF, -INF, 0],
+        [NAN, 1, 2, 3],
+        [lowest] * 4,
+        [-lowest] * 4,
+    ]
     as_near_as_stock(name, torch.tensor(rows, dtype=dtype, device=DEVICE))
 
 
@@ -187,12 +229,16 @@ def test_dtype(name, given, wanted, backend):
 @each
 def test_integers(name, backend):
     x = torch.randint(0, 5, (3, 4), device=DEVICE)
-    same(getattr(functional, name)(x, 1, dtype=torch.float64), getattr(F, name)(x, 1, dtype=torch.float64))
+    same(
+        getattr(functional, name)(x, 1, dtype=torch.float64),
+        getattr(F, name)(x, 1, dtype=torch.float64),
+    )
 
 
 @each
 def test_a_softmax_does_not_see_a_shift(name, backend):
-    """So the gradient of Σ y, all ones, is zero for the two that sum to one, and the gradients of every row sum to zero."""
+    """So the gradient of Σ y, all ones, is zero for the two that sum to one, and the gradients of
+    every row sum to zero."""
     x = torch.randn(5, 9, dtype=torch.float64, device=DEVICE, requires_grad=True)
     (dx,) = torch.autograd.grad(getattr(functional, name)(x, 1).sum(), x)
     same(dx.sum(1), torch.zeros(5, dtype=torch.float64, device=DEVICE))
@@ -209,7 +255,10 @@ def test_implicit_dim(name, shape, module, backend):
     for functions, modules in ((functional, nn), (F, torch.nn)):
         with warnings.catch_warnings(record=True) as caught:
             warnings.simplefilter("always")
-            call = getattr(modules, {"softmax": "Softmax", "softmin": "Softmin", "log_softmax": "LogSoftmax"}[name])()
+            call = getattr(
+                modules,
+                {"softmax": "Softmax", "softmin": "Softmin", "log_softmax": "LogSoftmax"}[name],
+            )()
             y = call(x) if module else getattr(functions, name)(x)
         found.append((y, [(w.category, str(w.message), w.filename) for w in caught]))
     same(found[0][0], found[1][0])
@@ -248,7 +297,8 @@ def test_a_dim_out_of_range_is_named_with_the_shape():
 
 @each
 def test_a_dim_is_no_name(name):
-    """torch 2.11 looks for a dimension of that name, and raises RuntimeError; later ones raise TypeError."""
+    """torch 2.11 looks for a dimension of that name, and raises RuntimeError; later ones raise
+    TypeError."""
     with pytest.raises(TypeError):
         getattr(functional, name)(torch.randn(2, 3), "last")
 
@@ -277,7 +327,9 @@ def test_autocast_computes_in_float32(name):
     x = torch.randn(3, 5, device="cuda", dtype=torch.float16)
     with torch.autocast("cuda", torch.bfloat16):
         ours, theirs = (results(getattr(of, name), x) for of in (functional, F))
-        assert [t.dtype for t in ours] == [t.dtype for t in theirs] == [torch.float32, torch.float16]
+        assert (
+            [t.dtype for t in ours] == [t.dtype for t in theirs] == [torch.float32, torch.float16]
+        )
         assert getattr(functional, name)(x.double(), 1).dtype == torch.float64
 
 

@@ -24,7 +24,12 @@ def test_clip_grad_norm(norm_type: float, foreach: bool | None) -> None:
         p.grad = torch.randn_like(p)
     all_of_them = torch.cat([p.grad.flatten() for p in params[:2] if p.grad is not None])
     total = torch.linalg.vector_norm(all_of_them, norm_type)
-    assert torch.allclose(utils.get_total_norm([p.grad for p in params[:2] if p.grad is not None], norm_type, foreach=foreach), total)
+    assert torch.allclose(
+        utils.get_total_norm(
+            [p.grad for p in params[:2] if p.grad is not None], norm_type, foreach=foreach
+        ),
+        total,
+    )
     assert torch.allclose(utils.clip_grad_norm_(params, 0.5, norm_type, foreach=foreach), total)
     clipped = torch.cat([p.grad.flatten() for p in params[:2] if p.grad is not None])
     assert torch.allclose(clipped, all_of_them * min(1.0, float(0.5 / (total + 1e-6))))
@@ -49,7 +54,9 @@ def test_clip_weights() -> None:
     assert utils.clip_weights_((p for p in params), 1) is None
     assert torch.equal(params[0].nan_to_num(9), torch.tensor([1.0, -1.0, 9.0, 0.5, 1.0]))
     assert params[1].tolist() == [[torch.tensor(0.1).bfloat16().item(), -1.0]]
-    assert torch.equal(params[2], torch.linspace(-2, 2, 6, dtype=torch.float64).clamp(-1, 1).view(2, 3).t())
+    assert torch.equal(
+        params[2], torch.linspace(-2, 2, 6, dtype=torch.float64).clamp(-1, 1).view(2, 3).t()
+    )
     assert all(p._version > v for p, v in zip(params[:3], versions, strict=False))
     assert params[0].requires_grad
     assert params[0].grad_fn is None

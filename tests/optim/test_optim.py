@@ -26,8 +26,11 @@ from custom_backprop.optim.guards import guard
 from custom_backprop.optim.lion import _Loop
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
-needs_kernels = pytest.mark.skipif(custom_backprop.backends.why_not("triton", DEVICE) is not None, reason="no kernels here")
-#: awkward: no element, one, a scalar, an odd few, rows, another order of memory, more than one block and more than one piece
+needs_kernels = pytest.mark.skipif(
+    custom_backprop.backends.why_not("triton", DEVICE) is not None, reason="no kernels here"
+)
+#: awkward: no element, one, a scalar, an odd few, rows, another order of memory, more than one
+#: block and more than one piece
 SHAPES = [(0,), (1,), (), (7,), (3, 5), (2, 3, 2, 2), (150,)]
 
 OPTIONS: list[tuple[str, dict[str, Any]]] = [
@@ -38,7 +41,17 @@ OPTIONS: list[tuple[str, dict[str, Any]]] = [
     ("SGD", {"lr": 0.1, "momentum": 0.9, "nesterov": True, "weight_decay": 0.1}),
     ("SGD", {"lr": 0.1, "momentum": 0.9, "dampening": 0.3, "maximize": True}),
     ("Adagrad", {"lr": 0.1}),
-    ("Adagrad", {"lr": 0.1, "lr_decay": 0.01, "weight_decay": 0.1, "initial_accumulator_value": 0.5, "eps": 1e-3, "maximize": True}),
+    (
+        "Adagrad",
+        {
+            "lr": 0.1,
+            "lr_decay": 0.01,
+            "weight_decay": 0.1,
+            "initial_accumulator_value": 0.5,
+            "eps": 1e-3,
+            "maximize": True,
+        },
+    ),
     ("RMSprop", {"lr": 0.01}),
     ("RMSprop", {"lr": 0.01, "alpha": 0.9, "eps": 1e-3, "momentum": 0.5}),
     ("RMSprop", {"lr": 0.01, "eps": 1e-2, "centered": True, "weight_decay": 0.1}),
@@ -48,14 +61,26 @@ OPTIONS: list[tuple[str, dict[str, Any]]] = [
     ("Adam", {"lr": 0.01, "amsgrad": True, "weight_decay": 0.1, "decoupled_weight_decay": True}),
     ("Adam", {"lr": 0.01, "betas": (0.0, 0.9)}),
     ("AdamW", {"lr": 0.01}),
-    ("AdamW", {"lr": 0.01, "betas": (0.5, 0.9), "eps": 1e-3, "weight_decay": 0.3, "amsgrad": True, "maximize": True}),
+    (
+        "AdamW",
+        {
+            "lr": 0.01,
+            "betas": (0.5, 0.9),
+            "eps": 1e-3,
+            "weight_decay": 0.3,
+            "amsgrad": True,
+            "maximize": True,
+        },
+    ),
     ("Lion", {"lr": 0.01}),
     ("Lion", {"lr": 0.01, "betas": (0.5, 0.8), "weight_decay": 0.3, "maximize": True}),
 ]
 NAMES = list(dict.fromkeys(name for name, _ in OPTIONS))
 #: one set of options of each that has every state
 FULL = dict(OPTIONS)
-every_option = pytest.mark.parametrize(("name", "kwargs"), OPTIONS, ids=[f"{n}-{'-'.join(list(k)[1:])}" for n, k in OPTIONS])
+every_option = pytest.mark.parametrize(
+    ("name", "kwargs"), OPTIONS, ids=[f"{n}-{'-'.join(list(k)[1:])}" for n, k in OPTIONS]
+)
 every_optimizer = pytest.mark.parametrize("name", NAMES)
 
 
@@ -70,16 +95,26 @@ def ours(name: str) -> Any:
 @pytest.fixture(autouse=True)
 def _small_blocks(monkeypatch: pytest.MonkeyPatch) -> None:
     """Blocks and pieces so small that these tensors take several."""
-    if custom_backprop.backends.why_not("triton", "cuda" if torch.cuda.is_available() else "cpu") is None:
+    if (
+        custom_backprop.backends.why_not("triton", "cuda" if torch.cuda.is_available() else "cpu")
+        is None
+    ):
         monkeypatch.setattr(kernels("optim"), "BLOCK", 32)
         monkeypatch.setattr(kernels("optim"), "ROUNDS", 2)
     monkeypatch.setattr(buckets, "PIECE", 64)  # whole vectors, as the true size
 
 
-def parameters(device: str = "cpu", dtype: torch.dtype = torch.float64, shapes: list[tuple[int, ...]] = SHAPES) -> list[Parameter]:
+def parameters(
+    device: str = "cpu", dtype: torch.dtype = torch.float64, shapes: list[tuple[int, ...]] = SHAPES
+) -> list[Parameter]:
     generator = torch.Generator().manual_seed(1)
-    made = [torch.randn(s, generator=generator, dtype=torch.float64).to(device, dtype) for s in shapes]
-    return [Parameter(t.contiguous(memory_format=torch.channels_last) if t.dim() == 4 else t) for t in made]
+    made = [
+        torch.randn(s, generator=generator, dtype=torch.float64).to(device, dtype) for s in shapes
+    ]
+    return [
+        Parameter(t.contiguous(memory_format=torch.channels_last) if t.dim() == 4 else t)
+        for t in made
+    ]
 
 
 def give_gradients(params: list[Parameter], step: int, skip: bool = True) -> None:
@@ -87,7 +122,11 @@ def give_gradients(params: list[Parameter], step: int, skip: bool = True) -> Non
     generator = torch.Generator().manual_seed(step)
     for i, p in enumerate(params):
         noise = torch.randn(p.shape, generator=generator, dtype=torch.float64).to(p.device, p.dtype)
-        p.grad = None if skip and (step + i) % 11 == 3 else torch.empty_like(p).copy_(p.detach().sin() + noise)
+        p.grad = (
+            None
+            if skip and (step + i) % 11 == 3
+            else torch.empty_like(p).copy_(p.detach().sin() + noise)
+        )
 
 
 def train(optimizer: Any, params: list[Parameter], steps: range | int) -> None:
@@ -103,8 +142,12 @@ def assert_equal(mine: Any, theirs: Any, tolerance: float = 1e-12) -> None:
         assert mine.shape == theirs.shape
         assert mine.dtype == theirs.dtype
         assert mine.stride() == theirs.stride()
-        scale = theirs.nan_to_num(posinf=1, neginf=1).abs().max().clamp_min(1) if theirs.numel() else 1
-        assert torch.allclose(mine, theirs.to(mine.device), rtol=0, atol=float(tolerance * scale), equal_nan=True)
+        scale = (
+            theirs.nan_to_num(posinf=1, neginf=1).abs().max().clamp_min(1) if theirs.numel() else 1
+        )
+        assert torch.allclose(
+            mine, theirs.to(mine.device), rtol=0, atol=float(tolerance * scale), equal_nan=True
+        )
     elif isinstance(mine, dict):
         assert mine.keys() == theirs.keys()
         for key in mine:
@@ -117,8 +160,12 @@ def assert_equal(mine: Any, theirs: Any, tolerance: float = 1e-12) -> None:
 
 
 @every_option
-def test_a_hundred_steps_are_torchs(name: str, kwargs: dict[str, Any], backend: str, device: str) -> None:
-    shapes = [(5,)] if backend == "triton" and device == "cpu" else SHAPES  # the interpreter is slow; more blocks below
+def test_a_hundred_steps_are_torchs(
+    name: str, kwargs: dict[str, Any], backend: str, device: str
+) -> None:
+    shapes = (
+        [(5,)] if backend == "triton" and device == "cpu" else SHAPES
+    )  # the interpreter is slow; more blocks below
     mine, theirs = parameters(device, shapes=shapes), parameters(device, shapes=shapes)
     our, their = ours(name)(mine, **kwargs), stock(name)(theirs, **kwargs)
     train(our, mine, 100)
@@ -137,8 +184,12 @@ def test_awkward_shapes(name: str, kwargs: dict[str, Any], backend: str, device:
     assert_equal(our.state_dict(), their.state_dict())
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16, torch.float16], ids=str)
-@pytest.mark.parametrize("kwargs", [k for n, k in OPTIONS if n == "SGD"], ids=lambda k: "-".join(list(k)[1:]))
+@pytest.mark.parametrize(
+    "dtype", [torch.float32, torch.float64, torch.bfloat16, torch.float16], ids=str
+)
+@pytest.mark.parametrize(
+    "kwargs", [k for n, k in OPTIONS if n == "SGD"], ids=lambda k: "-".join(list(k)[1:])
+)
 def test_sgd_gives_the_bits_of_torchs_loop(kwargs: dict[str, Any], dtype: torch.dtype) -> None:
     mine, theirs = parameters(dtype=dtype), parameters(dtype=dtype)
     train(optim.SGD(mine, fused=False, **kwargs), mine, 7)
@@ -147,9 +198,15 @@ def test_sgd_gives_the_bits_of_torchs_loop(kwargs: dict[str, Any], dtype: torch.
         assert torch.equal(a, b)
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16, torch.float16], ids=str)
-@pytest.mark.parametrize("kwargs", [k for n, k in OPTIONS if n == "SGD"], ids=lambda k: "-".join(list(k)[1:]))
-def test_sgd_gives_the_bits_of_torchs_fused_kernel(kwargs: dict[str, Any], dtype: torch.dtype) -> None:
+@pytest.mark.parametrize(
+    "dtype", [torch.float32, torch.float64, torch.bfloat16, torch.float16], ids=str
+)
+@pytest.mark.parametrize(
+    "kwargs", [k for n, k in OPTIONS if n == "SGD"], ids=lambda k: "-".join(list(k)[1:])
+)
+def test_sgd_gives_the_bits_of_torchs_fused_kernel(
+    kwargs: dict[str, Any], dtype: torch.dtype
+) -> None:
     shapes = [(5, 3), (1000,)]
     mine, theirs = parameters(dtype=dtype, shapes=shapes), parameters(dtype=dtype, shapes=shapes)
     train(optim.SGD(mine, **kwargs), mine, 7)
@@ -162,7 +219,11 @@ def test_sgd_gives_the_bits_of_torchs_fused_kernel(kwargs: dict[str, Any], dtype
 def test_a_checkpoint_moves_both_ways(name: str, backend: str, device: str) -> None:
     kwargs, shapes = FULL[name], [(7,)]
     runs = []
-    for first, second in ((ours(name), stock(name)), (stock(name), ours(name)), (stock(name), stock(name))):
+    for first, second in (
+        (ours(name), stock(name)),
+        (stock(name), ours(name)),
+        (stock(name), stock(name)),
+    ):
         params = parameters(device, shapes=shapes)
         before = first(params, **kwargs)
         train(before, params, 2)
@@ -241,8 +302,12 @@ def test_state_taken_away_replaced_or_cleared_is_noticed(name: str) -> None:
 
 @every_optimizer
 def test_parameters_and_gradients_may_change_place_and_strides(name: str) -> None:
-    """``p.data = ...``, gradients kept in place, transposed ones (which torch's fused kernels misread), a group losing a member."""
-    mine, theirs = parameters(shapes=[(4, 6), (5,), (30,)]), parameters(shapes=[(4, 6), (5,), (30,)])
+    """``p.data = ...``, gradients kept in place, transposed ones (which torch's fused kernels
+    misread), a group losing a member."""
+    mine, theirs = (
+        parameters(shapes=[(4, 6), (5,), (30,)]),
+        parameters(shapes=[(4, 6), (5,), (30,)]),
+    )
     loop = {} if name == "Lion" else {"foreach": False}
     fused = {"fused": True} if name in ("SGD", "Adagrad", "Adam", "AdamW") else {}
     our, their = ours(name)(mine, **fused, **FULL[name]), stock(name)(theirs, **loop, **FULL[name])
@@ -262,7 +327,9 @@ def test_parameters_and_gradients_may_change_place_and_strides(name: str) -> Non
 
 
 @every_optimizer
-def test_of_a_size_of_1_any_stride_is_as_good_as_another(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_of_a_size_of_1_any_stride_is_as_good_as_another(
+    name: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
     mine, theirs = parameters(shapes=[(5, 1), (4,)]), parameters(shapes=[(5, 1), (4,)])
     our, their = ours(name)(mine, **FULL[name]), stock(name)(theirs, **FULL[name])
     monkeypatch.delattr(optim.optimizer.MultiTensor, "_by_torch")
@@ -313,10 +380,15 @@ def test_a_parameter_goes_to_another_place_and_back(name: str) -> None:
 
 @every_optimizer
 def test_gradients_that_come_and_go(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Each pattern is planned once, and no state moves for it: to plan takes longer than many steps."""
+    """Each pattern is planned once, and no state moves for it: to plan takes longer than many
+    steps."""
     planned: list[int] = []
     plan = optim.optimizer.MultiTensor._planned
-    monkeypatch.setattr(optim.optimizer.MultiTensor, "_planned", lambda self, group: planned.append(1) or plan(self, group))
+    monkeypatch.setattr(
+        optim.optimizer.MultiTensor,
+        "_planned",
+        lambda self, group: planned.append(1) or plan(self, group),
+    )
     mine, theirs = parameters(shapes=[(3, 2)] * 40), parameters(shapes=[(3, 2)] * 40)
     loop = {} if name == "Lion" else {"foreach": False}
     our, their = ours(name)(mine, **FULL[name]), stock(name)(theirs, **loop, **FULL[name])
@@ -332,7 +404,8 @@ def test_gradients_that_come_and_go(name: str, monkeypatch: pytest.MonkeyPatch) 
 
 @every_optimizer
 def test_a_parameter_of_another_shape_at_the_same_address(name: str) -> None:
-    """Transposed it is updated as torch does; cut, its old state does not fit, and nothing beyond it is read."""
+    """Transposed it is updated as torch does; cut, its old state does not fit, and nothing beyond
+    it is read."""
     mine, theirs = parameters(shapes=[(4, 4)]), parameters(shapes=[(4, 4)])
     loop = {} if name == "Lion" else {"foreach": False}
     our, their = ours(name)(mine, **FULL[name]), stock(name)(theirs, **loop, **FULL[name])
@@ -355,21 +428,31 @@ def looks(monkeypatch: pytest.MonkeyPatch) -> list[int]:
     """Grows by one each time that a bucket looks at its gradients in Python."""
     seen: list[int] = []
     look = buckets.Bucket._looked_at
-    monkeypatch.setattr(buckets.Bucket, "_looked_at", lambda self, grads: seen.append(1) or look(self, grads))
+    monkeypatch.setattr(
+        buckets.Bucket, "_looked_at", lambda self, grads: seen.append(1) or look(self, grads)
+    )
     return seen
 
 
 @pytest.mark.parametrize("guarded", [True, False], ids=["guards", "no guards"])
 @every_optimizer
-def test_the_look_at_the_gradients_is_torchs_own_from_the_third_step_on(name: str, guarded: bool, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Twice a change of autocast or inference mode is looked at in Python, for each of two orders of memory; the update is the same."""
+def test_the_look_at_the_gradients_is_torchs_own_from_the_third_step_on(
+    name: str, guarded: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Twice a change of autocast or inference mode is looked at in Python, for each of two orders
+    of memory; the update is the same."""
     if not guarded:
         monkeypatch.setattr(buckets, "guard", lambda tensors: None)
     seen = looks(monkeypatch)
     mine, theirs = parameters(), parameters()
     our, their = ours(name)(mine, **FULL[name]), stock(name)(theirs, **FULL[name])
     quick = guarded and guard([torch.ones(1)]) is not None
-    for context in (nullcontext, lambda: torch.autocast("cpu", torch.bfloat16), torch.inference_mode, nullcontext):
+    for context in (
+        nullcontext,
+        lambda: torch.autocast("cpu", torch.bfloat16),
+        torch.inference_mode,
+        nullcontext,
+    ):
         seen.clear()
         for step in range(5):
             for optimizer, params in ((our, mine), (their, theirs)):
@@ -400,10 +483,14 @@ def test_two_parameters_of_one_gradient(name: str, monkeypatch: pytest.MonkeyPat
 def test_flags_changed_on_the_way(backend: str, device: str) -> None:
     """Which a compiled kernel has built in."""
     mine, theirs = parameters(device, shapes=[(5,)]), parameters(device, shapes=[(5,)])
-    our, their = (kind(p, lr=0.1, momentum=0.9) for kind, p in ((optim.SGD, mine), (torch.optim.SGD, theirs)))
+    our, their = (
+        kind(p, lr=0.1, momentum=0.9) for kind, p in ((optim.SGD, mine), (torch.optim.SGD, theirs))
+    )
     for step in range(8):
         for optimizer, params in ((our, mine), (their, theirs)):
-            optimizer.param_groups[0].update(maximize=bool(step & 1), nesterov=bool(step & 2), weight_decay=0.1 * (step & 4))
+            optimizer.param_groups[0].update(
+                maximize=bool(step & 1), nesterov=bool(step & 2), weight_decay=0.1 * (step & 4)
+            )
             give_gradients(params, step, skip=False)
             optimizer.step()
     assert_equal(mine, theirs)
@@ -411,13 +498,24 @@ def test_flags_changed_on_the_way(backend: str, device: str) -> None:
 
 @needs_kernels
 def test_a_gradient_at_an_odd_address(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Is seen as such, while it is there: the kernel would read 16 bytes at once. Addresses that have not changed are not sent again."""
+    """Is seen as such, while it is there: the kernel would read 16 bytes at once. Addresses that
+    have not changed are not sent again."""
     params, home = [torch.zeros(8, device=DEVICE) for _ in range(2)], torch.zeros(17, device=DEVICE)
     even, odd = [home[:8], home[8:16]], [home[:8], home[9:]]
     table = kernels("optim").Table(params, [None, None, None], None)
     sent: list[Any] = []
-    monkeypatch.setattr(table, "_sent", lambda *args: sent.append(args) or kernels("optim").Table._sent(table, *args))
-    assert [table.see(grads) for grads in (even, even, odd, odd, even)] == [True, True, False, False, True]
+    monkeypatch.setattr(
+        table,
+        "_sent",
+        lambda *args: sent.append(args) or kernels("optim").Table._sent(table, *args),
+    )
+    assert [table.see(grads) for grads in (even, even, odd, odd, even)] == [
+        True,
+        True,
+        False,
+        False,
+        True,
+    ]
     assert len(sent) == 3
     assert table.table[3].tolist() == [t.data_ptr() for t in even]
     assert not kernels("optim").Table([home[1:9], params[0]], [None, None, None], None).see(even)
@@ -440,7 +538,8 @@ ANOTHER: dict[str, Any] = {
 def test_data_replaced_under_a_parameter_or_its_gradient(
     name: str, of: str, what: str, guarded: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """``.data = ...`` leaves no trace but the tensor itself. Where torch fails, so do we, at the same step."""
+    """``.data = ...`` leaves no trace but the tensor itself. Where torch fails, so do we, at the
+    same step."""
     if not guarded:
         monkeypatch.setattr(buckets, "guard", lambda tensors: None)
     loop = {} if name == "Lion" else {"foreach": False}
@@ -475,7 +574,9 @@ def test_data_replaced_under_a_parameter_or_its_gradient(
         ("Lion", {"betas": (0.9, 0.99)}, {"betas": [0.5, 0.9]}),
     ],
 )
-def test_hyperparameters_changed_on_the_way(name: str, before: dict[str, Any], after: dict[str, Any]) -> None:
+def test_hyperparameters_changed_on_the_way(
+    name: str, before: dict[str, Any], after: dict[str, Any]
+) -> None:
     """Those that decide which state there is, and what a JSON file makes of a pair."""
     mine, theirs = parameters(), parameters()
     loop = {} if name == "Lion" else {"foreach": False}
@@ -522,7 +623,9 @@ def test_groups_schedulers_hooks_and_closures(name: str) -> None:
         params = parameters()
         groups = [{"params": params[:3]}, {"params": params[3:], "lr": 0.05, "weight_decay": 0.01}]
         optimizer = kind(groups, **FULL[name])
-        scheduler = torch.optim.lr_scheduler.OneCycleLR(optimizer, [0.1, 0.2], total_steps=10, cycle_momentum=False)
+        scheduler = torch.optim.lr_scheduler.OneCycleLR(
+            optimizer, [0.1, 0.2], total_steps=10, cycle_momentum=False
+        )
         seen: list[float] = []
         optimizer.register_step_pre_hook(lambda *_: seen.append(-1.0))
         optimizer.register_step_post_hook(lambda *_: seen.append(-2.0))
@@ -546,10 +649,17 @@ def test_groups_schedulers_hooks_and_closures(name: str) -> None:
     assert_equal(mine[0], theirs[0])
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, *([] if DEVICE == "cuda" else [torch.bfloat16])], ids=str)
+@pytest.mark.parametrize(
+    "dtype",
+    [torch.float32, torch.float16, *([] if DEVICE == "cuda" else [torch.bfloat16])],
+    ids=str,
+)
 @every_optimizer
-def test_grad_scaler_and_an_infinity(name: str, dtype: torch.dtype, backend: str, device: str) -> None:
-    """A step of scaled gradients is that of the gradients; a step with an infinity leaves parameters and state alone."""
+def test_grad_scaler_and_an_infinity(
+    name: str, dtype: torch.dtype, backend: str, device: str
+) -> None:
+    """A step of scaled gradients is that of the gradients; a step with an infinity leaves
+    parameters and state alone."""
     scaler = torch.amp.GradScaler(device, init_scale=1024.0)
     scaler.scale(torch.zeros((), device=device))
     mine, theirs = parameters(device, dtype, [(5,)]), parameters(device, dtype, [(5,)])
@@ -578,12 +688,16 @@ def test_on_a_gpu_torch_scales_no_bfloat16_gradients() -> None:
     """pytorch issue 127176. Once it does, the test above can ask for them there too."""
     with pytest.raises(NotImplementedError, match="BFloat16"):
         torch._amp_foreach_non_finite_check_and_unscale_(
-            [torch.ones(1, dtype=torch.bfloat16, device=DEVICE)], torch.zeros(1, device=DEVICE), torch.ones(1, device=DEVICE)
+            [torch.ones(1, dtype=torch.bfloat16, device=DEVICE)],
+            torch.zeros(1, device=DEVICE),
+            torch.ones(1, device=DEVICE),
         )
 
 
 @every_optimizer
-def test_a_bucket_on_a_cpu_reads_the_infinity_that_a_gpu_found(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_bucket_on_a_cpu_reads_the_infinity_that_a_gpu_found(
+    name: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """The kernels read it themselves, but parameters may lie on both."""
     monkeypatch.setattr(optim.optimizer.MultiTensor, "_reads", lambda self, found: False)
     params = parameters()
@@ -606,7 +720,10 @@ def test_grad_scaler_after_unscale(name: str) -> None:
     scaler = torch.amp.GradScaler("cpu", init_scale=8.0)
     scaler.scale(torch.zeros(()))
     mine, theirs = parameters(dtype=torch.float32), parameters(dtype=torch.float32)
-    our, their = ours(name)(mine, max_grad_norm=0.1, **FULL[name]), ours(name)(theirs, max_grad_norm=0.1, **FULL[name])
+    our, their = (
+        ours(name)(mine, max_grad_norm=0.1, **FULL[name]),
+        ours(name)(theirs, max_grad_norm=0.1, **FULL[name]),
+    )
     for step in range(3):
         give_gradients(mine, step, skip=False)
         give_gradients(theirs, step, skip=False)
@@ -622,9 +739,17 @@ def test_grad_scaler_after_unscale(name: str) -> None:
 
 @pytest.mark.parametrize("norm", [0.0, 0.7, 1e6])
 @every_optimizer
-def test_max_grad_norm_is_clip_grad_norm_before_the_step(name: str, norm: float, backend: str, device: str) -> None:
-    mine, theirs = parameters(device, shapes=[(5,), (2, 3)]), parameters(device, shapes=[(5,), (2, 3)])
-    our, their = ours(name)(mine, max_grad_norm=norm, **FULL[name]), stock(name)(theirs, **FULL[name])
+def test_max_grad_norm_is_clip_grad_norm_before_the_step(
+    name: str, norm: float, backend: str, device: str
+) -> None:
+    mine, theirs = (
+        parameters(device, shapes=[(5,), (2, 3)]),
+        parameters(device, shapes=[(5,), (2, 3)]),
+    )
+    our, their = (
+        ours(name)(mine, max_grad_norm=norm, **FULL[name]),
+        stock(name)(theirs, **FULL[name]),
+    )
     for step in range(3):
         give_gradients(mine, step)
         give_gradients(theirs, step)
@@ -650,7 +775,9 @@ def test_sparse_gradients(name: str) -> None:
             optimizer.zero_grad()
             ((embedding(torch.tensor([step, 3, 3])) * dense) ** 2).sum().backward()
             if not extra and kind is stock(name) and clip:
-                total = torch.linalg.vector_norm(torch.cat([embedding.weight.grad.coalesce().values().flatten(), dense.grad]))
+                total = torch.linalg.vector_norm(
+                    torch.cat([embedding.weight.grad.coalesce().values().flatten(), dense.grad])
+                )
                 for p in params:
                     p.grad = p.grad * min(1.0, float(clip / (total + 1e-6)))
             optimizer.step()
@@ -674,7 +801,10 @@ def test_sparse_gradients_are_refused_where_torch_refuses(name: str) -> None:
 def test_complex_and_real_parameters_together(name: str) -> None:
     def run(kind: Any, **extra: Any) -> list[Parameter]:
         generator = torch.Generator().manual_seed(3)
-        params = [Parameter(torch.randn(4, dtype=d, generator=generator)) for d in (torch.complex128, torch.float64, torch.complex128)]
+        params = [
+            Parameter(torch.randn(4, dtype=d, generator=generator))
+            for d in (torch.complex128, torch.float64, torch.complex128)
+        ]
         optimizer = kind(params, **FULL[name], **extra)
         for _ in range(5):
             for p in params:
@@ -718,7 +848,9 @@ def test_flags_of_torchs_variants_are_accepted(name: str, flag: str) -> None:
     our, their = ours(name)(mine, **kwargs), stock(name)(theirs, **kwargs)
     for step in range(4):
         for optimizer, params in ((our, mine), (their, theirs)):
-            give_gradients(params, step, skip=False)  # torch's fused SGD fails on a gradient that is absent at the first step only
+            give_gradients(
+                params, step, skip=False
+            )  # torch's fused SGD fails on a gradient that is absent at the first step only
             optimizer.step()
     assert_equal(mine, theirs, 1e-6)
     assert our.state_dict()["param_groups"] == their.state_dict()["param_groups"]
@@ -769,7 +901,10 @@ def test_compiled(name: str) -> None:
 
 def test_compiled_with_an_argument_of_ours() -> None:
     mine, theirs = parameters(shapes=[(5,)]), parameters(shapes=[(5,)])
-    our, their = optim.SGD(mine, lr=0.1, max_grad_norm=0.5), optim.SGD(theirs, lr=0.1, max_grad_norm=0.5)
+    our, their = (
+        optim.SGD(mine, lr=0.1, max_grad_norm=0.5),
+        optim.SGD(theirs, lr=0.1, max_grad_norm=0.5),
+    )
     torch._dynamo.reset()
     step = torch.compile(our.step, backend="aot_eager")
     for i in range(2):
@@ -808,7 +943,14 @@ def test_bad_arguments_raise_as_torchs(name: str, kwargs: dict[str, Any]) -> Non
 @every_optimizer
 def test_bad_parameters_raise_as_torchs(name: str) -> None:
     leaf = torch.ones(2, requires_grad=True)
-    for params in ([], torch.ones(2), [leaf * 2], ["p"], [{"params": {leaf}}], [{"params": [leaf]}, {"params": [leaf]}]):
+    for params in (
+        [],
+        torch.ones(2),
+        [leaf * 2],
+        ["p"],
+        [{"params": {leaf}}],
+        [{"params": [leaf]}, {"params": [leaf]}],
+    ):
         errors = []
         for kind in (ours(name), stock(name)):
             with pytest.raises((ValueError, TypeError)) as caught:
@@ -819,7 +961,11 @@ def test_bad_parameters_raise_as_torchs(name: str) -> None:
 
 @every_optimizer
 def test_own_arguments(name: str) -> None:
-    for kwargs in ({"max_grad_norm": -1.0}, {"max_grad_norm": math.nan}, {"master_weights": True, "bf16_stochastic_round": True}):
+    for kwargs in (
+        {"max_grad_norm": -1.0},
+        {"max_grad_norm": math.nan},
+        {"master_weights": True, "bf16_stochastic_round": True},
+    ):
         with pytest.raises(ValueError, match=r"max_grad_norm|choose one"):
             ours(name)(parameters(), **kwargs)
     taken = inspect.signature(ours(name)).parameters
@@ -839,10 +985,17 @@ def test_no_gradient_at_all(name: str) -> None:
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
 @every_optimizer
 def test_master_weights(name: str, dtype: torch.dtype, backend: str, device: str) -> None:
-    """Half-precision parameters follow a float32 run on the same gradients, and so after a checkpoint."""
+    """Half-precision parameters follow a float32 run on the same gradients, and so after a
+    checkpoint."""
     shapes = [(5,), (2, 3)]
-    half, full = parameters(device, dtype, shapes), [Parameter(p.detach().float()) for p in parameters(device, dtype, shapes)]
-    our, their = ours(name)(half, master_weights=True, **FULL[name]), stock(name)(full, **FULL[name])
+    half, full = (
+        parameters(device, dtype, shapes),
+        [Parameter(p.detach().float()) for p in parameters(device, dtype, shapes)],
+    )
+    our, their = (
+        ours(name)(half, master_weights=True, **FULL[name]),
+        stock(name)(full, **FULL[name]),
+    )
     for step in range(4):
         give_gradients(half, step)
         for p, q in zip(half, full, strict=True):
@@ -868,7 +1021,9 @@ def test_masters_follow_what_others_write(backend: str, device: str) -> None:
         optimizer.step()
         clip_weights_(p, 0.5)
     optimizer.step()
-    torch.testing.assert_close(optimizer.state[p]["master_param"], torch.full((5,), 1.5, device=device))
+    torch.testing.assert_close(
+        optimizer.state[p]["master_param"], torch.full((5,), 1.5, device=device)
+    )
     with torch.no_grad():
         p[2] = 8.0
     p.data = p.data.clone()
@@ -880,17 +1035,31 @@ def test_masters_follow_what_others_write(backend: str, device: str) -> None:
 
 
 @every_optimizer
-def test_stochastic_rounding_keeps_updates_too_small_for_bfloat16(name: str, backend: str, device: str) -> None:
-    """Many parameters of 1 pulled down by far less than a spacing: all of them stay when rounded to nearest, on average none does."""
+def test_stochastic_rounding_keeps_updates_too_small_for_bfloat16(
+    name: str, backend: str, device: str
+) -> None:
+    """Many parameters of 1 pulled down by far less than a spacing: all of them stay when rounded to
+    nearest, on average none does."""
     n, steps = (4096, 4) if backend != "triton" or device != "cpu" else (64, 4)
-    kwargs: dict[str, Any] = {"lr": 2.0**-11} if name != "Adagrad" else {"lr": 2.0**-11, "initial_accumulator_value": 1.0}
-    mine, exact = Parameter(torch.ones(n, dtype=torch.bfloat16, device=device)), Parameter(torch.ones(1, device=device))
-    our, their = ours(name)([mine], bf16_stochastic_round=True, **kwargs), stock(name)([exact], **kwargs)
+    kwargs: dict[str, Any] = (
+        {"lr": 2.0**-11}
+        if name != "Adagrad"
+        else {"lr": 2.0**-11, "initial_accumulator_value": 1.0}
+    )
+    mine, exact = (
+        Parameter(torch.ones(n, dtype=torch.bfloat16, device=device)),
+        Parameter(torch.ones(1, device=device)),
+    )
+    our, their = (
+        ours(name)([mine], bf16_stochastic_round=True, **kwargs),
+        stock(name)([exact], **kwargs),
+    )
     for _ in range(steps):
         mine.grad, exact.grad = torch.ones_like(mine), torch.ones_like(exact)
         our.step()
         their.step()
-    # below 1 a spacing is 2**-8: after k roundings the mean of n is off by at most sqrt(k / (4 n)) spacings (one standard deviation)
+    # below 1 a spacing is 2**-8: after k roundings the mean of n is off by at most sqrt(k / (4 n))
+    # spacings (one standard deviation)
     bound = 5 * 2.0**-8 * math.sqrt(steps / (4 * n))
     assert abs(mine.detach().double().mean().item() - exact.item()) < bound
     assert 1 - exact.item() > bound or backend == "triton"
@@ -902,8 +1071,11 @@ WIDE: list[dict[str, Any]] = [{"master_weights": True}, {"bf16_stochastic_round"
 
 @pytest.mark.parametrize("kwargs", WIDE, ids=lambda k: next(iter(k)))
 @every_optimizer
-def test_gradients_and_states_in_another_order_of_memory(name: str, kwargs: dict[str, Any], backend: str, device: str) -> None:
-    """A transposed gradient, and a checkpoint of a model in another memory format, are what they are by index."""
+def test_gradients_and_states_in_another_order_of_memory(
+    name: str, kwargs: dict[str, Any], backend: str, device: str
+) -> None:
+    """A transposed gradient, and a checkpoint of a model in another memory format, are what they
+    are by index."""
 
     def run(transposed: bool) -> tuple[Tensor, dict[str, Tensor]]:
         torch.manual_seed(0)
@@ -916,7 +1088,9 @@ def test_gradients_and_states_in_another_order_of_memory(name: str, kwargs: dict
             optimizer.step()
             if transposed and step == 2:
                 for key, state in optimizer.state[p].items():
-                    optimizer.state[p][key] = state.t().contiguous().t() if state.dim() == 2 else state
+                    optimizer.state[p][key] = (
+                        state.t().contiguous().t() if state.dim() == 2 else state
+                    )
         return p.detach(), optimizer.state[p]
 
     (mine, states), (theirs, others) = run(True), run(False)
@@ -940,12 +1114,22 @@ REFUSED: dict[str, tuple[Any, str]] = {
 
 @pytest.mark.parametrize("kwargs", WIDE, ids=lambda k: next(iter(k)))
 @pytest.mark.parametrize(
-    ("name", "what"), [(n, w) for n in NAMES for w in REFUSED if w != "capturable" or n in ("RMSprop", "Adam", "AdamW")]
+    ("name", "what"),
+    [
+        (n, w)
+        for n in NAMES
+        for w in REFUSED
+        if w != "capturable" or n in ("RMSprop", "Adam", "AdamW")
+    ],
 )
-def test_what_torchs_own_update_would_leave_out_is_refused(name: str, what: str, kwargs: dict[str, Any]) -> None:
+def test_what_torchs_own_update_would_leave_out_is_refused(
+    name: str, what: str, kwargs: dict[str, Any]
+) -> None:
     (p,), (make, match) = parameters(dtype=torch.bfloat16, shapes=[(6, 4)]), REFUSED[what]
     p = make(p)
-    optimizer = ours(name)([p], **kwargs, **FULL[name], **({"capturable": True} if what == "capturable" else {}))
+    optimizer = ours(name)(
+        [p], **kwargs, **FULL[name], **({"capturable": True} if what == "capturable" else {})
+    )
     p.grad = torch.ones_like(p)
     if what == "sparse":
         p.grad = p.grad.to_sparse()
@@ -965,7 +1149,9 @@ def test_what_torchs_own_update_would_leave_out_is_refused(name: str, what: str,
 
 @pytest.mark.parametrize("kwargs", WIDE, ids=lambda k: next(iter(k)))
 @every_optimizer
-def test_hyperparameters_out_of_a_graph(name: str, kwargs: dict[str, Any], backend: str, device: str) -> None:
+def test_hyperparameters_out_of_a_graph(
+    name: str, kwargs: dict[str, Any], backend: str, device: str
+) -> None:
     """Read as the numbers they are, on whatever device."""
 
     def run(lr: Any) -> Tensor:
@@ -986,11 +1172,17 @@ def test_where_aten_has_no_update_of_ours_the_formula_keeps_masters() -> None:
     optimizer = optim.SGD([p], lr=0.1, momentum=0.9, master_weights=True)
     with custom_backprop.use_backend("aten"):
         optimizer.step()
-    assert {name: s.dtype for name, s in optimizer.state[p].items()} == dict.fromkeys(("momentum_buffer", "master_param"), torch.float32)
+    assert {name: s.dtype for name, s in optimizer.state[p].items()} == dict.fromkeys(
+        ("momentum_buffer", "master_param"), torch.float32
+    )
 
 
-def test_stochastic_rounding_is_unbiased_and_leaves_what_bfloat16_can_hold(backend: str, device: str) -> None:
-    special = torch.tensor([0.0, -0.0, 1.0, -3.5, math.inf, -math.inf, math.nan, 2.0**-133], dtype=torch.float32)
+def test_stochastic_rounding_is_unbiased_and_leaves_what_bfloat16_can_hold(
+    backend: str, device: str
+) -> None:
+    special = torch.tensor(
+        [0.0, -0.0, 1.0, -3.5, math.inf, -math.inf, math.nan, 2.0**-133], dtype=torch.float32
+    )
     noise = torch.tensor([0xFFFF] * len(special), dtype=torch.int32)
     assert_equal(formulas.stochastically_rounded(special, noise), special.bfloat16(), 0.0)
     x = torch.full((20000,), 1 + 0.3 * 2.0**-7)  # three tenths of the way to the next
@@ -1031,16 +1223,26 @@ def test_dtensor_parameters(name: str, mesh: Any) -> None:
     from torch.distributed.tensor import Shard, distribute_tensor
 
     def run(kind: Any, **extra: Any) -> list[Tensor]:
-        params = [Parameter(distribute_tensor(p.detach(), mesh, [Shard(0)])) for p in parameters(shapes=[(6, 2), (5,)])]
+        params = [
+            Parameter(distribute_tensor(p.detach(), mesh, [Shard(0)]))
+            for p in parameters(shapes=[(6, 2), (5,)])
+        ]
         optimizer = kind(params, **FULL[name], **extra)
         for step in range(3):
             generator = torch.Generator().manual_seed(step)
             for p in params:
-                p.grad = distribute_tensor(torch.randn(p.shape, generator=generator, dtype=torch.float64), mesh, [Shard(0)])
+                p.grad = distribute_tensor(
+                    torch.randn(p.shape, generator=generator, dtype=torch.float64), mesh, [Shard(0)]
+                )
             if not extra:
                 clip_grad_norm_(params, 0.5)
             optimizer.step()
-        assert all(isinstance(s, type(params[0])) for p in params for k, s in optimizer.state[p].items() if k != "step")
+        assert all(
+            isinstance(s, type(params[0]))
+            for p in params
+            for k, s in optimizer.state[p].items()
+            if k != "step"
+        )
         return [p.detach().full_tensor() for p in params]
 
     assert_equal(run(ours(name), max_grad_norm=0.5), run(stock(name)))

@@ -1,4 +1,5 @@
-"""What surrounds an optimizer's arithmetic on a CPU: who computes a small tensor, and who looks at a step."""
+"""What surrounds an optimizer's arithmetic on a CPU: who computes a small tensor, and who looks at
+a step."""
 
 from __future__ import annotations
 
@@ -10,7 +11,10 @@ from typing import Any
 import pytest
 import torch
 from torch.nn import Parameter
-from torch.optim.optimizer import register_optimizer_step_post_hook, register_optimizer_step_pre_hook
+from torch.optim.optimizer import (
+    register_optimizer_step_post_hook,
+    register_optimizer_step_pre_hook,
+)
 
 from custom_backprop import optim
 from custom_backprop.optim import bucket as buckets
@@ -37,7 +41,9 @@ def two_threads() -> Any:
     torch.set_num_threads(before)
 
 
-def trained(name: str, kwargs: dict[str, Any], shapes: list[tuple[int, ...]], **more: Any) -> list[torch.Tensor]:
+def trained(
+    name: str, kwargs: dict[str, Any], shapes: list[tuple[int, ...]], **more: Any
+) -> list[torch.Tensor]:
     generator = torch.Generator().manual_seed(0)
     params = [Parameter(torch.randn(s, generator=generator)) for s in shapes]
     optimizer = getattr(optim, name)(params, lr=0.1, **kwargs, **more)
@@ -49,10 +55,21 @@ def trained(name: str, kwargs: dict[str, Any], shapes: list[tuple[int, ...]], **
 
 
 @pytest.mark.parametrize("clip", [None, 0.5])
-@pytest.mark.parametrize("shapes", [[(7, 5)] * 12, [(7, 5), (300,)] * 9 + [(3,)], [(300,), (4,)]], ids=["small", "mixed", "few"])
-@pytest.mark.parametrize(("name", "kwargs"), OPTIONS, ids=lambda v: v if isinstance(v, str) else "-".join(v))
+@pytest.mark.parametrize(
+    "shapes",
+    [[(7, 5)] * 12, [(7, 5), (300,)] * 9 + [(3,)], [(300,), (4,)]],
+    ids=["small", "mixed", "few"],
+)
+@pytest.mark.parametrize(
+    ("name", "kwargs"), OPTIONS, ids=lambda v: v if isinstance(v, str) else "-".join(v)
+)
 def test_small_tensors_without_threads_give_the_same_bits(
-    name: str, kwargs: dict[str, Any], shapes: list[tuple[int, ...]], clip: float | None, two_threads: None, monkeypatch: pytest.MonkeyPatch
+    name: str,
+    kwargs: dict[str, Any],
+    shapes: list[tuple[int, ...]],
+    clip: float | None,
+    two_threads: None,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     calls: list[int] = []
 
@@ -95,7 +112,9 @@ def test_other_threads_keep_theirs(two_threads: None) -> None:
     assert seen == [2]
 
 
-def test_without_openmp_the_kernel_is_called_as_ever(monkeypatch: pytest.MonkeyPatch, two_threads: None) -> None:
+def test_without_openmp_the_kernel_is_called_as_ever(
+    monkeypatch: pytest.MonkeyPatch, two_threads: None
+) -> None:
     monkeypatch.setattr(threads, "_openmp", lambda: None)
     seen: list[int] = []
     threads.by_one_thread(lambda x, y: seen.extend((x, y)), 1, y=2)
@@ -136,7 +155,9 @@ def test_hooks_given_and_taken_away_between_steps() -> None:
 def test_a_hook_may_change_the_arguments() -> None:
     optimizer = optim.SGD([Parameter(torch.zeros(2))], lr=1.0)
     closures: list[str] = []
-    optimizer.register_step_pre_hook(lambda it, args, kwargs: ((it, lambda: closures.append("other")), {}))
+    optimizer.register_step_pre_hook(
+        lambda it, args, kwargs: ((it, lambda: closures.append("other")), {})
+    )
     optimizer.step(lambda: closures.append("given"))
     assert closures == ["other"]
 
@@ -159,7 +180,9 @@ def test_a_subclass_with_a_step_of_its_own_runs_hooks_once() -> None:
 def test_a_profiler_sees_step_and_zero_grad_by_name() -> None:
     optimizer = optim.AdamW([Parameter(torch.zeros(2))])
     one_step(optimizer)
-    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], acc_events=True) as profile:
+    with torch.profiler.profile(
+        activities=[torch.profiler.ProfilerActivity.CPU], acc_events=True
+    ) as profile:
         one_step(optimizer)
         optimizer.zero_grad()
     names = {event.key for event in profile.key_averages()}
@@ -180,7 +203,9 @@ def test_an_execution_trace_sees_step_by_name(tmp_path: Path) -> None:
     assert "Optimizer.zero_grad#AdamW.zero_grad" in written
 
 
-def test_without_a_name_in_torchs_library_python_says_who_looks(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_without_a_name_in_torchs_library_python_says_who_looks(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
     if sys.platform == "linux":
         assert observers._recorded() is not None
     monkeypatch.setattr(observers.ctypes, "PyDLL", lambda name: object())

@@ -1,4 +1,5 @@
-"""What the op database drives: every check, on every sample of every op, on every backend that the machine has."""
+"""What the op database drives: every check, on every sample of every op, on every backend that the
+machine has."""
 
 from __future__ import annotations
 
@@ -45,8 +46,13 @@ def test_module_is_a_drop_in(spec, backend):
         assert repr(mine) == repr(theirs)
         mine.load_state_dict(theirs.state_dict())
     args = inputs(Make(DEVICE, torch.float64))
-    inexact = DEVICE == "cuda" and spec.name in ("hardsigmoid", "hardswish")  # test_stock_multiplies_by_a_sixth_in_float32_on_a_gpu
-    torch.testing.assert_close(mine(*args), theirs(*args), rtol=1e-7 if inexact else 1e-10, atol=1e-12)
+    inexact = DEVICE == "cuda" and spec.name in (
+        "hardsigmoid",
+        "hardswish",
+    )  # test_stock_multiplies_by_a_sixth_in_float32_on_a_gpu
+    torch.testing.assert_close(
+        mine(*args), theirs(*args), rtol=1e-7 if inexact else 1e-10, atol=1e-12
+    )
     again = pickle.loads(pickle.dumps(mine))
     torch.testing.assert_close(again(*args), mine(*args), rtol=0, atol=0)
 

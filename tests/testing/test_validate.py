@@ -1,4 +1,5 @@
-"""The engine of proof must itself be proved: each planted mistake turns the check that is meant for it red."""
+"""The engine of proof must itself be proved: each planted mistake turns the check that is meant for
+it red."""
 
 from __future__ import annotations
 
@@ -66,7 +67,9 @@ def test_a_correct_function_passes_all_that_applies():
 
 
 def test_stock_function_passes():
-    validate(lambda x: torch.nn.functional.silu(x), [torch.randn(5)], torch.nn.functional.silu).raise_if_failed()
+    validate(
+        lambda x: torch.nn.functional.silu(x), [torch.randn(5)], torch.nn.functional.silu
+    ).raise_if_failed()
 
 
 def wrong_sign(ctx, dy):
@@ -90,7 +93,11 @@ def cut_second_derivative(ctx, dy):
 
 def assumes_contiguous_dy(ctx, dy):
     x, w = ctx.saved_tensors
-    flat = dy.as_strided((3, 2), (2, 1)) if type(dy) is torch.Tensor and dy.untyped_storage().nbytes() >= 48 else dy
+    flat = (
+        dy.as_strided((3, 2), (2, 1))
+        if type(dy) is torch.Tensor and dy.untyped_storage().nbytes() >= 48
+        else dy
+    )
     return 2 * flat * w, 2 * dy * x
 
 
@@ -124,7 +131,9 @@ def test_a_cycle_that_keeps_memory_is_seen():
 
 
 def test_a_wrong_jvp_is_seen():
-    assert {"forward_mode", "transforms"} <= failures(planted(jvp=lambda ctx, tx, tw: 3 * tx * saved(ctx)[1]))
+    assert {"forward_mode", "transforms"} <= failures(
+        planted(jvp=lambda ctx, tx, tw: 3 * tx * saved(ctx)[1])
+    )
 
 
 def test_a_wrong_forward_is_seen():
@@ -167,11 +176,19 @@ def test_wrong_autocast_dtype_is_seen():
 
 
 def test_batched_gradients_that_need_values_are_seen():
-    assert "batched" in failures(planted(backward=lambda ctx, dy: (2 * dy.sum().item() * saved(ctx)[1], 2 * dy * saved(ctx)[0])))
+    assert "batched" in failures(
+        planted(
+            backward=lambda ctx, dy: (2 * dy.sum().item() * saved(ctx)[1], 2 * dy * saved(ctx)[0])
+        )
+    )
 
 
 def test_missing_second_derivative_must_be_declared_and_raise():
-    once = planted(backward=torch.autograd.function.once_differentiable(lambda ctx, dy: (2 * dy * saved(ctx)[1], 2 * dy * saved(ctx)[0])))
+    once = planted(
+        backward=torch.autograd.function.once_differentiable(
+            lambda ctx, dy: (2 * dy * saved(ctx)[1], 2 * dy * saved(ctx)[0])
+        )
+    )
     assert "gradgradcheck" in failures(once, checks=["gradgradcheck"])
     assert "gradgradcheck" not in failures(once, checks=["gradgradcheck"], double_backward=False)
     assert "gradgradcheck" in failures(Scale.apply, checks=["gradgradcheck"], double_backward=False)
@@ -181,7 +198,11 @@ def test_operators_are_checked():
     with torch.library._scoped_library("planted", "FRAGMENT") as library:
         library.define("double(Tensor x) -> Tensor")
         library.impl("double", lambda x: x.mul_(2), "CPU")  # writes its input, against its schema
-        report = validate(lambda x: x * torch.ops.planted.double(x.detach().clone()), [torch.randn(3)], checks=["opcheck"])
+        report = validate(
+            lambda x: x * torch.ops.planted.double(x.detach().clone()),
+            [torch.randn(3)],
+            checks=["opcheck"],
+        )
     assert report.status("opcheck") == "fail"
 
 
@@ -193,18 +214,37 @@ def test_a_module_is_validated_with_its_parameters():
     stock = torch.nn.Linear(3, 2)
     wrong = Wrong(3, 2)
     wrong.load_state_dict(stock.state_dict())
-    validate(stock, [torch.randn(4, 3)], stock, checks=["forward", "gradient", "gradcheck", "precision"]).raise_if_failed()
-    assert validate(wrong, [torch.randn(4, 3)], stock, checks=["forward", "gradient"]).status("gradient") == "fail"
+    validate(
+        stock, [torch.randn(4, 3)], stock, checks=["forward", "gradient", "gradcheck", "precision"]
+    ).raise_if_failed()
+    assert (
+        validate(wrong, [torch.randn(4, 3)], stock, checks=["forward", "gradient"]).status(
+            "gradient"
+        )
+        == "fail"
+    )
     assert stock.weight.dtype == torch.float32, "validate works on a copy"
 
 
 def test_without_a_reference_the_oracle_checks_do_not_apply():
     report = validate(lambda x: x.sin(), [torch.randn(3)]).raise_if_failed()
-    assert {r.check for r in report.results if r.status == "n/a"} == {"forward", "gradient", "opcheck", "autocast", "precision"}
+    assert {r.check for r in report.results if r.status == "n/a"} == {
+        "forward",
+        "gradient",
+        "opcheck",
+        "autocast",
+        "precision",
+    }
 
 
 def test_report_prints_and_serialises():
-    report = validate(planted(backward=lambda ctx, dy: (-dy, dy)), inputs(), reference, checks=["gradient", "layouts"], name="planted")
+    report = validate(
+        planted(backward=lambda ctx, dy: (-dy, dy)),
+        inputs(),
+        reference,
+        checks=["gradient", "layouts"],
+        name="planted",
+    )
     assert "planted: FAILED" in str(report)
     assert json.loads(report.to_json())["results"][0]["status"] == "fail"
     with pytest.raises(AssertionError, match="planted: FAILED"):
@@ -223,17 +263,36 @@ def test_every_check_says_what_it_does():
 
 
 @pytest.mark.parametrize(
-    "correct", [lambda a, b: a + b, lambda a, b: a - b, lambda a, b: (a.reshape(-1), b.sum()), lambda a, b: {"y": [a * b]}]
+    "correct",
+    [
+        lambda a, b: a + b,
+        lambda a, b: a - b,
+        lambda a, b: (a.reshape(-1), b.sum()),
+        lambda a, b: {"y": [a * b]},
+    ],
 )
 def test_gradients_that_are_views_of_the_incoming_one_are_no_mistake(correct):
-    validate(correct, inputs(), correct, checks=["forward", "gradient", "two_backwards", "layouts", "precision"]).raise_if_failed()
+    validate(
+        correct,
+        inputs(),
+        correct,
+        checks=["forward", "gradient", "two_backwards", "layouts", "precision"],
+    ).raise_if_failed()
 
 
 @pytest.mark.parametrize(
     ("ours", "theirs", "seen_by"),
     [
-        (lambda a, b: {"y": 2 * a * b}, lambda a, b: {"y": 3 * a * b}, {"forward", "gradient", "precision"}),
-        (lambda a, b: (a, (2 * b,)), lambda a, b: (a, (3 * b,)), {"forward", "gradient", "precision"}),
+        (
+            lambda a, b: {"y": 2 * a * b},
+            lambda a, b: {"y": 3 * a * b},
+            {"forward", "gradient", "precision"},
+        ),
+        (
+            lambda a, b: (a, (2 * b,)),
+            lambda a, b: (a, (3 * b,)),
+            {"forward", "gradient", "precision"},
+        ),
         (lambda a, b: (a * b, a.argmax()), lambda a, b: (a * b, a.argmin()), {"forward"}),
         (lambda a, b: None, lambda a, b: None, {"forward", "gradient", "precision"}),
     ],
@@ -248,9 +307,21 @@ def test_tensors_by_name_are_differentiated():
     x, w = inputs()
     w.requires_grad_()
     x.requires_grad_()
-    report = validate(lambda x, w: wrong(x, w), [x], reference, kwargs={"w": w}, checks=["gradient", "gradcheck", "subsets"])
+    report = validate(
+        lambda x, w: wrong(x, w),
+        [x],
+        reference,
+        kwargs={"w": w},
+        checks=["gradient", "gradcheck", "subsets"],
+    )
     assert {r.check for r in report.results if r.status == "fail"} == {"gradient", "gradcheck"}
-    validate(lambda x, w: planted()(x, w), [x], reference, kwargs={"w": w}, checks=["gradient", "gradcheck", "subsets"]).raise_if_failed()
+    validate(
+        lambda x, w: planted()(x, w),
+        [x],
+        reference,
+        kwargs={"w": w},
+        checks=["gradient", "gradcheck", "subsets"],
+    ).raise_if_failed()
 
 
 def test_tensors_in_lists_are_refused():
@@ -279,7 +350,9 @@ def test_a_batch_dimension_that_is_not_the_first_is_tried():
         def vmap(info, in_dims, x):
             return First.apply(x), in_dims[0]
 
-    report = validate(First.apply, [torch.randn(3, 3)], lambda x: x.softmax(-1), checks=["transforms"])
+    report = validate(
+        First.apply, [torch.randn(3, 3)], lambda x: x.softmax(-1), checks=["transforms"]
+    )
     assert "dimension -1" in report.results[0].detail
 
 

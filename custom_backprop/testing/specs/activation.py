@@ -24,7 +24,8 @@ def _spec(
     kinks: tuple[float, ...] = (),
     reference: Callable[..., Any] | None = None,
 ) -> OpSpec:
-    """``first``, ``others``: the arguments after the input; the first run through every shape, the others through one."""
+    """``first``, ``others``: the arguments after the input; the first run through every shape, the
+    others through one."""
     first = first or {}
 
     def samples(make: Make) -> Iterator[Sample]:
@@ -42,8 +43,17 @@ def _spec(
         samples=samples,
         large=lambda make, size: Sample((make.tensor(*SIZES[size]),), first),
         # another number is the same code, another approximation is not
-        regimes=lambda make: [Sample((make.tensor(*SIZES["medium"]),), call) for call in others if "approximate" in call],
-        module=(getattr(nn, module), getattr(torch.nn, module, _ReLUSquared), first, lambda make: (make.tensor(3, 5),)),
+        regimes=lambda make: [
+            Sample((make.tensor(*SIZES["medium"]),), call)
+            for call in others
+            if "approximate" in call
+        ],
+        module=(
+            getattr(nn, module),
+            getattr(torch.nn, module, _ReLUSquared),
+            first,
+            lambda make: (make.tensor(3, 5),),
+        ),
     )
 
 
@@ -57,8 +67,9 @@ class _ReLUSquared(torch.nn.Module):
 
 
 def _hardsigmoid(x: torch.Tensor) -> torch.Tensor:
-    """Stock's own, and in float64 one that is exact and has every derivative: stock's multiplies by 1/6 in float32 (see
-    tests/ops/test_activation.py and tests/ops/test_gpu.py), and its backward has no forward-mode derivative."""
+    """Stock's own, and in float64 one that is exact and has every derivative: stock's multiplies by
+    1/6 in float32 (see tests/ops/test_activation.py and tests/ops/test_gpu.py), and its backward
+    has no forward-mode derivative."""
     return F.relu6(x + 3) / 6 if x.dtype == torch.float64 else F.hardsigmoid(x)
 
 
@@ -70,7 +81,9 @@ def _hardswish(x: torch.Tensor) -> torch.Tensor:
 SPECS = [
     _spec("relu", "ReLU", kinks=(0.0,)),
     _spec("relu6", "ReLU6", kinks=(0.0, 6.0)),
-    _spec("leaky_relu", "LeakyReLU", {"negative_slope": 0.2}, {"negative_slope": -0.3}, kinks=(0.0,)),
+    _spec(
+        "leaky_relu", "LeakyReLU", {"negative_slope": 0.2}, {"negative_slope": -0.3}, kinks=(0.0,)
+    ),
     _spec("elu", "ELU", {"alpha": 0.7}, kinks=(0.0,)),
     _spec("selu", "SELU", kinks=(0.0,)),
     _spec("celu", "CELU", {"alpha": 0.5}, kinks=(0.0,)),
@@ -88,6 +101,12 @@ SPECS = [
     _spec("softsign", "Softsign", kinks=(0.0,)),
     _spec("softshrink", "Softshrink", {"lambd": 1.2}, kinks=(-1.2, -0.5, 0.5, 1.2)),
     _spec("hardshrink", "Hardshrink", {"lambd": 1.2}, kinks=(-1.2, -0.5, 0.5, 1.2)),
-    _spec("threshold", "Threshold", {"threshold": -1.0, "value": -7.0}, first={"threshold": 0.1, "value": 2.0}, kinks=(-1.0, 0.1)),
+    _spec(
+        "threshold",
+        "Threshold",
+        {"threshold": -1.0, "value": -7.0},
+        first={"threshold": 0.1, "value": 2.0},
+        kinks=(-1.0, 0.1),
+    ),
     _spec("relu_squared", "ReLUSquared", kinks=(0.0,), reference=_relu_squared),
 ]

@@ -29,20 +29,39 @@ NCE_SIZES: dict[str, Any] = {
 
 
 def _triplet_samples(make: Make) -> Iterator[Sample]:
-    yield Sample((make.tensor(3, 3), make.tensor(3, 3), make.tensor(3, 3)), {"margin": 2.5}, name="mean")
+    yield Sample(
+        (make.tensor(3, 3), make.tensor(3, 3), make.tensor(3, 3)), {"margin": 2.5}, name="mean"
+    )
     options: Any = {"margin": 5.0, "p": 3.0, "eps": 0.01, "swap": True, "reduction": "none"}
-    yield Sample((make.tensor(2, 1, 2), make.tensor(1, 2, 2), make.tensor(2, 2, 2)), options, name="broadcast, p = 3, swap, none")
-    yield Sample((make.tensor(3), make.tensor(3), make.tensor(3)), {"margin": 6.0, "p": 1, "reduction": "sum"}, name="one row, p = 1, sum")
+    yield Sample(
+        (make.tensor(2, 1, 2), make.tensor(1, 2, 2), make.tensor(2, 2, 2)),
+        options,
+        name="broadcast, p = 3, swap, none",
+    )
+    yield Sample(
+        (make.tensor(3), make.tensor(3), make.tensor(3)),
+        {"margin": 6.0, "p": 1, "reduction": "sum"},
+        name="one row, p = 1, sum",
+    )
     options = {"margin": 6.0, "p": math.inf, "swap": True}
-    yield Sample((make.tensor(2, 3), make.tensor(2, 3), make.tensor(2, 3)), options, name="p = inf, swap")
-    yield Sample((make.tensor(0, 2), make.tensor(0, 2), make.tensor(0, 2)), {"reduction": "sum"}, name="no rows")
+    yield Sample(
+        (make.tensor(2, 3), make.tensor(2, 3), make.tensor(2, 3)), options, name="p = inf, swap"
+    )
+    yield Sample(
+        (make.tensor(0, 2), make.tensor(0, 2), make.tensor(0, 2)),
+        {"reduction": "sum"},
+        name="no rows",
+    )
 
 
 def _triplet_regimes(make: Make) -> Iterator[Sample]:
-    """Each kind of norm, with a swap and a gradient of each row, and without, of a sum with respect to one of the three."""
+    """Each kind of norm, with a swap and a gradient of each row, and without, of a sum with respect
+    to one of the three."""
     for i, p in enumerate((1.0, 2.0, 3.0, math.inf)):
         for swap in (False, True):
-            tensors = tuple(make.tensor(512, 128, requires_grad=swap or i % 3 == j) for j in range(3))
+            tensors = tuple(
+                make.tensor(512, 128, requires_grad=swap or i % 3 == j) for j in range(3)
+            )
             options = {"p": p, "swap": swap, "reduction": "none" if swap else "sum"}
             yield Sample(tensors, options, name=f"{options}")
 
@@ -57,15 +76,26 @@ def info_nce(
     reduction: str = "mean",
 ) -> Tensor:
     """The same by stock's operators."""
-    q, k, *rest = (F.normalize(t, dim=-1) if normalize else t for t in (query, positive, negatives) if t is not None)
+    q, k, *rest = (
+        F.normalize(t, dim=-1) if normalize else t
+        for t in (query, positive, negatives)
+        if t is not None
+    )
     if not rest:
         s, target = q @ k.t(), torch.arange(len(q), device=q.device)
     else:
         n = rest[0]
         others = q @ n.t() if n.dim() == 2 else (n @ q.unsqueeze(2)).squeeze(2)
-        s, target = torch.cat([(q * k).sum(1, keepdim=True), others], 1), torch.zeros(len(q), dtype=torch.int64, device=q.device)
+        s, target = (
+            torch.cat([(q * k).sum(1, keepdim=True), others], 1),
+            torch.zeros(len(q), dtype=torch.int64, device=q.device),
+        )
     loss = F.cross_entropy(s / temperature, target, reduction=reduction)
-    return (loss + F.cross_entropy(s.t() / temperature, target, reduction=reduction)) / 2 if symmetric else loss
+    return (
+        (loss + F.cross_entropy(s.t() / temperature, target, reduction=reduction)) / 2
+        if symmetric
+        else loss
+    )
 
 
 class _Stock(torch.nn.Module):
@@ -82,13 +112,27 @@ def _nce_samples(make: Make) -> Iterator[Sample]:
     options: Any = {"temperature": 0.7, "symmetric": True, "normalize": False, "reduction": "sum"}
     yield Sample((make.tensor(3, 2), make.tensor(3, 2)), options, name="symmetric, sum")
     yield Sample(
-        (make.tensor(2, 3), make.tensor(2, 3)), {"temperature": 0.5, "symmetric": True, "reduction": "none"}, name="symmetric, none"
+        (make.tensor(2, 3), make.tensor(2, 3)),
+        {"temperature": 0.5, "symmetric": True, "reduction": "none"},
+        name="symmetric, none",
     )
     options = {"temperature": 0.9, "reduction": "none"}
-    yield Sample((make.tensor(2, 3), make.tensor(2, 3), make.tensor(3, 3)), options, name="negatives of all, none")
+    yield Sample(
+        (make.tensor(2, 3), make.tensor(2, 3), make.tensor(3, 3)),
+        options,
+        name="negatives of all, none",
+    )
     options = {"temperature": 2.0, "normalize": False}
-    yield Sample((make.tensor(2, 3), make.tensor(2, 3), make.tensor(2, 2, 3)), options, name="negatives of each row, mean")
-    yield Sample((make.tensor(0, 2), make.tensor(0, 2), make.tensor(2, 2)), {"reduction": "sum"}, name="no rows")
+    yield Sample(
+        (make.tensor(2, 3), make.tensor(2, 3), make.tensor(2, 2, 3)),
+        options,
+        name="negatives of each row, mean",
+    )
+    yield Sample(
+        (make.tensor(0, 2), make.tensor(0, 2), make.tensor(2, 2)),
+        {"reduction": "sum"},
+        name="no rows",
+    )
 
 
 def _nce_regimes(make: Make) -> Iterator[Sample]:
@@ -104,7 +148,9 @@ SPECS = [
         function=functional.triplet_margin_loss,
         reference=F.triplet_margin_loss,
         samples=_triplet_samples,
-        large=lambda make, size: Sample(tuple(make.tensor(*SIZES[size][0]) for _ in range(3)), SIZES[size][1]),
+        large=lambda make, size: Sample(
+            tuple(make.tensor(*SIZES[size][0]) for _ in range(3)), SIZES[size][1]
+        ),
         regimes=_triplet_regimes,
         module=(
             nn.TripletMarginLoss,
@@ -120,8 +166,15 @@ SPECS = [
         function=functional.info_nce,
         reference=info_nce,
         samples=_nce_samples,
-        large=lambda make, size: Sample(tuple(make.tensor(*NCE_SIZES[size][0]) for _ in range(2)), NCE_SIZES[size][1]),
+        large=lambda make, size: Sample(
+            tuple(make.tensor(*NCE_SIZES[size][0]) for _ in range(2)), NCE_SIZES[size][1]
+        ),
         regimes=_nce_regimes,
-        module=(nn.InfoNCELoss, _Stock, {"temperature": 0.2, "symmetric": True}, lambda make: (make.tensor(4, 3), make.tensor(4, 3))),
+        module=(
+            nn.InfoNCELoss,
+            _Stock,
+            {"temperature": 0.2, "symmetric": True},
+            lambda make: (make.tensor(4, 3), make.tensor(4, 3)),
+        ),
     ),
 ]

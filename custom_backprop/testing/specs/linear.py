@@ -11,10 +11,16 @@ from torch import Tensor
 from ... import functional, nn
 from ..spec import Make, OpSpec, Sample
 
-SIZES = {"small": (64, 64, 64), "medium": (256, 256, 256), "large": (1024, 1024, 1024), "huge": (16384, 4096, 4096)}
+SIZES = {
+    "small": (64, 64, 64),
+    "medium": (256, 256, 256),
+    "large": (1024, 1024, 1024),
+    "huge": (16384, 4096, 4096),
+}
 
 
-# gradcheck runs a call twice an element of its inputs, so these are small; tests/ops/test_linear.py meets the larger ones
+# gradcheck runs a call twice an element of its inputs, so these are small; tests/ops/test_linear.py
+# meets the larger ones
 def _linear_samples(make: Make) -> Iterator[Sample]:
     yield Sample((make.tensor(2, 2), make.tensor(3, 2), make.tensor(3)), name="2-D")
     yield Sample((make.tensor(2), make.tensor(1, 2), make.tensor(1)), name="1-D")
@@ -24,18 +30,40 @@ def _linear_samples(make: Make) -> Iterator[Sample]:
 
 def _activation_samples(make: Make) -> Iterator[Sample]:
     def positive(*shape: int) -> Tensor:
-        return make.tensor(*shape, low=0.2, high=0.9)  # keeps z away from the kink of relu, and tanh from 1 - y² near 0
+        return make.tensor(
+            *shape, low=0.2, high=0.9
+        )  # keeps z away from the kink of relu, and tanh from 1 - y² near 0
 
     yield Sample((positive(2, 2), positive(2, 2), positive(2)), name="relu")
-    yield Sample((make.tensor(1, 2, 1), make.tensor(2, 1)), {"activation": "softplus", "beta": 2.0}, name="softplus, 3-D, no bias")
-    yield Sample((positive(2), positive(1, 2), positive(1)), {"activation": "tanh"}, name="tanh, 1-D")
-    yield Sample((make.tensor(0, 3), make.tensor(2, 3), make.tensor(2)), {"activation": "gelu_tanh"}, name="gelu_tanh, no rows")
+    yield Sample(
+        (make.tensor(1, 2, 1), make.tensor(2, 1)),
+        {"activation": "softplus", "beta": 2.0},
+        name="softplus, 3-D, no bias",
+    )
+    yield Sample(
+        (positive(2), positive(1, 2), positive(1)), {"activation": "tanh"}, name="tanh, 1-D"
+    )
+    yield Sample(
+        (make.tensor(0, 3), make.tensor(2, 3), make.tensor(2)),
+        {"activation": "gelu_tanh"},
+        name="gelu_tanh, no rows",
+    )
 
 
-def linear_activation(input: Tensor, weight: Tensor, bias: Tensor | None = None, activation: str = "relu", **parameters: float) -> Tensor:
+def linear_activation(
+    input: Tensor,
+    weight: Tensor,
+    bias: Tensor | None = None,
+    activation: str = "relu",
+    **parameters: float,
+) -> Tensor:
     """The same by stock's two calls."""
     z = F.linear(input, weight, bias)
-    return F.gelu(z, approximate="tanh") if activation == "gelu_tanh" else getattr(F, activation)(z, **parameters)
+    return (
+        F.gelu(z, approximate="tanh")
+        if activation == "gelu_tanh"
+        else getattr(F, activation)(z, **parameters)
+    )
 
 
 class _Stock(torch.nn.Linear):
@@ -49,7 +77,11 @@ def _large(make: Make, size: str) -> Sample:
 
 
 def _activation_regimes(make: Make) -> Iterator[Sample]:
-    yield Sample((make.tensor(256, 256), make.tensor(256, 256)), {"activation": "softplus"}, name="z is kept, no bias")
+    yield Sample(
+        (make.tensor(256, 256), make.tensor(256, 256)),
+        {"activation": "softplus"},
+        name="z is kept, no bias",
+    )
 
 
 FEATURES = {"in_features": 5, "out_features": 3}

@@ -25,8 +25,9 @@ def _spec(
     others: Callable[[Make], dict[str, Any]] = lambda make: {},
     **arguments: Any,
 ) -> OpSpec:
-    """``large`` also makes the small inputs of the module; ``kwargs`` are the benchmark's, ``arguments`` the module's, and ``others`` the
-    arguments with which the kernels take the branches that the benchmark leaves out."""
+    """``large`` also makes the small inputs of the module; ``kwargs`` are the benchmark's,
+    ``arguments`` the module's, and ``others`` the arguments with which the kernels take the
+    branches that the benchmark leaves out."""
 
     def regimes(make: Make) -> Iterator[Sample]:
         tensors = tuple(t.detach().requires_grad_() for t in large(make, SIZES["medium"]))
@@ -41,7 +42,12 @@ def _spec(
         samples=samples,
         large=lambda make, size: Sample(large(make, SIZES[size]), kwargs or {}),
         regimes=regimes,
-        module=(getattr(nn, module), getattr(torch.nn, module), arguments, lambda make: large(make, (3, 5))),
+        module=(
+            getattr(nn, module),
+            getattr(torch.nn, module),
+            arguments,
+            lambda make: large(make, (3, 5)),
+        ),
     )
 
 
@@ -56,19 +62,31 @@ def _pair(make: Make, shape: tuple[int, int]) -> tuple[Tensor, Tensor]:
     return make.tensor(*shape), make.tensor(*shape, requires_grad=False)
 
 
-def _difference(kinks: tuple[float, ...], *weight_after: Any, **parameters: float) -> Callable[[Make], Iterator[Sample]]:
-    """Samples of a loss of x - t; ``weight_after``: the positional arguments between target and weight, if torch has one."""
+def _difference(
+    kinks: tuple[float, ...], *weight_after: Any, **parameters: float
+) -> Callable[[Make], Iterator[Sample]]:
+    """Samples of a loss of x - t; ``weight_after``: the positional arguments between target and
+    weight, if torch has one."""
 
     def samples(make: Make) -> Iterator[Sample]:
         yield Sample(_apart(make, 5, kinks=kinks), name="mean")
-        yield Sample(_apart(make, 2, 3, kinks=kinks), {"reduction": "none", **parameters}, name="none")
-        yield Sample((make.tensor(2, 1, 3, low=2, high=3), make.tensor(2, 1)), {"reduction": "sum", **parameters}, name="sum, broadcast")
+        yield Sample(
+            _apart(make, 2, 3, kinks=kinks), {"reduction": "none", **parameters}, name="none"
+        )
+        yield Sample(
+            (make.tensor(2, 1, 3, low=2, high=3), make.tensor(2, 1)),
+            {"reduction": "sum", **parameters},
+            name="sum, broadcast",
+        )
         yield Sample(_apart(make, kinks=kinks), parameters, name="0-D")
         yield Sample(_apart(make, 0, 3, kinks=kinks), {"reduction": "sum"}, name="empty")
         if weight_after:
             for reduction in ("mean", "none"):
                 after = [reduction if a == "mean" else a for a in weight_after]
-                yield Sample((*_apart(make, 2, 2, kinks=kinks), *after, make.tensor(2, 2, low=0.2)), name=f"weight, {reduction}")
+                yield Sample(
+                    (*_apart(make, 2, 2, kinks=kinks), *after, make.tensor(2, 2, low=0.2)),
+                    name=f"weight, {reduction}",
+                )
 
     return samples
 
@@ -80,7 +98,11 @@ def _binary_cross_entropy(make: Make) -> Iterator[Sample]:
     yield Sample((probabilities(5), probabilities(5)), name="mean")
     yield Sample((probabilities(2, 3), probabilities(2, 3)), {"reduction": "none"}, name="none")
     weight = make.tensor(3, requires_grad=False)
-    yield Sample((probabilities(2, 1, 3), probabilities(2, 1, 3), weight), {"reduction": "sum"}, name="sum, weight")
+    yield Sample(
+        (probabilities(2, 1, 3), probabilities(2, 1, 3), weight),
+        {"reduction": "sum"},
+        name="sum, weight",
+    )
     yield Sample((probabilities(), probabilities()), name="0-D")
     yield Sample((probabilities(0, 3), probabilities(0, 3)), {"reduction": "sum"}, name="empty")
 
@@ -89,10 +111,17 @@ def _binary_cross_entropy_with_logits(make: Make) -> Iterator[Sample]:
     def pair(*shape: int) -> tuple[Tensor, Tensor]:
         return make.tensor(*shape), make.tensor(*shape, low=0.1, high=0.9)
 
-    weight, positive = make.tensor(2, 1, 3, requires_grad=False), make.tensor(3, low=0.5, high=4, requires_grad=False)
+    weight, positive = (
+        make.tensor(2, 1, 3, requires_grad=False),
+        make.tensor(3, low=0.5, high=4, requires_grad=False),
+    )
     yield Sample(pair(5), name="mean")
     yield Sample(pair(2, 3), {"reduction": "none"}, name="none")
-    yield Sample((*pair(2, 1, 3), weight), {"reduction": "sum", "pos_weight": positive}, name="sum, weight, pos_weight")
+    yield Sample(
+        (*pair(2, 1, 3), weight),
+        {"reduction": "sum", "pos_weight": positive},
+        name="sum, weight, pos_weight",
+    )
     yield Sample(pair(2, 3), {"pos_weight": positive}, name="mean, pos_weight")
     yield Sample(pair(), name="0-D")
     yield Sample(pair(0, 3), {"reduction": "sum"}, name="empty")
@@ -101,9 +130,21 @@ def _binary_cross_entropy_with_logits(make: Make) -> Iterator[Sample]:
 def _kl_div(make: Make) -> Iterator[Sample]:
     yield Sample((make.tensor(5), make.probabilities(5)), {"reduction": "mean"}, name="mean")
     yield Sample((make.tensor(2, 3), make.probabilities(2, 3)), {"reduction": "none"}, name="none")
-    yield Sample((make.tensor(2, 1, 3), make.tensor(2, 1, 3)), {"reduction": "batchmean", "log_target": True}, name="batchmean, log_target")
-    yield Sample((make.tensor(2, 3), make.tensor(3)), {"reduction": "sum", "log_target": True}, name="sum, log_target, broadcast")
-    yield Sample((make.tensor(), make.probabilities(1).sum().detach()), {"reduction": "batchmean"}, name="0-D")
+    yield Sample(
+        (make.tensor(2, 1, 3), make.tensor(2, 1, 3)),
+        {"reduction": "batchmean", "log_target": True},
+        name="batchmean, log_target",
+    )
+    yield Sample(
+        (make.tensor(2, 3), make.tensor(3)),
+        {"reduction": "sum", "log_target": True},
+        name="sum, log_target, broadcast",
+    )
+    yield Sample(
+        (make.tensor(), make.probabilities(1).sum().detach()),
+        {"reduction": "batchmean"},
+        name="0-D",
+    )
     yield Sample((make.tensor(0, 3), make.tensor(0, 3)), {"reduction": "sum"}, name="empty")
 
 
@@ -112,27 +153,47 @@ def _gaussian_nll_loss(make: Make) -> Iterator[Sample]:
         return make.tensor(*shape, low=0.3, high=2)
 
     yield Sample((make.tensor(5), make.tensor(5), variance(5)), name="mean")
-    yield Sample((make.tensor(2, 3), make.tensor(2, 3), variance(2, 3)), {"reduction": "none", "full": True}, name="none, full")
-    yield Sample((make.tensor(2, 1, 3), make.tensor(1, 3), variance(2, 1)), {"reduction": "sum"}, name="sum, broadcast")
-    yield Sample((make.tensor(2, 3), make.tensor(2, 3), 0.7), {"full": True}, name="a number as variance")
+    yield Sample(
+        (make.tensor(2, 3), make.tensor(2, 3), variance(2, 3)),
+        {"reduction": "none", "full": True},
+        name="none, full",
+    )
+    yield Sample(
+        (make.tensor(2, 1, 3), make.tensor(1, 3), variance(2, 1)),
+        {"reduction": "sum"},
+        name="sum, broadcast",
+    )
+    yield Sample(
+        (make.tensor(2, 3), make.tensor(2, 3), 0.7), {"full": True}, name="a number as variance"
+    )
     yield Sample((make.tensor(), make.tensor(), variance()), name="0-D")
-    yield Sample((make.tensor(0, 3), make.tensor(0, 3), variance(0, 3)), {"reduction": "sum"}, name="empty")
+    yield Sample(
+        (make.tensor(0, 3), make.tensor(0, 3), variance(0, 3)), {"reduction": "sum"}, name="empty"
+    )
 
 
 def _poisson_nll_loss(make: Make) -> Iterator[Sample]:
     def pair(*shape: int, low: float = -2) -> tuple[Tensor, Tensor]:
-        return make.tensor(*shape, low=low, high=2), make.tensor(*shape, low=0.1, high=4, avoid=(1.0,))
+        return make.tensor(*shape, low=low, high=2), make.tensor(
+            *shape, low=0.1, high=4, avoid=(1.0,)
+        )
 
     yield Sample(pair(5), name="mean")
     yield Sample(pair(2, 3), {"reduction": "none", "full": True}, name="none, full")
-    yield Sample(pair(2, 1, 3, low=0.2), {"reduction": "sum", "full": True, "log_input": False}, name="sum, full, rate")
+    yield Sample(
+        pair(2, 1, 3, low=0.2),
+        {"reduction": "sum", "full": True, "log_input": False},
+        name="sum, full, rate",
+    )
     yield Sample((*pair(2, 3)[:1], *pair(3)[1:]), name="mean, broadcast")
     yield Sample(pair(low=0.2), {"log_input": False, "eps": 0.1}, name="0-D, rate, eps")
     yield Sample(pair(0, 3), {"reduction": "sum"}, name="empty")
 
 
 def _probability_pair(make: Make, shape: tuple[int, int]) -> tuple[Tensor, Tensor]:
-    return make.tensor(*shape, low=0.01, high=0.99), make.tensor(*shape, low=0, high=1, requires_grad=False)
+    return make.tensor(*shape, low=0.01, high=0.99), make.tensor(
+        *shape, low=0, high=1, requires_grad=False
+    )
 
 
 def _logit_pair(make: Make, shape: tuple[int, int]) -> tuple[Tensor, Tensor]:
@@ -150,8 +211,21 @@ def _constant_weights(make: Make, *names: str) -> dict[str, Any]:
 SPECS = [
     _spec("mse_loss", "MSELoss", _difference((), None, None, "mean"), _pair, others=_weight),
     _spec("l1_loss", "L1Loss", _difference((0.0,), None, None, "mean"), _pair, others=_weight),
-    _spec("smooth_l1_loss", "SmoothL1Loss", _difference((-1.0, -0.6, 0.6, 1.0), beta=0.6), _pair, beta=0.6),
-    _spec("huber_loss", "HuberLoss", _difference((-1.0, -0.6, 0.6, 1.0), "mean", 1.0, delta=0.6), _pair, others=_weight, delta=0.6),
+    _spec(
+        "smooth_l1_loss",
+        "SmoothL1Loss",
+        _difference((-1.0, -0.6, 0.6, 1.0), beta=0.6),
+        _pair,
+        beta=0.6,
+    ),
+    _spec(
+        "huber_loss",
+        "HuberLoss",
+        _difference((-1.0, -0.6, 0.6, 1.0), "mean", 1.0, delta=0.6),
+        _pair,
+        others=_weight,
+        delta=0.6,
+    ),
     _spec(
         "binary_cross_entropy",
         "BCELoss",

@@ -10,12 +10,19 @@ import torch.nn.functional as F
 from ... import functional, nn
 from ..spec import Make, OpSpec, Sample
 
-SIZES = {"small": (8, 8, 8, 8), "medium": (16, 16, 16, 16), "large": (8, 32, 64, 64), "huge": (32, 128, 128, 128)}
+SIZES = {
+    "small": (8, 8, 8, 8),
+    "medium": (16, 16, 16, 16),
+    "large": (8, 32, 64, 64),
+    "huge": (32, 128, 128, 128),
+}
 
 
 def _samples(make: Make) -> Iterator[Sample]:
     yield Sample((make.tensor(2, 3, avoid=(0,)), make.tensor(3)), name="2-D, a weight a channel")
-    yield Sample((make.tensor(1, 2, 1, 3, avoid=(0,)), make.tensor(2)), name="4-D, a weight a channel")
+    yield Sample(
+        (make.tensor(1, 2, 1, 3, avoid=(0,)), make.tensor(2)), name="4-D, a weight a channel"
+    )
     yield Sample((make.tensor(3, avoid=(0,)), make.tensor(1)), name="1-D, one weight")
     yield Sample((make.tensor(avoid=(0,)), make.tensor()), name="0-D")
     yield Sample((make.tensor(0, 2), make.tensor(2)), name="empty")
@@ -38,6 +45,11 @@ SPECS = [
         samples=_samples,
         large=lambda make, size: Sample((make.tensor(*SIZES[size]), make.tensor(SIZES[size][1]))),
         regimes=_regimes,
-        module=(nn.PReLU, torch.nn.PReLU, {"num_parameters": 3}, lambda make: (make.tensor(2, 3, 2),)),
+        module=(
+            nn.PReLU,
+            torch.nn.PReLU,
+            {"num_parameters": 3},
+            lambda make: (make.tensor(2, 3, 2),),
+        ),
     ),
 ]

@@ -40,8 +40,17 @@ def _spec(name: str, module: str) -> OpSpec:
         samples=_samples,
         large=lambda make, size: Sample((make.tensor(*SIZES[size]), -1)),
         regimes=_regimes,
-        module=(getattr(nn, module), getattr(torch.nn, module), {"dim": 1}, lambda make: (make.tensor(3, 5, 2),)),
+        module=(
+            getattr(nn, module),
+            getattr(torch.nn, module),
+            {"dim": 1},
+            lambda make: (make.tensor(3, 5, 2),),
+        ),
     )
 
 
-SPECS = [_spec("softmax", "Softmax"), _spec("softmin", "Softmin"), _spec("log_softmax", "LogSoftmax")]
+SPECS = [
+    _spec("softmax", "Softmax"),
+    _spec("softmin", "Softmin"),
+    _spec("log_softmax", "LogSoftmax"),
+]
