@@ -11,6 +11,7 @@ import zipfile
 from pathlib import Path
 
 import pytest
+import torch
 
 ROOT = Path(__file__).parents[2]
 PARTS = ("custom_backprop", "triton_kernels", "setup.py", "pyproject.toml", "README.md", "LICENSE")
@@ -19,7 +20,7 @@ USES_A_KERNEL = """
 import sys
 import torch, custom_backprop
 from custom_backprop.backends.kernels import kernels
-assert "custom_backprop.triton_kernels" not in sys.modules, "the kernels are imported at the first use"
+assert "custom_backprop.triton_kernels" not in sys.modules, "imported before the first use"
 with custom_backprop.use_backend("triton"):
     y = custom_backprop.functional.relu(torch.tensor([-1.0, 2.0]))
 assert y.tolist() == [0.0, 2.0]
@@ -28,26 +29,48 @@ print(kernels("launch").__file__)
 """
 
 
+#: what ``pip install`` runs, with and without ``-e``, by this environment's setuptools: no network
+BUILDS = "import sys, setuptools.build_meta as s; getattr(s, sys.argv[1])(sys.argv[2])"
+
+
+def output_of(command, **options) -> str:
+    done = subprocess.run(
+        list(map(str, command)), capture_output=True, text=True, check=False, **options
+    )
+    assert done.returncode == 0, done.stdout + done.stderr
+    return done.stdout
+
+
 @pytest.fixture(scope="module")
-def wheel(tmp_path_factory) -> Path:
-    source, out = tmp_path_factory.mktemp("source"), tmp_path_factory.mktemp("wheel")
+def source(tmp_path_factory) -> Path:
+    """A copy: a build leaves folders behind."""
+    folder = tmp_path_factory.mktemp("source")
     for part in PARTS:
         copy = shutil.copytree if (ROOT / part).is_dir() else shutil.copy
-        copy(ROOT / part, source / part)
-    command = [
-        sys.executable,
-        "-m",
-        "build",
-        "--wheel",
-        "--no-isolation",
-        "--outdir",
-        str(out),
-        str(source),
-    ]
-    done = subprocess.run(command, capture_output=True, text=True, check=False)
-    assert done.returncode == 0, done.stdout + done.stderr
-    (built,) = out.glob("*.whl")
-    return built
+        copy(ROOT / part, folder / part)
+    return folder
+
+
+def built(hook: str, source: Path, out: Path) -> Path:
+    output_of([sys.executable, "-c", BUILDS, hook, out], cwd=source)
+    (wheel,) = out.glob("*.whl")
+    return wheel
+
+
+@pytest.fixture(scope="module")
+def wheel(source, tmp_path_factory) -> Path:
+    return built("build_wheel", source, tmp_path_factory.mktemp("wheel"))
+
+
+@pytest.fixture(scope="module")
+def editable(source, tmp_path_factory) -> Path:
+    """The interpreter of a fresh environment that holds an editable install and nothing else."""
+    wheel = built("build_editable", source, tmp_path_factory.mktemp("editable"))
+    folder = tmp_path_factory.mktemp("environment")
+    output_of([sys.executable, "-m", "venv", "--without-pip", folder])
+    (site,) = folder.glob("lib/*/site-packages")
+    zipfile.ZipFile(wheel).extractall(site)
+    return folder / "bin" / "python"
 
 
 @pytest.fixture
@@ -59,17 +82,13 @@ def stranger(tmp_path) -> Path:
     return package.parent
 
 
-def kernel_file(stranger: Path, root: Path) -> Path:
+def kernel_file(stranger: Path, root: Path, python: Path | str = sys.executable) -> Path:
     """Where the kernels come from in a fresh interpreter that has ``root`` on its path, behind a
     package of the other project's name."""
     path = os.pathsep.join([str(stranger), str(root)])
     environment = {**os.environ, "PYTHONPATH": path, "TRITON_INTERPRET": "1"}
-    command = [sys.executable, "-W", "error", "-c", USES_A_KERNEL]
-    done = subprocess.run(
-        command, env=environment, cwd=stranger, capture_output=True, text=True, check=False
-    )
-    assert done.returncode == 0, done.stderr
-    return Path(done.stdout.strip())
+    command = [python, "-W", "error", "-c", USES_A_KERNEL]
+    return Path(output_of(command, env=environment, cwd=stranger).strip())
 
 
 def test_wheel_holds_one_top_level_module(wheel):
@@ -109,6 +128,26 @@ def test_a_bare_checkout_finds_its_own_kernels(stranger):
     assert kernel_file(stranger, ROOT) == ROOT / "triton_kernels" / "launch.py"
 
 
+def test_an_editable_install_finds_its_own_kernels(editable, source, stranger):
+    torchs = Path(torch.__file__).parents[1]
+    assert kernel_file(stranger, torchs, editable) == source / "triton_kernels" / "launch.py"
+
+
+def test_an_editable_install_is_one_plain_path(editable, source):
+    """Type checkers and editors run no import hooks: they read the lines that are paths."""
+    (file,) = editable.parents[1].glob("lib/*/site-packages/*.pth")
+    assert file.read_text().split("\n") == [str(source), ""]
+    assert (source / "custom_backprop" / "py.typed").exists()
+
+
+def test_mypy_sees_the_types_of_an_editable_install(editable, tmp_path):
+    pytest.importorskip("mypy", reason="mypy is in the extra 'dev'")
+    code = "import custom_backprop; reveal_type(custom_backprop.convert)"
+    command = [sys.executable, "-m", "mypy", "--python-executable", editable, "-c", code]
+    out = output_of([*command, "--cache-dir", tmp_path / "cache"], cwd=tmp_path)
+    assert 'Revealed type is "def [Model' in out
+
+
 def test_import_needs_no_triton():
     blocked = (
         "import sys; sys.modules['triton'] = None; import torch, custom_backprop; "
@@ -117,11 +156,4 @@ def test_import_needs_no_triton():
     environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"} | {
         "PYTHONPATH": str(ROOT)
     }
-    done = subprocess.run(
-        [sys.executable, "-W", "error", "-c", blocked],
-        env=environment,
-        capture_output=True,
-        text=True,
-        check=False,
-    )
-    assert done.stdout == "1.0\n", done.stderr
+    assert output_of([sys.executable, "-W", "error", "-c", blocked], env=environment) == "1.0\n"
