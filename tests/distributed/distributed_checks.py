@@ -11,6 +11,7 @@ import sys
 import warnings
 from contextlib import contextmanager
 from datetime import timedelta
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -25,13 +26,14 @@ from torch.distributed.tensor import DTensor, Partial, Replicate, Shard, distrib
 from torch.distributed.tensor.debug import CommDebugMode
 from torch.distributed.tensor.parallel import ColwiseParallel, RowwiseParallel, parallelize_module
 from torch.multiprocessing import start_processes
+from torch.nn.utils import clip_grad_norm_
 from torch.testing import assert_close
 
 sys.path.insert(0, str(Path(__file__).parents[2] / "examples"))
 
 import distributed as example
 
-from custom_backprop import functional, nn
+from custom_backprop import functional, nn, optim
 from custom_backprop.distributed import vocab_parallel_cross_entropy
 from custom_backprop.testing.database import database
 from custom_backprop.testing.spec import Make
@@ -126,6 +128,52 @@ def check_training(mesh):
             assert_equal_on_all_ranks(weights(ours.model))
 
 
+#: an optimizer's class -> options far from their defaults
+OPTIMIZERS = {
+    "SGD": {"lr": 0.1, "momentum": 0.9},
+    "Adagrad": {"lr": 0.1},
+    "RMSprop": {"lr": 0.01, "momentum": 0.5},
+    "Adam": {"lr": 0.01},
+    "AdamW": {"lr": 0.01},
+    "Lion": {"lr": 0.01},
+}
+NORM = 0.05  # far below that of any step's gradient
+
+
+def backward(model, x, y, rows=slice(None)):
+    """This rank's rows of the mean loss; the ranks' gradients are averaged."""
+    ranks = 1 if rows == slice(None) else RANKS
+    loss = F.cross_entropy(model(x[rows]), y[rows], reduction="sum")
+    (loss * ranks / len(x)).backward()
+
+
+def check_clipping(mesh):
+    """``max_grad_norm`` is compared with the norm of all gradients on all ranks, as torch's
+    ``clip_grad_norm_`` is in one process. A norm of this rank's shards clips by another factor on
+    each rank."""
+    assert OPTIMIZERS.keys() == set(optim.__all__)
+    for name, options in OPTIMIZERS.items():
+        kind = getattr(optim, name)
+        alone = stock_model().double()
+        optimizer = kind(alone.parameters(), **options)
+        for x, y in batches(torch.float64):
+            optimizer.zero_grad()
+            backward(alone, x, y)
+            assert clip_grad_norm_(alone.parameters(), NORM) > 2 * NORM
+            optimizer.step()
+        for strategy in ("ddp", "fsdp2"):
+            ours = example.spread(our_model().double(), strategy, mesh)
+            optimizer = kind(ours.parameters(), **options, max_grad_norm=NORM)
+            for x, y in batches(torch.float64):
+                optimizer.zero_grad()
+                backward(ours, x, y, slice(RANK, None, RANKS))
+                optimizer.step()
+            label = f"{name}, {strategy}"
+            for mine, theirs in zip(weights(ours), weights(alone), strict=True):
+                assert_close(mine, theirs, rtol=0, atol=1e-12, msg=label)
+            assert_equal_on_all_ranks(weights(ours))
+
+
 def check_accumulation(mesh):
     """Gradients travel once a step, not once a part."""
     (x, y), *_ = batches(torch.float64)
@@ -161,16 +209,16 @@ def check_checkpoint(mesh):
         if RANK == 0:
             folder.mkdir()
         dist.barrier()
-        kept = learner(strategy, dtype, mesh)
-        run(kept, slice(0, 2), dtype)
-        kept.save(folder)
-        run(kept, slice(2, 3), dtype)
-        kept.save(folder)
-        at = weights(kept.model)
+        first = learner(strategy, dtype, mesh)
+        run(first, slice(0, 2), dtype)
+        first.save(folder)
+        run(first, slice(2, 3), dtype)
+        first.save(folder)
+        at = weights(first.model)
         dist.barrier()
         assert [p.name for p in folder.iterdir()] == ["step-000003"]
         dist.barrier()
-        run(kept, after, dtype)
+        run(first, after, dtype)
 
         if RANK == 0:  # as a rank leaves it that was killed while writing
             (folder / "unfinished").mkdir()
@@ -178,14 +226,14 @@ def check_checkpoint(mesh):
         dist.barrier()
         same = learner(strategy, dtype, mesh)
         assert same.load(folder) == folder / "step-000003"
-        assert same.losses == kept.losses[before]
+        assert same.losses == first.losses[before]
         assert all(map(torch.equal, weights(same.model), at))
         run(same, after, dtype)
         if strategy == "fsdp2" or RANKS == 2:
-            assert same.losses == kept.losses
-            assert all(map(torch.equal, weights(same.model), weights(kept.model)))
-        else:  # DDP orders its buckets anew after its first step, and with them the terms of a sum of more than two
-            assert_close(weights(same.model), weights(kept.model), rtol=0, atol=1e-14)
+            assert same.losses == first.losses
+            assert all(map(torch.equal, weights(same.model), weights(first.model)))
+        else:  # DDP reorders its buckets after the first step, and so the terms of longer sums
+            assert_close(weights(same.model), weights(first.model), rtol=0, atol=1e-14)
         assert not (folder / "unfinished").exists()
 
         other = learner("ddp" if strategy == "fsdp2" else "fsdp2", dtype, mesh)
@@ -246,16 +294,13 @@ def check_tensor_parallel(mesh):
     for kinds in styles:
         ours = our_model().double()
         plan = {
-            "0": kinds[0](
-                input_layouts=Replicate(), use_local_output=False
-            ),  # local outputs would have to be equally wide
+            # local outputs would have to be equally wide
+            "0": kinds[0](input_layouts=Replicate(), use_local_output=False),
             "1": kinds[1](use_local_output=False),
             "2": kinds[2](output_layouts=Replicate()),
         }
         assert_same_network(parallelize_module(ours, mesh, plan), stock_model().double(), x)
-    if (
-        RANKS == 4
-    ):  # both at once: the rows of a batch over one dimension of the mesh, the layers over the other
+    if RANKS == 4:  # both: the batch over one dimension of the mesh, the layers over the other
         grid = init_device_mesh("cpu", (2, 2), mesh_dim_names=("data", "tensor"))
         plan = {
             "0": ColwiseParallel(use_local_output=False),
@@ -300,11 +345,9 @@ def check_ops_of_the_database(mesh):
                 try:
                     with quiet():  # of shapes that broadcast
                         off = difference(spec, sample, placements, mesh)
-                except (
-                    NotImplementedError,
-                    RuntimeError,
-                ) as error:  # ours, or torch's of an operator that comes before the op
-                    refusal = str(error)
+                # ours, or torch's of an operator that comes before the op
+                except (NotImplementedError, RuntimeError) as raised:
+                    refusal = str(raised)
                 if refusal is not None:
                     assert "full_tensor" in refusal or "harding" in refusal, f"{label}: {refusal}"
                     assert any(p.is_shard() for p in placements), label
@@ -320,7 +363,7 @@ def check_ops_of_the_database(mesh):
 
 def difference(spec, sample, placements, mesh):
     """The largest error of output, gradients and gradients of a penalty on these, computed on
-    DTensors."""
+    DTensors. What is sharded has a gradient that is sharded alike."""
     given = iter(placements)
     ours, stock = [], []
     for a in sample.args:
@@ -332,9 +375,8 @@ def difference(spec, sample, placements, mesh):
         else:
             ours.append(a)
             stock.append(a)
-    twice = (
-        spec.family != "linear" or sample.args[0].dim() > 1
-    )  # torch refuses the product of an expanded DTensor of one dimension
+    # torch refuses the product of an expanded DTensor of one dimension
+    twice = spec.family != "linear" or sample.args[0].dim() > 1
     found = derivatives(
         spec.function(*ours, **sample.kwargs),
         ours,
@@ -342,11 +384,23 @@ def difference(spec, sample, placements, mesh):
         twice,
     )
     expected = derivatives(spec.reference(*stock, **sample.kwargs), stock, lambda t: t, twice)
-    errors = [
-        (whole(mine) - theirs).abs() / (1 + theirs.abs())
-        for mine, theirs in zip(found, expected, strict=True)
-    ]
-    return max((e.nan_to_num(0).max().item() for e in errors if e.numel()), default=0.0)
+    leaves = [a for a in ours if isinstance(a, DTensor) and a.requires_grad]
+    for leaf, gradient in zip(leaves, found[1:], strict=False):
+        if leaf.numel() and any(p.is_shard() for p in leaf.placements):
+            assert gradient.placements == leaf.placements, f"{spec.name}: {gradient.placements}"
+    return max(map(error, map(whole, found), expected))
+
+
+def error(mine, theirs):
+    """The largest relative one. A NaN, or an infinity, is right where the reference has it too, and
+    nowhere else."""
+    assert mine.shape == theirs.shape
+    if not mine.numel():
+        return 0.0
+    if not torch.equal(mine.isnan(), theirs.isnan()):
+        return torch.inf
+    equal = (mine == theirs) | mine.isnan()
+    return torch.where(equal, 0, (mine - theirs).abs() / (1 + theirs.abs())).max().item()
 
 
 def derivatives(y, args, spread, twice=True):
@@ -379,7 +433,7 @@ def check_second_derivatives_of_classes(mesh):
         )
         classes = torch.randint(shape[1], shape[:1] + shape[2:])
         classes.view(-1)[1] = -100
-        ways = [
+        cases = [
             ("mean", Replicate()),
             ("sum", Shard(0)),
             ("none", Shard(0)),
@@ -391,7 +445,7 @@ def check_second_derivatives_of_classes(mesh):
             ("cross_entropy", classes),
             ("cross_entropy", x.softmax(1)),
         ):
-            for reduction, placement in ways:
+            for reduction, placement in cases:
                 if placement == Shard(1):
                     continue
                 of_target = Shard(1) if placement == Shard(2) and target is classes else placement
@@ -501,22 +555,110 @@ def check_edges_of_vocabulary_parallel(mesh):
         first.sum().backward()
 
 
+def cases_of_placements():
+    """Name, function, inputs: their placements -> that of the output, those of the gradients."""
+    R, P, S = Replicate(), Partial(), Shard
+    x, t, classes = torch.randn(4, 8), torch.rand(4, 8), torch.randint(8, (4,))
+    W, b, slopes = torch.randn(8, 8), torch.randn(8), torch.rand(8)
+    triples = torch.randn(3, 4, 8, 2)
+
+    def by(reduction, name):
+        return lambda *args: getattr(functional, name)(*args, reduction=reduction)
+
+    def gelu_of_linear(*args):
+        return functional.linear_activation(*args, activation="gelu")
+
+    for name, function in (("linear", functional.linear), ("linear_activation", gelu_of_linear)):
+        yield f"{name}, rows", function, (x, W, b), [S(0), R, R], S(0), [S(0), P, P]
+        yield f"{name}, columns", function, (x, W, b), [R, S(0), S(0)], S(1), [P, S(0), S(0)]
+    yield "linear, inner", functional.linear, (x, W, b), [S(1), S(1), R], P, [S(1), S(1), R]
+    for i in range(2):
+        yield "gelu", functional.gelu, (x,), [S(i)], S(i), [S(i)]
+        for name in ("softmax", "log_softmax"):
+            rows = partial(getattr(functional, name), dim=1 - i)
+            yield name, rows, (x,), [S(i)], S(i), [S(i)]
+        for name in ("mse_loss", "l1_loss", "kl_div"):
+            both = [S(i), S(i)]
+            yield f"{name}, none", by("none", name), (x, t), both, S(i), both
+            yield f"{name}, sum", by("sum", name), (x, t), both, P, both
+    yield "prelu, rows", functional.prelu, (x, slopes), [S(0), R], S(0), [S(0), P]
+    yield "prelu, channels", functional.prelu, (x, slopes), [S(1), S(0)], S(1), [S(1), S(0)]
+    for name in ("cross_entropy", "nll_loss"):
+        yield f"{name}, none", by("none", name), (x, classes), [S(0), S(0)], S(0), [S(0)]
+        yield f"{name}, sum", by("sum", name), (x, classes), [S(0), S(0)], P, [S(0)]
+    triplet = by("none", "triplet_margin_loss")
+    yield "triplet, none", triplet, triples.unbind(), [S(0)] * 3, S(0), [S(0)] * 3
+    yield (
+        "triplet, sum",
+        by("sum", "triplet_margin_loss"),
+        triples[..., 0].unbind(),
+        [S(0)] * 3,
+        P,
+        [S(0)] * 3,
+    )
+
+
 def check_placements(mesh):
-    """Nothing moves that need not, partial sums are summed, and what would be gathered is
-    refused."""
-    x = torch.randn(4, 6, dtype=torch.float64)
-    for placement in (Replicate(), Shard(0), Shard(1)):
-        d = distribute_tensor(x, mesh, [placement]).requires_grad_()
+    """What each op makes of shards: where its output and its gradients lie. Nothing is sent."""
+    for name, function, tensors, placements, of_output, of_gradients in cases_of_placements():
+        inputs = [distribute_tensor(t, mesh, [p]) for t, p in zip(tensors, placements, strict=True)]
+        leaves = [t.requires_grad_() for t in inputs if t.is_floating_point()]
         with CommDebugMode() as sent:
-            y = functional.silu(d)
-            y.backward(torch.ones_like(y))
-        assert y.placements == d.grad.placements == (placement,)
-        assert sent.get_total_counts() == 0
-        inplace = functional.relu(d.detach().clone(), inplace=True)
-        assert inplace.placements == (placement,)
-        assert_close(whole(inplace), x.relu())
+            y = function(*inputs)
+            dy = torch.ones_like(y)
+            if of_output.is_partial():  # the gradient of a sum is every rank's
+                dy = DTensor.from_local(torch.ones_like(y.to_local()), mesh, [Replicate()])
+            y.backward(dy)
+        assert y.placements == (of_output,), name
+        assert [leaf.grad.placements[0] for leaf in leaves] == of_gradients, name
+        assert sent.get_total_counts() == 0, name
+        stock = [t.detach().clone().requires_grad_(t.is_floating_point()) for t in tensors]
+        expected = function(*stock)
+        expected.sum().backward()
+        assert_close(whole(y), expected, msg=name)
+        for leaf, t in zip(leaves, (t for t in stock if t.requires_grad), strict=True):
+            assert_close(whole(leaf.grad), t.grad, msg=name)
+
+
+def check_in_place(mesh):
+    x = torch.randn(4, 6)
+    for placement in (Replicate(), Shard(0), Shard(1)):
+        d = distribute_tensor(x, mesh, [placement])
+        assert functional.relu(d, inplace=True) is d
+        assert d.placements == (placement,)
+        assert_close(whole(d), x.relu())
+
+
+def check_partial_sums_are_summed(mesh):
+    x = torch.randn(4, 6)
     parts = DTensor.from_local(x, mesh, [Partial()])
     assert_close(whole(functional.relu(parts)), (RANKS * x).relu())
+    with pytest.raises(NotImplementedError, match="full_tensor"):
+        functional.relu(parts, inplace=True)
+
+
+def check_nan(mesh):
+    """A NaN is its row's, on the rank that has it, and no other's."""
+    x = torch.randn(4, 6, dtype=torch.float64)
+    x[1, 2], x[3, 0] = torch.nan, torch.inf
+    for name in ("softmax", "log_softmax"):
+        for placement, dim in ((Shard(0), 1), (Shard(1), 0), (Replicate(), 1)):
+            stock = x.clone().requires_grad_()
+            ours = distribute_tensor(x, mesh, [placement]).requires_grad_()
+            expected = derivatives(getattr(F, name)(stock, dim), [stock], lambda t: t, False)
+            found = derivatives(
+                getattr(functional, name)(ours, dim),
+                [ours],
+                lambda t: distribute_tensor(t, mesh, [Replicate()]),
+                False,
+            )
+            assert 0 < expected[0].isnan().sum() < x.numel()
+            assert max(map(error, map(whole, found), expected)) < 1e-12, (name, placement)
+
+
+def check_refusals(mesh):
+    """What would have to be gathered is refused, and the message names the way out."""
+    x = torch.randn(4, 6, dtype=torch.float64)
     d, target = distribute_tensor(x, mesh, [Shard(1)]), torch.zeros(4, dtype=torch.int64)
     with pytest.raises(NotImplementedError, match="full_tensor"):
         functional.softmax(d, 1)
@@ -527,9 +669,15 @@ def check_placements(mesh):
     with pytest.raises(RuntimeError, match=r"torch\.Tensor beside DTensor"):
         functional.cross_entropy(d, target)
     rows = [distribute_tensor(torch.randn(4, 6), mesh, [Shard(0)]) for _ in range(3)]
-    with CommDebugMode() as sent:
-        assert functional.triplet_margin_loss(*rows, reduction="none").placements == (Shard(0),)
-    assert sent.get_total_counts() == 0
+    with pytest.raises(
+        NotImplementedError, match="for a mean: reduction='sum', divided by the count"
+    ):
+        functional.triplet_margin_loss(*rows)
+    with pytest.raises(NotImplementedError, match=r"full_tensor\(\).*no negatives but this rank's"):
+        functional.info_nce(*rows[:2])
+
+
+def check_triplets(mesh):
     triples = torch.randn(3, 4, 6, 2, dtype=torch.float64)
     for i, reduction in ((0, "sum"), (1, "sum"), (1, "none")):
         stock = [t.clone().requires_grad_() for t in triples]
@@ -542,14 +690,6 @@ def check_placements(mesh):
             lambda t: distribute_tensor(t, mesh, [Replicate()]),
         )
         assert_close([whole(t) for t in found], expected, rtol=0, atol=1e-12)
-    with pytest.raises(
-        NotImplementedError, match="for a mean: reduction='sum', divided by the count"
-    ):
-        functional.triplet_margin_loss(*rows)
-    with pytest.raises(NotImplementedError, match=r"full_tensor\(\).*no negatives but this rank's"):
-        functional.info_nce(*rows[:2])
-    with pytest.raises(NotImplementedError, match="full_tensor"):
-        functional.relu(parts, inplace=True)
 
 
 def main(rank, ranks):
