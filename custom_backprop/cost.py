@@ -29,9 +29,9 @@ from torch import Tensor, nn
 from torch._C import DispatchKey
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves, tree_map_only
-from torch.utils.flop_counter import flop_registry, register_flop_formula
+from torch.utils.flop_counter import flop_registry
 
-from .backends.library import LAUNCHERS, PRIMITIVES
+from .backends.library import OPERATORS
 from .backends.selection import backend_for
 from .convert import convert, revert
 
@@ -320,7 +320,7 @@ def _composite(func: Any) -> bool:
 def _beneath(func: Any, args: tuple[Any, ...]) -> DispatchKey | None:
     """The key of the implementation whose calls are to be counted in place of ``func``, an operator
     of ours; None if it counts itself."""
-    if func not in LAUNCHERS:
+    if func not in OPERATORS:
         return None
     device = next(a for a in args if isinstance(a, Tensor)).device.type
     key = {"cpu": DispatchKey.CPU, "cuda": DispatchKey.CUDA}.get(device)
@@ -380,29 +380,6 @@ def _short(n: float) -> str:
             return f"{n:.3g}{prefix}" if n < 99.5 else f"{n:.0f}{prefix}"
         n /= 1000
     return f"{n:.3g}P"
-
-
-def _packets(*names: str) -> list[Any]:
-    return [PRIMITIVES[name]._overloadpacket for name in names]
-
-
-@register_flop_formula(_packets("linear_forward", "linear_activation_forward"))
-def _linear(x: Sequence[int], weight: Sequence[int], *_: Any, **__: Any) -> int:
-    """x Wᵀ."""
-    return 2 * prod(x) * weight[0]
-
-
-@register_flop_formula(_packets("linear_backward", "linear_activation_backward"))
-def _linear_backward(dy: Sequence[int], x: Any, weight: Any, *rest: Any, **_: Any) -> int:
-    """dy W and dyᵀ x, those that are wanted: what the other one needs may be a stand-in."""
-    need_x, need_weight, _ = rest[-3:]
-    return 2 * prod(dy) * ((weight[-1] if need_x else 0) + (x[-1] if need_weight else 0))
-
-
-@register_flop_formula(_packets("info_nce"))
-def _info_nce(q: Sequence[int], k: Any, n: Sequence[int] | None, *_: Any, **__: Any) -> int:
-    """q kᵀ, or q times the negatives."""
-    return 2 * prod(q) * (q[0] if n is None else n[-2])
 
 
 _aten = torch.ops.aten

@@ -2,6 +2,6 @@
 
 from .backends.library import fold_batch, primitive
 from .formulas.precision import rounded_once
-from .ops.function import differentiable
+from .ops.route import op
 
-__all__ = ["differentiable", "fold_batch", "primitive", "rounded_once"]
+__all__ = ["fold_batch", "op", "primitive", "rounded_once"]

@@ -1,214 +1,190 @@
-"""Primitives of the activations: ``<name>_forward(x, *parameters)`` and ``<name>_backward(dy,
-saved, *parameters)``."""
+"""Primitives of the activations: ``<name>_forward(x, *parameters)`` and ``<name>_backward(dy, saved,
+*parameters)``, where ``saved`` is x or y."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from typing import Any
+from collections.abc import Callable, Iterable
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 from ..formulas.activation import ACTIVATIONS, SELU_ALPHA, SELU_SCALE, Activation
-from .kernels import kernels
-from .library import builtin, fold_batch, primitive
+from ..formulas.precision import rounded_once
+from .library import Primitive, Sharding, builtin, fold_batch, launcher, primitive
 
-aten = torch.ops.aten
-
-
-def _into(packet: Any) -> Callable[..., Tensor]:
-    run = builtin(packet, "grad_input")
-    return lambda dx, dy, saved, *parameters: run(dy, saved, *parameters, grad_input=dx)
-
-
+aten, nn = torch.ops.aten, torch._C._nn
 _threshold_backward = builtin(aten.threshold_backward)
 _hardtanh_backward = builtin(aten.hardtanh_backward)
-_leaky_relu_backward = builtin(aten.leaky_relu_backward)
 _elu_backward = builtin(aten.elu_backward)
-_gelu_backward = builtin(aten.gelu_backward)
-_log_sigmoid_backward = builtin(aten.log_sigmoid_backward)
-_threshold_into = builtin(aten.threshold_backward, "grad_input")
-_hardtanh_into = builtin(aten.hardtanh_backward, "grad_input")
-_leaky_relu_into = builtin(aten.leaky_relu_backward, "grad_input")
-_elu_into = builtin(aten.elu_backward, "grad_input")
-_gelu_into = builtin(aten.gelu_backward, "grad_input")
-_log_sigmoid_into = builtin(aten.log_sigmoid_backward, "grad_input")
 
 
+class Aten(NamedTuple):
+    """One activation by PyTorch's operators.
+
+    Attributes:
+        forward, backward, in_place: the last writes over x; None where torch has no such operator.
+        stock: PyTorch's own function, if its name is another.
+        saves_input: torch saves x where the derivative can be had from y, which may then be changed
+            in place; so do we.
+        same_at_output: whether, for given parameters, f' is the same at y as at x: then the
+            in-place form needs no copy of x.
+        float32_on_cuda: autocast on a GPU computes it in float32.
+    """
+
+    forward: Callable[..., Tensor]
+    backward: Callable[..., Tensor]
+    in_place: Callable[..., Tensor] | None = None
+    stock: Callable[..., Tensor] | None = None
+    saves_input: bool = False
+    same_at_output: Callable[..., bool] = lambda *parameters: False
+    float32_on_cuda: bool = False
+
+
+# What is put together of several operators is computed in float32 and rounded once, as ATen's own
+# operators and our kernels do.
+
+
+@rounded_once
 def _softsign(x: Tensor) -> Tensor:
-    if not x.is_floating_point():
-        return x / (torch.abs(x) + 1)
     d = torch.abs(x).add_(1)
     return torch.div(x, d, out=d)
 
 
+@rounded_once
 def _softsign_backward(dy: Tensor, x: Tensor) -> Tensor:
     d = torch.abs(x).add_(1)
-    return torch.div(dy, d.mul_(d), out=d)
+    return torch.div(dy, d).div_(d)  # the square of d may overflow
 
 
+@rounded_once
 def _tanhshrink(x: Tensor) -> Tensor:
     t = torch.tanh(x)
     return torch.sub(x, t, out=t)
 
 
+@rounded_once
 def _tanhshrink_backward(dy: Tensor, x: Tensor) -> Tensor:
     t = torch.tanh(x)
     return t.mul_(t).mul_(dy)
 
 
+@rounded_once
 def _relu_squared(x: Tensor) -> Tensor:
     r = torch.relu(x)
     return r.mul_(r)
 
 
+@rounded_once
 def _relu_squared_backward(dy: Tensor, x: Tensor) -> Tensor:
-    return torch.relu(x).mul_(dy).mul_(2)
+    return torch.relu(x).mul_(2).mul_(dy)
+
+
+# Of float64, ATen multiplies by 1/6 rounded to float32: in these on a GPU, in the derivative on a
+# CPU too.
+
+
+def _hardsigmoid(x: Tensor) -> Tensor:
+    if x.is_cuda and x.dtype == torch.float64:
+        return nn.hardtanh(x + 3, 0, 6).div_(6)
+    return nn.hardsigmoid(x)
 
 
 def _hardsigmoid_backward(dy: Tensor, x: Tensor) -> Tensor:
-    if dy.dtype == torch.float64:  # ATen multiplies by 1/6 rounded to float32 in every dtype
-        return aten.hardtanh_backward.default(dy, x, -3, 3).div_(6)
+    if dy.dtype == torch.float64:
+        return torch.where((x > -3) & (x < 3), dy / 6, 0.0)
     return aten.hardsigmoid_backward.default(dy, x)
 
 
-# log σ(x) = -softplus(-x), which is softplus with beta = -1: one pass each way, no buffer kept.
+def _hardswish(x: Tensor) -> Tensor:
+    if x.is_cuda and x.dtype == torch.float64:
+        return nn.hardtanh(x + 3, 0, 6).mul_(x).div_(6)
+    return nn.hardswish(x)
+
+
+def _over_input(forward: Callable[..., Tensor], in_place: Callable[..., Tensor]) -> Any:
+    """``in_place``, or where that is not exact ``forward`` and a copy."""
+
+    def run(x: Tensor) -> Tensor:
+        exact = x.is_cuda and x.dtype == torch.float64
+        return x.copy_(forward(x)) if exact else in_place(x)
+
+    return run
+
+
+# log σ(x) = -softplus(-x), which is softplus with beta = -1: one pass each way and no buffer.
 # Beyond 40, 1 + e^-40 is 1 in float64 too.
 _LOGSIGMOID = (-1.0, 40.0)
 
-#: name -> (forward, backward) by PyTorch's operators on a CPU
-ATEN: dict[str, tuple[Callable[..., Tensor], Callable[..., Tensor]]] = {
-    "relu": (torch.relu, lambda dy, y: _threshold_backward(dy, y, 0)),
-    "relu6": (
-        lambda x: torch._C._nn.hardtanh(x, 0, 6),
+ATEN: dict[str, Aten] = {
+    "relu": Aten(torch.relu, lambda dy, y: _threshold_backward(dy, y, 0), torch.relu_),
+    "relu6": Aten(
+        lambda x: nn.hardtanh(x, 0, 6),
         lambda dy, y: _hardtanh_backward(dy, y, 0, 6),
+        lambda x: aten.hardtanh_.default(x, 0, 6),
+        saves_input=True,
     ),
-    "leaky_relu": (
-        torch._C._nn.leaky_relu,
-        lambda dy, x, slope: _leaky_relu_backward(dy, x, slope, False),
+    "leaky_relu": Aten(
+        nn.leaky_relu,
+        lambda dy, x, slope: aten.leaky_relu_backward.default(dy, x, slope, False),
+        aten.leaky_relu_.default,
+        same_at_output=lambda negative_slope: negative_slope >= 0,
     ),
-    "elu": (torch._C._nn.elu, lambda dy, x, alpha: _elu_backward(dy, alpha, 1, 1, False, x)),
-    "selu": (torch.selu, lambda dy, x: _elu_backward(dy, SELU_ALPHA, SELU_SCALE, 1, False, x)),
-    "celu": (torch.celu, lambda dy, x, alpha: _elu_backward(dy, alpha, 1, 1 / alpha, False, x)),
-    "gelu": (torch._C._nn.gelu, _gelu_backward),
-    "gelu_tanh": (
-        lambda x: torch._C._nn.gelu(x, approximate="tanh"),
-        lambda dy, x: _gelu_backward(dy, x, approximate="tanh"),
+    "elu": Aten(
+        nn.elu,
+        lambda dy, x, alpha: _elu_backward(dy, alpha, 1, 1, False, x),
+        aten.elu_.default,
     ),
-    "silu": (torch._C._nn.silu, builtin(aten.silu_backward)),
-    "mish": (torch._C._nn.mish, builtin(aten.mish_backward)),
-    "sigmoid": (torch.sigmoid, builtin(aten.sigmoid_backward)),
-    "logsigmoid": (
-        lambda x: torch._C._nn.softplus(x, *_LOGSIGMOID),
+    "selu": Aten(
+        torch.selu,
+        lambda dy, x: _elu_backward(dy, SELU_ALPHA, SELU_SCALE, 1, False, x),
+        torch.selu_,
+    ),
+    "celu": Aten(
+        torch.celu,
+        lambda dy, x, alpha: _elu_backward(dy, alpha, 1, 1 / alpha, False, x),
+        torch.celu_,
+    ),
+    "gelu": Aten(nn.gelu, builtin(aten.gelu_backward)),
+    "gelu_tanh": Aten(
+        lambda x: nn.gelu(x, approximate="tanh"),
+        lambda dy, x: aten.gelu_backward.default(dy, x, approximate="tanh"),
+        stock=lambda x: torch.nn.functional.gelu(x, approximate="tanh"),
+    ),
+    "silu": Aten(nn.silu, builtin(aten.silu_backward), aten.silu_.default),
+    "mish": Aten(nn.mish, builtin(aten.mish_backward), aten.mish_.default),
+    "sigmoid": Aten(torch.sigmoid, builtin(aten.sigmoid_backward), torch.sigmoid_),
+    "logsigmoid": Aten(
+        lambda x: nn.softplus(x, *_LOGSIGMOID),
         lambda dy, x: aten.softplus_backward.default(dy, x, *_LOGSIGMOID),
     ),
-    "hardsigmoid": (torch._C._nn.hardsigmoid, _hardsigmoid_backward),
-    "hardswish": (torch._C._nn.hardswish, builtin(aten.hardswish_backward)),
-    "hardtanh": (torch._C._nn.hardtanh, _hardtanh_backward),
-    "tanh": (torch.tanh, builtin(aten.tanh_backward)),
-    "tanhshrink": (_tanhshrink, _tanhshrink_backward),
-    "softplus": (torch._C._nn.softplus, builtin(aten.softplus_backward)),
-    "softsign": (_softsign, _softsign_backward),
-    "softshrink": (torch._C._nn.softshrink, builtin(aten.softshrink_backward)),
-    "hardshrink": (torch.hardshrink, builtin(aten.hardshrink_backward)),
-    "threshold": (
+    "hardsigmoid": Aten(
+        _hardsigmoid, _hardsigmoid_backward, _over_input(_hardsigmoid, aten.hardsigmoid_.default)
+    ),
+    "hardswish": Aten(
+        _hardswish,
+        builtin(aten.hardswish_backward),
+        _over_input(_hardswish, aten.hardswish_.default),
+    ),
+    "hardtanh": Aten(nn.hardtanh, _hardtanh_backward, aten.hardtanh_.default, saves_input=True),
+    "tanh": Aten(torch.tanh, builtin(aten.tanh_backward), torch.tanh_),
+    "tanhshrink": Aten(_tanhshrink, _tanhshrink_backward),
+    "softplus": Aten(nn.softplus, builtin(aten.softplus_backward), float32_on_cuda=True),
+    "softsign": Aten(_softsign, _softsign_backward),
+    "softshrink": Aten(nn.softshrink, builtin(aten.softshrink_backward)),
+    "hardshrink": Aten(torch.hardshrink, builtin(aten.hardshrink_backward)),
+    "threshold": Aten(
         torch.threshold,
         lambda dy, x, threshold, value: _threshold_backward(dy, x, threshold),
+        aten.threshold_.default,
+        same_at_output=lambda threshold, value: value <= threshold,
     ),
-    "relu_squared": (_relu_squared, _relu_squared_backward),
-}
-
-#: the same over the input, where torch has it
-ATEN_IN_PLACE: dict[str, Callable[..., Tensor]] = {
-    "relu": torch.relu_,
-    "relu6": lambda x: aten.hardtanh_.default(x, 0, 6),
-    "leaky_relu": aten.leaky_relu_.default,
-    "elu": aten.elu_.default,
-    "selu": torch.selu_,
-    "celu": torch.celu_,
-    "silu": aten.silu_.default,
-    "mish": aten.mish_.default,
-    "sigmoid": torch.sigmoid_,
-    "hardsigmoid": aten.hardsigmoid_.default,
-    "hardswish": aten.hardswish_.default,
-    "hardtanh": aten.hardtanh_.default,
-    "tanh": torch.tanh_,
-    "threshold": aten.threshold_.default,
-}
-
-#: those that on a GPU multiply by 1/6 rounded to float32, in float64 too: there these are exact
-_EXACT: dict[str, Callable[[Tensor], Tensor]] = {
-    "hardsigmoid": lambda x: torch._C._nn.hardtanh(x + 3, 0, 6).div_(6),
-    "hardswish": lambda x: torch._C._nn.hardtanh(x + 3, 0, 6).mul_(x).div_(6),
-}
-
-
-def _on_any_device(name: str, in_place: bool = False) -> Callable[..., Tensor]:
-    """The forward of ``ATEN`` or ``ATEN_IN_PLACE``, on a GPU an exact one. The direct faces, of CPU
-    tensors alone, do without asking."""
-    run = ATEN_IN_PLACE[name] if in_place else ATEN[name][0]
-    if name not in _EXACT:
-        return run
-    exact = _EXACT[name]
-
-    def forward(x: Tensor) -> Tensor:
-        if not (x.is_cuda and x.dtype == torch.float64):
-            return run(x)
-        return x.copy_(exact(x)) if in_place else exact(x)
-
-    return forward
-
-
-#: name -> the forward by PyTorch's operators on any device
-ATEN_FORWARD = {name: _on_any_device(name) for name in ATEN}
-
-#: name -> the backward that writes into a dx that is dy or the saved tensor itself
-ATEN_INTO: dict[str, Callable[..., Tensor]] = {
-    "relu": lambda dx, dy, y: _threshold_into(dy, y, 0, grad_input=dx),
-    "relu6": lambda dx, dy, y: _hardtanh_into(dy, y, 0, 6, grad_input=dx),
-    "leaky_relu": lambda dx, dy, x, slope: _leaky_relu_into(dy, x, slope, False, grad_input=dx),
-    "elu": lambda dx, dy, x, alpha: _elu_into(dy, alpha, 1, 1, False, x, grad_input=dx),
-    "selu": lambda dx, dy, x: _elu_into(dy, SELU_ALPHA, SELU_SCALE, 1, False, x, grad_input=dx),
-    "celu": lambda dx, dy, x, alpha: _elu_into(dy, alpha, 1, 1 / alpha, False, x, grad_input=dx),
-    "gelu": _into(aten.gelu_backward),
-    "gelu_tanh": lambda dx, dy, x: _gelu_into(dy, x, approximate="tanh", grad_input=dx),
-    "silu": _into(aten.silu_backward),
-    "sigmoid": _into(aten.sigmoid_backward),
-    "logsigmoid": lambda dx, dy, x: aten.softplus_backward.grad_input(
-        dy, x, *_LOGSIGMOID, grad_input=dx
+    "relu_squared": Aten(
+        _relu_squared,
+        _relu_squared_backward,
+        stock=lambda x: torch.nn.functional.relu(x).square(),
+        float32_on_cuda=True,
     ),
-    "hardtanh": _into(aten.hardtanh_backward),
-    "tanh": _into(aten.tanh_backward),
-    "softplus": _into(aten.softplus_backward),
-    "softshrink": _into(aten.softshrink_backward),
-    "hardshrink": _into(aten.hardshrink_backward),
-    "threshold": lambda dx, dy, x, threshold, value: _threshold_into(
-        dy, x, threshold, grad_input=dx
-    ),
-}
-
-
-def _tanhshrink_keeping(x: Tensor) -> tuple[Tensor, Tensor]:
-    t = torch.tanh(x)
-    return x - t, t
-
-
-def _tanhshrink_kept(dx: Tensor | None, dy: Tensor, x: Tensor, t: Tensor) -> Tensor:
-    return torch.mul(dy, t, out=dx).mul_(t)
-
-
-#: name -> (forward -> y and what backward would have to compute again, backward with that, into a
-#: dx that is dy or None)
-ATEN_KEEPING: dict[str, tuple[Callable[[Tensor], tuple[Tensor, Tensor]], Callable[..., Tensor]]] = {
-    "logsigmoid": (
-        builtin(aten.log_sigmoid_forward),
-        lambda dx, dy, x, buffer: (
-            _log_sigmoid_backward(dy, x, buffer)
-            if dx is None
-            else _log_sigmoid_into(dy, x, buffer, grad_input=dx)
-        ),
-    ),
-    "tanhshrink": (_tanhshrink_keeping, _tanhshrink_kept),
 }
 
 
@@ -226,66 +202,59 @@ def _in_strides_of_saved(run: Callable[..., Tensor]) -> Callable[..., Tensor]:
     return backward
 
 
-def _define(a: Activation) -> tuple[Callable[..., Tensor], Callable[..., Tensor]]:
+def elementwise(outputs: int, inputs: int) -> Callable[..., Iterable[Sharding]]:
+    """Sharded alike along any dimension."""
+    return lambda x, *rest: (([i] * outputs, [i] * inputs) for i in range(x.dim()))
+
+
+def _define(a: Activation) -> tuple[Primitive, Primitive]:
     parameters = "".join(f", float {name}" for name in a.parameters)
-    forward_aten, backward_aten = ATEN_FORWARD[a.name], ATEN[a.name][1]
 
-    def on_floats(run: Callable[..., Tensor]) -> Callable[..., Tensor]:
-        """Anything else has no gradient: stock's result, or stock's error."""
-        return lambda x, *parameters: (run if x.is_floating_point() else forward_aten)(
-            x, *parameters
-        )
-
-    def vmap_forward(info: Any, in_dims: Any, x: Tensor, *parameters: float) -> tuple[Tensor, int]:
+    def vmap_forward(info: Any, in_dims: Any, x: Tensor, *parameters: float) -> Any:
         return forward(x.movedim(in_dims[0], 0), *parameters), 0
 
-    def vmap_backward(
-        info: Any, in_dims: Any, dy: Tensor, saved: Tensor, *parameters: float
-    ) -> tuple[Tensor, int]:
-        return backward(*fold_batch((dy, saved), in_dims[:2], info.batch_size), *parameters), 0
+    def vmap_backward(info: Any, in_dims: Any, dy: Tensor, saved: Tensor, *rest: float) -> Any:
+        return backward(*fold_batch((dy, saved), in_dims[:2], info.batch_size), *rest), 0
 
     forward = primitive(
         f"{a.name}_forward(Tensor x{parameters}) -> Tensor",
-        formula=on_floats(a.value),
-        aten=forward_aten,
-        triton=on_floats(
-            lambda x, *parameters: kernels("activation").forward(a.name, x, *parameters)
-        ),
-        fake=on_floats(lambda x, *parameters: torch.empty_like(x)),
+        formula=a.value,
+        aten=ATEN[a.name].forward,
+        triton=launcher("activation", "forward", a.name),
+        fake=lambda x, *parameters: torch.empty_like(x),
         vmap=vmap_forward,
+        sharding=elementwise(1, 1),
     )
     backward = primitive(
         f"{a.name}_backward(Tensor dy, Tensor saved{parameters}) -> Tensor",
         formula=_in_strides_of_saved(a.backward),
-        aten=_in_strides_of_saved(backward_aten),
-        triton=lambda *args: kernels("activation").backward(a.name, *args),
+        aten=_in_strides_of_saved(ATEN[a.name].backward),
+        triton=launcher("activation", "backward", a.name),
         fake=lambda dy, saved, *parameters: torch.empty_like(saved),
         vmap=vmap_backward,
+        traced=a.backward,
+        sharding=elementwise(1, 2),
     )
     return forward, backward
 
 
-def _define_in_place(a: Activation) -> Callable[..., None]:
-    forward_aten = _on_any_device(a.name, in_place=True)
+def _define_in_place(a: Activation) -> Primitive:
+    run = ATEN[a.name].in_place
+    assert run is not None
 
-    def on_aten(x: Tensor, *parameters: float) -> None:
-        forward_aten(x, *parameters)
+    def by_aten(x: Tensor, *parameters: float) -> None:
+        run(x, *parameters)
 
     def formula(x: Tensor, *parameters: float) -> None:
         x.copy_(a.value(x, *parameters))
 
-    def on_triton(x: Tensor, *parameters: float) -> None:
-        kernels("activation").forward_(a.name, x, *parameters)
-
-    def on_floats(run: Callable[..., None]) -> Callable[..., None]:
-        return lambda x, *parameters: (run if x.is_floating_point() else on_aten)(x, *parameters)
-
     return primitive(
-        f"{a.name}_forward_(Tensor(a!) x{''.join(f', float {name}' for name in a.parameters)}) -> ()",
-        formula=on_floats(formula),
-        aten=on_aten,
-        triton=on_floats(on_triton),
+        f"{a.name}_forward_(Tensor(a!) x{''.join(f', float {p}' for p in a.parameters)}) -> ()",
+        formula=formula,
+        aten=by_aten,
+        triton=launcher("activation", "forward_", a.name),
         fake=lambda x, *parameters: None,
+        sharding=elementwise(0, 1),
     )
 
 
@@ -293,4 +262,4 @@ def _define_in_place(a: Activation) -> Callable[..., None]:
 primitives = {a.name: _define(a) for a in ACTIVATIONS.values()}
 
 #: name -> forward over the input
-in_place = {name: _define_in_place(ACTIVATIONS[name]) for name in ATEN_IN_PLACE}
+in_place = {n: _define_in_place(ACTIVATIONS[n]) for n, by in ATEN.items() if by.in_place}

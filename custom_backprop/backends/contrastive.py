@@ -1,4 +1,4 @@
-"""Primitives of the triplet margin, of InfoNCE and of the division by the norm, on rows of vectors.
+"""Primitives of the triplet margin and of InfoNCE, on rows of vectors.
 
 On a CPU they walk in chunks of rows that stay in cache: the differences and the similarities of a
 chunk are never seen by memory.
@@ -6,7 +6,8 @@ chunk are never seen by memory.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator, Sequence
+from math import prod
 from typing import Any
 
 import torch
@@ -16,7 +17,7 @@ from ..formulas import contrastive as formula
 from ..formulas.linear import rows
 from ..formulas.loss import MEAN, NONE, SUM, reduced
 from ..formulas.precision import HALF, wide, widen
-from .library import launcher, primitive
+from .library import P, R, Sharding, launcher, primitive
 
 #: elements of a chunk of differences: 2 MiB of float32, beside which the cost of the calls is small
 CHUNK = 2**19
@@ -65,7 +66,7 @@ def _triplet_backward(
     needs: Any,
 ) -> tuple[Tensor, ...]:
     flat = [rows(t) for t in (a, p, n)]
-    grads = [a.new_empty(a.shape) if need else a.new_empty(0) for need in needs]
+    grads = [a.new_empty(a.shape) if need else None for need in needs]
     dy = dy.reshape(-1) if reduction == NONE else dy / len(flat[0]) if reduction == MEAN else dy
     d = d.reshape(len(d), -1)
     for part in _chunks(len(flat[0]), flat[0].shape[1], CHUNK):
@@ -78,7 +79,7 @@ def _triplet_backward(
                 share, a_, p_, n_, d[:, part], margin, order, eps, swap, which, needs
             )
         for grad, result in zip(grads, found, strict=True):
-            if grad.numel():
+            if grad is not None:
                 grad.view(flat[0].shape)[part] = result
     return tuple(grads)
 
@@ -113,7 +114,7 @@ def _fake_triplet(
 
 
 def _fake_triplet_backward(dy: Tensor, a: Tensor, *rest: Any) -> tuple[Tensor, ...]:
-    return tuple(a.new_empty(a.shape if need else 0) for need in rest[-1])
+    return tuple(a.new_empty(a.shape) if need else None for need in rest[-1])
 
 
 def _formula_triplet_backward(*args: Any) -> tuple[Tensor, ...]:
@@ -127,17 +128,17 @@ def _info_nce(
     temperature: float,
     symmetric: bool,
     reduction: int,
-    keep: bool,
+    makes_G: bool,
 ) -> tuple[Tensor, Tensor]:
     if symmetric:
-        return formula.info_nce(q, k, n, temperature, symmetric, reduction, keep)
+        return formula.info_nce(q, k, n, temperature, symmetric, reduction, makes_G)
     q_, k_, n_ = widen(q), widen(k), widen(n)
     count = len(q)
     width = count if n is None else 1 + n.shape[-2]
     index = (
         torch.arange(count, device=q.device) if n is None else q.new_zeros(count, dtype=torch.int64)
     ).unsqueeze(1)
-    G = q.new_empty((count, width) if keep else 0)
+    G = q.new_empty((count, width) if makes_G else 0)
     losses = q_.new_empty(count)
     for part in _chunks(count, width, SIMILARITIES):
         # the keys are everyone's; positives and negatives of one's own are of this chunk
@@ -145,7 +146,7 @@ def _info_nce(
             (k_, None) if n_ is None else (k_[part], n_ if n_.dim() == 2 else n_[part])
         )
         s, t = formula.logits(q_[part], keys, negatives, temperature), index[part]
-        if not keep:
+        if not makes_G:
             losses[part] = -torch.log_softmax(s, 1).gather(1, t).squeeze(1)
             continue
         P = torch.softmax(s, 1)
@@ -163,22 +164,44 @@ def _fake_info_nce(
     temperature: float,
     symmetric: bool,
     reduction: int,
-    keep: bool,
+    makes_G: bool,
 ) -> tuple[Tensor, Tensor]:
     count = len(q)
-    kept = (count, count if n is None else 1 + n.shape[-2]) if keep else (0,)
-    return q.new_empty(count if reduction == NONE else ()), q.new_empty(kept)
+    shape = (count, count if n is None else 1 + n.shape[-2]) if makes_G else (0,)
+    return q.new_empty(count if reduction == NONE else ()), q.new_empty(shape)
 
 
-def _unit(x: Tensor, eps: float) -> tuple[Tensor, Tensor]:
-    if x.dtype in HALF:
-        return formula.unit(x, eps)
-    r = torch.linalg.vector_norm(x, 2, -1, keepdim=True).clamp_min_(eps)
-    return x / r, r.squeeze(-1)
+def _fake_info_nce_backward(dy: Tensor, *tensors_and_options: Any) -> Any:
+    needs = tensors_and_options[-1]
+    pairs = zip(tensors_and_options[:3], needs, strict=True)
+    return tuple(t.new_empty(t.shape) if need else None for t, need in pairs)
 
 
-def _unit_backward(dy: Tensor, y: Tensor, r: Tensor, eps: float) -> Tensor:
-    return formula.unit_backward(dy, y, r, eps).contiguous()
+def _triplet_sharding(a: Tensor, p: Tensor, n: Tensor, *options: Any) -> Iterable[Sharding]:
+    """The distances are (2, ...) or (3, ...), for a of shape (..., D)."""
+    if (reduction := options[-1]) != MEAN:
+        for i in range(a.dim() - 1):
+            yield [i if reduction == NONE else P, i + 1], [i] * 3
+
+
+def _triplet_backward_sharding(dy: Tensor, a: Tensor, *rest: Any) -> Iterable[Sharding]:
+    *_, reduction, needs = rest
+    if reduction != MEAN:
+        for i in range(a.dim() - 1):
+            outputs = [i if need else R for need in needs]
+            yield outputs, [i if reduction == NONE else R, *[i] * 3, i + 1]
+
+
+def _info_nce_flops(q: Sequence[int], k: Any, n: Sequence[int] | None, *_: Any) -> int:
+    """q kᵀ, or q times the negatives."""
+    return 2 * prod(q) * (q[0] if n is None else n[-2])
+
+
+def _info_nce_backward_flops(dy: Any, q: Any, k: Any, n: Any, *rest: Any) -> int:
+    """The same, once a gradient."""
+    of_queries, of_keys, of_negatives = rest[-1]
+    products = of_queries + (of_keys if n is None else of_negatives)
+    return products * _info_nce_flops(q, k, n)
 
 
 _OPTIONS = "float margin, float order, float eps, bool swap, int reduction"
@@ -189,31 +212,31 @@ triplet_forward = primitive(
     aten=_triplet_forward,
     triton=launcher("contrastive", "triplet_forward"),
     fake=_fake_triplet,
+    sharding=_triplet_sharding,
 )
 triplet_backward = primitive(
-    f"triplet_backward(Tensor dy, Tensor a, Tensor p, Tensor n, Tensor d, {_OPTIONS}, bool[3] needs) -> (Tensor da, Tensor dp, Tensor dn)",
+    f"triplet_backward(Tensor dy, Tensor a, Tensor p, Tensor n, Tensor d, {_OPTIONS}, "
+    "bool[3] needs) -> (Tensor da, Tensor dp, Tensor dn)",
     formula=_formula_triplet_backward,
     aten=_triplet_backward,
     triton=launcher("contrastive", "triplet_backward"),
     fake=_fake_triplet_backward,
+    sharding=_triplet_backward_sharding,
 )
 info_nce = primitive(
-    "info_nce(Tensor q, Tensor k, Tensor? n, float temperature, bool symmetric, int reduction, bool keep) -> (Tensor loss, Tensor G)",
+    "info_nce(Tensor q, Tensor k, Tensor? n, float temperature, bool symmetric, int reduction, "
+    "bool makes_G) -> (Tensor loss, Tensor G)",
     formula=formula.info_nce,
     aten=_info_nce,
     triton=launcher("contrastive", "info_nce"),
     fake=_fake_info_nce,
+    flops=_info_nce_flops,
 )
-unit_forward = primitive(
-    "unit_forward(Tensor x, float eps) -> (Tensor y, Tensor r)",
-    formula=formula.unit,
-    aten=_unit,
-    triton=launcher("contrastive", "unit_forward"),
-    fake=lambda x, eps: (x.new_empty(x.shape), x.new_empty(x.shape[:-1], dtype=wide(x.dtype))),
-)
-unit_backward = primitive(
-    "unit_backward(Tensor dy, Tensor y, Tensor r, float eps) -> Tensor",
-    formula=_unit_backward,
-    triton=launcher("contrastive", "unit_backward"),
-    fake=lambda dy, y, r, eps: y.new_empty(y.shape),
+info_nce_backward = primitive(
+    "info_nce_backward(Tensor dy, Tensor q, Tensor k, Tensor? n, Tensor G, int reduction, "
+    "bool[3] needs) -> (Tensor dq, Tensor dk, Tensor dn)",
+    formula=formula.info_nce_backward,
+    triton=formula.info_nce_backward,  # three products of matrices, and nothing else
+    fake=_fake_info_nce_backward,
+    flops=_info_nce_backward_flops,
 )

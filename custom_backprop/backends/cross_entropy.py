@@ -1,71 +1,33 @@
-"""Primitives of nll_loss and cross_entropy, on x (N, C) or (N, C, D).
+"""Primitives of cross_entropy, on x (N, C) or (N, C, D).
 
-On a CPU cross_entropy walks in chunks of rows that stay in cache: one softmax, written where the
-gradient will stand, gives the loss and the gradient both. Memory sees one reading of x and one
-writing of dx, and no log-probabilities.
+On a CPU it walks in chunks of rows that stay in cache: one softmax, written where the gradient will
+stand, gives the loss and the gradient both. Memory sees one reading of x and one writing of dx, and
+no log-probabilities.
 """
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from ..formulas import cross_entropy as formula
-from ..formulas.cross_entropy import GRADIENT, NOTHING, STATISTICS, along_classes
+from ..formulas.cross_entropy import GRADIENT, NOTHING, STATISTICS
 from ..formulas.loss import MEAN, NONE, SUM
+from ..formulas.nll import along_classes, reduced
 from ..formulas.precision import HALF, wide, widen
-from .library import builtin, launcher, primitive
+from . import nll
+from .library import P, R, Sharding, empty_if, launcher, primitive
 
 aten = torch.ops.aten
-_nll_forward, _nll_backward = builtin(aten.nll_loss_forward), builtin(aten.nll_loss_backward)
 
 #: elements of a chunk: 2 MiB of float32
 CHUNK = 2**19
 
 #: up to so many elements a call costs more than a pass, and the fewest calls are stock's own four
 SMALL = 2**16
-
-
-def is_small(x: Tensor, target: Tensor, smoothing: float) -> bool:
-    """Whether log_softmax and nll_loss, one after the other, are the quickest way there and
-    back."""
-    return (
-        x.numel() <= SMALL
-        and x.dim() == 2
-        and smoothing == 0
-        and x.dtype not in HALF
-        and not target.is_floating_point()
-    )
-
-
-def nll_forward_aten(
-    x: Tensor, target: Tensor, weight: Tensor | None, reduction: int, ignore_index: int
-) -> tuple[Tensor, Tensor]:
-    if x.dim() == 2:
-        return _nll_forward(x, target, weight, reduction, ignore_index)
-    loss, total = aten.nll_loss2d_forward.default(
-        x.unsqueeze(3), target.unsqueeze(2), weight, reduction, ignore_index
-    )
-    return loss.squeeze(2) if reduction == NONE else loss, total
-
-
-def nll_backward_aten(
-    dy: Tensor,
-    x: Tensor,
-    target: Tensor,
-    weight: Tensor | None,
-    total: Tensor,
-    reduction: int,
-    ignore_index: int,
-) -> Tensor:
-    if x.dim() == 2:
-        return _nll_backward(dy, x, target, weight, reduction, ignore_index, total)
-    dy, x = dy.unsqueeze(2) if reduction == NONE else dy, x.contiguous().unsqueeze(3)
-    return aten.nll_loss2d_backward.default(
-        dy, x, target.unsqueeze(2), weight, reduction, ignore_index, total
-    ).squeeze(3)
 
 
 class _Target:
@@ -82,12 +44,8 @@ class _Target:
         smoothing: float,
     ) -> None:
         dtype = wide(x.dtype)
-        self.target, self.smoothing, self.reduction, self.classes = (
-            target,
-            smoothing,
-            reduction,
-            x.shape[1],
-        )
+        self.target, self.smoothing = target, smoothing
+        self.reduction, self.classes = reduction, x.shape[1]
         self.weight = None if weight is None else along_classes(weight.to(dtype), x)
         self.probabilities = target.is_floating_point()
         self.is_soft = self.probabilities or smoothing > 0
@@ -211,7 +169,7 @@ def _classes(
         z = widen(x[rows])
         log_p = aten._log_softmax.out(z, 1, False, out=scratch[: z.shape[0]])
         parts.append(
-            nll_forward_aten(
+            nll.forward_aten(
                 log_p, target[rows], widen(weight), NONE if reduction == NONE else SUM, ignore_index
             )
         )
@@ -222,28 +180,43 @@ def _classes(
     return (loss / torch.stack(totals).sum() if reduction == MEAN else loss).to(x.dtype)
 
 
-def forward_aten(
+def _small(
+    x: Tensor, target: Tensor, weight: Tensor | None, reduction: int, ignore_index: int
+) -> tuple[Tensor, Tensor]:
+    """The loss and its gradient for dy = 1, in stock's own four calls."""
+    log_p = torch._log_softmax(x, 1, False)
+    loss, total = nll.forward_aten(log_p, target, weight, reduction, ignore_index)
+    one = x.new_ones(())
+    d = nll.backward_aten(one, log_p, target, weight, total, reduction, ignore_index)
+    return loss, torch._log_softmax_backward_data(d, log_p, 1, x.dtype)
+
+
+def _forward(
     x: Tensor,
     target: Tensor,
     weight: Tensor | None,
     reduction: int,
     ignore_index: int,
     smoothing: float,
-    keep: int,
-) -> tuple[Tensor, Tensor]:
-    if keep == NOTHING and smoothing == 0 and not target.is_floating_point():
-        return _classes(x.contiguous(), target, weight, reduction, ignore_index), x.new_empty(0)
+    makes: int,
+) -> tuple[Tensor, Tensor | None]:
     dense = x.contiguous()
+    if smoothing == 0 and not target.is_floating_point():
+        if makes == NOTHING:
+            return _classes(dense, target, weight, reduction, ignore_index), None
+        if makes == GRADIENT and x.dim() == 2 and x.numel() <= SMALL and x.dtype not in HALF:
+            loss, dx = _small(dense, target, weight, reduction, ignore_index)
+            return loss, like(dx, x)
     q = _Target(dense, target, weight, reduction, ignore_index, smoothing)
-    kept = _kept(dense, keep)
-    losses = dense.new_zeros((x.shape[0], 1, *x.shape[2:]), dtype=wide(x.dtype))
-    gradient, statistics = (kept if keep == which else None for which in (GRADIENT, STATISTICS))
-    dy = q.shares(x.new_ones(())) if keep == GRADIENT else None
-    _walk(dense, q, dy, losses, statistics, gradient, None)
+    made = _made(dense, makes)
+    rows = dense.new_zeros((x.shape[0], *x.shape[2:]), dtype=wide(x.dtype))
+    dx, statistics = (made if makes == which else None for which in (GRADIENT, STATISTICS))
+    dy = q.shares(x.new_ones(())) if makes == GRADIENT else None
+    _walk(dense, q, dy, rows.unsqueeze(1), statistics, dx, None)
     if not q.probabilities:
-        losses = torch.where(q.counted, losses, 0)
-    loss = formula.reduced(losses.squeeze(1), q.total, reduction).to(x.dtype)
-    return loss, like(kept, x) if keep == GRADIENT else kept
+        rows.masked_fill_(target == ignore_index, 0)
+    loss = reduced(rows, q.total, reduction).to(x.dtype)
+    return loss, made if dx is None else like(dx, x)
 
 
 def _backward(
@@ -257,101 +230,101 @@ def _backward(
     smoothing: float,
     need_x: bool,
     need_target: bool,
-) -> tuple[Tensor, Tensor]:
+) -> tuple[Tensor | None, Tensor | None]:
     """By the same walk: a softmax of a chunk costs no more than an exponential of it, so the
     statistics are not needed."""
     dense = x.contiguous()
     q = _Target(dense, target, weight, reduction, ignore_index, smoothing)
-    dx = torch.empty_like(dense) if need_x else None
+    dx = empty_if(need_x, dense)
     dtarget = torch.empty_like(dense, dtype=target.dtype) if need_target else None
     _walk(dense, q, q.shares(dy), None, None, dx, dtarget)
-    return x.new_empty(0) if dx is None else like(dx, x), x.new_empty(
-        0
-    ) if dtarget is None else like(dtarget, target)
+    return like(dx, x), like(dtarget, target)
 
 
-def like(t: Tensor, layout: Tensor) -> Tensor:
+def like(t: Tensor | None, layout: Tensor) -> Tensor | None:
     """A contiguous ``t`` as ``torch.empty_like(layout)`` lays it out."""
-    return t if layout.is_contiguous() else torch.empty_like(layout, dtype=t.dtype).copy_(t)
+    if t is None or layout.is_contiguous():
+        return t
+    return torch.empty_like(layout, dtype=t.dtype).copy_(t)
 
 
-def _kept(x: Tensor, keep: int) -> Tensor:
-    """Room for what forward keeps."""
-    if keep == GRADIENT:
-        return torch.empty_like(x)
-    dtype = wide(x.dtype)
-    return (
-        x.new_empty((2, x.shape[0], *x.shape[2:]), dtype=dtype)
-        if keep == STATISTICS
-        else x.new_empty(0)
-    )
-
-
-def _fake_forward(
-    x: Tensor,
-    target: Tensor,
-    weight: Tensor | None,
-    reduction: int,
-    ignore_index: int,
-    smoothing: float,
-    keep: int,
-) -> tuple[Tensor, Tensor]:
-    return x.new_empty((x.shape[0], *x.shape[2:]) if reduction == NONE else ()), _kept(x, keep)
-
-
-def _fake_backward(dy: Tensor, x: Tensor, target: Tensor, *rest: object) -> tuple[Tensor, Tensor]:
-    *_, need_x, need_target = rest
-    return torch.empty_like(x) if need_x else x.new_empty(0), torch.empty_like(
-        target
-    ) if need_target else x.new_empty(0)
-
-
-_TARGET = "Tensor target, Tensor? weight"
+def _made(x: Tensor, makes: int) -> Tensor | None:
+    """Memory for what forward makes beside the loss."""
+    if makes == STATISTICS:
+        return x.new_empty((2, x.shape[0], *x.shape[2:]), dtype=wide(x.dtype))
+    return empty_if(makes == GRADIENT, x)
 
 
 def _formula_forward(*args: Any) -> tuple[Tensor, Tensor]:
-    x, keep = args[0], args[-1]
-    loss, kept = formula.forward(*args)
-    return loss, like(kept.contiguous(), x) if keep == GRADIENT else kept
+    x, makes = args[0], args[-1]
+    loss, made = formula.forward(*args)
+    return loss, like(made.contiguous(), x) if makes == GRADIENT else made  # type: ignore[return-value]
 
 
-def _formula_backward(*args: Any) -> tuple[Tensor, Tensor]:
+def _formula_backward(*args: Any) -> tuple[Tensor | None, Tensor | None]:
     _, x, target, *_, need_x, need_target = args
     dx, dtarget = formula.backward(*args)
-    return like(dx.contiguous(), x) if need_x else dx, like(
-        dtarget.contiguous(), target
-    ) if need_target else dtarget
+    return (
+        like(dx.contiguous(), x) if need_x else None,
+        like(dtarget.contiguous(), target) if need_target else None,
+    )
 
 
-nll_forward = primitive(
-    f"nll_loss_forward(Tensor x, {_TARGET}, int reduction, int ignore_index) -> (Tensor loss, Tensor total)",
-    formula=formula.nll_forward,
-    aten=nll_forward_aten,
-    triton=launcher("cross_entropy", "nll_forward"),
-    fake=lambda x, target, weight, reduction, ignore_index: (
-        x.new_empty(target.shape if reduction == NONE else ()),
-        x.new_empty(()),
-    ),
-)
-nll_backward = primitive(
-    f"nll_loss_backward(Tensor dy, Tensor x, {_TARGET}, Tensor total, int reduction, int ignore_index) -> Tensor",
-    formula=formula.nll_backward,
-    aten=nll_backward_aten,
-    triton=launcher("cross_entropy", "nll_backward"),
-    fake=lambda dy, x, target, weight, total, reduction, ignore_index: x.new_empty(x.shape),
-)
+def _fake_forward(x: Tensor, target: Tensor, weight: Any, reduction: int, *rest: Any) -> Any:
+    shape = (x.shape[0], *x.shape[2:]) if reduction == NONE else ()
+    return x.new_empty(shape), _made(x, rest[-1])
+
+
+def _fake_backward(dy: Tensor, x: Tensor, target: Tensor, *rest: Any) -> Any:
+    *_, need_x, need_target = rest
+    return empty_if(need_x, x), empty_if(need_target, target)
+
+
+def _of_statistics(i: int) -> int:
+    """(2, N, ...)"""
+    return max(i, 1)
+
+
+def _sharding(
+    x: Tensor, target: Tensor, weight: Any, reduction: int, *rest: Any
+) -> Iterable[Sharding]:
+    if reduction != MEAN:
+        for i, t in nll.rows_of(x, target):
+            made = {GRADIENT: i, STATISTICS: _of_statistics(i)}.get(rest[-1], R)
+            yield [nll.of_row(i) if reduction == NONE else P, made], [i, t, R]
+
+
+def _backward_sharding(
+    dy: Tensor, x: Tensor, target: Tensor, weight: Any, statistics: Tensor, *rest: Any
+) -> Iterable[Sharding]:
+    reduction, *_, need_x, need_target = rest
+    if reduction != MEAN:
+        for i, t in nll.rows_of(x, target):
+            dy_is = nll.of_row(i) if reduction == NONE else R
+            outputs = [i if need_x else R, t if need_target else R]
+            yield outputs, [dy_is, i, t, R, _of_statistics(i)]
+
+
+_TARGET = "Tensor target, Tensor? weight"
+_OPTIONS = "int reduction, int ignore_index, float smoothing"
+
 forward = primitive(
-    f"cross_entropy_forward(Tensor x, {_TARGET}, int reduction, int ignore_index, float smoothing, int keep) -> (Tensor loss, Tensor kept)",
+    f"cross_entropy_forward(Tensor x, {_TARGET}, {_OPTIONS}, int makes) "
+    "-> (Tensor loss, Tensor made)",
     formula=_formula_forward,
-    aten=forward_aten,
+    aten=_forward,
     triton=launcher("cross_entropy", "forward"),
     fake=_fake_forward,
+    traced="kernel",
+    sharding=_sharding,
 )
 backward = primitive(
-    f"cross_entropy_backward(Tensor dy, Tensor x, {_TARGET}, Tensor statistics, int reduction, int ignore_index, float smoothing, "
+    f"cross_entropy_backward(Tensor dy, Tensor x, {_TARGET}, Tensor statistics, {_OPTIONS}, "
     "bool need_x, bool need_target) -> (Tensor dx, Tensor dtarget)",
     formula=_formula_backward,
     aten=_backward,
     triton=launcher("cross_entropy", "backward"),
     fake=_fake_backward,
+    traced="kernel",
+    sharding=_backward_sharding,
 )

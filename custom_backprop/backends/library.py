@@ -1,40 +1,73 @@
-"""The seam: every primitive is an operator of PyTorch's dispatcher.
+"""Every primitive is an operator of PyTorch's dispatcher.
 
 A primitive has one schema and up to three implementations: ``formula`` (the mathematics, always
-there), ``aten`` (the quickest way through PyTorch's own operators; the formula where none is given)
-and ``triton`` (a launcher of the kernels). The dispatcher then does what an if/else of ours could
-not: fake tensors, ``torch.compile``, ``vmap``, autocast and modes meet an operator like any other.
+there), ``aten`` (the quickest calls of PyTorch's own operators; the formula where none is given)
+and ``triton`` (a launcher of kernels). The dispatcher then does what an if/else of ours could not:
+fake tensors, ``torch.compile``, ``vmap``, autocast and modes meet an operator like any other.
 
-Where plain tensors meet none of these, its answer is known from the device alone. It takes several
-times as long to give it as to look, so it is not asked.
+What else PyTorch wants to know of an operator is a field of the primitive: shapes, vmap, sharding,
+flops, what a compiler sees. No list elsewhere knows its name.
 """
 
 from __future__ import annotations
 
-import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 import torch
 from torch._C import DispatchKey, DispatchKeySet, _ExcludeDispatchKeyGuard
-from torch.compiler import is_compiling
+from torch.autograd import forward_ad
+from torch.utils.flop_counter import register_flop_formula
 
-from . import selection
 from .kernels import kernels
+from .selection import backend_for
 
 LIBRARY = torch.library.Library("custom_backprop", "DEF")
 
-#: name -> the operator, in the order of definition
-PRIMITIVES: dict[str, torch._ops.OpOverload] = {}
+#: name -> the primitive, in the order of definition
+PRIMITIVES: dict[str, Primitive] = {}
 
-#: operator -> the launcher of its kernels, for those of other libraries too: what
-#: ``testing/offline.py`` calls on meta tensors
-LAUNCHERS: dict[torch._ops.OpOverload, Callable[..., Any]] = {}
+#: operator -> its primitive, those of other projects' libraries too
+OPERATORS: dict[torch._ops.OpOverload, Primitive] = {}
+
+#: How a tensor lies on the ranks along one dimension of a mesh: replicated, a partial sum, or cut
+#: along dimension i, which is the number i itself.
+R, P = "R", "P"
+Placement = int | str
+#: (placements of the outputs, placements of the tensors that go in; None: not looked at)
+Sharding = tuple[Sequence[Placement], Sequence[Placement | None]]
 
 _AUTOCAST = {
     "AutocastCPU": DispatchKeySet(DispatchKey.AutocastCPU),
     "AutocastCUDA": DispatchKeySet(DispatchKey.AutocastCUDA),
 }
+
+
+class Primitive:
+    """One operator and its implementations, each a function of the operator's arguments.
+
+    Attributes:
+        operator: what PyTorch's dispatcher calls. Calling the primitive calls this.
+        formula, aten, triton: the implementations.
+        traced: what a compiler is shown.
+        sharding: see :func:`primitive`.
+    """
+
+    def __init__(self, operator: torch._ops.OpOverload, **fields: Any) -> None:
+        self.operator = operator
+        self.formula: Callable[..., Any] = fields["formula"]
+        self.aten: Callable[..., Any] = fields["aten"] or self.formula
+        self.triton: Callable[..., Any] = fields["triton"]
+        self.sharding: Callable[..., Iterable[Sharding]] = fields["sharding"] or (lambda *args: ())
+        self.kernel_is_traced = fields["traced"] == "kernel"
+        self.traced = self._kernel_on_a_gpu if self.kernel_is_traced else fields["traced"]
+        self.traced = self.traced or self.formula
+
+    def __call__(self, *args: Any) -> Any:
+        return self.operator(*args)
+
+    def _kernel_on_a_gpu(self, first: torch.Tensor, *rest: Any) -> Any:
+        return (self.operator if first.is_cuda else self.formula)(first, *rest)
 
 
 def primitive(
@@ -45,9 +78,15 @@ def primitive(
     aten: Callable[..., Any] | None = None,
     fake: Callable[..., Any] | None = None,
     vmap: Callable[..., Any] | None = None,
+    traced: Callable[..., Any] | str | None = None,
+    sharding: Callable[..., Iterable[Sharding]] | None = None,
+    flops: Callable[..., int] | None = None,
     library: torch.library.Library = LIBRARY,
-) -> Callable[..., Any]:
+) -> Primitive:
     """Defines one primitive and registers its implementations.
+
+    An implementation may return None for a result that was not asked for; the operator, which must
+    return a tensor, then returns an empty one.
 
     Args:
         schema: the operator's schema, without the library's name.
@@ -60,75 +99,63 @@ def primitive(
             runs on them as well.
         vmap: ``vmap(info, in_dims, *args) -> (result, out_dims)``. Default: the formula, on batched
             tensors.
-        library: where it is defined; a project that builds on this one passes a library of its own
-            name.
-
-    Returns:
-        the operator, as a function, whose attribute ``kernels`` is ``triton``.
+        traced: what ``torch.compile`` sees. Default: the formula, so that Inductor can fuse it.
+            ``"kernel"``: on a GPU the operator, where the kernel beats what the compiler makes.
+        sharding: ``sharding(*args)`` yields what may be computed shard by shard: see
+            :data:`Sharding`. All replicated is always allowed.
+        flops: those of its matrix products, from the shapes of its arguments.
+        library: where it is defined; a project that builds on this one passes a library of its own.
     """
     name = schema[: schema.index("(")]
     library.define(schema)
     operator = getattr(getattr(torch.ops, library.ns), name).default
-    implementations = {"formula": formula, "aten": aten or formula, "triton": triton}
-
-    def on_cpu(*args: Any) -> Any:
-        backend = "aten" if selection._forced is None else selection.backend_for("cpu")
-        return implementations[backend](*args)
-
-    def on_cuda(*args: Any) -> Any:
-        return implementations[selection.backend_for("cuda")](*args)
-
-    library.impl(name, on_cpu, "CPU")
-    library.impl(name, on_cuda, "CUDA")
+    made = Primitive(
+        operator, formula=formula, aten=aten, triton=triton, traced=traced, sharding=sharding
+    )
+    by_formula = _filled(formula)
+    library.impl(name, _filled(lambda *args: getattr(made, backend_for("cpu"))(*args)), "CPU")
+    library.impl(name, _filled(lambda *args: getattr(made, backend_for("cuda"))(*args)), "CUDA")
     for key, keyset in _AUTOCAST.items():
         library.impl(name, _without_autocast(operator, keyset), key)
-    torch.library.register_fake(f"{library.ns}::{name}", fake or formula, lib=library)
-    library.impl(name, _differentiable(operator, formula), "Autograd", with_keyset=True)
-    if (
-        vmap is None
-    ):  # decomposed: the formula runs on the batched tensors (a vmap inside register_vmap's rule fails in functorch)
-        library.impl(name, formula, "FuncTorchBatched")
+    torch.library.register_fake(f"{library.ns}::{name}", _filled(fake or formula), lib=library)
+    library.impl(name, _differentiable(operator, by_formula), "Autograd", with_keyset=True)
+    if vmap is None:  # a vmap inside register_vmap's rule fails in functorch
+        library.impl(name, by_formula, "FuncTorchBatched")
     else:
         torch.library.register_vmap(f"{library.ns}::{name}", vmap, lib=library)
-    LAUNCHERS[operator] = triton
+    if flops is not None:
+        register_flop_formula(operator.overloadpacket)(_of_shapes(flops))
+    OPERATORS[operator] = made
     if library is LIBRARY:
-        PRIMITIVES[name] = operator
-
-    by_aten = implementations["aten"]
-
-    def call(*args: Any) -> Any:
-        if not _unobserved(args):
-            if not is_compiling() and "torch.distributed.tensor" in sys.modules:
-                from .. import distributed  # noqa: F401 (its rules for DTensor are registered at the first use)
-            return operator(*args)
-        first = args[0]
-        # a batch of gradients, which come first: by is_grads_batched, or by a torch.vmap that
-        # autograd does not know of
-        if is_batched(first):
-            return operator(*args) if legacy_batched(first) else formula(*args)
-        if first.is_cpu:
-            return by_aten(*args) if selection._forced in BY_ATEN else on_cpu(*args)
-        return on_cuda(*args) if first.is_cuda else operator(*args)
-
-    call.kernels = triton  # type: ignore[attr-defined]
-    return call
+        PRIMITIVES[name] = made
+    return made
 
 
 #: the types of a tensor that listens to nothing
 TENSORS = frozenset({torch.Tensor, torch.nn.Parameter})
-#: what a subclass of Tensor is not
-PLAIN = TENSORS | frozenset({type(None), bool, int, float, str, tuple, list, torch.dtype})
-#: settings that leave CPU tensors to ATen
-BY_ATEN = (None, "aten")
-modes = torch._C._len_torch_dispatch_stack
+#: those and the types that hide no tensor
+_PLAIN = TENSORS | frozenset({type(None), bool, int, float, str, tuple, list, torch.dtype})
+
+_modes, _function_modes = torch._C._len_torch_dispatch_stack, torch._C._len_torch_function_stack
 functorch_active = torch._C._are_functorch_transforms_active
-autocast_active = torch._C._is_any_autocast_enabled
-batched, legacy_batched = (
-    torch._C._functorch.is_batchedtensor,
-    torch._C._functorch.is_legacy_batchedtensor,
-)
-#: a tensor as a transformation of torch.func sees it
-wrapped = torch._C._functorch.is_functorch_wrapped_tensor
+_autocast_active = torch._C._is_any_autocast_enabled
+is_batched = torch._C._functorch.is_legacy_batchedtensor
+is_wrapped = torch._C._functorch.is_functorch_wrapped_tensor
+_compiling = torch.compiler.is_dynamo_compiling
+
+
+def is_plain(args: tuple[Any, ...]) -> bool:
+    """Whether nobody watches a call with these arguments: no subclass, no mode, no transformation,
+    no autocast, no tracer. This is the one function that knows all of them."""
+    return not (
+        _compiling()  # first: Dynamo answers it, and cannot trace the rest
+        or _modes()
+        or _function_modes()
+        or functorch_active()
+        or _autocast_active()
+        or forward_ad._current_level >= 0
+        or torch._C._get_tracing_state()
+    ) and _PLAIN.issuperset(map(type, args))
 
 
 def builtin(packet: Any, overload: str = "default") -> Callable[..., Any]:
@@ -136,34 +163,48 @@ def builtin(packet: Any, overload: str = "default") -> Callable[..., Any]:
     return getattr(packet, overload)._op
 
 
-def _unobserved(args: tuple[Any, ...]) -> bool:
-    """Whether nobody could tell an operator of ours from the calls that it makes: neither subclass
-    nor mode nor transformation."""
-    return not (
-        is_compiling() or modes() or functorch_active() or autocast_active()
-    ) and PLAIN.issuperset(map(type, args))
-
-
-def is_batched(dy: torch.Tensor) -> bool:
-    """Whether ``dy`` is many gradients at once (``is_grads_batched=True``, torch.vmap over a
-    backward), which no kernel can read."""
-    return legacy_batched(dy) or batched(dy)
-
-
-def launcher(family: str, name: str) -> Callable[..., Any]:
-    """The launcher ``name`` of ``triton_kernels/<family>.py``, imported when it is called."""
+def launcher(family: str, name: str, *first: Any) -> Callable[..., Any]:
+    """The launcher ``name`` of ``triton_kernels/<family>.py``, imported when it is called, with
+    ``first`` before its other arguments."""
 
     def call(*args: Any) -> Any:
-        return getattr(kernels(family), name)(*args)
+        return getattr(kernels(family), name)(*first, *args)
 
     return call
 
 
-def _without_autocast(
-    operator: torch._ops.OpOverload, keyset: DispatchKeySet
-) -> Callable[..., Any]:
-    """Casts are made once, above autograd (see ``ops/function.py``): what a primitive calls must
-    not cast again."""
+def fold_batch(
+    tensors: tuple[torch.Tensor | None, ...], in_dims: tuple[Any, ...], size: int
+) -> list[torch.Tensor | None]:
+    """Moves each tensor's batch dimension to the front, and gives one (of stride 0) to those that
+    have none."""
+    return [
+        None if t is None else t.expand(size, *t.shape) if d is None else t.movedim(d, 0)
+        for t, d in zip(tensors, in_dims, strict=True)
+    ]
+
+
+def empty_if(needed: bool, t: torch.Tensor) -> torch.Tensor | None:
+    """Memory for a gradient of ``t``, or None if nobody needs it."""
+    return torch.empty_like(t) if needed else None
+
+
+def _filled(run: Callable[..., Any]) -> Callable[..., Any]:
+    """With an empty tensor for each None: an operator returns tensors."""
+
+    def call(*args: Any) -> Any:
+        results = run(*args)
+        if type(results) is not tuple or not any(r is None for r in results):
+            return results
+        like = next(a for a in args if isinstance(a, torch.Tensor))
+        return tuple([like.new_empty(0) if r is None else r for r in results])
+
+    return call
+
+
+def _without_autocast(operator: torch._ops.OpOverload, keyset: DispatchKeySet) -> Callable:
+    """Casts are made once, above autograd (see ``ops/route.py``): what a primitive calls must not
+    cast again."""
 
     def run(*args: Any) -> Any:
         with _ExcludeDispatchKeyGuard(keyset):
@@ -175,15 +216,13 @@ def _without_autocast(
 def _differentiable(
     operator: torch._ops.OpOverload, formula: Callable[..., Any]
 ) -> Callable[..., Any]:
-    """Where a primitive is met above autograd, without the Function that is built on it, its
-    formula can be differentiated. So it is when Dynamo traces a transformation of torch.func, for
-    which it takes a Function's forward to pieces."""
+    """An operator that is called without the Function around it is differentiated by its
+    formula."""
 
     def run(keys: DispatchKeySet, *args: Any) -> Any:
         tensors = [a for a in args if isinstance(a, torch.Tensor)]
-        if (torch.is_grad_enabled() and any(t.requires_grad for t in tensors)) or any(
-            _tangent(t) is not None for t in tensors
-        ):
+        watched = torch.is_grad_enabled() and any(t.requires_grad for t in tensors)
+        if watched or any(_tangent(t) is not None for t in tensors):
             return formula(*args)
         return operator.redispatch(keys & torch._C._after_autograd_keyset, *args)
 
@@ -196,12 +235,6 @@ def _tangent(t: torch.Tensor) -> torch.Tensor | None:
     return torch._VF._unpack_dual(t, level=0)[1]  # type: ignore[attr-defined]
 
 
-def fold_batch(
-    tensors: tuple[torch.Tensor | None, ...], in_dims: tuple[Any, ...], size: int
-) -> list[torch.Tensor | None]:
-    """Moves each tensor's batch dimension to the front, and gives one (of stride 0) to those that
-    have none."""
-    return [
-        None if t is None else t.expand(size, *t.shape) if d is None else t.movedim(d, 0)
-        for t, d in zip(tensors, in_dims, strict=True)
-    ]
+def _of_shapes(flops: Callable[..., int]) -> Callable[..., int]:
+    """As PyTorch's counter calls it: with shapes for tensors and results by keyword."""
+    return lambda *args, **_: flops(*args)

@@ -1,22 +1,34 @@
-"""Primitives of the linear layer, plain and with an activation."""
+"""Primitives of the linear layer, plain and with an activation.
+
+With S(i) sharded along dimension i, R replicated, P a partial sum, and W (out, in), the layer
+y = x Wᵀ + b is computed shard by shard in three ways:
+
+    rows      x S(i),  W R,    b R      ->  y S(i);     dy S(i)   ->  dx S(i),  dW P,    db P
+    columns   x R,     W S(0), b S(0)   ->  y S(-1);    dy S(-1)  ->  dx P,     dW S(0), db S(0)
+    inner     x S(-1), W S(1), b P      ->  y P;        dy R      ->  dx S(-1), dW S(1), db R
+"""
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Sequence
+from math import prod
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from ..formulas import linear as formula
+from ..formulas.activation import ACTIVATIONS
 from ..formulas.linear import rows
-from . import selection
-from .activation import ATEN, ATEN_FORWARD, ATEN_IN_PLACE
+from .activation import ATEN
 from .kernels import kernels
-from .library import primitive
+from .library import P, Placement, R, Sharding, primitive
+from .selection import get_backend
+
+_forward = torch.nn.functional.linear
 
 
-def gradients(
+def _backward(
     dy: Tensor,
     x: Tensor | None,
     weight: Tensor | None,
@@ -24,32 +36,28 @@ def gradients(
     need_weight: bool,
     need_bias: bool,
 ) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
-    """dx = dy W, dW = dyᵀ x, db = Σ_rows dy by ATen; None for each that is not needed. dx needs the
-    weight alone, dW the input."""
     flat = dy if dy.dim() == 2 else rows(dy)
     dx = dw = db = None
     if need_x:
-        dx = torch.mm(flat, weight)  # type: ignore[arg-type]
-        if flat is not dy:
-            dx = dx.view(*dy.shape[:-1], weight.shape[1])  # type: ignore[union-attr]
+        assert weight is not None
+        dx = torch.mm(flat, weight)
+        dx = dx if flat is dy else dx.view(*dy.shape[:-1], weight.shape[1])
     if need_weight:
-        dw = torch.mm(flat.t(), x if x.dim() == 2 else rows(x))  # type: ignore[union-attr, arg-type]
+        assert x is not None
+        dw = torch.mm(flat.t(), x if x.dim() == 2 else rows(x))
     if need_bias:
         db = flat.sum(0)
     return dx, dw, db
 
 
-def _backward(dy: Tensor, x: Tensor, weight: Tensor, *needs: bool) -> tuple[Tensor, ...]:
-    return tuple(dy.new_empty(0) if g is None else g for g in gradients(dy, x, weight, *needs))
-
-
 def _activation_forward(
-    x: Tensor, weight: Tensor, bias: Tensor | None, activation: str, parameters: list[float]
-) -> tuple[Tensor, Tensor]:
-    z = torch.nn.functional.linear(x, weight, bias)
-    if formula.ACTIVATIONS[activation].saves_output:  # y over z, which then never stands beside it
-        return ATEN_IN_PLACE[activation](z, *parameters), z.new_empty(0)
-    return ATEN_FORWARD[activation](z, *parameters), z
+    x: Tensor, weight: Tensor, bias: Tensor | None, activation: str, parameters: Sequence[float]
+) -> tuple[Tensor, Tensor | None]:
+    z, by = _forward(x, weight, bias), ATEN[activation]
+    if not ACTIVATIONS[activation].saves_output:
+        return by.forward(z, *parameters), z
+    assert by.in_place is not None
+    return by.in_place(z, *parameters), None  # y over z, which then never stands beside it
 
 
 def _activation_backward(
@@ -58,103 +66,153 @@ def _activation_backward(
     weight: Tensor,
     saved: Tensor,
     activation: str,
-    parameters: list[float],
+    parameters: Any,
     *needs: bool,
-) -> tuple[Tensor, ...]:
-    return _backward(ATEN[activation][1](dy, saved, *parameters), x, weight, *needs)
+) -> tuple[Tensor | None, ...]:
+    return _backward(ATEN[activation].backward(dy, saved, *parameters), x, weight, *needs)
 
 
-def _check(x: Tensor, weight: Tensor, bias: Tensor | None) -> None:
-    """Raises RuntimeError, as PyTorch's own product does, for shapes or dtypes that do not fit: a
-    kernel would not see it."""
-    if weight.dim() != 2 or x.dim() == 0 or x.shape[-1] != weight.shape[1]:
-        raise RuntimeError(
-            f"linear: an input of shape {tuple(x.shape)} does not fit a weight of shape {tuple(weight.shape)}"
-        )
-    if x.dtype != weight.dtype or (bias is not None and bias.dtype != weight.dtype):
-        got = f"{x.dtype}, {weight.dtype}" + ("" if bias is None else f", {bias.dtype}")
-        raise RuntimeError(f"linear: input, weight and bias must have the same dtype, got {got}")
-    if bias is not None and bias.shape != weight.shape[:1]:
-        raise RuntimeError(
-            f"linear: a bias of shape {tuple(bias.shape)} does not fit a weight of shape {tuple(weight.shape)}"
-        )
+def _traced_forward(
+    x: Tensor, weight: Tensor, bias: Tensor | None, activation: str, parameters: Sequence[float]
+) -> tuple[Tensor, Tensor | None]:
+    z, a = _forward(x, weight, bias), ACTIVATIONS[activation]
+    return a.value(z, *parameters), None if a.saves_output else z
 
 
-def _checked(run: Callable[..., Any]) -> Callable[..., Any]:
-    def call(x: Tensor, weight: Tensor, bias: Tensor | None, *rest: Any) -> Any:
-        _check(x, weight, bias)
-        return run(x, weight, bias, *rest)
-
-    return call
-
-
-def by_kernels(name: str) -> Callable[..., Any]:
-    """A launcher. Forced, its products run in our kernels; else a table of measurements decides
-    between them and the vendor's library."""
-
-    def call(*args: Any) -> Any:
-        return getattr(kernels("linear"), name)(*args, always=selection._forced == "triton")
-
-    return _checked(call) if name.endswith("forward") else call
+def _traced_backward(
+    dy: Tensor,
+    x: Tensor,
+    weight: Tensor,
+    saved: Tensor,
+    activation: str,
+    parameters: Any,
+    *needs: bool,
+) -> tuple[Tensor | None, ...]:
+    return _backward(ACTIVATIONS[activation].backward(dy, saved, *parameters), x, weight, *needs)
 
 
-def _filled(run: Callable[..., Any]) -> Callable[..., Any]:
-    """With an empty tensor for each None, which no primitive returns."""
-    return lambda t, *args: tuple(t.new_empty(0) if r is None else r for r in run(t, *args))
+def _kernels(name: str) -> Callable[..., Any]:
+    """The vendor's product beats ours, which therefore runs only where "triton" is forced."""
+    return lambda *args: getattr(kernels("linear"), name)(*args, ours=get_backend() == "triton")
 
 
-def _fake_forward(x: Tensor, weight: Tensor, bias: Tensor | None, *rest: Any) -> Tensor:
+def _fake_forward(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     return x.new_empty(*x.shape[:-1], weight.shape[0])
 
 
 def _fake_backward(
-    dy: Tensor, x: Tensor, weight: Tensor, need_x: bool, need_weight: bool, need_bias: bool
-) -> tuple[Tensor, Tensor, Tensor]:
-    nothing = dy.new_empty(0)
-    dx = dy.new_empty(*dy.shape[:-1], weight.shape[1]) if need_x else nothing
-    dw = dy.new_empty(dy.shape[-1], x.shape[-1]) if need_weight else nothing
-    return dx, dw, dy.new_empty(dy.shape[-1]) if need_bias else nothing
+    dy: Tensor,
+    x: Tensor | None,
+    weight: Tensor | None,
+    need_x: bool,
+    need_weight: bool,
+    need_bias: bool,
+) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
+    width = dy.shape[-1]
+    dx = dy.new_empty(*dy.shape[:-1], weight.shape[1]) if need_x else None  # type: ignore[union-attr]
+    dw = dy.new_empty(width, x.shape[-1]) if need_weight else None  # type: ignore[union-attr]
+    return dx, dw, dy.new_empty(width) if need_bias else None
 
 
 def _fake_activation_forward(
-    x: Tensor, weight: Tensor, bias: Tensor | None, activation: str, parameters: list[float]
-) -> tuple[Tensor, Tensor]:
+    x: Tensor, weight: Tensor, bias: Tensor | None, activation: str, parameters: Any
+) -> tuple[Tensor, Tensor | None]:
     y = _fake_forward(x, weight, bias)
-    return y, x.new_empty(0) if formula.ACTIVATIONS[activation].saves_output else torch.empty_like(
-        y
-    )
+    return y, None if ACTIVATIONS[activation].saves_output else torch.empty_like(y)
+
+
+def _sharding(x: Tensor, weight: Tensor, bias: Tensor | None) -> Iterable[Sharding]:
+    last = x.dim() - 1
+    yield from (([i], [i, R, R]) for i in range(last))
+    yield [last], [R, 0, 0]
+    yield [P], [last, 1, P]
+
+
+def _activation_sharding(
+    x: Tensor, weight: Tensor, bias: Tensor | None, activation: str, parameters: Any
+) -> Iterable[Sharding]:
+    """Without the inner one: f of a partial sum is no part of f of the sum."""
+    saves_z = not ACTIVATIONS[activation].saves_output
+    for (y,), inputs in _sharding(x, weight, bias):
+        if y != P:
+            yield [y, y if saves_z else R], inputs
+
+
+def _backward_sharding(dy: Tensor, x: Any, weight: Any, *needs: bool) -> Iterable[Sharding]:
+    last = dy.dim() - 1
+    need_x, need_weight, _ = needs
+
+    def one(y: Placement, in_x: Placement, in_w: Placement, *grads: Placement) -> Sharding:
+        outputs = [g if need else R for g, need in zip(grads, needs, strict=True)]
+        return outputs, [y, in_x if need_weight else None, in_w if need_x else None]
+
+    yield from (one(i, i, R, i, P, P) for i in range(last))
+    yield one(last, R, 0, P, 0, 0)
+    yield one(R, last, 1, last, 1, R)
+
+
+def _activation_backward_sharding(
+    dy: Tensor, x: Tensor, weight: Tensor, saved: Tensor, *rest: Any
+) -> Iterable[Sharding]:
+    for outputs, inputs in _backward_sharding(dy, x, weight, *rest[-3:]):
+        yield outputs, [*inputs, inputs[0]]
+
+
+def _flops(x: Sequence[int], weight: Sequence[int], *_: Any) -> int:
+    """x Wᵀ."""
+    return 2 * prod(x) * weight[0]
+
+
+def _backward_flops(dy: Sequence[int], x: Any, weight: Any, *rest: Any) -> int:
+    """dy W and dyᵀ x, those that are needed."""
+    need_x, need_weight, _ = rest[-3:]
+    return 2 * prod(dy) * ((weight[-1] if need_x else 0) + (x[-1] if need_weight else 0))
 
 
 _NEEDS = "bool need_x, bool need_weight, bool need_bias"
 
 forward = primitive(
     "linear_forward(Tensor x, Tensor weight, Tensor? bias) -> Tensor",
-    formula=_checked(formula.linear),
-    aten=torch.nn.functional.linear,
-    triton=by_kernels("forward"),
-    fake=_checked(_fake_forward),
+    formula=formula.linear,
+    aten=_forward,
+    triton=_kernels("forward"),
+    fake=_fake_forward,
+    traced=_forward,
+    sharding=_sharding,
+    flops=_flops,
 )
 backward = primitive(
-    f"linear_backward(Tensor dy, Tensor x, Tensor weight, {_NEEDS}) -> (Tensor dx, Tensor dw, Tensor db)",
+    f"linear_backward(Tensor dy, Tensor? x, Tensor? weight, {_NEEDS}) "
+    "-> (Tensor dx, Tensor dw, Tensor db)",
     formula=formula.linear_backward,
     aten=_backward,
-    triton=_filled(by_kernels("backward")),
+    triton=_kernels("backward"),
     fake=_fake_backward,
+    traced=_backward,
+    sharding=_backward_sharding,
+    flops=_backward_flops,
 )
 activation_forward = primitive(
-    "linear_activation_forward(Tensor x, Tensor weight, Tensor? bias, str activation, float[] parameters) -> (Tensor y, Tensor z)",
-    formula=_checked(formula.linear_activation),
+    "linear_activation_forward(Tensor x, Tensor weight, Tensor? bias, str activation, "
+    "float[] parameters) -> (Tensor y, Tensor z)",
+    formula=formula.linear_activation,
     aten=_activation_forward,
-    triton=_filled(by_kernels("activation_forward")),
-    fake=_checked(_fake_activation_forward),
+    triton=_kernels("activation_forward"),
+    fake=_fake_activation_forward,
+    traced=_traced_forward,
+    sharding=_activation_sharding,
+    flops=_flops,
 )
 activation_backward = primitive(
-    "linear_activation_backward(Tensor dy, Tensor x, Tensor weight, Tensor saved, str activation, float[] parameters, "
-    f"{_NEEDS}) -> (Tensor dx, Tensor dw, Tensor db)",
+    "linear_activation_backward(Tensor dy, Tensor x, Tensor weight, Tensor saved, "
+    f"str activation, float[] parameters, {_NEEDS}) -> (Tensor dx, Tensor dw, Tensor db)",
     formula=formula.linear_activation_backward,
     aten=_activation_backward,
-    triton=_filled(by_kernels("activation_backward")),
+    triton=_kernels("activation_backward"),
     fake=lambda dy, x, weight, saved, activation, parameters, *needs: _fake_backward(
         dy, x, weight, *needs
     ),
+    traced=_traced_backward,
+    sharding=_activation_backward_sharding,
+    flops=_backward_flops,
 )

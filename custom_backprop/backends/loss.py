@@ -11,7 +11,7 @@ from __future__ import annotations
 import functools
 import itertools
 import math
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 import torch
@@ -19,8 +19,7 @@ from torch import Tensor
 
 from ..formulas.loss import LOG_0, LOSSES, MEAN, NONE, SUM, Loss, weighted
 from ..formulas.precision import HALF, wide, widen
-from .kernels import kernels
-from .library import primitive
+from .library import P, Placement, Primitive, R, Sharding, empty_if, launcher, primitive
 
 aten = torch.ops.aten
 
@@ -278,25 +277,25 @@ def _chunks(
     )
 
 
-def _forward_aten(loss: Loss) -> Callable[..., tuple[Tensor, Tensor]]:
+def _forward_aten(loss: Loss) -> Callable[..., tuple[Tensor, Tensor | None]]:
     def forward(
         x: Tensor,
         t: Tensor,
         v: Tensor | None,
         w: Tensor | None,
         reduction: int,
-        hold: bool,
+        make_dx: bool,
         *parameters: Any,
-    ) -> tuple[Tensor, Tensor]:
+    ) -> tuple[Tensor, Tensor | None]:
         if x.device.type != "cpu":
-            return loss.forward(x, t, v, w, reduction, hold, *parameters)
+            return loss.forward(x, t, v, w, reduction, make_dx, *parameters)
         n = x.numel()
         plain = _plain(loss, x, v, w, parameters)
-        if not hold and n <= 2 * CHUNK and plain and loss.name in WHOLE:
-            return WHOLE[loss.name](x, t, reduction, *parameters), x.new_empty(0)
-        dx = torch.empty_like(x) if hold else x.new_empty(0)
+        if not make_dx and n <= 2 * CHUNK and plain and loss.name in WHOLE:
+            return WHOLE[loss.name](x, t, reduction, *parameters), None
+        dx = torch.empty_like(x) if make_dx else None
         total, scale = 0.0, 1 / n if reduction == MEAN and n else 1.0
-        if hold and reduction != NONE and plain and loss.name in TOTAL:
+        if make_dx and reduction != NONE and plain and loss.name in TOTAL:
             for xs, ts, vs, gs in _chunks(x, t, v, dx, size=2 * CHUNK):  # no scratch beside it
                 total += TOTAL[loss.name](xs, ts, vs, scale, gs, *parameters)
             return _reduced(x, total, reduction), dx
@@ -304,7 +303,7 @@ def _forward_aten(loss: Loss) -> Callable[..., tuple[Tensor, Tensor]]:
         k = x.new_full((), scale, dtype=dtype)
         y = torch.empty_like(x) if reduction == NONE else None
         fill, scratch = _filler(loss, x, v, w, parameters), None
-        for xs, ts, vs, ws, ys, gs in _chunks(x, t, v, w, y, dx if hold else None):
+        for xs, ts, vs, ws, ys, gs in _chunks(x, t, v, w, y, dx if make_dx else None):
             if y is None and (scratch is None or scratch.shape != xs.shape):
                 scratch = torch.empty_like(xs, dtype=dtype)
             fill(xs, ts, vs, ws, k, scratch if y is None else ys, gs, *parameters)
@@ -324,7 +323,7 @@ def _reduced(x: Tensor, total: float, reduction: int) -> Tensor:
         return x.new_full((), math.copysign(math.inf, total))
 
 
-def _backward_aten(loss: Loss) -> Callable[..., tuple[Tensor, ...]]:
+def _backward_aten(loss: Loss) -> Callable[..., tuple[Tensor | None, ...]]:
     difference = loss.dt is None
 
     def backward(
@@ -336,7 +335,7 @@ def _backward_aten(loss: Loss) -> Callable[..., tuple[Tensor, ...]]:
         reduction: int,
         needs: list[bool],
         *parameters: Any,
-    ) -> tuple[Tensor, ...]:
+    ) -> tuple[Tensor | None, ...]:
         if x.device.type != "cpu":
             return loss.backward(dy, x, t, v, w, reduction, needs, *parameters)
         need_x, need_t, need_v, need_w = needs
@@ -363,9 +362,9 @@ def _backward_aten(loss: Loss) -> Callable[..., tuple[Tensor, ...]]:
     return backward
 
 
-def _gradients(x: Tensor, needs: list[bool]) -> tuple[Tensor, ...]:
-    """Room for dx, dt, dv and dw; an empty tensor for each that is not needed."""
-    return tuple(torch.empty_like(x) if need else x.new_empty(0) for need in needs)
+def _gradients(x: Tensor, needs: Sequence[bool]) -> tuple[Tensor | None, ...]:
+    """Memory for dx, dt, dv and dw, where they are needed."""
+    return tuple(empty_if(need, x) for need in needs)
 
 
 def _check_probabilities(x: Tensor, t: Tensor) -> None:
@@ -389,36 +388,58 @@ def _checked(loss: Loss, run: Callable[..., Any]) -> Callable[..., Any]:
     return checked
 
 
-def _define(loss: Loss) -> tuple[Callable[..., Any], Callable[..., Any]]:
+def _like(t: Tensor | None, x: Tensor, i: int) -> Placement:
+    """Sharded as x, if the tensor is as large there as x."""
+    return i if t is not None and t.shape == x.shape else R
+
+
+def _sharding(x: Tensor, *rest: Any) -> Iterable[Sharding]:
+    """A mean divides by the count of all shards, which no shard knows."""
+    *tensors, reduction, make_dx = rest[:5]
+    if reduction != MEAN:
+        for i in range(x.dim()):
+            outputs = [i if reduction == NONE else P, i if make_dx else R]
+            yield outputs, [i, *(_like(t, x, i) for t in tensors)]
+
+
+def _backward_sharding(dy: Tensor, x: Tensor, *rest: Any) -> Iterable[Sharding]:
+    *tensors, reduction, needs = rest[:5]
+    if reduction != MEAN:
+        for i in range(x.dim()):
+            inputs = [i, *(_like(t, x, i) for t in tensors)]
+            grads = [P if lies == R else lies for lies in inputs]
+            outputs = [g if need else R for g, need in zip(grads, needs, strict=True)]
+            yield outputs, [i if reduction == NONE else R, *inputs]
+
+
+def _fake(x: Tensor, t: Tensor, v: Any, w: Any, reduction: int, make_dx: bool, *_: Any) -> Any:
+    loss = torch.empty_like(x) if reduction == NONE else x.new_empty(())
+    return loss, empty_if(make_dx, x)
+
+
+def _define(loss: Loss) -> tuple[Primitive, Primitive]:
     tensors = "Tensor x, Tensor t, Tensor? v, Tensor? w, int reduction"
     parameters = "".join(f", {p}" for p in loss.parameters)
-
-    def fake_forward(
-        x: Tensor, t: Tensor, v: Any, w: Any, reduction: int, hold: bool, *parameters: Any
-    ) -> tuple[Tensor, Tensor]:
-        y = torch.empty_like(x) if reduction == NONE else x.new_empty(())
-        return y, torch.empty_like(x) if hold else x.new_empty(0)
-
-    forward_aten, backward_aten = ATEN[loss.name]
     forward = primitive(
-        f"{loss.name}_forward({tensors}, bool hold{parameters}) -> (Tensor loss, Tensor dx)",
+        f"{loss.name}_forward({tensors}, bool make_dx{parameters}) -> (Tensor loss, Tensor dx)",
         formula=_checked(loss, loss.forward),
-        aten=forward_aten,
-        triton=_checked(loss, lambda *args: kernels("loss").forward(loss.name, *args)),
-        fake=fake_forward,
+        aten=_forward_aten(loss),
+        triton=_checked(loss, launcher("loss", "forward", loss.name)),
+        fake=_fake,
+        traced=loss.forward,
+        sharding=_sharding,
     )
     backward = primitive(
-        f"{loss.name}_backward(Tensor dy, {tensors}, bool[] needs{parameters}) -> (Tensor dx, Tensor dt, Tensor dv, Tensor dw)",
+        f"{loss.name}_backward(Tensor dy, {tensors}, bool[] needs{parameters}) "
+        "-> (Tensor dx, Tensor dt, Tensor dv, Tensor dw)",
         formula=loss.backward,
-        aten=backward_aten,
-        triton=lambda *args: kernels("loss").backward(loss.name, *args),
+        aten=_backward_aten(loss),
+        triton=launcher("loss", "backward", loss.name),
         fake=lambda dy, x, t, v, w, reduction, needs, *parameters: _gradients(x, needs),
+        sharding=_backward_sharding,
     )
     return forward, backward
 
-
-#: name -> (forward, backward) by PyTorch's operators, chunk by chunk
-ATEN = {loss.name: (_forward_aten(loss), _backward_aten(loss)) for loss in LOSSES.values()}
 
 #: name -> (forward, backward)
 primitives = {loss.name: _define(loss) for loss in LOSSES.values()}

@@ -1,29 +1,29 @@
-"""Primitives that scale a gradient held since forward by the gradient of the loss, into a new
+"""Primitives that multiply a gradient made in forward by the gradient of the loss, into a new
 tensor or over the old one."""
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from ..formulas.precision import rounded_once
-from .kernels import kernels
-from .library import primitive
+from .library import R, Sharding, launcher, primitive
 
 
+@rounded_once
 def _formula(grad: Tensor, dy: Tensor) -> Tensor:
     """dx = dy g, with a dy of one element."""
-    return rounded_once(lambda g, d: g * d)(grad, dy)
+    return grad * dy
 
 
 def _formula_(grad: Tensor, dy: Tensor) -> None:
     grad.copy_(_formula(grad, dy))
 
 
-def scale_aten_(grad: Tensor, dy: Tensor) -> None:
-    """What :data:`scale_` is on a CPU."""
+def _aten_(grad: Tensor, dy: Tensor) -> None:
     if dy.item() != 1:  # on a CPU reading a number is free; a pass over the gradient is not
         grad.mul_(dy)
 
@@ -36,18 +36,24 @@ def _vmap(info: Any, in_dims: Any, grad: Tensor, dy: Tensor) -> tuple[Tensor, in
     return grad * dy.movedim(in_dims[1], 0).reshape(dims), 0
 
 
+def _sharding(grad: Tensor, dy: Tensor) -> Iterable[Sharding]:
+    return (([i], [i, R]) for i in range(grad.dim()))
+
+
 scale = primitive(
     "scale(Tensor grad, Tensor dy) -> Tensor",
     formula=_formula,
     aten=torch.mul,
-    triton=lambda grad, dy: kernels("scale").scale(grad, dy),
+    triton=launcher("scale", "scale"),
     fake=lambda grad, dy: torch.empty_like(grad),
     vmap=_vmap,
+    sharding=_sharding,
 )
 scale_ = primitive(
     "scale_(Tensor(a!) grad, Tensor dy) -> ()",
     formula=_formula_,
-    aten=scale_aten_,
-    triton=lambda grad, dy: kernels("scale").scale_(grad, dy),
+    aten=_aten_,
+    triton=launcher("scale", "scale_"),
     fake=lambda grad, dy: None,
+    sharding=lambda grad, dy: (([], inputs) for _, inputs in _sharding(grad, dy)),
 )

@@ -100,11 +100,16 @@ def get_backend() -> str | None:
     return _forced
 
 
-def takes_kernels(t: torch.Tensor) -> bool:
-    """Whether a primitive on a plain tensor takes the kernels, and can."""
-    if _forced is None:
-        return t.is_cuda and _kernels_run_on_cuda()
-    return _forced == "triton" and why_not("triton", t.device.type) is None
+def backend_of(t: torch.Tensor) -> str:
+    """The implementation that a primitive takes on a plain tensor; "operator" where only the
+    dispatcher knows, as on the meta device.
+
+    Raises:
+        RuntimeError: the forced backend cannot run on its device.
+    """
+    if t.is_cpu:
+        return "aten" if _forced is None else backend_for("cpu")
+    return backend_for("cuda") if t.is_cuda else "operator"
 
 
 @cache

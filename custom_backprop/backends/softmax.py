@@ -7,18 +7,14 @@ Results are contiguous, as PyTorch's own are.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from ..formulas.softmax import SOFTMAXES, Softmax
-from .kernels import kernels
-from .library import builtin, fold_batch, primitive
-
-_softmax_backward_into = builtin(torch.ops.aten._softmax_backward_data, "out")
-_log_softmax_backward_into = builtin(torch.ops.aten._log_softmax_backward_data, "out")
+from .library import Primitive, Sharding, fold_batch, launcher, primitive
 
 
 def _softmin(x: Tensor, dim: int, dtype: torch.dtype | None) -> Tensor:
@@ -45,47 +41,48 @@ ATEN: dict[str, tuple[Callable[..., Tensor], Callable[..., Tensor]]] = {
 }
 
 
-def _softmax_into(dx: Tensor, dy: Tensor, y: Tensor, dim: int) -> Tensor:
-    return _softmax_backward_into(dy, y, dim, y.dtype, grad_input=dx)
+def stock_of(name: str) -> Callable[..., Tensor]:
+    """PyTorch's own function, with our arguments."""
+    function = getattr(torch.nn.functional, name)
+    return lambda x, dim, dtype: function(x, dim, dtype=dtype)
 
 
-#: name -> the backward of one dtype that writes into a dx that is dy or y itself: a row is read
-#: whole before it is written
-ATEN_INTO: dict[str, Callable[..., Tensor]] = {
-    "softmax": _softmax_into,
-    "softmin": lambda dx, dy, y, dim: _softmax_into(dx, dy, y, dim).neg_(),
-    "log_softmax": lambda dx, dy, y, dim: _log_softmax_backward_into(dy, y, dim, y.dtype, out=dx),
-}
+def _other_dimensions(tensors: int) -> Callable[..., Iterable[Sharding]]:
+    """Sharded along any dimension but that of the sum."""
+
+    def sharding(x: Tensor, *rest: Any) -> Iterable[Sharding]:
+        dim = rest[tensors - 1]
+        return (([i], [i] * tensors) for i in range(x.dim()) if i != dim)
+
+    return sharding
 
 
-def _define(s: Softmax) -> tuple[Callable[..., Tensor], Callable[..., Tensor]]:
-    forward_aten, backward_aten = ATEN[s.name]
+def _define(s: Softmax) -> tuple[Primitive, Primitive]:
+    by_aten = ATEN[s.name]
 
-    def vmap_forward(
-        info: Any, in_dims: Any, x: Tensor, dim: int, dtype: torch.dtype | None
-    ) -> tuple[Tensor, int]:
+    def vmap_forward(info: Any, in_dims: Any, x: Tensor, dim: int, dtype: Any) -> Any:
         return forward(x.movedim(in_dims[0], 0), dim + 1, dtype), 0
 
-    def vmap_backward(
-        info: Any, in_dims: Any, dy: Tensor, y: Tensor, dim: int, dtype: torch.dtype
-    ) -> tuple[Tensor, int]:
+    def vmap_backward(info: Any, in_dims: Any, dy: Tensor, y: Tensor, dim: int, dtype: Any) -> Any:
         return backward(*fold_batch((dy, y), in_dims[:2], info.batch_size), dim + 1, dtype), 0
 
     forward = primitive(
         f"{s.name}_forward(Tensor x, int dim, ScalarType? dtype) -> Tensor",
         formula=lambda *args: s.forward(*args).contiguous(),
-        aten=forward_aten,
-        triton=lambda *args: kernels("softmax").forward(s.name, *args),
+        aten=by_aten[0],
+        triton=launcher("softmax", "forward", s.name),
         fake=lambda x, dim, dtype: x.new_empty(x.shape, dtype=dtype),
         vmap=vmap_forward,
+        sharding=_other_dimensions(1),
     )
     backward = primitive(
         f"{s.name}_backward(Tensor dy, Tensor y, int dim, ScalarType dtype) -> Tensor",
         formula=lambda *args: s.backward(*args).contiguous(),
-        aten=backward_aten,
-        triton=lambda *args: kernels("softmax").backward(s.name, *args),
+        aten=by_aten[1],
+        triton=launcher("softmax", "backward", s.name),
         fake=lambda dy, y, dim, dtype: y.new_empty(y.shape, dtype=dtype),
         vmap=vmap_backward,
+        sharding=_other_dimensions(2),
     )
     return forward, backward
 

@@ -22,7 +22,7 @@ from torch import Tensor
 from torch.nn import _reduction as _Reduction
 
 from ..dtensor import is_dtensor
-from ..formulas.cross_entropy import of_rows, reduced
+from ..formulas.nll import of_rows, reduced
 from ..formulas.precision import widen
 
 

@@ -149,26 +149,6 @@ def triplet_jvp(
     return reduced(sum(parts[1:], parts[0]), reduction)
 
 
-def unit(x: Tensor, eps: float) -> tuple[Tensor, Tensor]:
-    """y = x / r with r = max(‖x‖, ε), along the last dimension; and r."""
-    wide = widen(x)
-    square = wide.square().sum(-1, keepdim=True)
-    long = square > eps * eps
-    r = torch.where(long, torch.where(long, square, 1).sqrt(), eps)
-    return (wide / r).to(x.dtype), r.squeeze(-1)
-
-
-def unit_backward(dy: Tensor, y: Tensor, r: Tensor, eps: float) -> Tensor:
-    """dx = (dy - y Σ y dy) / r, and dy / ε where ‖x‖ <= ε.
-
-    ∂y_j/∂x_i = [i = j] / r - x_j x_i / r³ = ([i = j] - y_j y_i) / r: what points along x would only
-    change its length, and is taken out.
-    """
-    wide, y, r = widen(dy), widen(y), r.unsqueeze(-1)
-    along = torch.where(r > eps, (wide * y).sum(-1, keepdim=True), 0)
-    return ((wide - y * along) / r).to(dy.dtype)
-
-
 def logits(q: Tensor, k: Tensor, n: Tensor | None, temperature: float) -> Tensor:
     """s_ij = q_i · k_j / τ (N, N); with negatives s_i = (q_i · k_i, q_i · n_1, ..., q_i · n_M) / τ
     (N, 1 + M)."""
@@ -190,12 +170,12 @@ def info_nce(
     temperature: float,
     symmetric: bool,
     reduction: int,
-    keep: bool,
+    makes_G: bool,
 ) -> tuple[Tensor, Tensor]:
     """L_i = -log(e^(s_it) / Σ_j e^(s_ij)): cross-entropy that tells the positive t from the rest
     (van den Oord, Li and Vinyals, 2018).
 
-    And G = ∂L/∂s / τ where ``keep`` asks for it (else an empty tensor). ``symmetric`` is the mean
+    And G = ∂L/∂s / τ where ``makes_G`` asks for it (else an empty tensor). ``symmetric`` is the mean
     of this and of what k finds among q (Radford et al., 2021): of the rows and of the columns of s.
     """
     q_, k_, n_ = map(widen, (q, k, n))
@@ -205,7 +185,7 @@ def info_nce(
         loss = (loss - log_softmax(s, 0).diagonal()) / 2
     return reduced(loss, reduction).to(q.dtype), (slope(s, n is None, symmetric) / temperature).to(
         q.dtype
-    ) if keep else q.new_empty(0)
+    ) if makes_G else q.new_empty(0)
 
 
 def slope(s: Tensor, among_keys: bool, symmetric: bool) -> Tensor:
@@ -220,7 +200,15 @@ def slope(s: Tensor, among_keys: bool, symmetric: bool) -> Tensor:
     return P - is_positive.to(s.dtype)
 
 
-def info_nce_gradients(
+def slope_of(
+    q: Tensor, k: Tensor, n: Tensor | None, temperature: float, symmetric: bool
+) -> Tensor:
+    """G = ∂L/∂s / τ, as a differentiable function of the vectors."""
+    s = logits(widen(q), widen(k), widen(n), temperature)
+    return slope(s, n is None, symmetric) / temperature
+
+
+def info_nce_backward(
     dy: Tensor, q: Tensor, k: Tensor, n: Tensor | None, G: Tensor, reduction: int, needs: Any
 ) -> tuple[Tensor | None, ...]:
     """dq, dk and dn, None for each that ``needs`` does not ask for.

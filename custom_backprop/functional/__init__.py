@@ -11,9 +11,20 @@ from .linear import *
 from .linear import __all__ as _linear
 from .loss import *
 from .loss import __all__ as _loss
+from .nll import *
+from .nll import __all__ as _nll
 from .prelu import *
 from .prelu import __all__ as _prelu
 from .softmax import *
 from .softmax import __all__ as _softmax
 
-__all__ = [*_activation, *_contrastive, *_cross_entropy, *_linear, *_loss, *_prelu, *_softmax]
+__all__ = [
+    *_activation,
+    *_contrastive,
+    *_cross_entropy,
+    *_linear,
+    *_loss,
+    *_nll,
+    *_prelu,
+    *_softmax,
+]

@@ -15,12 +15,11 @@ Derivations: :mod:`custom_backprop.formulas.activation`.
 
 from __future__ import annotations
 
-import torch
 from torch import Tensor
-from torch.nn import functional as stock
+from torch.overrides import has_torch_function
 
 from ..ops.activation import activate_, activations
-from .inference import stock_without_gradient
+from .arguments import number
 
 __all__ = [
     "celu", "celu_", "elu", "elu_", "gelu", "hardshrink", "hardsigmoid", "hardswish", "hardtanh", "hardtanh_", "leaky_relu",
@@ -29,41 +28,31 @@ __all__ = [
 ]  # fmt: skip
 
 
-@stock_without_gradient(stock.relu)
 def relu(input: Tensor, inplace: bool = False) -> Tensor:
     """y = max(x, 0);  dx = dy [y > 0]."""
-    return activate_("relu", input) if inplace else activations["relu"](input)
+    return _apply("relu", input, inplace)
 
 
-@stock_without_gradient(stock.relu6)
 def relu6(input: Tensor, inplace: bool = False) -> Tensor:
     """y = min(max(x, 0), 6);  dx = dy [0 < y < 6]."""
-    return activate_("relu6", input) if inplace else activations["relu6"](input)
+    return _apply("relu6", input, inplace)
 
 
-@stock_without_gradient(stock.leaky_relu)
 def leaky_relu(input: Tensor, negative_slope: float = 0.01, inplace: bool = False) -> Tensor:
     """y = x where x > 0, else a x;  dx = dy or a dy, with a = ``negative_slope``."""
-    return (
-        activate_("leaky_relu", input, negative_slope)
-        if inplace
-        else activations["leaky_relu"](input, negative_slope)
-    )
+    return _apply("leaky_relu", input, inplace, negative_slope)
 
 
-@stock_without_gradient(stock.elu)
 def elu(input: Tensor, alpha: float = 1.0, inplace: bool = False) -> Tensor:
     """y = x where x > 0, else α (e^x - 1);  dx = dy or dy α e^x."""
-    return activate_("elu", input, alpha) if inplace else activations["elu"](input, alpha)
+    return _apply("elu", input, inplace, alpha)
 
 
-@stock_without_gradient(stock.selu)
 def selu(input: Tensor, inplace: bool = False) -> Tensor:
     """y = λ elu(x; α) with λ = 1.0507, α = 1.6733;  dx = dy λ elu'(x; α)."""
-    return activate_("selu", input) if inplace else activations["selu"](input)
+    return _apply("selu", input, inplace)
 
 
-@stock_without_gradient(stock.celu)
 def celu(input: Tensor, alpha: float = 1.0, inplace: bool = False) -> Tensor:
     """y = x where x > 0, else α (e^(x/α) - 1);  dx = dy or dy e^(x/α).
 
@@ -72,10 +61,9 @@ def celu(input: Tensor, alpha: float = 1.0, inplace: bool = False) -> Tensor:
     """
     if alpha == 0:
         raise RuntimeError("ZeroDivisionError: alpha cannot be 0 for CELU")
-    return activate_("celu", input, alpha) if inplace else activations["celu"](input, alpha)
+    return _apply("celu", input, inplace, alpha)
 
 
-@stock_without_gradient(stock.gelu)
 def gelu(input: Tensor, *, approximate: str = "none") -> Tensor:
     """y = x Φ(x);  dx = dy (Φ(x) + x φ(x)), or with ``approximate="tanh"`` the tanh form of Φ.
 
@@ -86,48 +74,43 @@ def gelu(input: Tensor, *, approximate: str = "none") -> Tensor:
     if not isinstance(approximate, str):
         raise TypeError(f"gelu: approximate must be a str, not {type(approximate).__name__}")
     if approximate == "none":
-        return activations["gelu"](input)
+        return _apply("gelu", input, False)
     if approximate == "tanh":
-        return activations["gelu_tanh"](input)
+        return _apply("gelu_tanh", input, False)
     raise RuntimeError(f"approximate argument must be either none or tanh, got {approximate!r}")
 
 
-@stock_without_gradient(stock.silu)
 def silu(input: Tensor, inplace: bool = False) -> Tensor:
     """y = x σ(x);  dx = dy σ (1 + x (1 - σ))."""
-    return activate_("silu", input) if inplace else activations["silu"](input)
+    return _apply("silu", input, inplace)
 
 
-@stock_without_gradient(stock.mish)
 def mish(input: Tensor, inplace: bool = False) -> Tensor:
     """y = x t, t = tanh(softplus(x));  dx = dy (t + x (1 - t²) σ(x))."""
-    return activate_("mish", input) if inplace else activations["mish"](input)
+    return _apply("mish", input, inplace)
 
 
-@stock_without_gradient(torch.sigmoid)
 def sigmoid(input: Tensor) -> Tensor:
     """y = σ(x);  dx = dy y (1 - y)."""
-    return activations["sigmoid"](input)
+    return _apply("sigmoid", input, False)
 
 
 def logsigmoid(input: Tensor) -> Tensor:
     """y = log σ(x);  dx = dy σ(-x)."""
-    return activations["logsigmoid"](input)
+    return _apply("logsigmoid", input, False)
 
 
 def hardsigmoid(input: Tensor, inplace: bool = False) -> Tensor:
     """y = min(max(x/6 + 1/2, 0), 1);  dx = dy [-3 < x < 3] / 6."""
-    return activate_("hardsigmoid", input) if inplace else activations["hardsigmoid"](input)
+    return _apply("hardsigmoid", input, inplace)
 
 
-@stock_without_gradient(stock.hardswish)
 def hardswish(input: Tensor, inplace: bool = False) -> Tensor:
     """y = x hardsigmoid(x);  dx = 0, dy (x/3 + 1/2) or dy where x is below, inside or above [-3,
     3]."""
-    return activate_("hardswish", input) if inplace else activations["hardswish"](input)
+    return _apply("hardswish", input, inplace)
 
 
-@stock_without_gradient(stock.hardtanh)
 def hardtanh(
     input: Tensor, min_val: float = -1.0, max_val: float = 1.0, inplace: bool = False
 ) -> Tensor:
@@ -138,36 +121,29 @@ def hardtanh(
     """
     if min_val > max_val:
         raise ValueError(f"min_val cannot be greater than max_val, got {min_val} and {max_val}")
-    return (
-        activate_("hardtanh", input, min_val, max_val)
-        if inplace
-        else activations["hardtanh"](input, min_val, max_val)
-    )
+    return _apply("hardtanh", input, inplace, min_val, max_val)
 
 
-@stock_without_gradient(torch.tanh)
 def tanh(input: Tensor) -> Tensor:
     """y = tanh(x);  dx = dy (1 - y²)."""
-    return activations["tanh"](input)
+    return _apply("tanh", input, False)
 
 
 def tanhshrink(input: Tensor) -> Tensor:
     """y = x - tanh(x);  dx = dy tanh²(x)."""
-    return activations["tanhshrink"](input)
+    return _apply("tanhshrink", input, False)
 
 
-@stock_without_gradient(stock.softplus)
 def softplus(input: Tensor, beta: float = 1, threshold: float = 20) -> Tensor:
     """y = log(1 + e^(βx)) / β, and x where βx > θ;  dx = dy σ(βx), and dy there."""
-    return activations["softplus"](input, beta, threshold)
+    return _apply("softplus", input, False, beta, threshold)
 
 
 def softsign(input: Tensor) -> Tensor:
     """y = x / (1 + |x|);  dx = dy / (1 + |x|)²."""
-    return activations["softsign"](input)
+    return _apply("softsign", input, False)
 
 
-@stock_without_gradient(stock.softshrink)
 def softshrink(input: Tensor, lambd: float = 0.5) -> Tensor:
     """y = x - λ, x + λ or 0 where x is above λ, below -λ or between;  dx = dy [|x| > λ].
 
@@ -176,48 +152,42 @@ def softshrink(input: Tensor, lambd: float = 0.5) -> Tensor:
     """
     if lambd < 0:
         raise RuntimeError(f"lambda must be greater or equal to 0, but found to be {lambd}.")
-    return activations["softshrink"](input, lambd)
+    return _apply("softshrink", input, False, lambd)
 
 
-@stock_without_gradient(stock.hardshrink)
 def hardshrink(input: Tensor, lambd: float = 0.5) -> Tensor:
     """y = x [|x| > λ];  dx = dy [|x| > λ]."""
-    return activations["hardshrink"](input, lambd)
+    return _apply("hardshrink", input, False, lambd)
 
 
-@stock_without_gradient(stock.threshold)
 def threshold(input: Tensor, threshold: float, value: float, inplace: bool = False) -> Tensor:
     """y = x where x > θ, else v;  dx = dy [x > θ]."""
-    return (
-        activate_("threshold", input, threshold, value)
-        if inplace
-        else activations["threshold"](input, threshold, value)
-    )
+    return _apply("threshold", input, inplace, threshold, value)
 
 
 def relu_squared(input: Tensor) -> Tensor:
     """y = max(x, 0)²;  dx = 2 dy max(x, 0) (So et al., Primer, 2021)."""
-    return activations["relu_squared"](input)
+    return _apply("relu_squared", input, False)
 
 
 def relu_(input: Tensor) -> Tensor:
     """:func:`relu` in place."""
-    return activate_("relu", input)
+    return _apply("relu", input, True)
 
 
 def leaky_relu_(input: Tensor, negative_slope: float = 0.01) -> Tensor:
     """:func:`leaky_relu` in place."""
-    return activate_("leaky_relu", input, negative_slope)
+    return _apply("leaky_relu", input, True, negative_slope)
 
 
 def elu_(input: Tensor, alpha: float = 1.0) -> Tensor:
     """:func:`elu` in place."""
-    return activate_("elu", input, alpha)
+    return _apply("elu", input, True, alpha)
 
 
 def selu_(input: Tensor) -> Tensor:
     """:func:`selu` in place."""
-    return activate_("selu", input)
+    return _apply("selu", input, True)
 
 
 def celu_(input: Tensor, alpha: float = 1.0) -> Tensor:
@@ -232,4 +202,13 @@ def hardtanh_(input: Tensor, min_val: float = -1.0, max_val: float = 1.0) -> Ten
 
 def threshold_(input: Tensor, threshold: float, value: float) -> Tensor:
     """:func:`threshold` in place."""
-    return activate_("threshold", input, threshold, value)
+    return _apply("threshold", input, True, threshold, value)
+
+
+def _apply(name: str, x: Tensor, inplace: bool, *parameters: float) -> Tensor:
+    """f(x), or written over x."""
+    if parameters and not type(parameters[0]) is float is type(parameters[-1]):
+        parameters = tuple([number(name, p) for p in parameters])
+    if not isinstance(x, Tensor) and not has_torch_function((x,)):
+        raise TypeError(f"{name}: the input must be a Tensor, not {type(x).__name__}")
+    return activate_(name, x, *parameters) if inplace else activations[name](x, *parameters)

@@ -14,11 +14,14 @@ from torch import Tensor
 from torch.nn import _reduction as _Reduction
 
 from ..ops import contrastive as ops
-from .loss import reduction_of, same_dtype
+from ..ops.normalize import normalize as unit_vectors
+from ..ops.route import overridable
+from .arguments import reduction_of, same_dtype
 
 __all__ = ["info_nce", "triplet_margin_loss"]
 
 
+@overridable
 def triplet_margin_loss(
     anchor: Tensor,
     positive: Tensor,
@@ -88,6 +91,7 @@ def _apart(a: Tensor, p: Tensor, n: Tensor, swap: bool) -> bool:
     return len(widths) > 1 or 0 in (a.shape[-1], p.shape[-1], n.shape[-1])
 
 
+@overridable
 def info_nce(
     query: Tensor,
     positive: Tensor,
@@ -137,7 +141,7 @@ def info_nce(
     _check(*given)
     q, k, *n = same_dtype(*given)
     if normalize:
-        q, k, *n = (ops.unit(t, 1e-12) for t in (q, k, *n))
+        q, k, *n = (unit_vectors(t, 1e-12) for t in (q, k, *n))
     if learned is not None:
         q, temperature = q / learned.to(q.dtype), 1.0
     return ops.info_nce(q, k, n[0] if n else None, float(temperature), bool(symmetric), number)

@@ -10,7 +10,8 @@ from torch import Tensor
 
 from ..formulas.activation import ACTIVATIONS
 from ..ops import linear as ops
-from ..ops.activation import number
+from ..ops.route import overridable
+from .arguments import number
 
 __all__ = ["linear", "linear_activation"]
 
@@ -22,6 +23,7 @@ _DEFAULTS: dict[str, tuple[Any, ...]] = {
 }
 
 
+@overridable
 def linear(input: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     """y = x Wᵀ + b;  dx = dy W, dW = dyᵀ x, db = Σ_rows dy.
 
@@ -29,19 +31,23 @@ def linear(input: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
         input: (..., in_features).
         weight: (out_features, in_features), or without a bias (in_features), which gives an output
             without the last dimension.
-        bias: (out_features), or what broadcasts with the output.
+        bias: (out_features), or of fewer elements what broadcasts to the output.
 
     Raises:
         RuntimeError: shapes, dtypes or devices do not fit.
         TypeError: one is no tensor.
     """
-    if bias is None and isinstance(weight, Tensor) and weight.dim() == 1:
+    _check("linear", input, weight, bias)
+    if input.dim() == 1:  # as a row: what comes of it is then a view that autograd knows
+        return linear(input.unsqueeze(0), weight, bias).squeeze(0)
+    if weight.dim() == 1:
         return ops.linear(input, weight.unsqueeze(0), None).squeeze(-1)
-    if isinstance(bias, Tensor) and bias.dim() != 1:
-        return torch.add(ops.linear(input, weight, None), bias)
+    if bias is not None and bias.shape != weight.shape[:1]:
+        return ops.linear(input, weight, None) + bias
     return ops.linear(input, weight, bias)
 
 
+@overridable
 def linear_activation(
     input: Tensor,
     weight: Tensor,
@@ -51,7 +57,7 @@ def linear_activation(
 ) -> Tensor:
     """y = f(z), z = x Wᵀ + b;  dz = dy f', dx = dz W, dW = dzᵀ x, db = Σ_rows dz.
 
-    One Function for both: where f' can be written with y, z is never kept, and dz and db come from
+    One Function for both: where f' can be written with y, z is not saved, and dz and db come from
     one pass.
 
     Args:
@@ -66,9 +72,53 @@ def linear_activation(
             tensor or no number.
         RuntimeError: shapes, dtypes or devices do not fit.
     """
-    return ops.linear_activation(
-        input, weight, bias, activation, activation_parameters(activation, parameters)
-    )
+    _check("linear_activation", input, weight, bias)
+    if weight.dim() != 2:
+        raise RuntimeError(
+            f"linear_activation: expected a weight of two dimensions, got {tuple(weight.shape)}"
+        )
+    if bias is not None and bias.shape != weight.shape[:1]:
+        bias = bias.reshape(-1).expand(weight.shape[0])
+    values = activation_parameters(activation, parameters)
+    if input.dim() == 1:
+        row = input.unsqueeze(0)
+        return ops.linear_activation(row, weight, bias, activation, values).squeeze(0)
+    return ops.linear_activation(input, weight, bias, activation, values)
+
+
+def _check(name: str, x: Tensor, weight: Tensor, bias: Tensor | None) -> None:
+    """Raises what stock's product raises: a kernel would not see it."""
+    if not (
+        isinstance(x, Tensor)
+        and isinstance(weight, Tensor)
+        and (bias is None or isinstance(bias, Tensor))
+    ):
+        got = ", ".join(type(a).__name__ for a in (x, weight, bias))
+        raise TypeError(
+            f"{name}: input and weight must be Tensors, and bias a Tensor or None, not {got}"
+        )
+    if not x.dim() or weight.dim() not in (1, 2) or x.shape[-1] != weight.shape[-1]:
+        raise RuntimeError(
+            f"{name}: an input of shape {tuple(x.shape)} does not fit a weight of shape "
+            f"{tuple(weight.shape)}"
+        )
+    plain = bias is None or bias.shape == weight.shape[:-1]
+    if not plain and not _fits(bias, (*x.shape[:-1], *weight.shape[:-1])):
+        raise RuntimeError(
+            f"{name}: a bias of shape {tuple(bias.shape)} does not fit a weight of shape "
+            f"{tuple(weight.shape)}"
+        )
+    if x.dtype != weight.dtype or (bias is not None and bias.dtype != weight.dtype):
+        if torch.is_autocast_enabled(x.device.type):
+            return
+        got = f"{x.dtype}, {weight.dtype}" + ("" if bias is None else f", {bias.dtype}")
+        raise RuntimeError(f"{name}: input, weight and bias must have the same dtype, got {got}")
+
+
+def _fits(bias: Tensor, shape: tuple[int, ...]) -> bool:
+    """Whether ``bias`` broadcasts to an output of ``shape`` and leaves it so."""
+    pairs = zip(reversed(bias.shape), reversed(shape), strict=False)
+    return bias.dim() <= len(shape) and all(b in (1, n) for b, n in pairs)
 
 
 def activation_parameters(activation: str, given: dict[str, float]) -> tuple[float, ...]:
@@ -84,9 +134,10 @@ def activation_parameters(activation: str, given: dict[str, float]) -> tuple[flo
     known = ACTIVATIONS[activation].parameters
     if unknown := [name for name in given if name not in known]:
         raise TypeError(
-            f"{activation} has no parameter {', '.join(unknown)}; it has {', '.join(known) or 'none'}"
+            f"{activation} has no parameter {', '.join(unknown)}; "
+            f"it has {', '.join(known) or 'none'}"
         )
-    values = [given.get(name, default) for name, default in known.items()]
-    if missing := [name for name, value in zip(known, values, strict=True) if value is None]:
+    values = {name: given.get(name, default) for name, default in known.items()}
+    if missing := [name for name, value in values.items() if value is None]:
         raise TypeError(f"{activation} needs a value for {', '.join(missing)}")
-    return tuple(number(activation, value) for value in values)
+    return tuple(number(activation, value) for value in values.values())

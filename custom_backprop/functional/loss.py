@@ -9,7 +9,6 @@ in float32. What is not real and floating-point gives what stock gives. Derivati
 
 from __future__ import annotations
 
-import functools
 import sys
 import warnings
 from typing import Any
@@ -18,10 +17,11 @@ import torch
 from torch import Tensor
 from torch.nn import _reduction as _Reduction
 
-from ..backends.selection import takes_kernels
+from ..backends.selection import backend_of
 from ..formulas.loss import SUM
-from ..ops.loss import DIRECT, pointwise
-from .inference import stock_without_gradient
+from ..ops.loss import pointwise
+from ..ops.route import is_traced, is_transformed, overridable
+from .arguments import common_dtype, number, reduction_of, same_dtype
 
 __all__ = [
     "binary_cross_entropy", "binary_cross_entropy_with_logits", "gaussian_nll_loss", "huber_loss", "kl_div", "l1_loss", "mse_loss",
@@ -29,9 +29,7 @@ __all__ = [
 ]  # fmt: skip
 
 
-@stock_without_gradient(
-    torch.nn.functional.mse_loss, tensors=2, options=("reduction",), direct=DIRECT["mse_loss"]
-)
+@overridable
 def mse_loss(
     input: Tensor,
     target: Tensor,
@@ -56,6 +54,7 @@ def mse_loss(
     )
 
 
+@overridable
 def l1_loss(
     input: Tensor,
     target: Tensor,
@@ -71,13 +70,7 @@ def l1_loss(
     )
 
 
-@stock_without_gradient(
-    torch.nn.functional.smooth_l1_loss,
-    tensors=2,
-    options=("reduction", "beta"),
-    direct=DIRECT["smooth_l1_loss"],
-    parameters=(1.0,),
-)
+@overridable
 def smooth_l1_loss(
     input: Tensor,
     target: Tensor,
@@ -94,6 +87,7 @@ def smooth_l1_loss(
         RuntimeError: shapes that do not broadcast, or a negative ``beta``.
     """
     reduction = reduction_of(size_average, reduce, reduction)
+    beta = number("smooth_l1_loss", beta)
     if beta == 0:
         return _difference("l1_loss", input, target, reduction, None)
     if beta < 0:
@@ -101,13 +95,7 @@ def smooth_l1_loss(
     return _difference("smooth_l1_loss", input, target, reduction, None, beta=beta)
 
 
-@stock_without_gradient(
-    torch.nn.functional.huber_loss,
-    tensors=2,
-    options=("reduction", "delta"),
-    direct=DIRECT["huber_loss"],
-    parameters=(1.0,),
-)
+@overridable
 def huber_loss(
     input: Tensor,
     target: Tensor,
@@ -124,6 +112,7 @@ def huber_loss(
         ValueError: an unknown reduction, or a weight of another shape than ``input``.
         RuntimeError: shapes that do not broadcast, or a ``delta`` that is not positive.
     """
+    delta = number("huber_loss", delta)
     if delta <= 0:
         raise RuntimeError(
             f"huber_loss does not support non-positive values for delta, got {delta}"
@@ -131,12 +120,7 @@ def huber_loss(
     return _difference("huber_loss", input, target, reduction, weight, delta=delta)
 
 
-@stock_without_gradient(
-    torch.nn.functional.binary_cross_entropy,
-    tensors=2,
-    options=("reduction",),
-    direct=DIRECT["binary_cross_entropy"],
-)
+@overridable
 def binary_cross_entropy(
     input: Tensor,
     target: Tensor,
@@ -183,12 +167,7 @@ def binary_cross_entropy(
     return pointwise("binary_cross_entropy", x, t, None, w, enum)
 
 
-@stock_without_gradient(
-    torch.nn.functional.binary_cross_entropy_with_logits,
-    tensors=2,
-    options=("reduction",),
-    direct=DIRECT["binary_cross_entropy_with_logits"],
-)
+@overridable
 def binary_cross_entropy_with_logits(
     input: Tensor,
     target: Tensor,
@@ -224,6 +203,7 @@ def binary_cross_entropy_with_logits(
     return pointwise("binary_cross_entropy_with_logits", x, t, p, w, enum)
 
 
+@overridable
 def kl_div(
     input: Tensor,
     target: Tensor,
@@ -262,6 +242,7 @@ def kl_div(
     return loss / input.shape[0] if batchmean and input.dim() else loss
 
 
+@overridable
 def gaussian_nll_loss(
     input: Tensor,
     target: Tensor,
@@ -287,6 +268,7 @@ def gaussian_nll_loss(
             gradients are NaN).
         RuntimeError: shapes that do not broadcast.
     """
+    eps = number("gaussian_nll_loss", eps)
     if isinstance(var, float):
         if var < 0:
             raise ValueError("var has negative entry/entries")
@@ -295,7 +277,7 @@ def gaussian_nll_loss(
         raise TypeError(
             f"gaussian_nll_loss: var must be a Tensor or a float, not {type(var).__name__}"
         )
-    elif _known(var) and not (var.is_cuda and takes_kernels(var)) and torch.any(var < 0):
+    elif _is_known(var) and torch.any(var < 0):
         raise ValueError("var has negative entry/entries")
     if var.size() != input.size():
         if input.size()[:-1] == var.size():
@@ -315,6 +297,7 @@ def gaussian_nll_loss(
     return pointwise("gaussian_nll_loss", x, t, v, None, _Reduction.get_enum(reduction), full, eps)
 
 
+@overridable
 def poisson_nll_loss(
     input: Tensor,
     target: Tensor,
@@ -337,9 +320,10 @@ def poisson_nll_loss(
         RuntimeError: shapes that do not broadcast.
     """
     reduction = reduction_of(size_average, reduce, reduction)
+    eps = number("poisson_nll_loss", eps)
     if reduction not in ("none", "mean", "sum"):
         raise ValueError(f"{reduction} is not a valid value for reduction")
-    if not _dtype(input, target).is_floating_point:
+    if not common_dtype(input, target).is_floating_point:
         return torch.nn.functional.poisson_nll_loss(
             input, target, log_input, full, eps=eps, reduction=reduction
         )
@@ -385,14 +369,6 @@ def _difference(
     return pointwise(name, x, t, None, w, _Reduction.get_enum(reduction), *parameters.values())
 
 
-def reduction_of(size_average: bool | None, reduce: bool | None, reduction: str) -> str:
-    if size_average is None and reduce is None:
-        return reduction
-    return _Reduction.legacy_get_string(
-        size_average, reduce, emit_warning=not torch.compiler.is_compiling()
-    )
-
-
 def _broadcast(*tensors: Tensor) -> Any:
     """The tensors in one shape. Autograd sums the gradient of one that was expanded."""
     first, *others = tensors
@@ -401,22 +377,6 @@ def _broadcast(*tensors: Tensor) -> Any:
         if all(t.shape == first.shape for t in others)
         else torch.broadcast_tensors(*tensors)
     )
-
-
-def _dtype(*tensors: Tensor | None) -> torch.dtype:
-    """The dtype of torch's type promotion: 0-D tensors have no say beside others."""
-    given = [t for t in tensors if t is not None]
-    if all(t.dtype == given[0].dtype for t in given):
-        return given[0].dtype
-    return functools.reduce(
-        torch.promote_types, [t.dtype for t in given if t.dim()] or [t.dtype for t in given]
-    )
-
-
-def same_dtype(*tensors: Any) -> Any:
-    """The tensors (or None) in their common dtype."""
-    dtype = _dtype(*tensors)
-    return tuple(t if t is None or t.dtype == dtype else t.to(dtype) for t in tensors)
 
 
 def _warn(message: str) -> None:
@@ -441,9 +401,9 @@ def _constant(name: str, weight: Tensor | None, input: Tensor) -> Tensor | None:
     return weight if weight.shape == input.shape else weight.expand_as(input)
 
 
-def _known(t: Tensor) -> bool:
-    """Whether the values of ``t`` can be looked at: not while a graph is traced or vmap runs, nor
-    on the meta device."""
-    return not (
-        torch.compiler.is_compiling() or torch._C._are_functorch_transforms_active() or t.is_meta
-    )
+def _is_known(t: Tensor) -> bool:
+    """Whether values can be looked at: not while a graph is traced or vmap runs, nor on the meta
+    device; and on a GPU, where to look is to wait, not by kernels."""
+    if is_traced() or is_transformed() or t.is_meta:
+        return False
+    return not (t.is_cuda and backend_of(t) == "triton")

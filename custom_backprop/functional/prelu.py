@@ -2,16 +2,15 @@
 
 from __future__ import annotations
 
-import torch
 from torch import Tensor
 
 from ..ops import prelu as ops
-from .inference import stock_without_gradient
+from ..ops.route import overridable
 
 __all__ = ["prelu"]
 
 
-@stock_without_gradient(torch.prelu, tensors=2)
+@overridable
 def prelu(input: Tensor, weight: Tensor) -> Tensor:
     """y = x where x > 0, else w_c x;  dx = dy or w_c dy, dw_c = Σ dy x over the elements x <= 0 of
     channel c.
@@ -21,7 +20,25 @@ def prelu(input: Tensor, weight: Tensor) -> Tensor:
         weight: (C), or one element for all channels.
 
     Raises:
+        TypeError: one is no tensor.
         RuntimeError: shapes, dtypes or devices do not fit.
         NotImplementedError: the input is not a floating-point tensor.
     """
+    if not (isinstance(input, Tensor) and isinstance(weight, Tensor)):
+        got = f"{type(input).__name__} and {type(weight).__name__}"
+        raise TypeError(f"prelu: input and weight must be Tensors, not {got}")
+    if input.dtype != weight.dtype:
+        got = f"{input.dtype} and {weight.dtype}"
+        raise RuntimeError(f"prelu: input and weight must have the same dtype, got {got}")
+    channels = input.shape[1] if input.dim() > 1 else 1
+    if weight.dim() > 1 or (
+        weight.numel() != 1 and (not input.dim() or weight.numel() != channels)
+    ):
+        raise RuntimeError(
+            "prelu: the weight must have one element, or be 1-D with one for each channel "
+            f"(dimension 1) of the input: got a weight of shape {tuple(weight.shape)} for an input "
+            f"of shape {tuple(input.shape)}"
+        )
+    if not input.is_floating_point():
+        raise NotImplementedError(f"prelu is not implemented for {input.dtype}")
     return ops.prelu(input, weight)

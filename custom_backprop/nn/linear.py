@@ -7,8 +7,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from .. import functional as F
 from ..functional.linear import activation_parameters
-from ..ops import linear as ops
 
 __all__ = ["Linear", "LinearActivation"]
 
@@ -17,7 +17,7 @@ class Linear(torch.nn.Linear):
     """See :func:`custom_backprop.functional.linear`."""
 
     def forward(self, input: Tensor) -> Tensor:
-        return ops.linear(input, self.weight, self.bias)
+        return F.linear(input, self.weight, self.bias)
 
 
 class LinearActivation(torch.nn.Linear):
@@ -45,8 +45,9 @@ class LinearActivation(torch.nn.Linear):
         self.parameters_of_activation = parameters
 
     def forward(self, input: Tensor) -> Tensor:
-        parameters = activation_parameters(self.activation, self.parameters_of_activation)
-        return ops.linear_activation(input, self.weight, self.bias, self.activation, parameters)
+        return F.linear_activation(
+            input, self.weight, self.bias, self.activation, **self.parameters_of_activation
+        )
 
     def extra_repr(self) -> str:
         own = [

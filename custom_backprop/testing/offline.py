@@ -22,7 +22,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from ..backends import selection
 from ..backends.kernels import kernels
-from ..backends.library import LAUNCHERS
+from ..backends.library import OPERATORS
 from .case import outputs, weights_for
 from .spec import Make, OpSpec, Sample
 
@@ -259,12 +259,12 @@ class _Launching(TorchDispatchMode):
     """Inside, a primitive calls the launcher of its kernels, whatever its tensors' device."""
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        if func not in LAUNCHERS:
+        if func not in OPERATORS:
             return func(*args, **kwargs or {})
         defaults = [
             a.default_value for a in func._schema.arguments[len(args) :]
         ]  # the dispatcher drops arguments equal to their defaults
-        return LAUNCHERS[func](*args, *defaults)
+        return OPERATORS[func].triton(*args, *defaults)
 
     def __enter__(self) -> Any:
         self._previous, selection._forced = selection._forced, "triton"

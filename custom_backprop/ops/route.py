@@ -1,0 +1,300 @@
+"""Who watches a call, and what therefore runs: the one file that knows.
+
+An op is written once, as a definition of three static methods that do not know where they run.
+:func:`op` makes of it the function that :mod:`custom_backprop.functional` calls.
+
+| who watches                         | what ``run`` is                          | Function      |
+|-------------------------------------|------------------------------------------|---------------|
+| nobody                              | the implementation of the tensor's       | eager         |
+|                                     | device, or the forced one, itself        |               |
+| a mode, a subclass, autocast        | the dispatcher's operator                | eager         |
+| functorch, forward mode             | the operator, with vmap and jvp          | transformable |
+| Dynamo                              | what the primitive shows a compiler: its | eager         |
+|                                     | formula, or on a GPU its kernel          |               |
+| torch.export, ONNX, torch.jit.trace | the formula                              | none          |
+| a backward that is differentiated   | the formula                              | -             |
+| or batched                          |                                          |               |
+
+Two Functions are made of a definition, since ``torch.compile`` refuses one that defines ``jvp``,
+and forward mode and ``torch.func`` need one, with a ``setup_context`` that costs three times the
+overhead.
+"""
+
+from __future__ import annotations
+
+import functools
+import inspect
+from collections.abc import Callable
+from typing import Any, Protocol, TypeVar
+
+import torch
+from torch import Tensor
+from torch._C._functorch import TransformType, get_interpreter_stack
+from torch.autograd import forward_ad
+from torch.overrides import handle_torch_function, has_torch_function
+
+from ..backends.library import TENSORS, Primitive, is_batched, is_plain, is_wrapped
+from ..backends.selection import backend_of, get_backend
+from ..dtensor import is_dtensor
+
+F = TypeVar("F", bound=Callable[..., Any])
+
+_grad_enabled = torch.is_grad_enabled
+_compiling = torch.compiler.is_dynamo_compiling
+_functorch_active = torch._C._are_functorch_transforms_active
+
+
+#: what autocast does to an op's floating-point inputs, as torch does to its own: casts half
+#: precision up to float32, or float32 down to the autocast dtype
+FLOAT32 = {"cpu": "float32", "cuda": "float32"}
+LOWER = {"cpu": "lower", "cuda": "lower"}
+
+
+class Definition(Protocol):
+    """What :func:`op` takes: a class of static methods.
+
+    Attributes:
+        forward_op, backward_op: the primitives.
+        has_statistics: forward_op returns ``(y, statistics)``; the second is for ``setup_context``
+            to save, and no output of the op.
+        autocast: what autocast does on each device, such as :data:`FLOAT32`. Default: nothing.
+
+    Forward is ``forward_op``. ``setup_context(ctx, inputs, output)`` saves, through
+    ``save_for_backward`` alone. ``backward(run, ctx, dy)`` returns the gradients of the first
+    arguments, where ``run`` is an implementation of ``backward_op``; those that nobody needs may be
+    anything. It finds ``ctx.is_differentiated`` true where its result is itself differentiated:
+    statistics are constants there, and must be derived again. ``jvp(ctx, *tangents)`` finds the
+    same saved tensors.
+    """
+
+    forward_op: Primitive
+    backward_op: Primitive
+
+
+def op(definition: Any, stock: Callable[..., Any] | None = None) -> Callable[..., Any]:
+    """The function of one definition.
+
+    Args:
+        definition: see :class:`Definition`.
+        stock: PyTorch's own, which takes what no formula is written for: integers, complex numbers
+            and nested tensors.
+    """
+    forward_op, backward_op = definition.forward_op, definition.backward_op
+    setup_context, define_backward = definition.setup_context, definition.backward
+    has_statistics: bool = getattr(definition, "has_statistics", False)
+    autocast: dict[str, str] = getattr(definition, "autocast", {})
+
+    def value(which: str, args: tuple[Any, ...]) -> Any:
+        """The output alone."""
+        output = getattr(forward_op, which)(*args)
+        return output[0] if has_statistics else output
+
+    def forward(ctx: Any, *args_and_which: Any) -> Any:
+        *args, which = args_and_which
+        output = getattr(forward_op, which)(*args)
+        ctx.set_materialize_grads(False)
+        setup_context(ctx, args, output)
+        return output[0] if has_statistics else output
+
+    def backward(ctx: Any, dy: Tensor | None, *_: None) -> Any:
+        needs = ctx.needs_input_grad
+        if dy is None:
+            return (None,) * len(needs)
+        which = _for_gradient(dy)
+        ctx.is_differentiated = which == "derivative"
+        ctx.which = which = "formula" if which == "derivative" else which
+        grads = define_backward(getattr(backward_op, which), ctx, dy)
+        grads = grads if type(grads) is tuple else (grads,)
+        wanted = [g if need else None for g, need in zip(grads, needs, strict=False)]
+        return *wanted, *(None,) * (len(needs) - len(wanted))
+
+    # where nothing wants a gradient, Dynamo counts the parameters of forward, and leaves out ctx if
+    # there are as many as arguments
+    forward.__signature__ = inspect.Signature()  # type: ignore[attr-defined]
+
+    def transformable_setup(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
+        if has_statistics:
+            ctx.mark_non_differentiable(output[1])
+        ctx.set_materialize_grads(False)
+        setup_context(_Saving(ctx), inputs, output)
+
+    def transformable_backward(ctx: Any, *grads: Tensor | None) -> Any:
+        return backward(_Saved(ctx), *grads)
+
+    def transformable_jvp(ctx: Any, *tangents: Any) -> Any:
+        tangent = definition.jvp(_Saved(ctx), *tangents)
+        return (tangent, None) if has_statistics else tangent
+
+    eager = _function(definition, forward=forward, backward=backward)
+    transformable = _function(
+        definition,
+        generate_vmap_rule=True,
+        forward=forward_op.operator,
+        setup_context=transformable_setup,
+        backward=transformable_backward,
+        jvp=transformable_jvp,
+    )
+    # Function.apply in Python only guards against functorch, which is ruled out where this is
+    # called: a third of the overhead
+    apply = super(torch.autograd.Function, eager).apply  # type: ignore[misc]
+
+    def call(*args: Any) -> Any:
+        if not is_plain(args) or not args[0].is_floating_point() or args[0].is_nested:
+            return watched(args)
+        which = backend_of(args[0])
+        if _grad_enabled():
+            for a in args:
+                if type(a) in TENSORS and a.requires_grad:
+                    return apply(*args, which)
+        return value(which, args)
+
+    def watched(args: tuple[Any, ...]) -> Any:
+        if has_torch_function(args):
+            return handle_torch_function(call, args, *args)
+        if stock is not None and not is_ours(args[0]):
+            return stock(*args)
+        device = args[0].device.type
+        args = _cast(args, device, autocast.get(device))
+        if torch._C._get_tracing_state() or torch.compiler.is_exporting():
+            return value("formula", args)
+        if _compiling():
+            if _functorch_active():
+                return value("formula", args)
+            return eager.apply(*args, "operator" if get_backend() == "triton" else "traced")
+        if any(is_dtensor(a) for a in args):
+            from .. import distributed  # noqa: F401 (its rules are registered at the first use)
+        if _functorch_active() or forward_ad._current_level >= 0:
+            several = has_statistics or sum([isinstance(a, Tensor) for a in args]) > 1
+            if _is_beyond_a_function(several):
+                return value("formula", args)
+            outputs = transformable.apply(*args)
+            return outputs[0] if has_statistics else outputs
+        return apply(*args, "operator") if _grad_enabled() else value("operator", args)
+
+    call.__name__ = call.__qualname__ = definition.__name__
+    call.__doc__, call.__module__ = definition.__doc__, definition.__module__
+    call.definition = definition  # type: ignore[attr-defined]
+    return call
+
+
+def overridable(function: F) -> F:
+    """Decorator of a function that looks at its arguments before it calls an op: who listens to
+    calls on tensors (a subclass, a mode, ``torch.fx``) is asked first, and sees one call."""
+
+    @functools.wraps(function)
+    def call(*args: Any, **kwargs: Any) -> Any:
+        if has_torch_function(args) or (kwargs and has_torch_function(tuple(kwargs.values()))):
+            given = (*args, *kwargs.values())
+            return handle_torch_function(call, given, *args, **kwargs)
+        return function(*args, **kwargs)
+
+    return call  # type: ignore[return-value]
+
+
+def is_traced() -> bool:
+    """Whether a compiler, an exporter or a tracer looks on: what it is shown must be a formula."""
+    return bool(
+        _compiling() or torch.compiler.is_exporting() or torch._C._get_tracing_state() is not None
+    )
+
+
+def is_transformed() -> bool:
+    """Whether a transformation of torch.func or forward mode is at work, which differentiates
+    backward itself."""
+    return _functorch_active() or forward_ad._current_level >= 0
+
+
+def run_of_gradient(backward_op: Primitive, dy: Tensor) -> Callable[..., Any]:
+    """What an ordinary Function's backward is to call in the place of ``backward_op``."""
+    which = _for_gradient(dy)
+    return backward_op.formula if which == "derivative" else getattr(backward_op, which)
+
+
+def _for_gradient(dy: Tensor) -> str:
+    """The name of the implementation that backward takes, or "derivative": the formula, since what
+    backward computes is itself differentiated or batched."""
+    if _compiling():
+        return "operator" if get_backend() == "triton" else "traced"
+    if _grad_enabled() or forward_ad._current_level >= 0 or is_wrapped(dy) or is_batched(dy):
+        return "derivative"
+    return backend_of(dy) if is_plain((dy,)) else "operator"
+
+
+def is_ours(x: Any) -> bool:
+    """Whether formulas are written for such a tensor: real numbers, rows of one length."""
+    return isinstance(x, Tensor) and x.is_floating_point() and not x.is_nested
+
+
+def _is_beyond_a_function(several: bool) -> bool:
+    """Whether torch.func's transformations around this call would go wrong with a Function.
+
+    Forward mode inside forward mode takes the tangents of a Function's jvp for constants. Forward
+    mode over vmap bears no input or output without a tangent, which only an op of ``several``
+    tensors has.
+    """
+    levels = [level.key() for level in get_interpreter_stack() or ()]
+    forward = levels.count(TransformType.Jvp)
+    over_vmap = forward == 1 and TransformType.Vmap in levels[levels.index(TransformType.Jvp) :]
+    return forward > 1 or (over_vmap and several)
+
+
+def _cast(args: tuple[Any, ...], device: str, policy: str | None) -> tuple[Any, ...]:
+    """What autocast does to the inputs of torch's own operator. Primitives then ignore autocast
+    (``backends/library.py``)."""
+    if policy is None or not torch.is_autocast_enabled(device):
+        return args
+    target = torch.get_autocast_dtype(device) if policy == "lower" else torch.float32
+    return tuple(
+        a.to(target)
+        if isinstance(a, Tensor) and a.is_floating_point() and a.dtype != torch.float64
+        else a
+        for a in args
+    )
+
+
+def _function(definition: Any, **members: Any) -> Any:
+    methods = {k: staticmethod(m) if callable(m) else m for k, m in members.items()}
+    described = {"__doc__": definition.__doc__, "__module__": definition.__module__}
+    return type(definition.__name__, (torch.autograd.Function,), {**described, **methods})
+
+
+class _Saving:
+    """The context of the transformable Function in ``setup_context``.
+
+    functorch knows no None among what is saved, so it is left out, and put back by
+    :class:`_Saved`. Forward mode may need what no gradient does: all inputs count as wanted.
+    """
+
+    def __init__(self, ctx: Any) -> None:
+        vars(self)["ctx"] = ctx
+
+    @property
+    def needs_input_grad(self) -> tuple[bool, ...]:
+        return (True,) * len(self.ctx.needs_input_grad)
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        setattr(self.ctx, name, value)
+
+    def save_for_backward(self, *tensors: Tensor | None) -> None:
+        present = [t for t in tensors if t is not None]
+        self.ctx.absent = [t is None for t in tensors]
+        self.ctx.save_for_backward(*present)
+        self.ctx.save_for_forward(*present)
+
+
+class _Saved:
+    """The same context in ``backward`` and ``jvp``."""
+
+    def __init__(self, ctx: Any) -> None:
+        vars(self)["ctx"] = ctx
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self.ctx, name)
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        setattr(self.ctx, name, value)
+
+    @property
+    def saved_tensors(self) -> tuple[Tensor | None, ...]:
+        present = iter(self.ctx.saved_tensors)
+        return tuple([None if absent else next(present) for absent in self.ctx.absent])
