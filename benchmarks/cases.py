@@ -28,12 +28,12 @@ class Pair:
 
 
 class _RestOfNetwork(torch.autograd.Function):
-    """A number whose gradients with respect to the outputs of a layer are given. It keeps neither
-    those nor these.
+    """A number whose gradients with respect to the outputs of a layer are given. It refers to
+    neither those outputs nor, after backward, to these gradients.
 
-    In a network nobody holds a layer's output any more when the layer's backward runs, nor, but for
-    that backward, the gradient that the next layer has just made; the caller of autograd.grad would
-    hold both.
+    In a network nothing refers to a layer's output any more when the layer's backward runs, and
+    only that backward refers to the gradient that the next layer has just made. The caller of
+    autograd.grad would refer to both.
     """
 
     @staticmethod

@@ -85,6 +85,13 @@ AXES = (
         lambda n: (Attention(64), torch.rand(1, n, 64)),
     ),
 )
+
+ABOUT = """Forward + backward: the fastest of rounds, each of which times every size, stock and
+ours, once; on a CPU in processor time, in which other programs have no part but by the caches they
+share; on a GPU of recorded calls (CUDA graphs). Slopes by least squares over the upper half of the
+sizes: 1 is linear, 2 quadratic. Flops and bytes are counts (`custom_backprop.cost`, stock). Written
+by `python -m benchmarks.growth`."""
+
 #: what is fitted, and the heading of its column
 FIGURES = {"stock": "time, stock", "ours": "time, ours", "flops": "flops", "saved": "bytes saved"}
 
@@ -200,10 +207,7 @@ def markdown(machine: dict[str, Any], fitted: dict[str, dict[str, float]]) -> st
         "",
         "; ".join(f"{k}: {v}" for k, v in machine.items()) + ".",
         "",
-        "Forward + backward: the fastest of rounds, each of which times every size, stock and ours, once; on a CPU in processor time, in",
-        "which other programs have no part but by the caches they share; on a GPU of recorded calls (CUDA graphs). Slopes by least squares",
-        "over the upper half of the sizes: 1 is linear, 2 quadratic. Flops and bytes are counts (`custom_backprop.cost`, stock).",
-        "Written by `python -m benchmarks.growth`.",
+        ABOUT,
         "",
         f"| what grows | sizes | the rest | {' | '.join(FIGURES.values())} |",
         "|---" * (len(FIGURES) + 3) + "|",

@@ -55,9 +55,10 @@ def compare(
     once = max(timer(3) for timer in timers)
     calls = max(1, int(2e-3 / once))
     pairs = max(7, min(2000, int(seconds / (2 * calls * once))))
-    mine, theirs = [], []
+    mine: list[float] = []
+    theirs: list[float] = []
+    turns = [(mine, timers[0]), (theirs, timers[1])]
     for i in range(pairs):
-        turns = [(mine, timers[0]), (theirs, timers[1])]
         for times, timer in turns if i % 2 else turns[::-1]:
             times.append(timer(calls))
     ratios = sorted(t / m for m, t in zip(mine, theirs, strict=True))
@@ -67,14 +68,13 @@ def compare(
     )
 
 
-def keep_freed_memory() -> bool:
-    """Lets the C library keep what is freed, as PyTorch's allocator on a GPU does; False where it
+def reuse_freed_memory() -> bool:
+    """Makes the C library reuse what is freed, as PyTorch's allocator on a GPU does; False where it
     is not glibc.
 
-    By default glibc returns a large block to the system or keeps it depending on what else lies in
-    the heap at that moment. A call whose
-    blocks are returned pays for each page again, several times the arithmetic: the ratio then tells
-    whose luck that was.
+    By default glibc returns a large block to the system, or does not, depending on what else lies
+    in the heap at that moment. A call whose blocks are returned pays for each page again, several
+    times the arithmetic: the ratio then tells whose luck that was.
     """
     trim_threshold, mmap_max = -1, -4  # M_TRIM_THRESHOLD, M_MMAP_MAX of malloc.h
     mallopt = getattr(ctypes.CDLL(None), "mallopt", None)
@@ -132,9 +132,8 @@ class Recorded:
             self._count = max(1, min(20, int(1e-3 / _finished(call, prepare, 3))))
         torch.cuda.current_stream().wait_stream(stream)
         given = [prepare() for _ in range(self._count)]
-        self._read = [
-            list(a) if isinstance(a, list) else a for args in given for a in args
-        ]  # a call may empty a list that it is given
+        # the graph reads these again; a call may empty a list that it is given
+        self._read = [list(a) if isinstance(a, list) else a for args in given for a in args]
         self._graph = torch.cuda.CUDAGraph()
         with torch.cuda.graph(self._graph):
             for args in given:

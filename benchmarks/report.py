@@ -2,8 +2,8 @@
 in ``benchmarks/results/``.
 
 On a CPU two tables are worth having: ``cpu``, with the allocator as users have it, where a pass
-that needs new memory pays for its pages; and, by ``--allocator kept``, ``cpu-kept``, of the
-arithmetic alone.
+that needs new memory pays for its pages; and, by ``--allocator kept``, ``cpu-kept``, where freed
+memory is reused: the arithmetic alone.
 """
 
 from __future__ import annotations
@@ -12,7 +12,9 @@ import argparse
 import json
 import platform
 import sys
+from collections.abc import Callable
 from dataclasses import asdict
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -24,17 +26,19 @@ from custom_backprop.testing import OpSpec, peak_memory
 from custom_backprop.testing.database import named
 
 from .cases import DIRECTIONS, HUGE, SIZES, pair
-from .measure import compare, keep_freed_memory
+from .measure import Prepare, compare, reuse_freed_memory
 from .training import HIDDEN, training_step
 
 RESULTS = Path(__file__).parent / "results"
 
-ON_A_GPU = (
-    "",
-    "Small: calls one after the other, until the GPU has finished them, so that the host's time counts. The others: the GPU's own time, of",
-    "CUDA graphs. Medium and large inputs are in the L2 cache, as the last layer would leave them. Huge is of bfloat16 and larger than it;",
-    "in brackets the time of ours.",
-)
+ABOUT = """Each ratio is the median over pairs of turns, ours and stock alternating in one process.
+Memory: peak of forward + backward at the {largest} size, the incoming gradient included, beyond the
+inputs. Written by `python -m benchmarks.report`."""
+
+ON_A_GPU = """
+Small: calls one after the other, until the GPU has finished them, so that the host's time counts.
+The others: the GPU's own time, of CUDA graphs. Medium and large inputs are in the L2 cache, as the
+last layer would leave them. Huge is of bfloat16 and larger than it; in brackets ours, in us."""
 
 
 def main() -> int:
@@ -57,7 +61,7 @@ def main() -> int:
         "--allocator",
         choices=("default", "kept"),
         default="default",
-        help="of a CPU: as it is, or keeping what is freed",
+        help="on a CPU: as it is, or reusing what is freed",
     )
     parser.add_argument("--out", type=Path, default=RESULTS, metavar="DIR")
     args = parser.parse_args()
@@ -66,7 +70,7 @@ def main() -> int:
     except ValueError as error:
         parser.error(str(error))
     sizes = args.sizes or (SIZES if args.device == "cpu" else (*SIZES, HUGE))
-    kept = args.device == "cpu" and args.allocator == "kept" and keep_freed_memory()
+    reused = args.device == "cpu" and args.allocator == "kept" and reuse_freed_memory()
     rows: list[dict[str, Any]] = []
     with progress(len(specs) * len(sizes) * len(DIRECTIONS) + len(HIDDEN), "ratio") as bar:
         for spec in specs:
@@ -79,12 +83,12 @@ def main() -> int:
             bar.set_postfix_str("digits training step")
             rows.append(_training(args.device, hidden, args.seconds * 5))
             bar.update()
-    name = f"cpu{'-kept' * kept}" if args.device == "cpu" else card()
+    name = f"cpu{'-kept' * reused}" if args.device == "cpu" else card()
     args.out.mkdir(parents=True, exist_ok=True)
     machine = machine_of(args.device)
-    if kept:
+    if reused:
         machine["allocator"] = (
-            "the C library's, which keeps what is freed (no page faults after the first call)"
+            "the C library's, which reuses what is freed (no page faults after the first call)"
         )
     (args.out / f"{name}.json").write_text(
         json.dumps({"machine": machine, "rows": rows}, indent=1) + "\n"
@@ -117,8 +121,12 @@ def _measured(
     )
     if size in ("large", HUGE) and direction == "forward+backward":
         for name, call in (("ours_bytes", calls.ours), ("stock_bytes", calls.stock)):
-            row[name] = peak_memory(lambda call=call: call(*calls.prepare()), device)
+            row[name] = peak_memory(partial(_prepared, call, calls.prepare), device)
     return row
+
+
+def _prepared(call: Callable[..., Any], prepare: Prepare) -> Any:
+    return call(*prepare())
 
 
 def _training(device: str, hidden: tuple[int, int], seconds: float) -> dict[str, Any]:
@@ -168,9 +176,8 @@ def _markdown(machine: dict[str, Any], rows: list[dict[str, Any]], name: str) ->
         "",
         "; ".join(f"{k}: {v}" for k, v in machine.items()) + ".",
         "",
-        "Each ratio is the median over pairs of turns, ours and stock alternating in one process. Memory: peak of forward + backward at",
-        f"the {largest} size, the incoming gradient included, beyond the inputs. Written by `python -m benchmarks.report`.",
-        *(ON_A_GPU if HUGE in sizes else ()),
+        ABOUT.format(largest=largest),
+        *([ON_A_GPU] if HUGE in sizes else []),
         "",
         "| op | "
         + " | ".join(f"{s} {d}" for s in sizes for d in DIRECTIONS)
@@ -186,15 +193,11 @@ def _markdown(machine: dict[str, Any], rows: list[dict[str, Any]], name: str) ->
             else ""
         )
         lines.append(f"| {op} | " + " | ".join(cells) + f" | {memory} |")
-    lines += [
-        "",
-        *(
-            f"{r['op']} ({r['size']}): {r['ratio']:.2f} (quartiles {r['low']:.2f} to {r['high']:.2f})"
-            for r in rows
-            if r["family"] == "training"
-        ),
-        "",
-    ]
+    lines.append("")
+    for r in (r for r in rows if r["family"] == "training"):
+        quartiles = f"quartiles {r['low']:.2f} to {r['high']:.2f}"
+        lines.append(f"{r['op']} ({r['size']}): {r['ratio']:.2f} ({quartiles})")
+    lines.append("")
     return "\n".join(lines)
 
 

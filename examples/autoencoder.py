@@ -2,10 +2,10 @@
 ten clusters. No label is learned from.
 
 1797 scans of 8 x 8 pixels (scikit-learn's load_digits), less their mean. Four autoencoders learn to
-give back what they are given, by the
-mean squared error: two linear ones, 64 -> k -> 64, whose best is known (the k-dimensional space of
-principal component analysis: the largest angle between the two spaces is printed), by L-BFGS in
-float64; and two with a layer of tanh on either side, by Adam on batches.
+give back what they are given, by the mean squared error: two linear ones, 64 -> k -> 64, whose best
+is known (the k-dimensional space of principal component analysis: the largest angle between the two
+spaces is printed), by L-BFGS in float64; and two with a layer of tanh on either side, by Adam on
+batches.
 
 Then k-means on the codes, trained by the gradient of its own loss: J = Σ ‖x - c‖² over each code's
 nearest centroid c has ∂J/∂c = 2 Σ (c - x) over the n codes nearest to c, and second derivative 2n,
@@ -13,9 +13,8 @@ so that Newton's step moves c to their mean: Lloyd's algorithm is gradient desce
 (Bottou and Bengio, 1995). Clusters and digits are compared by their mutual information, normalised.
 
 Each epoch ends with a checkpoint. After Ctrl-C the same command goes on from the last one, to the
-very weights of a run that was not
-interrupted. A finished run leaves its weights and its pictures, and no checkpoint: the same command
-then starts anew.
+very weights of a run that was not interrupted. A finished run leaves its weights and its
+pictures, and no checkpoint: the same command then starts anew.
 """
 
 from __future__ import annotations
@@ -28,7 +27,7 @@ from typing import Any
 
 try:
     import torch
-    from common import load, options, plt, save, write
+    from common import load, options, plt, save, stop, where, write
     from sklearn.cluster import KMeans
     from sklearn.datasets import load_digits
     from sklearn.metrics import normalized_mutual_info_score
@@ -213,17 +212,14 @@ def train(all_coders: dict[str, Coder], count: int, args: Namespace) -> None:
         "epochs": args.epochs,
         "device": args.device,
         "backend": args.backend,
-    }
-    settings |= {
         "batch": BATCH,
         "rate": RATE,
         "iterations": ITERATIONS,
         "history": HISTORY,
         "torch": str(torch.__version__),
     }
-    shuffle = torch.Generator().manual_seed(
-        args.seed
-    )  # the only chance left once the weights are drawn
+    # the only chance left once the weights are drawn
+    shuffle = torch.Generator().manual_seed(args.seed)
     done = 0
     if (state := load(args.checkpoint, settings)) is not None:
         done = state["epoch"]
@@ -305,25 +301,16 @@ def draw_digits(rows: dict[str, Tensor], labels: Tensor, args: Namespace) -> Non
 def main() -> None:
     args = options("autoencoder", __doc__, epochs=40)
     args.checkpoint = args.out / "checkpoint.pt"
-    torch.set_num_threads(
-        1
-    )  # matrices this small gain nothing from a second thread, and lose much where the cores are busy
     torch.manual_seed(args.seed)
     x, mean, labels = data(args.device)
     all_coders = coders(x)
-    print(f"{len(x)} digits; on {args.device}, backend {args.backend or 'by device'}")
+    print(f"{len(x)} digits; {where(args)}")
     for name, coder in all_coders.items():
         print(f"{name}: {coder.model}")
     try:
         train(all_coders, len(x), args)
     except KeyboardInterrupt:
-        kept = f"the last whole epoch is kept in {args.checkpoint}; the same command goes on from there"
-        print(
-            "\ninterrupted:",
-            kept if args.checkpoint.exists() else "no epoch is complete yet, nothing is kept",
-            file=sys.stderr,
-        )
-        sys.exit(130)
+        stop(args.checkpoint)
 
     generator = torch.Generator().manual_seed(args.seed)
     with torch.no_grad():
@@ -358,7 +345,8 @@ def main() -> None:
         )
         print(f"{name:14}{coder.history[-1]:14.5f}{agreement[name]:20.3f}{angle}")
     print(
-        f"{'pixels':14}{'':14}{agreement['pixels']:20.3f}   k-means loss {found['pixels'][0]:.1f}, scikit-learn's {sklearn.inertia_:.1f}"
+        f"{'pixels':14}{'':14}{agreement['pixels']:20.3f}   "
+        f"k-means loss {found['pixels'][0]:.1f}, scikit-learn's {sklearn.inertia_:.1f}"
     )
     angles = [
         angle_to_principal_components(coder.model, x)
@@ -373,7 +361,8 @@ def main() -> None:
     )
     best = max(codes, key=lambda name: agreement[name])
     print(
-        f"normalised mutual information: {agreement[best]:.3f} ({best}), scikit-learn's KMeans on raw pixels {by_sklearn:.3f}"
+        f"normalised mutual information: {agreement[best]:.3f} ({best}), "
+        f"scikit-learn's KMeans on raw pixels {by_sklearn:.3f}"
     )
 
 

@@ -1,4 +1,4 @@
-"""What the examples share: their options, checkpoints, memory and the look of their pictures."""
+"""What the examples share: their options, their checkpoints and the look of their pictures."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from collections.abc import Callable
 from hashlib import sha256
 from pathlib import Path
 from tempfile import TemporaryFile
-from typing import Any
+from typing import Any, NoReturn
 
 import matplotlib
 import torch
@@ -20,10 +20,19 @@ from matplotlib.figure import Figure
 import custom_backprop
 
 matplotlib.use("Agg")
-plt.rcParams.update({
-    "figure.dpi": 120, "figure.constrained_layout.use": True, "font.size": 9, "axes.titlesize": 10, "legend.frameon": False,
-    "axes.spines.top": False, "axes.spines.right": False, "axes.grid": True, "grid.alpha": 0.25,
-})  # fmt: skip
+plt.rcParams.update(
+    {
+        "figure.dpi": 120,
+        "figure.constrained_layout.use": True,
+        "font.size": 9,
+        "axes.titlesize": 10,
+        "axes.spines.top": False,
+        "axes.spines.right": False,
+        "axes.grid": True,
+        "grid.alpha": 0.25,
+        "legend.frameon": False,
+    }
+)
 
 
 def at_least(least: int) -> Callable[[str], int]:
@@ -42,10 +51,11 @@ ANEW = "delete it, or name another folder by --out, to start anew"
 
 
 def options(name: str, description: str | None, **own: int | tuple[str, ...]) -> argparse.Namespace:
-    """The command line of the example ``name``: --out, --device, --backend, --seed, and its
-    ``own``: a count's default, or the choices.
+    """The command line of the example ``name``: --out, --device, --backend and --seed, and its
+    ``own``, each the default of a count or a tuple of choices.
 
-    Makes the output folder and sets the backend.
+    Makes the output folder, sets the backend, and limits torch to one thread: matrices as small as
+    these gain nothing from a second one, and lose much where the cores are busy.
     """
     parser = argparse.ArgumentParser(
         description=description, formatter_class=argparse.RawDescriptionHelpFormatter
@@ -80,22 +90,22 @@ def options(name: str, description: str | None, **own: int | tuple[str, ...]) ->
         parser.add_argument(f"--{option}", help="default: %(default)s", **kind)
     args = parser.parse_args()
     try:
-        torch.zeros((), device=args.device).item()  # which meta, a device without numbers, refuses
+        torch.zeros((), device=args.device).item()  # meta, which has no values, refuses
         if args.backend == "triton" and torch.device(args.device).type == "cpu":
-            os.environ["TRITON_INTERPRET"] = (
-                "1"  # triton is imported, and reads it, when the first kernel is used
-            )
+            # in time: triton is imported, and reads it, when the first kernel is used
+            os.environ["TRITON_INTERPRET"] = "1"
         custom_backprop.use_backend(args.backend)
         args.out.mkdir(parents=True, exist_ok=True)
-        TemporaryFile(dir=args.out).close()  # sooner than after the first epoch
-    except (
-        AssertionError,
-        OSError,
-        RuntimeError,
-        ValueError,
-    ) as error:  # AssertionError: cuda, of a torch built without it
+        TemporaryFile(dir=args.out).close()  # refuses now, not after the first epoch
+    # torch raises AssertionError for cuda where it is built without
+    except (AssertionError, OSError, RuntimeError, ValueError) as error:
         parser.error(str(error))
+    torch.set_num_threads(1)
     return args
+
+
+def where(args: argparse.Namespace) -> str:
+    return f"on {args.device}, backend {args.backend or 'by device'}"
 
 
 def save(state: dict[str, Any], path: Path) -> None:
@@ -112,8 +122,8 @@ def save(state: dict[str, Any], path: Path) -> None:
 
 
 def load(path: Path, settings: dict[str, Any]) -> dict[str, Any] | None:
-    """The checkpoint at ``path``, or None if there is none. Leaves the program where it is damaged
-    or of other settings."""
+    """The checkpoint at ``path``, or None if there is none. Ends the program if it is damaged or of
+    other settings."""
     if not path.exists():
         return None
     try:
@@ -124,7 +134,8 @@ def load(path: Path, settings: dict[str, Any]) -> dict[str, Any] | None:
         sys.exit(f"cannot read the checkpoint {path} ({type(error).__name__}): {ANEW}")
     if sha256(content[:-32]).digest() != content[-32:]:
         sys.exit(
-            f"cannot use the checkpoint {path}: it is damaged, its checksum is not that of its content; {ANEW}"
+            f"cannot use the checkpoint {path}: it is damaged, "
+            f"its checksum is not that of its content; {ANEW}"
         )
     if changed := [
         f"{k} {saved.get(k)!r}, now {settings.get(k)!r}"
@@ -132,7 +143,8 @@ def load(path: Path, settings: dict[str, Any]) -> dict[str, Any] | None:
         if saved.get(k) != settings.get(k)
     ]:
         sys.exit(
-            f"the checkpoint {path} is of a run with other settings ({'; '.join(changed)}): repeat those; or {ANEW}"
+            f"the checkpoint {path} is of a run with other settings ({'; '.join(changed)}): "
+            f"repeat those; or {ANEW}"
         )
     return state
 
@@ -155,7 +167,7 @@ def resume(
     return state["epoch"]
 
 
-def keep(
+def save_epoch(
     path: Path,
     settings: dict[str, Any],
     learners: dict[str, Any],
@@ -168,6 +180,16 @@ def keep(
         {"settings": settings, "epoch": epoch, "chance": chance.get_state(), "learners": states},
         path,
     )
+
+
+def stop(
+    checkpoint: Path, complete: str = "the last whole epoch is", of: str = "epoch"
+) -> NoReturn:
+    """Ends an interrupted run, and says how to go on."""
+    saved = f"{complete} saved in {checkpoint}; the same command goes on from there"
+    nothing = f"no {of} is complete yet, nothing is saved"
+    print("\ninterrupted:", saved if checkpoint.exists() else nothing, file=sys.stderr)
+    sys.exit(130)
 
 
 def write(figure: Figure, path: Path) -> None:

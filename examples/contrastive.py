@@ -1,7 +1,7 @@
 """Handwritten digits told apart before anyone says what they are: two losses that compare vectors,
 from our formulas.
 
-1797 scans of 8 x 8 pixels (scikit-learn's load_digits), a fifth of them kept for the test. Two
+1797 scans of 8 x 8 pixels (scikit-learn's load_digits), of which a fifth is the test. Two
 encoders of one shape, 64 -> 256 -> 64:
 
 InfoNCE sees no label. Each digit is shown twice, shifted by up to one pixel and with noise, and its
@@ -16,9 +16,8 @@ class of their five nearest neighbours among the others, and of the class that a
 from them, given all labels or five of each class.
 
 Each epoch ends with a checkpoint. After Ctrl-C the same command goes on from the last one, to the
-very weights of a run that was not
-interrupted. A finished run leaves its weights and its picture, and no checkpoint: the same command
-then starts anew.
+very weights of a run that was not interrupted. A finished run leaves its weights and its
+picture, and no checkpoint: the same command then starts anew.
 """
 
 from __future__ import annotations
@@ -30,7 +29,7 @@ from typing import Any
 try:
     import numpy as np
     import torch
-    from common import keep, options, plt, resume, save, write
+    from common import options, plt, resume, save, save_epoch, stop, where, write
     from digits import data
     from sklearn.linear_model import LogisticRegression
     from sklearn.neighbors import KNeighborsClassifier
@@ -121,8 +120,6 @@ def train(learners: dict[str, Learner], x: Tensor, labels: Tensor, args: Namespa
         "epochs": args.epochs,
         "device": args.device,
         "backend": args.backend,
-    }
-    settings |= {
         "batch": BATCH,
         "rate": RATE,
         "temperature": TEMPERATURE,
@@ -130,9 +127,8 @@ def train(learners: dict[str, Learner], x: Tensor, labels: Tensor, args: Namespa
         "noise": NOISE,
         "torch": str(torch.__version__),
     }
-    chance = torch.Generator().manual_seed(
-        args.seed
-    )  # the only one left once the weights are drawn
+    # the only chance left once the weights are drawn
+    chance = torch.Generator().manual_seed(args.seed)
     done = resume(args.checkpoint, settings, learners, chance, args.epochs)
     batches = -(-len(x) // BATCH)
     with tqdm(
@@ -156,7 +152,7 @@ def train(learners: dict[str, Learner], x: Tensor, labels: Tensor, args: Namespa
                 bar.update()
             for name, learner in learners.items():
                 learner.history.append(torch.stack(losses[name]).mean().item())
-            keep(args.checkpoint, settings, learners, chance, epoch)
+            save_epoch(args.checkpoint, settings, learners, chance, epoch)
             bar.set_postfix_str(
                 ", ".join(
                     f"{name} {learner.history[-1]:.3f}" for name, learner in learners.items()
@@ -213,29 +209,18 @@ def draw(
 def main() -> None:
     args = options("contrastive", __doc__, epochs=60)
     args.checkpoint = args.out / "checkpoint.pt"
-    torch.set_num_threads(
-        1
-    )  # matrices this small gain nothing from a second thread, and lose much where the cores are busy
     torch.manual_seed(args.seed)
     x, test_x, labels, test_labels = data(args.seed, args.device)
     learners = learners_of(args.device)
     untrained = learners["InfoNCE"].represent
     spaces = {"pixels": (x, test_x), "untrained": (untrained(x), untrained(test_x))}
-    print(
-        f"{len(x)} digits to learn from, {len(test_x)} for the test; on {args.device}, backend {args.backend or 'by device'}"
-    )
+    print(f"{len(x)} digits to learn from, {len(test_x)} for the test; {where(args)}")
     for name, learner in learners.items():
         print(f"{name}: {learner.loss} of {learner.encoder}")
     try:
         train(learners, x, labels.cpu(), args)
     except KeyboardInterrupt:
-        kept = f"the last whole epoch is kept in {args.checkpoint}; the same command goes on from there"
-        print(
-            "\ninterrupted:",
-            kept if args.checkpoint.exists() else "no epoch is complete yet, nothing is kept",
-            file=sys.stderr,
-        )
-        sys.exit(130)
+        stop(args.checkpoint)
 
     spaces |= {
         name: (learner.represent(x), learner.represent(test_x))
@@ -248,18 +233,15 @@ def main() -> None:
     )
     print(f"wrote {args.out / 'weights.pt'}")
     args.checkpoint.unlink()
-    print(
-        f"{'test accuracy, %':18}{'neighbours':>12}{'probe':>12}{f'neighbours, {FEW} labels a class':>34}{'probe':>12}"
-    )
+    few = f"neighbours, {FEW} labels a class"
+    print(f"{'test accuracy, %':18}{'neighbours':>12}{'probe':>12}{few:>34}{'probe':>12}")
     accuracies = {}
     for name, (z, test_z) in spaces.items():
         accuracies[name] = judge(
             z.cpu().numpy(), labels.cpu().numpy(), test_z.cpu().numpy(), test_labels.cpu().numpy()
         )
-        all_neighbours, all_probe, few_neighbours, few_probe = (100 * a for a in accuracies[name])
-        print(
-            f"{name:18}{all_neighbours:12.2f}{all_probe:12.2f}{few_neighbours:34.2f}{few_probe:12.2f}"
-        )
+        neighbours, probe, few_neighbours, few_probe = (100 * a for a in accuracies[name])
+        print(f"{name:18}{neighbours:12.2f}{probe:12.2f}{few_neighbours:34.2f}{few_probe:12.2f}")
     told = ", ".join(
         f"{name} {100 * accuracies[name][1]:.2f} %" for name in ("InfoNCE", "triplet", "pixels")
     )

@@ -1,16 +1,15 @@
 """Handwritten digits, learned with our layers, loss and optimizer and with stock PyTorch's: one
 seed, one loop, the same batches.
 
-1797 scans of 8 x 8 pixels (scikit-learn's load_digits), a fifth of them kept for the test; 64 ->
-1024 -> 512 -> 10 units, ReLU, cross-entropy, SGD with momentum, float32. On a CPU both end with the
-same weights. Where sums are taken in another order (--backend formula, a GPU), training itself lets
+1797 scans of 8 x 8 pixels (scikit-learn's load_digits), of which a fifth is the test; 64 -> 1024 ->
+512 -> 10 units, ReLU, cross-entropy, SGD with momentum, float32. On a CPU both end with the same
+weights. Where sums are taken in another order (--backend formula, a GPU), training itself lets
 the rounding grow: a relative 1e-7 at the start becomes 1e-2 or more by the end, also of stock
 against stock.
 
 Each epoch ends with a checkpoint. After Ctrl-C the same command goes on from the last one, to the
-very weights of a run that was not
-interrupted. A finished run leaves its weights and its picture, and no checkpoint: the same command
-then starts anew.
+very weights of a run that was not interrupted. A finished run leaves its weights and its
+picture, and no checkpoint: the same command then starts anew.
 """
 
 from __future__ import annotations
@@ -23,7 +22,7 @@ from typing import Any
 
 try:
     import torch
-    from common import keep, options, plt, resume, save, write
+    from common import options, plt, resume, save, save_epoch, stop, where, write
     from sklearn.datasets import load_digits
     from sklearn.model_selection import train_test_split
     from torch import Tensor
@@ -62,15 +61,11 @@ class Learner:
         self, model: torch.nn.Module, loss: torch.nn.Module, sgd: type[torch.optim.SGD], device: str
     ) -> None:
         self.model, self.loss, self.device = model.to(device), loss, device
-        # fused=False: the roundings of a plain loop over the parameters, which is what stock does
-        # by default
+        # fused=False rounds as a plain loop over the parameters does, which is stock's default
         self.optimizer = sgd(self.model.parameters(), lr=RATE, momentum=MOMENTUM, fused=False)
         self.seconds = 0.0
-        self.history: dict[str, list[Any]] = {
-            "loss": [],
-            "accuracy": [],
-            "norms": [],
-        }  # one entry an epoch
+        # one entry an epoch
+        self.history: dict[str, list[Any]] = {"loss": [], "accuracy": [], "norms": []}
 
     def step(self, x: Tensor, y: Tensor) -> Tensor:
         """Forward, backward, update, timed. Returns the loss."""
@@ -123,16 +118,13 @@ def train(
         "epochs": args.epochs,
         "device": args.device,
         "backend": args.backend,
-    }
-    settings |= {
         "batch": BATCH,
         "rate": RATE,
         "momentum": MOMENTUM,
         "torch": str(torch.__version__),
     }
-    shuffle = torch.Generator().manual_seed(
-        args.seed
-    )  # the only chance left once the weights are drawn
+    # the only chance left once the weights are drawn
+    shuffle = torch.Generator().manual_seed(args.seed)
     done = resume(args.checkpoint, settings, learners, shuffle, args.epochs)
     batches = -(-len(x) // BATCH)
     with tqdm(
@@ -147,9 +139,8 @@ def train(
             norms: dict[str, list[Tensor]] = {name: [] for name in learners}
             for i, batch in enumerate(torch.randperm(len(x), generator=shuffle).split(BATCH)):
                 inputs, targets = x[batch.to(x.device)], y[batch.to(x.device)]
-                for name in sorted(
-                    learners, reverse=i % 2 == 0
-                ):  # they take turns in going first: neither gets the warmer cache
+                # they take turns in going first, so that neither gets the warmer cache
+                for name in sorted(learners, reverse=i % 2 == 0):
                     losses[name].append(learners[name].step(inputs, targets))
                     norms[name].append(learners[name].gradient_norms())
                 bar.update()
@@ -157,7 +148,7 @@ def train(
                 learner.history["loss"].append(torch.stack(losses[name]).mean().item())
                 learner.history["norms"].append(torch.stack(norms[name]).mean(dim=0).tolist())
                 learner.history["accuracy"].append(learner.accuracy(test_x, test_y))
-            keep(args.checkpoint, settings, learners, shuffle, epoch)
+            save_epoch(args.checkpoint, settings, learners, shuffle, epoch)
             bar.set_postfix_str(
                 ", ".join(
                     f"{name} {learner.history['accuracy'][-1]:.2%}"
@@ -217,9 +208,6 @@ def draw(learners: dict[str, Learner], args: Namespace) -> None:
 def main() -> None:
     args = options("digits", __doc__, epochs=30)
     args.checkpoint = args.out / "checkpoint.pt"
-    torch.set_num_threads(
-        1
-    )  # matrices this small gain nothing from a second thread, and lose much where the cores are busy
     parts = data(args.seed, args.device)
     learners = {}
     sides = {
@@ -230,21 +218,13 @@ def main() -> None:
         torch.manual_seed(args.seed)
         learners[name] = Learner(model(), loss, sgd, args.device)
     ours, stock = learners["ours"], learners["stock"]
-    print(
-        f"{len(parts[0])} digits to learn from, {len(parts[1])} for the test; on {args.device}, backend {args.backend or 'by device'}"
-    )
+    print(f"{len(parts[0])} digits to learn from, {len(parts[1])} for the test; {where(args)}")
     print(f"ours: {ours.model}\nstock: {stock.model}")
     memory = [step_memory(learner, parts[0][:BATCH], parts[2][:BATCH]) for learner in (ours, stock)]
     try:
         train(learners, parts, args)
     except KeyboardInterrupt:
-        kept = f"the last whole epoch is kept in {args.checkpoint}; the same command goes on from there"
-        print(
-            "\ninterrupted:",
-            kept if args.checkpoint.exists() else "no epoch is complete yet, nothing is kept",
-            file=sys.stderr,
-        )
-        sys.exit(130)
+        stop(args.checkpoint)
 
     draw(learners, args)
     save(
@@ -258,7 +238,8 @@ def main() -> None:
     print(f"largest difference of weights: {max((a - b).abs().max().item() for a, b in pairs):.1e}")
     print(f"time of all training steps: ours {ours.seconds:.2f} s, stock {stock.seconds:.2f} s")
     print(
-        f"peak memory of one step (tensors it allocates): ours {memory[0] / 1024:.0f} KiB, stock {memory[1] / 1024:.0f} KiB"
+        "peak memory of one step (tensors it allocates): "
+        f"ours {memory[0] / 1024:.0f} KiB, stock {memory[1] / 1024:.0f} KiB"
     )
     print(f"test accuracy: ours {accuracies[0]:.2f} %, stock {accuracies[1]:.2f} %")
 

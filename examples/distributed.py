@@ -1,7 +1,7 @@
 """Handwritten digits, learned by many processes with our layers and PyTorch's own engine.
 
-    torchrun --standalone --nproc-per-node 4 --max-restarts 2 examples/distributed.py --strategy
-    fsdp2
+    torchrun --standalone --nproc-per-node 4 --max-restarts 2 \\
+        examples/distributed.py --strategy fsdp2
 
 --strategy ddp: each rank holds the whole model, and gradients are averaged. fsdp2: each rank holds
 a part of every parameter, gradient and momentum. gloo on a CPU, NCCL on GPUs; without torchrun, one
@@ -11,11 +11,10 @@ for rounding.
 
 Every --interval steps the ranks write a checkpoint, each its own part, under a name that it bears
 only when it is whole. When a rank dies, torchrun's agent starts all of them again, and they go on
-from the last one; so does the same command after all have died, with any number
-of processes and either strategy. A finished run leaves its weights and its picture, and no
-checkpoint: the same command then starts anew. On several machines set
-TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1 (PyTorch issue 135712), and let --out be on a disk that all of
-them see.
+from the last one; so does the same command after all have died, with any number of processes and
+either strategy. A finished run leaves its weights and its picture, and no checkpoint: the same
+command then starts anew. On several machines set TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1 (PyTorch
+issue 135712), and let --out be on a disk that all of them see.
 """
 
 from __future__ import annotations
@@ -36,7 +35,7 @@ try:
     import torch
     import torch.distributed as dist
     import torch.distributed.checkpoint as dcp
-    from common import ANEW, options, plt, save, write
+    from common import ANEW, options, plt, save, stop, write
     from digits import MOMENTUM, RATE, data, our_model
     from torch import Tensor
     from torch.distributed.checkpoint.state_dict import (
@@ -108,7 +107,7 @@ def refuse(message: str) -> NoReturn:
 
 
 class Learner:
-    """The model in training: what a checkpoint keeps of it."""
+    """The model in training, and its checkpoints."""
 
     def __init__(self, model: torch.nn.Module, settings: dict[str, Any]) -> None:
         self.model, self.settings = model, settings
@@ -126,9 +125,8 @@ class Learner:
         for i, (inputs, targets) in enumerate(zip(*shares, strict=True)):
             with syncing(self.model, last=i == parts - 1):
                 loss = self.loss(self.model(inputs), targets) / len(x)
-                (
-                    loss * ranks
-                ).backward()  # the ranks' gradients are averaged, and the losses are parts of a sum
+                # the ranks' gradients are averaged, and the losses are parts of a sum
+                (loss * ranks).backward()
             total += loss.detach()
         self.optimizer.step()
         return total
@@ -176,10 +174,9 @@ class Learner:
             ):
                 raise ValueError("a checksum is not that of its file")
             dcp.load(state, checkpoint_id=checkpoint)
-        except Exception as error:  # what a damaged file makes of its reader
-            refuse(
-                f"cannot read the checkpoint {checkpoint} ({type(error).__name__}: {str(error).splitlines()[0]}): {ANEW}"
-            )
+        except Exception as error:  # whatever a damaged file makes the reader raise
+            why = f"{type(error).__name__}: {str(error).splitlines()[0]}"
+            refuse(f"cannot read the checkpoint {checkpoint} ({why}): {ANEW}")
         if state["settings"] != self.settings:
             given = f"the settings {state['settings']}, not {self.settings}"
             refuse(f"the checkpoint {checkpoint} is of a run with {given}: repeat those; or {ANEW}")
@@ -194,8 +191,8 @@ class Learner:
 
 
 def batches(count: int, seed: int, epochs: int) -> Iterator[Tensor]:
-    """The rows of each batch. Every epoch's order follows from its number: to go on at any step,
-    nothing must have been kept."""
+    """The rows of each batch. Every epoch's order follows from its number, so a run goes on at any
+    step without a saved order."""
     for epoch in range(epochs):
         yield from torch.randperm(
             count, generator=torch.Generator().manual_seed(seed + epoch)
@@ -237,15 +234,13 @@ def draw(losses: list[float], ranks: int, args: Namespace) -> None:
 
 
 def main() -> None:
-    with (
-        nullcontext() if os.environ.get("LOCAL_RANK", "0") == "0" else redirect_stderr(None)
-    ):  # one rank says what is wrong with them
+    # one rank says what is wrong with the options
+    with nullcontext() if os.environ.get("LOCAL_RANK", "0") == "0" else redirect_stderr(None):
         args = options(
             "distributed", __doc__, strategy=("ddp", "fsdp2"), epochs=20, interval=50, accumulate=2
         )
     args.checkpoints = args.out / "checkpoints"
     args.checkpoints.mkdir(exist_ok=True)
-    torch.set_num_threads(1)  # matrices this small gain nothing from a second thread
     if args.device == "cuda":
         torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", 0)))
     learn(args, join(args.device))
@@ -266,22 +261,15 @@ def learn(args: Namespace, mesh: DeviceMesh) -> None:
     }
     learner = Learner(spread(our_model(256, 128).to(args.device), args.strategy, mesh), settings)
     if first:
-        print(
-            f"{len(x)} digits to learn from; {args.strategy}, {mesh.size()} x {args.device}, {dist.get_backend()}",
-            flush=True,
-        )
+        run = f"{args.strategy}, {mesh.size()} x {args.device}, {dist.get_backend()}"
+        print(f"{len(x)} digits to learn from; {run}", flush=True)
     try:
         train(learner, x, y, args)
     except KeyboardInterrupt:
-        kept = max(args.checkpoints.glob("step-*"), default=None)
-        what = (
-            f"{kept} is kept; the same command goes on from there"
-            if kept
-            else "no checkpoint is complete yet, nothing is kept"
-        )
-        if first:
-            print(f"\ninterrupted: {what}", file=sys.stderr)
-        sys.exit(130)
+        if not first:
+            sys.exit(130)
+        last = max(args.checkpoints.glob("step-*"), default=args.checkpoints / "step")
+        stop(last, "the run is", of="checkpoint")
     accuracy = learner.accuracy(test_x, test_y)
     weights = get_model_state_dict(
         learner.model, options=StateDictOptions(full_state_dict=True, cpu_offload=True)
@@ -292,17 +280,16 @@ def learn(args: Namespace, mesh: DeviceMesh) -> None:
         print(f"wrote {args.out / 'weights.pt'}")
         shutil.rmtree(args.checkpoints)
         print(f"test accuracy: {100 * accuracy:.2f} %, last loss {learner.losses[-1]:.6f}")
-    dist.barrier()  # torchrun ends all ranks when one dies, and none may while the first still writes
+    dist.barrier()  # no rank may leave while the first one writes: torchrun would end them all
 
 
 def run(program: Callable[[], None]) -> NoReturn:
     """``program``, and the end of the process, without that of the interpreter.
 
-    What still refers to a group keeps gloo's threads alive beyond ``destroy_process_group``:
-    DTensor's caches do, and so does a failed run.
-    Such a thread that lets go of a tensor while the interpreter ends aborts the process: "terminate
-    called without an active exception" (PyTorch issue 190489). After a failure the group is not
-    even destroyed, since that may wait for ranks that are gone.
+    What still refers to a group, as DTensor's caches and a failed run do, lets gloo's threads live
+    on after ``destroy_process_group``. Such a thread that lets go of a tensor while the interpreter
+    ends aborts the process: "terminate called without an active exception" (PyTorch issue 190489).
+    After a failure the group is not even destroyed, since that may wait for ranks that are gone.
     """
     code: Any = 0
     try:

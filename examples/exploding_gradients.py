@@ -1,4 +1,4 @@
-"""A recurrent loop whose gradient explodes, and three ways to hold it: by its norm, value by value,
+"""A recurrent loop whose gradient explodes, and three ways to clip it: by its norm, value by value,
 and by the weights.
 
 The digits are read two pixels at a time, 32 times through the same layer:
@@ -10,7 +10,7 @@ about as much, the 32 of them some thousandfold, and one step of descent throws 
 Clipping the norm, g <- g min(1, c / ‖g‖), keeps the direction; clipping values, g_i <- min(max(g_i,
 -c), c), does not; clipping weights bounds W itself, and with it every power of it.
 
-Each way that is complete is kept: after Ctrl-C the same command goes on with the next.
+Each run that is complete is saved: after Ctrl-C the same command goes on with the next.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from typing import Any
 
 try:
     import torch
-    from common import options, plt, write
+    from common import options, plt, where, write
     from digits import data
     from torch import Tensor
     from tqdm import tqdm  # noqa: F401
@@ -149,11 +149,8 @@ def draw(
 def main() -> None:
     args = options("exploding_gradients", __doc__, epochs=15)
     args.checkpoint = args.out / "checkpoint.pt"
-    torch.set_num_threads(1)  # matrices this small gain nothing from a second thread
     parts = data(args.seed, args.device)
-    print(
-        f"{len(WAYS)} ways, {args.epochs} epochs each; on {args.device}, backend {args.backend or 'by device'}"
-    )
+    print(f"{len(WAYS)} ways, {args.epochs} epochs each; {where(args)}")
     results = in_turn(
         list(WAYS), args.epochs, lambda name, tick: learn(name, parts, args, tick), args
     )
@@ -161,12 +158,12 @@ def main() -> None:
     monitors = {name: seen(Loop(), results[name]) for name in WAYS}
     back = through_time(parts[0][:BATCH], parts[2][:BATCH], args.seed)
     draw(back, monitors, results, args)
-    lines = [
-        f"{'':18}{'largest norm':>14}{'last norm':>12}{'last loss':>12}  {'test accuracy':>13}  verdicts of the monitor"
-    ]
+    head = f"{'':18}{'largest norm':>14}{'last norm':>12}{'last loss':>12}  {'test accuracy':>13}"
+    lines = [f"{head}  verdicts of the monitor"]
     for name, monitor in monitors.items():
         norms = [r.norm for r in monitor.history]
-        row = f"{name:18}{max(n for n in norms if n == n):14.1e}{norms[-1]:12.1e}{results[name]['losses'][-1]:12.2e}"
+        largest, last_loss = max(n for n in norms if n == n), results[name]["losses"][-1]
+        row = f"{name:18}{largest:14.1e}{norms[-1]:12.1e}{last_loss:12.2e}"
         lines.append(f"{row}  {results[name]['accuracy']:13.2%}  {kinds(list(monitor.history))}")
     print("\n".join(lines))
     (args.out / "table.txt").write_text("\n".join(lines) + "\n", encoding="utf-8")

@@ -10,7 +10,7 @@ start from small weights (deviation 0.05), from Xavier's (1/√n), from Kaiming'
 LSUV's (unit variance measured layer by layer), and from small weights with batch normalisation, or
 with the gradient's norm clipped to 1.
 
-Each network that is complete is kept: after Ctrl-C the same command goes on with the next. A
+Each network that is complete is saved: after Ctrl-C the same command goes on with the next. A
 finished run leaves its picture and its table, and no checkpoint.
 """
 
@@ -23,7 +23,7 @@ from typing import Any
 
 try:
     import torch
-    from common import load, options, plt, save, write
+    from common import load, options, plt, save, stop, where, write
     from digits import data
     from torch import Tensor
     from tqdm import tqdm
@@ -103,8 +103,8 @@ def in_turn(
     args: Namespace,
     **more: Any,
 ) -> dict[str, Result]:
-    """The result of each run by name, of those complete from the checkpoint. ``run`` ticks
-    ``ticks`` times."""
+    """The result of each run by name; those that are complete come from the checkpoint. ``run``
+    ticks ``ticks`` times."""
     settings = (
         {k: v for k, v in vars(args).items() if k not in ("out", "checkpoint")}
         | more
@@ -126,13 +126,7 @@ def in_turn(
                 results[name] = run(name, bar.update)
                 save({"settings": settings, "results": results}, args.checkpoint)
     except KeyboardInterrupt:
-        kept = f"{len(results)} of {len(names)} are complete and kept in {args.checkpoint}; the same command goes on from there"
-        print(
-            "\ninterrupted:",
-            kept if args.checkpoint.exists() else "none is complete yet, nothing is kept",
-            file=sys.stderr,
-        )
-        sys.exit(130)
+        stop(args.checkpoint, f"{len(results)} of {len(names)} are complete and", of="run")
     return results
 
 
@@ -165,27 +159,24 @@ def draw(monitors: dict[str, GradientMonitor], results: dict[str, Result], args:
 def main() -> None:
     args = options("vanishing_gradients", __doc__, epochs=12, depth=20)
     args.checkpoint = args.out / "checkpoint.pt"
-    torch.set_num_threads(1)  # matrices this small gain nothing from a second thread
     x, test_x, y, test_y = data(args.seed, args.device)
-    mean, deviation = (
-        x.mean(),
-        x.std(),
-    )  # the start of every method but the small ones counts on inputs of unit variance
+    # every start but the small ones counts on inputs of unit variance
+    mean, deviation = x.mean(), x.std()
     parts = (x - mean) / deviation, (test_x - mean) / deviation, y, test_y
-    ways = {
+    networks = {
         f"{activation}, {start}": (activation, start)
         for activation in ACTIVATIONS
         for start in STARTS
     }
-    print(
-        f"{len(ways)} networks of {args.depth} layers, {args.epochs} epochs each; on {args.device}, backend {args.backend or 'by device'}"
-    )
-    results = in_turn(
-        list(ways), args.epochs, lambda name, tick: learn(*ways[name], parts, args, tick), args
-    )
+    print(f"{len(networks)} networks of {args.depth} layers, {args.epochs} epochs; {where(args)}")
 
+    def run(name: str, tick: Callable[[], object]) -> Result:
+        return learn(*networks[name], parts, args, tick)
+
+    results = in_turn(list(networks), args.epochs, run, args)
     monitors = {
-        name: seen(network(*way, args.depth, parts[0]), results[name]) for name, way in ways.items()
+        name: seen(network(*kind, args.depth, parts[0]), results[name])
+        for name, kind in networks.items()
     }
     draw(monitors, results, args)
     lines = [
@@ -195,13 +186,14 @@ def main() -> None:
     lines[1] += f"  {'accuracy':>8}  verdicts of the monitor"
     for name, monitor in monitors.items():
         _, _, (first, *_, last) = monitor.norms()
-        row = f"{name:24}{first[0]:14.1e}{first[-1]:14.1e}{last[-1]:12.1e}  {results[name]['accuracy']:8.2%}"
-        lines.append(f"{row}  {kinds(list(monitor.history))}")
+        accuracy, verdicts = results[name]["accuracy"], kinds(list(monitor.history))
+        row = f"{name:24}{first[0]:14.1e}{first[-1]:14.1e}{last[-1]:12.1e}"
+        lines.append(f"{row}  {accuracy:8.2%}  {verdicts}")
     print("\n".join(lines))
     (args.out / "table.txt").write_text("\n".join(lines) + "\n", encoding="utf-8")
     print(f"wrote {args.out / 'table.txt'}")
     args.checkpoint.unlink()
-    trained = [name for name in ways if results[name]["accuracy"] >= TRAINS]
+    trained = [name for name in networks if results[name]["accuracy"] >= TRAINS]
     print(f"trains the digits ({TRAINS:.0%} and more): {'; '.join(trained) or 'none'}")
 
 

@@ -132,9 +132,9 @@ def test_an_interrupt_is_told_in_one_line(example, monkeypatch, tmp_path, capsys
         return steps.append(1) or step(*args)
 
     monkeypatch.setattr(module.Learner, "step", interrupted)
-    for interval, kept in (
+    for interval, said in (
         (2, "no checkpoint is complete yet"),
-        (1, f"{tmp_path / 'checkpoints' / 'step-000001'} is kept"),
+        (1, f"the run is saved in {tmp_path / 'checkpoints' / 'step-000001'}"),
     ):
         try:
             with pytest.raises(SystemExit) as error:
@@ -142,7 +142,7 @@ def test_an_interrupt_is_told_in_one_line(example, monkeypatch, tmp_path, capsys
         finally:
             dist.destroy_process_group()
         assert error.value.code == 130
-        assert f"interrupted: {kept}" in capsys.readouterr().err.splitlines()[-1]
+        assert f"interrupted: {said}" in capsys.readouterr().err.splitlines()[-1]
 
 
 @pytest.mark.parametrize(

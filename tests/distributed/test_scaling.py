@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import json
 import math
 
 import pytest
+from conftest import python
 
-ranks = pytest.importorskip("benchmarks.scaling_ranks")
+from benchmarks import scaling_ranks as ranks
 
 SIZES = ranks.FITTED
 
@@ -57,6 +59,29 @@ def test_what_a_step_sends():
     assert ranks.communication("tensor", links, 2) == pytest.approx(
         (ranks.LAYERS - 1) * 4 * ranks.ROWS * ranks.WIDTH
     )
+
+
+MEASURES = """
+import sys
+from torch.multiprocessing import start_processes
+from benchmarks import scaling_ranks as ranks
+ranks.FITTED, ranks.CHECKED, ranks.ROWS, ranks.ALL_TURNS = (64,), (128,), 8, 0
+ranks.TURN = 1e-4
+start_processes(ranks.measure, (2, sys.argv[1]), nprocs=2, start_method="fork")
+"""
+
+
+def test_two_processes_measure_each_collective_and_each_strategy(tmp_path):
+    python(MEASURES.replace("sys.argv[1]", repr(str(tmp_path))))
+    found = json.loads((tmp_path / "2.json").read_text())
+    names = {"all_reduce", "all_gather", "reduce_scatter"}
+    assert {size: set(times) for size, times in found["collectives"].items()} == {
+        "64": names,
+        "128": names,
+    }
+    for times in (*found["collectives"].values(), found["compute"], found["step"]):
+        assert all(0 < t < 60 for t in times.values())
+    assert found["step"].keys() == found["compute"].keys() == {"ddp", "fsdp2", "tensor"}
 
 
 def test_the_table_of_many_gpus_has_a_row_for_each_size():

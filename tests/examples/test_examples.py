@@ -4,10 +4,8 @@ from __future__ import annotations
 
 import os
 import re
-import signal
 import subprocess
 import sys
-import time
 from pathlib import Path
 
 import pytest
@@ -42,10 +40,6 @@ def run(name, *options, cwd):
     )
     assert done.returncode == 0, done.stderr
     return done
-
-
-def _interrupt():
-    raise KeyboardInterrupt
 
 
 def rows(text):
@@ -133,33 +127,37 @@ def test_digits(tmp_path, example):
     )
 
 
+#: examples/digits.py, which sends itself the signal of Ctrl-C within its third epoch
+INTERRUPTED = """
+import os, signal, sys
+signal.signal(signal.SIGINT, signal.default_int_handler)  # the parent may ignore it
+import digits
+step, steps = digits.Learner.step, []
+def interrupted(*args):
+    steps.append(1)
+    if len(steps) == 60:
+        os.kill(os.getpid(), signal.SIGINT)
+    return step(*args)
+digits.Learner.step = interrupted
+digits.main()
+"""
+
+
 def test_an_interrupted_run_goes_on_to_the_same_bits(tmp_path, example):
     options = ("--epochs", 6, "--seed", 3, "--device", "cpu", "--out")
-    handler = signal.signal(
-        signal.SIGINT, signal.default_int_handler
-    )  # a child of a process that ignores it would ignore it too
-    try:
-        child = subprocess.Popen(
-            command("digits", *options, tmp_path / "stopped"),
-            env=environment(),
-            stdout=subprocess.DEVNULL,
-            stderr=subprocess.PIPE,
-            text=True,
-        )
-    finally:
-        signal.signal(signal.SIGINT, handler)
-    checkpoint = tmp_path / "stopped" / "checkpoint.pt"
-    with child:
-        while not checkpoint.exists() and child.poll() is None:
-            time.sleep(0.005)
-        child.send_signal(signal.SIGINT)
-        _, stderr = child.communicate(timeout=60)
-    assert child.returncode == 130, stderr
-    assert "the same command goes on" in stderr
-    assert 1 <= torch.load(checkpoint)["epoch"] < 6
-    assert (
-        "going on after epoch" in run("digits", *options, tmp_path / "stopped", cwd=tmp_path).stdout
+    stopped = subprocess.run(
+        [sys.executable, "-c", INTERRUPTED, *map(str, options), tmp_path / "stopped"],
+        cwd=EXAMPLES,
+        env=environment(),
+        capture_output=True,
+        text=True,
+        check=False,
     )
+    assert stopped.returncode == 130, stopped.stderr
+    assert "the same command goes on" in stopped.stderr
+    assert torch.load(tmp_path / "stopped" / "checkpoint.pt")["epoch"] == 2
+    resumed = run("digits", *options, tmp_path / "stopped", cwd=tmp_path)
+    assert "going on after epoch 2 of 6" in resumed.stdout
 
     _, main = example("digits")
     main(*options, tmp_path / "whole")
@@ -184,7 +182,8 @@ def test_digits_by_formula(example, capsys):
         ([1], "cannot read the checkpoint"),
         (
             {"settings": {"seed": 5, "depth": 7}},
-            r"other settings \(seed 5, now 0; epochs None, now 2;.*; depth 7, now None\): repeat those",
+            r"other settings \(seed 5, now 0; epochs None, now 2;.*; depth 7, now None\): "
+            "repeat those",
         ),
     ],
 )
@@ -221,16 +220,15 @@ def test_a_damaged_checkpoint_is_noticed_wherever_the_damage_is(example, tmp_pat
 def test_digits_does_not_go_on_from_damaged_weights(damage, example, monkeypatch, tmp_path):
     module, main = example("digits")
     path, after = tmp_path / "checkpoint.pt", []
-    monkeypatch.setattr(
-        module,
-        "keep",
-        lambda *args: (
-            common_keep(*args),
-            after.append(1),
-            _interrupt() if len(after) == 1 else None,
-        ),
-    )
-    common_keep = example("common")[0].keep
+
+    def save_and_interrupt(*args):
+        save_epoch(*args)
+        after.append(1)
+        if len(after) == 1:
+            raise KeyboardInterrupt
+
+    save_epoch = module.save_epoch
+    monkeypatch.setattr(module, "save_epoch", save_and_interrupt)
     with pytest.raises(SystemExit):
         main("--epochs", 2)
     content = bytearray(path.read_bytes())

@@ -60,7 +60,8 @@ def test_autoencoder(example, tmp_path, capsys, monkeypatch):
     out = capsys.readouterr().out
     assert "the linear codes do not span PCA's spaces to 1e-3 after 2 epochs" in out
     assert re.search(
-        r"normalised mutual information: 0\.\d{3} \(\w+ \d+\), scikit-learn's KMeans on raw pixels 0\.7\d\d$",
+        r"normalised mutual information: 0\.\d{3} \(\w+ \d+\), "
+        r"scikit-learn's KMeans on raw pixels 0\.7\d\d$",
         out.strip(),
     )
     for name in ("codes.png", "reconstructions.png"):
@@ -76,7 +77,8 @@ def test_contrastive(example, tmp_path, capsys):
     main("--epochs", 8)
     out = capsys.readouterr().out
     match = re.search(
-        r"test accuracy of a linear probe: InfoNCE (\d+\.\d\d) %, triplet (\d+\.\d\d) %, pixels (\d+\.\d\d) %$",
+        r"test accuracy of a linear probe: "
+        r"InfoNCE (\d+\.\d\d) %, triplet (\d+\.\d\d) %, pixels (\d+\.\d\d) %$",
         out.strip(),
     )
     assert match, out
