@@ -14,7 +14,7 @@ from typing import Any
 import torch
 
 from custom_backprop import optim
-from custom_backprop.optim.lion import _Loop
+from custom_backprop.optim.lion import PlainLion
 
 from .measure import compare
 from .report import machine_of
@@ -82,7 +82,7 @@ def main() -> int:
                 ):
                     cells.append("")
                     continue
-                stock = _Loop if name == "Lion" else getattr(torch.optim, name)
+                stock = PlainLion if name == "Lion" else getattr(torch.optim, name)
                 result = compare(
                     ours,
                     stepper(stock, shapes, args.device, **kwargs, **flags),

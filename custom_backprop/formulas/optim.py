@@ -6,7 +6,8 @@ laid end to end. Names and defaults are torch.optim's. In all of them γ is the 
 λ is ``weight_decay``, and under ``maximize`` g stands for -g. Three operations are common to them:
 
     weight decay, coupled     g ← g + λ θ           the gradient of ½ λ ‖θ‖² is added to g
-    weight decay, decoupled   θ ← θ - γ λ θ         θ shrinks apart from g (Loshchilov & Hutter, "Decoupled weight decay", 2019)
+    weight decay, decoupled   θ ← θ - γ λ θ         θ shrinks apart from g (Loshchilov & Hutter,
+                                                    "Decoupled weight decay", 2019)
     a running average         m ← β m + (1 - β) g   of the last 1 / (1 - β) gradients, about
 """
 

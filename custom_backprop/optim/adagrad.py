@@ -10,16 +10,14 @@ from torch import Tensor
 from ..formulas import optim as formulas
 from .bucket import Bucket
 from .optimizer import Group, MultiTensor
+from .rule import Rule
 
 
 class Adagrad(MultiTensor, torch.optim.Adagrad):
     """:class:`torch.optim.Adagrad`, a step for all parameters at once."""
 
     _torch = torch.optim.Adagrad
-    _rule = "adagrad"
-    _formula = formulas.adagrad
-    _state_names = ("sum", "step")
-    _slots = ("sum",)
+    _rule = Rule("adagrad", formulas.adagrad, states=("sum", "step"))
 
     def _aten(
         self,
@@ -30,7 +28,4 @@ class Adagrad(MultiTensor, torch.optim.Adagrad):
         factor: float,
     ) -> None:
         for run, params, d, states in bucket.scaled(grads, factor):
-            run(
-                torch._fused_adagrad_, params, d, states["sum"], states["step"], lr=hyper["lr"], lr_decay=hyper["lr_decay"],
-                weight_decay=hyper["weight_decay"], eps=hyper["eps"], maximize=hyper["maximize"],
-            )  # fmt: skip
+            run(torch._fused_adagrad_, params, d, states["sum"], states["step"], **hyper)

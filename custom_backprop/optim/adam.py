@@ -10,13 +10,11 @@ from torch import Tensor
 from ..formulas import optim as formulas
 from .bucket import Bucket
 from .optimizer import Group, MultiTensor
+from .rule import Rule
 
 
 class _Adam(MultiTensor):
-    _rule = "adam"
-    _formula = formulas.adam
-    _state_names = ("exp_avg", "exp_avg_sq", "max_exp_avg_sq", "step")
-    _slots = ("exp_avg", "exp_avg_sq", "max_exp_avg_sq")
+    _rule = Rule("adam", formulas.adam, states=("exp_avg", "exp_avg_sq", "max_exp_avg_sq", "step"))
 
     def _aten(
         self,
@@ -26,13 +24,13 @@ class _Adam(MultiTensor):
         hyper: dict[str, Any],
         factor: float,
     ) -> None:
+        same = {name: hyper[name] for name in ("lr", "weight_decay", "eps", "amsgrad", "maximize")}
         beta1, beta2 = hyper["betas"]
         kernel = torch._fused_adamw_ if hyper["decoupled_weight_decay"] else torch._fused_adam_
         for run, params, d, states in bucket.scaled(grads, factor):
             run(
-                kernel, params, d, states["exp_avg"], states["exp_avg_sq"], states.get("max_exp_avg_sq", []), states["step"],
-                amsgrad=hyper["amsgrad"], lr=hyper["lr"], beta1=beta1, beta2=beta2, weight_decay=hyper["weight_decay"], eps=hyper["eps"],
-                maximize=hyper["maximize"],
+                kernel, params, d, states["exp_avg"], states["exp_avg_sq"],
+                states.get("max_exp_avg_sq", []), states["step"], beta1=beta1, beta2=beta2, **same,
             )  # fmt: skip
 
 

@@ -13,10 +13,11 @@ from torch.optim.optimizer import ParamsT
 from ..formulas import optim as formulas
 from .bucket import Bucket
 from .optimizer import Group, MultiTensor
+from .rule import Rule
 
 
-class _Loop(Optimizer):
-    """Lion one parameter at a time, in the manner of torch.optim: what it would be there."""
+class PlainLion(Optimizer):
+    """Lion one parameter at a time, as it would be in torch.optim."""
 
     def __init__(
         self,
@@ -80,14 +81,14 @@ class _Loop(Optimizer):
         return loss
 
 
-class Lion(MultiTensor, _Loop):
+class Lion(MultiTensor, PlainLion):
     """Lion: every coordinate moves by the learning rate in the direction of a sign
     (:func:`custom_backprop.formulas.optim.lion`).
 
     Args:
         params: parameters or groups of them, as in torch.optim.
         lr: γ; 3 to 10 times smaller than AdamW's.
-        betas: β₁ of the average that is stepped by, β₂ of the one that is kept.
+        betas: β₁ of the average that is stepped by, β₂ of the one that is remembered.
         weight_decay: λ, decoupled; as many times larger than AdamW's as γ is smaller.
         maximize: the objective is maximized.
         differentiable: autograd follows the step.
@@ -96,10 +97,8 @@ class Lion(MultiTensor, _Loop):
         ValueError: ``lr`` or ``weight_decay`` is negative, or a β is outside [0, 1).
     """
 
-    _torch = _Loop
-    _rule = "lion"
-    _formula = formulas.lion
-    _state_names = _slots = _adjacent = ("exp_avg",)
+    _torch = PlainLion
+    _rule = Rule("lion", formulas.lion, states=("exp_avg",), packed=("exp_avg",))
 
     def _aten(
         self,
@@ -112,10 +111,8 @@ class Lion(MultiTensor, _Loop):
         beta1, beta2 = hyper["betas"]
         factor = -factor if hyper["maximize"] else factor
         for piece in bucket.pieces:
-            d, (out, c) = piece.joined(grads), piece.scratch
-            if factor != 1:
-                d = torch.mul(d, factor, out=out)
-            m = piece.homes["exp_avg"]
+            d, (out, c) = piece.direction(grads, factor), piece.scratch
+            m = piece.whole["exp_avg"]
             torch.lerp(m, d, 1 - beta1, out=c)
             m.lerp_(d, 1 - beta2)
             piece.subtract(torch.sign(c, out=out), hyper["lr"], hyper["weight_decay"])

@@ -10,16 +10,16 @@ from torch import Tensor
 from ..formulas import optim as formulas
 from .bucket import Bucket
 from .optimizer import Group, MultiTensor
+from .rule import Rule
+
+_STATES = ("square_avg", "momentum_buffer", "grad_avg")
 
 
 class RMSprop(MultiTensor, torch.optim.RMSprop):
     """:class:`torch.optim.RMSprop`, a step for all parameters at once."""
 
     _torch = torch.optim.RMSprop
-    _rule = "rmsprop"
-    _formula = formulas.rmsprop
-    _state_names = ("square_avg", "momentum_buffer", "grad_avg", "step")
-    _slots = _adjacent = ("square_avg", "momentum_buffer", "grad_avg")
+    _rule = Rule("rmsprop", formulas.rmsprop, states=(*_STATES, "step"), packed=_STATES)
 
     def _aten(
         self,
@@ -29,26 +29,19 @@ class RMSprop(MultiTensor, torch.optim.RMSprop):
         hyper: dict[str, Any],
         factor: float,
     ) -> None:
-        lr, alpha, weight_decay, momentum = (
-            hyper["lr"],
-            hyper["alpha"],
-            hyper["weight_decay"],
-            hyper["momentum"],
-        )
+        lr, eps, momentum, alpha = hyper["lr"], hyper["eps"], hyper["momentum"], hyper["alpha"]
         factor = -factor if hyper["maximize"] else factor
         for piece in bucket.pieces:
-            d, (out, root) = piece.joined(grads), piece.scratch
-            if factor != 1:
-                d = torch.mul(d, factor, out=out)
-            if weight_decay:
-                d = torch.add(d, piece.joined(bucket.flats, 1), alpha=weight_decay, out=out)
-            v = piece.homes["square_avg"].mul_(alpha).addcmul_(d, d, value=1 - alpha)
+            d, (out, root) = piece.direction(grads, factor), piece.scratch
+            if decay := hyper["weight_decay"]:
+                d = torch.add(d, piece.joined(bucket.updated, 1), alpha=decay, out=out)
+            v = piece.whole["square_avg"].mul_(alpha).addcmul_(d, d, value=1 - alpha)
             if hyper["centered"]:
-                a = piece.homes["grad_avg"].lerp_(d, 1 - alpha)
-                torch.addcmul(v, a, a, value=-1, out=root).sqrt_().add_(hyper["eps"])
+                a = piece.whole["grad_avg"].lerp_(d, 1 - alpha)
+                torch.addcmul(v, a, a, value=-1, out=root).sqrt_().add_(eps)
             else:
-                torch.sqrt(v, out=root).add_(hyper["eps"])
+                torch.sqrt(v, out=root).add_(eps)
             if momentum > 0:
-                piece.subtract(piece.homes["momentum_buffer"].mul_(momentum).addcdiv_(d, root), lr)
+                piece.subtract(piece.whole["momentum_buffer"].mul_(momentum).addcdiv_(d, root), lr)
             else:
                 piece.subtract(torch.div(d, root, out=out), lr)

@@ -8,9 +8,13 @@ import torch
 from torch import Tensor
 
 from ..formulas import optim as formulas
-from .bucket import MANY, Bucket
+from .bucket import Bucket
 from .optimizer import Group, MultiTensor
+from .pieces import MANY
+from .rule import Rule
 from .threads import by_one_thread
+
+_WIDE = (torch.float32, torch.float64)
 
 
 class SGD(MultiTensor, torch.optim.SGD):
@@ -22,9 +26,7 @@ class SGD(MultiTensor, torch.optim.SGD):
     """
 
     _torch = torch.optim.SGD
-    _rule = "sgd"
-    _formula = formulas.sgd
-    _state_names = _slots = _adjacent = ("momentum_buffer",)
+    _rule = Rule("sgd", formulas.sgd, states=("momentum_buffer",), packed=("momentum_buffer",))
 
     def _aten(
         self,
@@ -34,78 +36,58 @@ class SGD(MultiTensor, torch.optim.SGD):
         hyper: dict[str, Any],
         factor: float,
     ) -> None:
-        lr, weight_decay, momentum, maximize = (
-            hyper["lr"],
-            hyper["weight_decay"],
-            hyper["momentum"],
-            hyper["maximize"],
-        )
-        dampening, nesterov = hyper["dampening"], hyper["nesterov"]
-        same: dict[str, Any] = {
-            "weight_decay": weight_decay,
-            "lr": lr,
-            "nesterov": nesterov,
-            "maximize": maximize,
-        }
-        wide = bucket.flats_dtype in (
-            torch.float32,
-            torch.float64,
-        )  # in half precision the kernel's other sums differ too
-        if wide and not (momentum or weight_decay):  # all of torch's variants give the same bits
-            for run, *lists, _ in bucket.scaled(grads, factor):
-                if run is by_one_thread and len(lists[0]) >= MANY:
-                    run(
-                        torch._fused_sgd_,
-                        *lists,
-                        [],
-                        momentum=0.0,
-                        dampening=0.0,
-                        is_first_step=False,
-                        **same,
-                    )
-                else:
-                    torch._foreach_add_(*lists, alpha=lr if maximize else -lr)
-            return
-        if group["fused"] is not False:
-            for run, *lists, states in bucket.scaled(grads, factor):
+        momentum, wide = hyper["momentum"], bucket.updated_dtype in _WIDE
+        # in half precision the fused kernel and the loop differ even without these
+        if wide and not (momentum or hyper["weight_decay"]):
+            _without_state(bucket, grads, hyper, factor)
+        elif group["fused"] is not False:
+            for run, params, d, states in bucket.scaled(grads, factor):
                 buffers = states["momentum_buffer"] if momentum else []
-                run(
-                    torch._fused_sgd_,
-                    *lists,
-                    buffers,
-                    momentum=momentum,
-                    dampening=dampening,
-                    is_first_step=bucket.fresh,
-                    **same,
-                )
-            return
-        if wide and factor == 1 and not (momentum and (dampening or nesterov)):
-            for piece in bucket.pieces:  # μ b by itself, and then the kernel adds d
-                buffers = piece.states["momentum_buffer"] if momentum else []
-                if momentum and not bucket.fresh:
-                    piece.homes["momentum_buffer"].mul_(momentum)
-                once: dict[str, Any] = {
-                    "momentum": 1.0 if momentum else 0.0,
-                    "dampening": 0.0,
-                    "is_first_step": bucket.fresh,
-                }
-                piece.run(
-                    torch._fused_sgd_, piece.params, piece.part(grads), buffers, **once, **same
-                )
-            return
-        for piece in bucket.pieces:
-            d, out = piece.joined(grads), piece.scratch[0]
-            if factor != 1:
-                d = torch.mul(d, factor, out=out)
-            if maximize:
-                d = torch.neg(d, out=out)
-            if weight_decay:
-                d = torch.add(d, piece.joined(bucket.flats, 1), alpha=weight_decay, out=out)
-            if momentum:
-                b = piece.homes["momentum_buffer"]
-                if bucket.fresh:
-                    b.copy_(d)
-                else:
-                    b.mul_(momentum).add_(d, alpha=1 - dampening)
-                d = torch.add(d, b, alpha=momentum, out=out) if nesterov else b
-            piece.subtract(d, lr)
+                run(torch._fused_sgd_, params, d, buffers, is_first_step=bucket.fresh, **hyper)
+        elif wide and factor == 1 and not (momentum and (hyper["dampening"] or hyper["nesterov"])):
+            _loop_by_kernel(bucket, grads, hyper)
+        else:
+            _loop(bucket, grads, hyper, factor)
+
+
+def _without_state(
+    bucket: Bucket, grads: list[Tensor], hyper: dict[str, Any], factor: float
+) -> None:
+    """θ -= γ g: all of torch's variants give the same bits."""
+    alpha = hyper["lr"] if hyper["maximize"] else -hyper["lr"]
+    for run, params, d, _ in bucket.scaled(grads, factor):
+        if run is by_one_thread and len(params) >= MANY:
+            run(torch._fused_sgd_, params, d, [], is_first_step=False, **hyper)
+        else:
+            torch._foreach_add_(params, d, alpha=alpha)
+
+
+def _loop_by_kernel(bucket: Bucket, grads: list[Tensor], hyper: dict[str, Any]) -> None:
+    """The bits of torch's loop: μ b by itself, and then the kernel adds d."""
+    momentum = hyper["momentum"]
+    once = {**hyper, "momentum": 1.0 if momentum else 0.0, "dampening": 0.0}
+    for piece in bucket.pieces:
+        buffers = piece.states["momentum_buffer"] if momentum else []
+        if momentum and not bucket.fresh:
+            piece.whole["momentum_buffer"].mul_(momentum)
+        piece.run(
+            torch._fused_sgd_, piece.params, piece.of(grads), buffers,
+            is_first_step=bucket.fresh, **once,
+        )  # fmt: skip
+
+
+def _loop(bucket: Bucket, grads: list[Tensor], hyper: dict[str, Any], factor: float) -> None:
+    """The bits of torch's loop, operator by operator."""
+    factor = -factor if hyper["maximize"] else factor
+    for piece in bucket.pieces:
+        d, out = piece.direction(grads, factor), piece.scratch[0]
+        if decay := hyper["weight_decay"]:
+            d = torch.add(d, piece.joined(bucket.updated, 1), alpha=decay, out=out)
+        if momentum := hyper["momentum"]:
+            b = piece.whole["momentum_buffer"]
+            if bucket.fresh:
+                b.copy_(d)
+            else:
+                b.mul_(momentum).add_(d, alpha=1 - hyper["dampening"])
+            d = torch.add(d, b, alpha=momentum, out=out) if hyper["nesterov"] else b
+        piece.subtract(d, hyper["lr"])

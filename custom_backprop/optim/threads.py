@@ -1,8 +1,8 @@
 """Small tensors without threads.
 
-ATen's fused kernels walk through a list of tensors, and share out each of them to all threads,
-however small. To meet again costs the
-threads some 2 us a tensor: as long as one of them takes for a few thousand elements by itself.
+ATen's fused kernels walk through a list of tensors and share out each of them to all threads,
+however small. For the threads to meet again takes some 2 us a tensor: as long as one of them takes
+for a few thousand elements by itself.
 """
 
 from __future__ import annotations
@@ -27,10 +27,10 @@ def by_all_threads(kernel: Callable[..., Any], *args: Any, **kwargs: Any) -> Non
 
 
 def by_one_thread(kernel: Callable[..., Any], *args: Any, **kwargs: Any) -> None:
-    """Calls one of ATen's kernels so that it shares nothing out. The number is the calling thread's
-    own: no other sees it change."""
+    """Calls one of ATen's kernels so that it shares nothing out. Other threads of Python's see no
+    change: the setting is the calling thread's own."""
     threads = torch.get_num_threads()
-    set_threads = _openmp()
+    set_threads = openmp_setter()
     if set_threads is None or threads == 1:
         kernel(*args, **kwargs)
         return
@@ -42,12 +42,11 @@ def by_one_thread(kernel: Callable[..., Any], *args: Any, **kwargs: Any) -> None
 
 
 @functools.cache
-def _openmp() -> Callable[[int], None] | None:
-    """``omp_set_num_threads`` of the OpenMP that ATen itself asks; None where ATen has other
-    threads.
+def openmp_setter() -> Callable[[int], None] | None:
+    """``omp_set_num_threads`` of the OpenMP that ATen itself asks, found through the library that
+    is linked to it; None where ATen has other threads.
 
-    It is found through the library that is linked to it. (``torch.set_num_threads`` sets the number
-    for the whole process, and empties oneDNN's caches.)
+    (``torch.set_num_threads`` sets the number for the whole process, and empties oneDNN's caches.)
     """
     if "parallel backend: OpenMP" not in torch.__config__.parallel_info():
         return None

@@ -1,14 +1,25 @@
-"""Clipping: gradient functions are torch's own; weights are clipped in place."""
+"""Clipping: on the way into a step, by torch's own functions before it, and of the weights."""
 
 from __future__ import annotations
 
+import copy
 import math
 
 import pytest
 import torch
+from optim_helpers import (
+    FULL,
+    assert_equal,
+    every_optimizer,
+    give_gradients,
+    ours,
+    parameters,
+    stock,
+)
 from torch.nn import Parameter
 
 from custom_backprop.nn import utils
+from custom_backprop.nn.utils import clip_grad_norm_
 
 
 def test_gradient_functions_are_torchs_own() -> None:
@@ -75,3 +86,28 @@ def test_clip_weights_refuses_a_range_that_is_none(value: float) -> None:
     with pytest.raises(ValueError, match="clip_value"):
         utils.clip_weights_(weight, value)
     assert weight.tolist() == [1.0, 1.0]
+
+
+@pytest.mark.parametrize("norm", [0.0, 0.7, 1e6])
+@every_optimizer
+def test_max_grad_norm_is_clip_grad_norm_before_the_step(
+    name: str, norm: float, backend: str, device: str
+) -> None:
+    mine, theirs = (
+        parameters(device, shapes=[(5,), (2, 3)]),
+        parameters(device, shapes=[(5,), (2, 3)]),
+    )
+    our, their = (
+        ours(name)(mine, max_grad_norm=norm, **FULL[name]),
+        stock(name)(theirs, **FULL[name]),
+    )
+    for step in range(3):
+        give_gradients(mine, step)
+        give_gradients(theirs, step)
+        before = copy.deepcopy([p.grad for p in mine])
+        our.step()
+        for p, g in zip(mine, before, strict=True):
+            assert p.grad is g is None or torch.equal(p.grad, g)
+        clip_grad_norm_(theirs, norm)
+        their.step()
+    assert_equal(mine, theirs)

@@ -1,15 +1,28 @@
-"""What surrounds an optimizer's arithmetic on a CPU: who computes a small tensor, and who looks at
-a step."""
+"""What a step costs on the host beside its arithmetic: threads, questions, hooks and profilers."""
 
 from __future__ import annotations
 
 import sys
 import threading
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from optim_helpers import (
+    DEVICE,
+    FULL,
+    assert_equal,
+    every_optimizer,
+    give_gradients,
+    needs_kernels,
+    ours,
+    parameters,
+    stock,
+    train,
+)
+from torch import Tensor
 from torch.nn import Parameter
 from torch.optim.optimizer import (
     register_optimizer_step_post_hook,
@@ -17,20 +30,9 @@ from torch.optim.optimizer import (
 )
 
 from custom_backprop import optim
-from custom_backprop.optim import bucket as buckets
-from custom_backprop.optim import observers, threads
-
-#: each optimizer with all its states
-OPTIONS: list[tuple[str, dict[str, Any]]] = [
-    ("SGD", {}),
-    ("SGD", {"momentum": 0.9, "nesterov": True, "weight_decay": 0.1}),
-    ("SGD", {"momentum": 0.9, "fused": False}),
-    ("Adagrad", {}),
-    ("RMSprop", {"centered": True, "momentum": 0.5}),
-    ("Adam", {"amsgrad": True}),
-    ("AdamW", {}),
-    ("Lion", {"weight_decay": 0.1}),
-]
+from custom_backprop.backends.kernels import kernels
+from custom_backprop.optim import observers, pieces, signature, threads
+from custom_backprop.optim.signature import guard
 
 
 @pytest.fixture
@@ -41,16 +43,9 @@ def two_threads() -> Any:
     torch.set_num_threads(before)
 
 
-def trained(
-    name: str, kwargs: dict[str, Any], shapes: list[tuple[int, ...]], **more: Any
-) -> list[torch.Tensor]:
-    generator = torch.Generator().manual_seed(0)
-    params = [Parameter(torch.randn(s, generator=generator)) for s in shapes]
-    optimizer = getattr(optim, name)(params, lr=0.1, **kwargs, **more)
-    for _ in range(3):
-        for p in params:
-            p.grad = torch.randn(p.shape, generator=generator)
-        optimizer.step()
+def trained(name: str, kwargs: dict[str, Any], shapes: list[tuple[int, ...]]) -> list[Tensor]:
+    params = parameters(dtype=torch.float32, shapes=shapes)
+    train(ours(name)(params, **kwargs), params, 3, skip=False)
     return [p.detach() for p in params]
 
 
@@ -61,7 +56,9 @@ def trained(
     ids=["small", "mixed", "few"],
 )
 @pytest.mark.parametrize(
-    ("name", "kwargs"), OPTIONS, ids=lambda v: v if isinstance(v, str) else "-".join(v)
+    ("name", "kwargs"),
+    [*FULL.items(), ("SGD", {"lr": 0.1}), ("SGD", {"lr": 0.1, "momentum": 0.9, "fused": False})],
+    ids=lambda v: v if isinstance(v, str) else "-".join(v),
 )
 def test_small_tensors_without_threads_give_the_same_bits(
     name: str,
@@ -77,19 +74,21 @@ def test_small_tensors_without_threads_give_the_same_bits(
         calls.append(len(args[0]))
         threads.by_one_thread(kernel, *args, **options)
 
-    monkeypatch.setattr(buckets, "SMALL", -1)
-    shared = trained(name, kwargs, shapes, max_grad_norm=clip)
-    monkeypatch.setattr(buckets, "SMALL", 100)
-    monkeypatch.setattr(buckets, "by_one_thread", counted)
+    kwargs = {**kwargs, "max_grad_norm": clip}
+    monkeypatch.setattr(pieces, "PIECE", 2**18)
+    monkeypatch.setattr(pieces, "SMALL", -1)
+    shared = trained(name, kwargs, shapes)
+    monkeypatch.setattr(pieces, "SMALL", 100)
+    monkeypatch.setattr(pieces, "by_one_thread", counted)
     monkeypatch.setattr(optim.sgd, "by_one_thread", counted)
-    alone = trained(name, kwargs, shapes, max_grad_norm=clip)
+    alone = trained(name, kwargs, shapes)
     assert all(map(torch.equal, shared, alone))
     if len(set(shapes)) == 1:  # among others, it is for each optimizer to say
         assert calls
 
 
 def test_threads_are_given_back(two_threads: None) -> None:
-    if threads._openmp() is None:
+    if threads.openmp_setter() is None:
         pytest.skip("ATen's threads are not OpenMP's here")
     seen: list[int] = []
     threads.by_one_thread(lambda: seen.append(torch.get_num_threads()))
@@ -115,7 +114,7 @@ def test_other_threads_keep_theirs(two_threads: None) -> None:
 def test_without_openmp_the_kernel_is_called_as_ever(
     monkeypatch: pytest.MonkeyPatch, two_threads: None
 ) -> None:
-    monkeypatch.setattr(threads, "_openmp", lambda: None)
+    monkeypatch.setattr(threads, "openmp_setter", lambda: None)
     seen: list[int] = []
     threads.by_one_thread(lambda x, y: seen.extend((x, y)), 1, y=2)
     assert seen == [1, 2]
@@ -207,17 +206,17 @@ def test_without_a_name_in_torchs_library_python_says_who_looks(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     if sys.platform == "linux":
-        assert observers._recorded() is not None
+        assert observers.callback_query() is not None
     monkeypatch.setattr(observers.ctypes, "PyDLL", lambda name: object())
-    assert observers._recorded() is None
+    assert observers.callback_query() is None
     monkeypatch.setattr(torch.cuda, "is_initialized", lambda: False)
-    assert not observers._perhaps_recorded()
+    assert not observers.maybe_profiled()
     with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], acc_events=True):
-        assert observers._perhaps_recorded()
+        assert observers.maybe_profiled()
         assert observers.is_profiled()
     assert not observers.is_profiled()
     monkeypatch.setattr(torch.cuda, "is_initialized", lambda: True)
-    assert observers._perhaps_recorded()
+    assert observers.maybe_profiled()
 
 
 def test_zero_grad() -> None:
@@ -255,3 +254,68 @@ def test_zero_grad_and_step_compiled() -> None:
         compiled()
         assert p.grad is None
     assert torch.equal(p, torch.full((2,), -3.0))
+
+
+def looks(monkeypatch: pytest.MonkeyPatch) -> list[int]:
+    """Grows by one each time that a bucket looks at its gradients in Python."""
+    seen: list[int] = []
+    look = signature.Signature.inspected
+    monkeypatch.setattr(
+        signature.Signature, "inspected", lambda self, grads: seen.append(1) or look(self, grads)
+    )
+    return seen
+
+
+@pytest.mark.parametrize("guarded", [True, False], ids=["guards", "no guards"])
+@every_optimizer
+def test_the_look_at_the_gradients_is_torchs_own_from_the_third_step_on(
+    name: str, guarded: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Twice a change of autocast or inference mode is looked at in Python, for each of two orders
+    of memory; the update is the same."""
+    if not guarded:
+        monkeypatch.setattr(signature, "guard", lambda tensors: None)
+    seen = looks(monkeypatch)
+    mine, theirs = parameters(), parameters()
+    our, their = ours(name)(mine, **FULL[name]), stock(name)(theirs, **FULL[name])
+    quick = guarded and guard([torch.ones(1)]) is not None
+    for context in (
+        nullcontext,
+        lambda: torch.autocast("cpu", torch.bfloat16),
+        torch.inference_mode,
+        nullcontext,
+    ):
+        seen.clear()
+        for step in range(5):
+            for optimizer, params in ((our, mine), (their, theirs)):
+                give_gradients(params, step, skip=False)
+                with context():
+                    optimizer.step()
+        assert len(seen) == (2 if quick else 5) * 2
+    assert_equal(mine, theirs)
+    assert_equal(our.state_dict(), their.state_dict())
+
+
+@needs_kernels
+def test_a_gradient_at_an_odd_address(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Is seen as such, while it is there: the kernel would read 16 bytes at once. Addresses that
+    have not changed are not sent again."""
+    params, home = [torch.zeros(8, device=DEVICE) for _ in range(2)], torch.zeros(17, device=DEVICE)
+    even, odd = [home[:8], home[8:16]], [home[:8], home[9:]]
+    table = kernels("optim").Table(params, [None, None, None], None)
+    sent: list[Any] = []
+    monkeypatch.setattr(
+        table,
+        "_sent",
+        lambda *args: sent.append(args) or kernels("optim").Table._sent(table, *args),
+    )
+    assert [table.see(grads) for grads in (even, even, odd, odd, even)] == [
+        True,
+        True,
+        False,
+        False,
+        True,
+    ]
+    assert len(sent) == 3
+    assert table.table[3].tolist() == [t.data_ptr() for t in even]
+    assert not kernels("optim").Table([home[1:9], params[0]], [None, None, None], None).see(even)

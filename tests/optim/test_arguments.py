@@ -1,0 +1,75 @@
+"""What the constructors take and refuse."""
+
+from __future__ import annotations
+
+import inspect
+import math
+from typing import Any
+
+import pytest
+import torch
+from optim_helpers import (
+    NAMES,
+    every_optimizer,
+    ours,
+    parameters,
+    stock,
+)
+
+BAD: list[tuple[str, dict[str, Any]]] = [
+    *((n, {"lr": -1.0}) for n in NAMES),
+    *((n, {"weight_decay": -1.0}) for n in NAMES),
+    *((n, {"lr": torch.ones(2)}) for n in NAMES),
+    *((n, {"unknown": 1}) for n in NAMES),
+    *((n, {"betas": b}) for n in ("Adam", "AdamW", "Lion") for b in ((1.0, 0.9), (0.9, -0.1))),
+    *((n, {"eps": -1.0}) for n in ("Adagrad", "RMSprop", "Adam", "AdamW")),
+    *((n, {"fused": True, "foreach": True}) for n in ("SGD", "Adagrad", "Adam", "AdamW")),
+    ("SGD", {"momentum": -0.1}),
+    ("SGD", {"nesterov": True}),
+    ("Adagrad", {"lr_decay": -1.0}),
+    ("RMSprop", {"alpha": -1.0}),
+]
+
+
+@pytest.mark.parametrize(("name", "kwargs"), BAD)
+def test_bad_arguments_raise_as_torchs(name: str, kwargs: dict[str, Any]) -> None:
+    errors = []
+    for kind in (ours(name), stock(name)):
+        with pytest.raises((ValueError, TypeError, RuntimeError)) as caught:
+            kind(parameters(), **kwargs)
+        errors.append(caught.type)
+    assert errors[0] is errors[1]
+
+
+@every_optimizer
+def test_bad_parameters_raise_as_torchs(name: str) -> None:
+    leaf = torch.ones(2, requires_grad=True)
+    for params in (
+        [],
+        torch.ones(2),
+        [leaf * 2],
+        ["p"],
+        [{"params": {leaf}}],
+        [{"params": [leaf]}, {"params": [leaf]}],
+    ):
+        errors = []
+        for kind in (ours(name), stock(name)):
+            with pytest.raises((ValueError, TypeError)) as caught:
+                kind(params)
+            errors.append((caught.type, str(caught.value)))
+        assert errors[0] == errors[1]
+
+
+@every_optimizer
+def test_own_arguments(name: str) -> None:
+    for kwargs in (
+        {"max_grad_norm": -1.0},
+        {"max_grad_norm": math.nan},
+        {"master_weights": True, "bf16_stochastic_round": True},
+    ):
+        with pytest.raises(ValueError, match=r"max_grad_norm|choose one"):
+            ours(name)(parameters(), **kwargs)
+    taken = inspect.signature(ours(name)).parameters
+    assert list(taken)[:-3] == list(inspect.signature(stock(name)).parameters)
+    assert list(taken)[-3:] == ["max_grad_norm", "master_weights", "bf16_stochastic_round"]
+    assert issubclass(ours(name), stock(name))

@@ -1,0 +1,109 @@
+"""Steps under a GradScaler."""
+
+from __future__ import annotations
+
+import copy
+import math
+
+import pytest
+import torch
+from optim_helpers import (
+    DEVICE,
+    FULL,
+    assert_equal,
+    every_optimizer,
+    give_gradients,
+    ours,
+    parameters,
+    stock,
+)
+
+from custom_backprop import optim
+
+
+@pytest.mark.parametrize(
+    "dtype",
+    [torch.float32, torch.float16, *([] if DEVICE == "cuda" else [torch.bfloat16])],
+    ids=str,
+)
+@every_optimizer
+def test_grad_scaler_and_an_infinity(
+    name: str, dtype: torch.dtype, backend: str, device: str
+) -> None:
+    """A step of scaled gradients is that of the gradients; a step with an infinity leaves
+    parameters and state alone."""
+    scaler = torch.amp.GradScaler(device, init_scale=1024.0)
+    scaler.scale(torch.zeros((), device=device))
+    mine, theirs = parameters(device, dtype, [(5,)]), parameters(device, dtype, [(5,)])
+    our, their = ours(name)(mine, **FULL[name]), ours(name)(theirs, **FULL[name])
+    for step in range(4):
+        give_gradients(mine, step, skip=False)
+        give_gradients(theirs, step, skip=False)
+        if step == 2:
+            mine[0].grad[1] = math.inf  # type: ignore[index]
+            before = copy.deepcopy((mine, our.state_dict()["state"]))
+        for p in mine:
+            p.grad = p.grad * scaler.get_scale()
+        scaler.step(our)
+        scaler.update()
+        if step == 2:
+            assert scaler.get_scale() == 512.0
+            assert_equal((mine, our.state_dict()["state"]), before, 0.0)
+        else:
+            their.step()
+    assert not hasattr(our, "grad_scale")
+    assert_equal(mine, theirs, 0.0 if dtype != torch.float32 else 1e-6)
+
+
+@pytest.mark.skipif(DEVICE != "cuda", reason="asks a GPU")
+def test_on_a_gpu_torch_scales_no_bfloat16_gradients() -> None:
+    """pytorch issue 127176. Once it does, the test above can ask for them there too."""
+    with pytest.raises(NotImplementedError, match="BFloat16"):
+        torch._amp_foreach_non_finite_check_and_unscale_(
+            [torch.ones(1, dtype=torch.bfloat16, device=DEVICE)],
+            torch.zeros(1, device=DEVICE),
+            torch.ones(1, device=DEVICE),
+        )
+
+
+@every_optimizer
+def test_a_bucket_on_a_cpu_reads_the_infinity_that_a_gpu_found(
+    name: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The kernels read it themselves, but parameters may lie on both."""
+    monkeypatch.setattr(optim.optimizer.MultiTensor, "_reads", lambda self, found: False)
+    params = parameters()
+    optimizer = ours(name)(params, **FULL[name])
+    give_gradients(params, 1)
+    optimizer.found_inf = torch.ones(())
+    before = copy.deepcopy(params)
+    optimizer.step()
+    assert_equal(params, before, 0.0)
+    del optimizer.found_inf
+    theirs = parameters()
+    give_gradients(theirs, 1)
+    optimizer.step()
+    stock(name)(theirs, **FULL[name]).step()
+    assert_equal(params, theirs)
+
+
+@every_optimizer
+def test_grad_scaler_after_unscale(name: str) -> None:
+    scaler = torch.amp.GradScaler("cpu", init_scale=8.0)
+    scaler.scale(torch.zeros(()))
+    mine, theirs = parameters(dtype=torch.float32), parameters(dtype=torch.float32)
+    our, their = (
+        ours(name)(mine, max_grad_norm=0.1, **FULL[name]),
+        ours(name)(theirs, max_grad_norm=0.1, **FULL[name]),
+    )
+    for step in range(3):
+        give_gradients(mine, step, skip=False)
+        give_gradients(theirs, step, skip=False)
+        for p in mine:
+            p.grad = p.grad * 8
+        if step != 1:
+            scaler.unscale_(our)
+        scaler.step(our)
+        scaler.update()
+        their.step()
+    assert_equal(mine, theirs, 1e-6)

@@ -1,0 +1,251 @@
+"""Half precision: master weights and rounding at random."""
+
+from __future__ import annotations
+
+import copy
+import math
+from typing import Any
+
+import pytest
+import torch
+from optim_helpers import (
+    FULL,
+    NAMES,
+    assert_equal,
+    every_optimizer,
+    give_gradients,
+    ours,
+    parameters,
+    stock,
+    train,
+)
+from torch import Tensor
+from torch.nn import Parameter
+
+import custom_backprop
+from custom_backprop import optim
+from custom_backprop.formulas import optim as formulas
+from custom_backprop.nn.utils import clip_weights_
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
+@every_optimizer
+def test_master_weights(name: str, dtype: torch.dtype, backend: str, device: str) -> None:
+    """Half-precision parameters follow a float32 run on the same gradients, and so after a
+    checkpoint."""
+    shapes = [(5,), (2, 3)]
+    half, full = (
+        parameters(device, dtype, shapes),
+        [Parameter(p.detach().float()) for p in parameters(device, dtype, shapes)],
+    )
+    our, their = (
+        ours(name)(half, master_weights=True, **FULL[name]),
+        stock(name)(full, **FULL[name]),
+    )
+    for step in range(4):
+        give_gradients(half, step)
+        for p, q in zip(half, full, strict=True):
+            q.grad = None if p.grad is None else p.grad.float()
+        our.step()
+        their.step()
+        for p, q in zip(half, full, strict=True):
+            assert_equal(our.state[p]["master_param"], q.detach(), 1e-5)
+            assert torch.equal(p, our.state[p]["master_param"].to(dtype))
+        if step == 1:
+            saved = copy.deepcopy(our.state_dict())
+            our = ours(name)(half, master_weights=True, **FULL[name])
+            our.load_state_dict(saved)
+            assert_equal(our.state_dict(), saved, 0.0)
+
+
+def test_masters_follow_what_others_write(backend: str, device: str) -> None:
+    """Weight clipping after each step, and a model loaded anew: the next step starts from there."""
+    (p,) = parameters(device, torch.bfloat16, [(5,)])
+    optimizer = ours("SGD")([p], lr=1.0, master_weights=True)
+    for _ in range(4):
+        p.grad = torch.full_like(p, -1.0)
+        optimizer.step()
+        clip_weights_(p, 0.5)
+    optimizer.step()
+    torch.testing.assert_close(
+        optimizer.state[p]["master_param"], torch.full((5,), 1.5, device=device)
+    )
+    with torch.no_grad():
+        p[2] = 8.0
+    p.data = p.data.clone()
+    optimizer.step()
+    expected = torch.full((5,), 2.5, device=device)
+    expected[2] = 9.0
+    torch.testing.assert_close(optimizer.state[p]["master_param"], expected)
+    torch.testing.assert_close(p.detach(), expected.bfloat16())
+
+
+@every_optimizer
+def test_stochastic_rounding_keeps_updates_too_small_for_bfloat16(
+    name: str, backend: str, device: str
+) -> None:
+    """Many parameters of 1 pulled down by far less than a spacing: all of them stay when rounded to
+    nearest, on average none does."""
+    n, steps = (4096, 4) if backend != "triton" or device != "cpu" else (64, 4)
+    kwargs: dict[str, Any] = (
+        {"lr": 2.0**-11}
+        if name != "Adagrad"
+        else {"lr": 2.0**-11, "initial_accumulator_value": 1.0}
+    )
+    mine, exact = (
+        Parameter(torch.ones(n, dtype=torch.bfloat16, device=device)),
+        Parameter(torch.ones(1, device=device)),
+    )
+    our, their = (
+        ours(name)([mine], bf16_stochastic_round=True, **kwargs),
+        stock(name)([exact], **kwargs),
+    )
+    for _ in range(steps):
+        mine.grad, exact.grad = torch.ones_like(mine), torch.ones_like(exact)
+        our.step()
+        their.step()
+    # below 1 a spacing is 2**-8: after k roundings the mean of n is off by at most sqrt(k / (4 n))
+    # spacings (one standard deviation)
+    bound = 5 * 2.0**-8 * math.sqrt(steps / (4 * n))
+    assert abs(mine.detach().double().mean().item() - exact.item()) < bound
+    assert 1 - exact.item() > bound or backend == "triton"
+    assert all(s.dtype == torch.float32 for k, s in our.state[mine].items())
+
+
+WIDE: list[dict[str, Any]] = [{"master_weights": True}, {"bf16_stochastic_round": True}]
+
+
+@pytest.mark.parametrize("kwargs", WIDE, ids=lambda k: next(iter(k)))
+@every_optimizer
+def test_gradients_and_states_in_another_order_of_memory(
+    name: str, kwargs: dict[str, Any], backend: str, device: str
+) -> None:
+    """A transposed gradient, and a checkpoint of a model in another memory format, are what they
+    are by index."""
+
+    def run(transposed: bool) -> tuple[Tensor, dict[str, Tensor]]:
+        torch.manual_seed(0)
+        (p,) = parameters(device, torch.bfloat16, [(4, 6)])
+        optimizer = ours(name)([p], **kwargs, **FULL[name])
+        for step in range(6):
+            give_gradients([p], step, skip=False)
+            if transposed and step != 4:
+                p.grad = p.grad.t().contiguous().t()
+            optimizer.step()
+            if transposed and step == 2:
+                for key, state in optimizer.state[p].items():
+                    optimizer.state[p][key] = (
+                        state.t().contiguous().t() if state.dim() == 2 else state
+                    )
+        return p.detach(), optimizer.state[p]
+
+    (mine, states), (theirs, others) = run(True), run(False)
+    assert_equal(states, others, 1e-6 if "master_weights" in kwargs else 1e-2)
+    assert_equal(mine, theirs, 1e-6 if "master_weights" in kwargs else 1e-2)
+    assert {s.dtype for s in states.values()} == {torch.float32}
+
+
+class _Kind(Parameter):
+    pass
+
+
+REFUSED: dict[str, tuple[Any, str]] = {
+    "capturable": (lambda p: p, "capturable"),
+    "sparse": (lambda p: p, "dense"),
+    "subclass": (lambda p: _Kind(p.detach()), "_Kind"),
+    "apart": (lambda p: Parameter(torch.zeros(6, 8, dtype=p.dtype)[:, ::2]), "apart"),
+    "shape": (lambda p: p, "shape"),
+}
+
+
+@pytest.mark.parametrize("kwargs", WIDE, ids=lambda k: next(iter(k)))
+@pytest.mark.parametrize(
+    ("name", "what"),
+    [
+        (n, w)
+        for n in NAMES
+        for w in REFUSED
+        if w != "capturable" or n in ("RMSprop", "Adam", "AdamW")
+    ],
+)
+def test_what_torchs_own_update_would_leave_out_is_refused(
+    name: str, what: str, kwargs: dict[str, Any]
+) -> None:
+    (p,), (make, match) = parameters(dtype=torch.bfloat16, shapes=[(6, 4)]), REFUSED[what]
+    p = make(p)
+    optimizer = ours(name)(
+        [p], **kwargs, **FULL[name], **({"capturable": True} if what == "capturable" else {})
+    )
+    p.grad = torch.ones_like(p)
+    if what == "sparse":
+        p.grad = p.grad.to_sparse()
+        if name not in ("SGD", "Adagrad"):
+            match = "does not support sparse gradients"  # torch's own
+    elif what == "shape":
+        p.grad.data = torch.ones(4, 6, dtype=p.dtype)
+    before = p.detach().clone()
+    with pytest.raises(RuntimeError, match=match):
+        optimizer.step()
+    assert torch.equal(p, before)
+    full = Parameter(p.detach().float())  # of what is asked for, a float32 parameter needs nothing
+    full.grad = torch.ones_like(full)
+    if what != "capturable":
+        ours(name)([full], **kwargs, **FULL[name]).step()
+
+
+@pytest.mark.parametrize("kwargs", WIDE, ids=lambda k: next(iter(k)))
+@every_optimizer
+def test_hyperparameters_out_of_a_graph(
+    name: str, kwargs: dict[str, Any], backend: str, device: str
+) -> None:
+    """Read as the numbers they are, on whatever device."""
+
+    def run(lr: Any) -> Tensor:
+        torch.manual_seed(0)
+        (p,) = parameters(device, torch.bfloat16, [(5,)])
+        optimizer = ours(name)([p], **{**FULL[name], "lr": lr}, **kwargs)
+        train(optimizer, [p], 3)
+        assert all(s.dtype == torch.float32 for s in optimizer.state[p].values())
+        return p.detach()
+
+    assert_equal(run(torch.tensor(0.25, device=device, requires_grad=True)), run(0.25), 0.0)
+
+
+def test_where_aten_has_no_update_of_ours_the_formula_keeps_masters() -> None:
+    """On a device that is no CPU; here none at all."""
+    p = Parameter(torch.empty(3, dtype=torch.bfloat16, device="meta"))
+    p.grad = torch.empty_like(p)
+    optimizer = optim.SGD([p], lr=0.1, momentum=0.9, master_weights=True)
+    with custom_backprop.use_backend("aten"):
+        optimizer.step()
+    assert {name: s.dtype for name, s in optimizer.state[p].items()} == dict.fromkeys(
+        ("momentum_buffer", "master_param"), torch.float32
+    )
+
+
+def test_stochastic_rounding_is_unbiased_and_leaves_what_bfloat16_can_hold(
+    backend: str, device: str
+) -> None:
+    special = torch.tensor(
+        [0.0, -0.0, 1.0, -3.5, math.inf, -math.inf, math.nan, 2.0**-133], dtype=torch.float32
+    )
+    noise = torch.tensor([0xFFFF] * len(special), dtype=torch.int32)
+    assert_equal(formulas.stochastically_rounded(special, noise), special.bfloat16(), 0.0)
+    x = torch.full((20000,), 1 + 0.3 * 2.0**-7)  # three tenths of the way to the next
+    rounded = formulas.stochastically_rounded(x, torch.randint(2**16, x.shape, dtype=torch.int32))
+    assert set(rounded.tolist()) == {1.0, 1 + 2.0**-7}
+    up = (rounded > 1).double().mean().item()
+    assert abs(up - 0.3) < 5 * math.sqrt(0.3 * 0.7 / len(x))
+
+
+def test_stochastic_rounding_follows_the_seed(backend: str, device: str) -> None:
+    def run(seed: int) -> Tensor:
+        torch.manual_seed(seed)
+        p = Parameter(torch.ones(50, dtype=torch.bfloat16, device=device))
+        optimizer = optim.SGD([p], lr=2.0**-9, bf16_stochastic_round=True)
+        p.grad = torch.ones_like(p)
+        optimizer.step()
+        return p.detach()
+
+    assert torch.equal(run(1), run(1))
+    assert not torch.equal(run(1), run(2))

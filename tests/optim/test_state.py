@@ -1,0 +1,107 @@
+"""State: checkpoints, copies, and what users do to it between steps."""
+
+from __future__ import annotations
+
+import copy
+import io
+import pickle
+from contextlib import nullcontext
+
+import pytest
+import torch
+from optim_helpers import (
+    FULL,
+    assert_equal,
+    every_optimizer,
+    give_gradients,
+    ours,
+    parameters,
+    stock,
+    train,
+)
+from torch.nn import Parameter
+
+
+@every_optimizer
+def test_a_checkpoint_moves_both_ways(name: str, backend: str, device: str) -> None:
+    kwargs, shapes = FULL[name], [(7,)]
+    runs = []
+    for first, second in (
+        (ours(name), stock(name)),
+        (stock(name), ours(name)),
+        (stock(name), stock(name)),
+    ):
+        params = parameters(device, shapes=shapes)
+        before = first(params, **kwargs)
+        train(before, params, 2)
+        file = io.BytesIO()
+        torch.save(before.state_dict(), file)
+        file.seek(0)
+        after = second(params, lr=1e9)
+        after.load_state_dict(torch.load(file))
+        train(after, params, range(4, 6))
+        runs.append((params, after.state_dict()))
+    assert_equal(runs[0], runs[2])
+    assert_equal(runs[1], runs[2])
+
+
+@every_optimizer
+def test_two_optimizers_loaded_from_one_state_do_not_share_it(name: str) -> None:
+    params = parameters()
+    source = ours(name)(params, **FULL[name])
+    train(source, params, 3)
+    loaded = ours(name)(parameters(), **FULL[name])
+    loaded.load_state_dict(copy.deepcopy(source.state_dict()))
+    before = copy.deepcopy(loaded.state_dict())
+    train(source, params, range(3, 5))
+    assert_equal(loaded.state_dict(), before)
+
+
+@every_optimizer
+def test_pickle_and_deepcopy(name: str) -> None:
+    params = parameters()
+    optimizer = ours(name)(params, max_grad_norm=0.5, **FULL[name])
+    train(optimizer, params, 3)
+    for twin in (pickle.loads(pickle.dumps(optimizer)), copy.deepcopy(optimizer)):
+        assert twin.max_grad_norm == 0.5
+        assert_equal(twin.state_dict(), optimizer.state_dict())
+        its = twin.param_groups[0]["params"]
+        mine = [Parameter(p.detach().clone()) for p in params]
+        other = ours(name)(mine, max_grad_norm=0.5, **FULL[name])
+        other.load_state_dict(copy.deepcopy(optimizer.state_dict()))
+        train(twin, its, range(3, 6))
+        train(other, mine, range(3, 6))
+        assert_equal(its, mine)
+
+
+def makes_state_anew(name: str) -> bool:
+    """torch 2.11's Adagrad makes state in its constructor alone."""
+    params = parameters()
+    optimizer = stock(name)(params, **FULL[name])
+    optimizer.state.clear()
+    try:
+        train(optimizer, params, 1)
+    except KeyError:
+        return False
+    return True
+
+
+@every_optimizer
+def test_state_taken_away_replaced_or_cleared_is_noticed(name: str) -> None:
+    mine, theirs = parameters(), parameters()
+    our, their = ours(name)(mine, **FULL[name]), stock(name)(theirs, **FULL[name])
+    without_state = nullcontext() if makes_state_anew(name) else pytest.raises(KeyError)
+    for part in range(4):
+        for optimizer, params in ((our, mine), (their, theirs)):
+            for step in range(3):
+                give_gradients(params, 3 * part + step, skip=False)
+                with without_state if part > 1 else nullcontext():
+                    optimizer.step()
+            if part == 0:  # one state tensor replaced
+                key = next(k for k in optimizer.state[params[3]] if k != "step")
+                optimizer.state[params[3]][key] = torch.full_like(params[3], 0.5)
+            elif part == 1:  # all state of one parameter forgotten
+                optimizer.state[params[4]] = {}
+            else:
+                optimizer.state.clear()
+    assert_equal(mine, theirs)

@@ -1,0 +1,156 @@
+"""What is left to torch's own update: sparse, complex, capturable, differentiable, compiled."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from optim_helpers import (
+    FULL,
+    assert_equal,
+    every_optimizer,
+    give_gradients,
+    ours,
+    parameters,
+    stock,
+)
+from torch import Tensor
+from torch.nn import Parameter
+
+from custom_backprop import optim
+from custom_backprop.nn.utils import clip_grad_norm_
+
+
+@every_optimizer
+def test_nor_where_torch_updates(name: str) -> None:
+    """As it does with a gradient of other strides."""
+    mine, theirs = parameters(shapes=[(4, 6)]), parameters(shapes=[(4, 6)])
+    our, their = ours(name)(mine, **FULL[name]), stock(name)(theirs, **FULL[name])
+    for step in range(3):
+        for optimizer, params, where in ((our, mine, "meta"), (their, theirs, "cpu")):
+            give_gradients(params, step, skip=False)
+            params[0].grad = params[0].grad.t().contiguous().t()
+            with torch.device(where):
+                optimizer.step()
+    assert_equal(mine, theirs)
+    assert_equal(our.state_dict(), their.state_dict())
+
+
+@pytest.mark.filterwarnings("ignore:Sparse invariant checks")
+@pytest.mark.parametrize("name", ["SGD", "Adagrad"])
+def test_sparse_gradients(name: str) -> None:
+    def run(kind: Any, **extra: Any) -> list[Parameter]:
+        torch.manual_seed(0)
+        embedding = torch.nn.Embedding(9, 4, sparse=True, dtype=torch.float64)
+        dense = Parameter(torch.ones(4, dtype=torch.float64))
+        params = [embedding.weight, dense]
+        optimizer = kind(params, lr=0.1, **extra)
+        for step in range(5):
+            optimizer.zero_grad()
+            ((embedding(torch.tensor([step, 3, 3])) * dense) ** 2).sum().backward()
+            if not extra and kind is stock(name) and clip:
+                total = torch.linalg.vector_norm(
+                    torch.cat([embedding.weight.grad.coalesce().values().flatten(), dense.grad])
+                )
+                for p in params:
+                    p.grad = p.grad * min(1.0, float(clip / (total + 1e-6)))
+            optimizer.step()
+        return params
+
+    clip = 0.0
+    assert_equal(run(ours(name)), run(stock(name)))
+    clip = 0.5
+    assert_equal(run(ours(name), max_grad_norm=clip), run(stock(name)))
+
+
+@pytest.mark.parametrize("name", ["RMSprop", "Adam", "AdamW", "Lion"])
+def test_sparse_gradients_are_refused_where_torch_refuses(name: str) -> None:
+    p = Parameter(torch.ones(3))
+    p.grad = torch.ones(3).to_sparse()
+    with pytest.raises(RuntimeError, match="does not support sparse gradients"):
+        ours(name)([p]).step()
+
+
+@every_optimizer
+def test_complex_and_real_parameters_together(name: str) -> None:
+    def run(kind: Any, **extra: Any) -> list[Parameter]:
+        generator = torch.Generator().manual_seed(3)
+        params = [
+            Parameter(torch.randn(4, dtype=d, generator=generator))
+            for d in (torch.complex128, torch.float64, torch.complex128)
+        ]
+        optimizer = kind(params, **FULL[name], **extra)
+        for _ in range(5):
+            for p in params:
+                p.grad = torch.randn(4, dtype=p.dtype, generator=generator)
+            if clip:
+                clip_grad_norm_(params, clip)
+            optimizer.step()
+        return params
+
+    clip = 0.0
+    assert_equal(run(ours(name)), run(stock(name)))
+    clip = 0.4
+    reference = run(stock(name))
+    clip = 0.0
+    assert_equal(run(ours(name), max_grad_norm=0.4), reference)
+
+
+@every_optimizer
+def test_differentiable(name: str) -> None:
+    """Autograd goes through the step to what the gradient was made of."""
+
+    def run(kind: Any) -> Tensor:
+        start = torch.linspace(0.5, 1.5, 4, dtype=torch.float64, requires_grad=True)
+        p = start.clone()
+        optimizer = kind([p], lr=0.01, weight_decay=0.1, differentiable=True)
+        p.grad = (start * 3).detach() if name == "Adagrad" else start * 3
+        optimizer.step()
+        (p * p).sum().backward()
+        assert start.grad is not None
+        return start.grad
+
+    assert_equal(run(ours(name)), run(stock(name)))
+    with pytest.raises(ValueError, match="differentiable"):
+        ours(name)(parameters(), differentiable=True, max_grad_norm=1.0)
+
+
+@pytest.mark.parametrize("name", ["Adam", "AdamW", "RMSprop"])
+def test_capturable_is_torchs_own(name: str) -> None:
+    """On a CPU torch refuses it, when it steps."""
+    for kind in (ours(name), stock(name)):
+        params = parameters(shapes=[(3,)])
+        optimizer = kind(params, capturable=True)
+        give_gradients(params, 0)
+        with pytest.raises(AssertionError, match="capturable"):
+            optimizer.step()
+
+
+@every_optimizer
+def test_compiled(name: str) -> None:
+    mine, theirs = parameters(shapes=[(5,), (2, 3)]), parameters(shapes=[(5,), (2, 3)])
+    our, their = ours(name)(mine, **FULL[name]), stock(name)(theirs, **FULL[name])
+    for optimizer, params in ((our, mine), (their, theirs)):
+        torch._dynamo.reset()
+        step = torch.compile(optimizer.step, backend="aot_eager")
+        for i in range(3):
+            give_gradients(params, i, skip=False)
+            step()
+    assert_equal(mine, theirs)
+
+
+def test_compiled_with_an_argument_of_ours() -> None:
+    mine, theirs = parameters(shapes=[(5,)]), parameters(shapes=[(5,)])
+    our, their = (
+        optim.SGD(mine, lr=0.1, max_grad_norm=0.5),
+        optim.SGD(theirs, lr=0.1, max_grad_norm=0.5),
+    )
+    torch._dynamo.reset()
+    step = torch.compile(our.step, backend="aot_eager")
+    for i in range(2):
+        give_gradients(mine, i)
+        give_gradients(theirs, i)
+        step()
+        their.step()
+    assert_equal(mine, theirs)
