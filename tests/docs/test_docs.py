@@ -1,41 +1,92 @@
-"""The code in the README and in the docs runs, in the order in which it is read; the table of ops
-is the database's."""
+"""The code in the README and in the docs runs, in the order in which it is read, and prints what
+the page shows; the table of ops is the database's."""
 
 from __future__ import annotations
 
 import os
 import re
+import shlex
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
+from pages import agree, commands, outputs, python_blocks, script
 
 from custom_backprop.testing.table import markdown
 
 ROOT = Path(__file__).parents[2]
-PAGES = [
-    ROOT / "README.md",
-    *sorted(
-        p for p in (ROOT / "docs").glob("*.md") if "```python" in p.read_text(encoding="utf-8")
-    ),
+ALL = [*sorted(ROOT.glob("*.md")), *sorted((ROOT / "docs").glob("*.md"))]
+PAGES = [p for p in ALL if "```python" in p.read_text(encoding="utf-8")]
+COMMANDS = [
+    pytest.param(shown, id=f"{page.name}: {shown.code}")
+    for page in ALL
+    for shown in commands(page.read_text(encoding="utf-8"))
 ]
 
 
-@pytest.mark.parametrize("page", PAGES, ids=lambda p: p.name)
-def test_blocks_run(page, tmp_path):
-    blocks = re.findall(r"```python\n(.*?)```", page.read_text(encoding="utf-8"), re.DOTALL)
-    script = tmp_path / "page.py"  # a file: triton reads the source of its kernels
-    script.write_text("\n".join(blocks), encoding="utf-8")
+def printed_by(*arguments: str) -> str:
     path = os.pathsep.join(filter(None, [str(ROOT), os.environ.get("PYTHONPATH")]))
     done = subprocess.run(
-        [sys.executable, script],
+        [sys.executable, *arguments],
         env={**os.environ, "PYTHONPATH": path},
         capture_output=True,
         text=True,
         check=False,
     )
     assert done.returncode == 0, done.stderr
+    return done.stdout
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda p: p.name)
+def test_blocks_run_and_print_what_is_shown(page, tmp_path):
+    blocks = python_blocks(page.read_text(encoding="utf-8"))
+    program = tmp_path / "page.py"  # a file: triton reads the source of its kernels
+    program.write_text(script(blocks), encoding="utf-8")
+    found = outputs(printed_by(str(program)), len(blocks))
+    for block, output in zip(blocks, found, strict=True):
+        if block.output is not None:
+            assert agree(block.output, output), f"shown:\n{block.output}\nprinted:\n{output}"
+
+
+@pytest.mark.parametrize("shown", COMMANDS)
+def test_commands_print_what_is_shown(shown):
+    python, *arguments = shlex.split(shown.code)
+    assert python == "python"
+    output = printed_by(*arguments)
+    assert agree(shown.output, output), f"shown:\n{shown.output}\nprinted:\n{output}"
+
+
+@pytest.mark.parametrize(
+    ("shown", "printed"),
+    [
+        ("a  b\nc", "a b c"),
+        ("norm 1.53, at 3", "norm 1.54, at 3"),
+        ("1.5e-18", "1.6e-18"),
+        ("fallen by ~3.6e-18", "fallen by 9.1e-18"),
+        ("float32 of sm_80", "float32 of sm_80"),
+    ],
+)
+def test_what_agrees(shown, printed):
+    assert agree(shown, printed)
+
+
+@pytest.mark.parametrize(
+    ("shown", "printed"),
+    [
+        ("a b", "a c"),
+        ("a b", "a b c"),
+        ("norm 1.53", "norm 1.55"),
+        ("step 10", "step 11"),
+        ("1.5e-18", "1.5e-17"),
+        ("~3.6e-18", "3.7e-17"),
+        ("~3.6e-18", "-3.6e-18"),
+        ("float32", "float64"),
+        ("1.0", "nan"),
+    ],
+)
+def test_what_does_not_agree(shown, printed):
+    assert not agree(shown, printed)
 
 
 def test_the_table_of_ops_is_the_database():
@@ -44,10 +95,16 @@ def test_the_table_of_ops_is_the_database():
     )
 
 
-@pytest.mark.parametrize(
-    "page", [*ROOT.glob("*.md"), *(ROOT / "docs").glob("*.md")], ids=lambda p: p.name
-)
+@pytest.mark.parametrize("page", ALL, ids=lambda p: p.name)
 def test_links_lead_somewhere(page):
     prose = re.sub(r"```.*?```", "", page.read_text(encoding="utf-8"), flags=re.DOTALL)
     links = re.findall(r"\]\(([^)#]+)", prose)
     assert [link for link in links if "://" not in link and not (page.parent / link).exists()] == []
+
+
+@pytest.mark.parametrize("page", ALL, ids=lambda p: p.name)
+def test_lines_are_short(page):
+    """100 columns at most; tables, pictures and shown outputs aside."""
+    text = re.sub(r"```(text)?\n.*?```", "", page.read_text(encoding="utf-8"), flags=re.DOTALL)
+    long = [line for line in text.split("\n") if len(line) > 100 and line[0] not in "|!"]
+    assert long == []
