@@ -158,6 +158,20 @@ def is_plain(args: tuple[Any, ...]) -> bool:
     ) and _PLAIN.issuperset(map(type, args))
 
 
+def is_traced() -> bool:
+    """Whether a compiler, an exporter or a tracer looks on: it is shown a formula, and no value is
+    looked at."""
+    return bool(
+        _compiling() or torch.compiler.is_exporting() or torch._C._get_tracing_state() is not None
+    )
+
+
+def is_transformed() -> bool:
+    """Whether a transformation of torch.func or forward mode is at work, which differentiates
+    backward itself."""
+    return functorch_active() or forward_ad._current_level >= 0
+
+
 def builtin(packet: Any, overload: str = "default") -> Callable[..., Any]:
     """An overload of one of PyTorch's operators, without the Python of its call."""
     return getattr(packet, overload)._op

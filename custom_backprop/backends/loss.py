@@ -19,7 +19,18 @@ from torch import Tensor
 
 from ..formulas.loss import LOG_0, LOSSES, MEAN, NONE, SUM, Loss, weighted
 from ..formulas.precision import HALF, wide, widen
-from .library import P, Placement, Primitive, R, Sharding, empty_if, launcher, primitive
+from .library import (
+    P,
+    Placement,
+    Primitive,
+    R,
+    Sharding,
+    empty_if,
+    functorch_active,
+    is_traced,
+    launcher,
+    primitive,
+)
 
 aten = torch.ops.aten
 
@@ -368,10 +379,10 @@ def _gradients(x: Tensor, needs: Sequence[bool]) -> tuple[Tensor | None, ...]:
 
 
 def _check_probabilities(x: Tensor, t: Tensor) -> None:
-    """Raises RuntimeError on a CPU, as stock does, for a number outside [0, 1]. On a GPU that would
-    wait for it."""
+    """Raises RuntimeError on a CPU, as stock's operator does, for a number outside [0, 1]. On a GPU
+    that would wait for it."""
     for name, tensor in (("input", x), ("target", t)):
-        known = tensor.device.type == "cpu" and not torch._C._functorch.is_batchedtensor(tensor)
+        known = tensor.is_cpu and not (is_traced() or functorch_active())
         if known and not bool(((tensor >= 0) & (tensor <= 1)).all()):
             raise RuntimeError(f"all elements of {name} should be between 0 and 1")
 
@@ -426,7 +437,6 @@ def _define(loss: Loss) -> tuple[Primitive, Primitive]:
         aten=_forward_aten(loss),
         triton=_checked(loss, launcher("loss", "forward", loss.name)),
         fake=_fake,
-        traced=loss.forward,
         sharding=_sharding,
     )
     backward = primitive(

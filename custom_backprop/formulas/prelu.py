@@ -27,9 +27,8 @@ def spread(weight: Tensor, x: Tensor) -> Tensor:
 
 def summed(t: Tensor, weight: Tensor) -> Tensor:
     """The sum of t over all that shares an element of the weight, in the weight's shape."""
-    return t.sum(
-        [d for d in range(t.dim()) if d != 1] if t.dim() > 1 and weight.numel() != 1 else None
-    ).reshape(weight.shape)
+    each = t.dim() > 1 and weight.numel() != 1
+    return t.sum([d for d in range(t.dim()) if d != 1 or not each]).reshape(weight.shape)
 
 
 @rounded_once

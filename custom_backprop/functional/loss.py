@@ -17,10 +17,11 @@ import torch
 from torch import Tensor
 from torch.nn import _reduction as _Reduction
 
+from ..backends.library import is_traced, is_transformed
 from ..backends.selection import backend_of
 from ..formulas.loss import SUM
 from ..ops.loss import pointwise
-from ..ops.route import is_traced, is_transformed, overridable
+from ..ops.route import overridable
 from .arguments import common_dtype, number, reduction_of, same_dtype
 
 __all__ = [
@@ -382,10 +383,9 @@ def _broadcast(*tensors: Tensor) -> Any:
 def _warn(message: str) -> None:
     """A warning at the call into this package; none from a graph that torch.compile traces."""
     if not torch.compiler.is_compiling():
-        level, frame = 1, sys._getframe()
-        while frame.f_back is not None and frame.f_globals["__name__"].startswith(
-            f"{__package__}."
-        ):
+        level, frame, root = 1, sys._getframe(), __name__.partition(".")[0]
+        inner = f"{root}.functional.", f"{root}.ops."
+        while frame.f_back is not None and frame.f_globals["__name__"].startswith(inner):
             level, frame = level + 1, frame.f_back
         warnings.warn(message, stacklevel=level)
 

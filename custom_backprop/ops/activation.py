@@ -10,9 +10,9 @@ from torch import Tensor
 from torch.overrides import handle_torch_function, has_torch_function
 
 from ..backends.activation import ATEN, in_place, primitives
-from ..backends.library import TENSORS
+from ..backends.library import TENSORS, is_traced, is_transformed
 from ..formulas.activation import ACTIVATIONS, Activation
-from .route import is_ours, is_traced, is_transformed, op, run_of_gradient
+from .route import is_ours, op, run_of_gradient
 
 
 def stock_of(name: str) -> Callable[..., Tensor]:
@@ -98,5 +98,5 @@ def activate_(name: str, x: Tensor, *parameters: float) -> Tensor:
             f"{what} that requires grad is being used in an in-place operation: {name}, "
             f"shape {tuple(x.shape)}"
         )
-    same = _saves_output(name) or ATEN[name].saves_input or ATEN[name].same_at_output(*parameters)
+    same = _saves_output(name) or ATEN[name].same_at_output(*parameters)
     return _IN_PLACE[name].apply(x, None if same else x.clone(), *parameters)

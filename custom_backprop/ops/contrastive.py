@@ -8,9 +8,10 @@ import torch
 from torch import Tensor
 
 from ..backends import contrastive as primitives
+from ..backends.library import is_transformed
 from ..formulas import contrastive as formula
 from ..formulas.loss import NONE
-from .route import FLOAT32, is_transformed, op
+from .route import FLOAT32, op
 
 
 class Triplet:

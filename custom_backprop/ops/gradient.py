@@ -12,9 +12,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..backends.library import Primitive
+from ..backends.library import Primitive, is_traced, is_transformed
 from ..backends.scale import scale, scale_
-from .route import is_traced, is_transformed
 
 _graph_is_retained = torch._C._autograd._get_current_graph_task_keep_graph
 _saved_tensor_hooks = torch._C._autograd._top_saved_tensors_default_hooks

@@ -24,6 +24,7 @@ from __future__ import annotations
 
 import functools
 import inspect
+import warnings
 from collections.abc import Callable
 from typing import Any, Protocol, TypeVar
 
@@ -33,7 +34,16 @@ from torch._C._functorch import TransformType, get_interpreter_stack
 from torch.autograd import forward_ad
 from torch.overrides import handle_torch_function, has_torch_function
 
-from ..backends.library import TENSORS, Primitive, is_batched, is_plain, is_wrapped
+from ..backends.library import (
+    TENSORS,
+    Primitive,
+    functorch_active,
+    is_batched,
+    is_plain,
+    is_traced,
+    is_transformed,
+    is_wrapped,
+)
 from ..backends.selection import backend_of, get_backend
 from ..dtensor import is_dtensor
 
@@ -41,7 +51,6 @@ F = TypeVar("F", bound=Callable[..., Any])
 
 _grad_enabled = torch.is_grad_enabled
 _compiling = torch.compiler.is_dynamo_compiling
-_functorch_active = torch._C._are_functorch_transforms_active
 
 
 #: what autocast does to an op's floating-point inputs, as torch does to its own: casts half
@@ -155,15 +164,13 @@ def op(definition: Any, stock: Callable[..., Any] | None = None) -> Callable[...
             return stock(*args)
         device = args[0].device.type
         args = _cast(args, device, autocast.get(device))
-        if torch._C._get_tracing_state() or torch.compiler.is_exporting():
-            return value("formula", args)
-        if _compiling():
-            if _functorch_active():
+        if is_traced():
+            if functorch_active() or not _compiling() or torch.compiler.is_exporting():
                 return value("formula", args)
             return eager.apply(*args, "operator" if get_backend() == "triton" else "traced")
         if any(is_dtensor(a) for a in args):
             from .. import distributed  # noqa: F401 (its rules are registered at the first use)
-        if _functorch_active() or forward_ad._current_level >= 0:
+        if is_transformed():
             several = has_statistics or sum([isinstance(a, Tensor) for a in args]) > 1
             if _is_beyond_a_function(several):
                 return value("formula", args)
@@ -186,22 +193,13 @@ def overridable(function: F) -> F:
         if has_torch_function(args) or (kwargs and has_torch_function(tuple(kwargs.values()))):
             given = (*args, *kwargs.values())
             return handle_torch_function(call, given, *args, **kwargs)
+        if torch._C._get_tracing_state():
+            with warnings.catch_warnings():  # sizes that were compared are constants of the trace
+                warnings.simplefilter("ignore", torch.jit.TracerWarning)
+                return function(*args, **kwargs)
         return function(*args, **kwargs)
 
     return call  # type: ignore[return-value]
-
-
-def is_traced() -> bool:
-    """Whether a compiler, an exporter or a tracer looks on: what it is shown must be a formula."""
-    return bool(
-        _compiling() or torch.compiler.is_exporting() or torch._C._get_tracing_state() is not None
-    )
-
-
-def is_transformed() -> bool:
-    """Whether a transformation of torch.func or forward mode is at work, which differentiates
-    backward itself."""
-    return _functorch_active() or forward_ad._current_level >= 0
 
 
 def run_of_gradient(backward_op: Primitive, dy: Tensor) -> Callable[..., Any]:
@@ -271,6 +269,9 @@ class _Saving:
     @property
     def needs_input_grad(self) -> tuple[bool, ...]:
         return (True,) * len(self.ctx.needs_input_grad)
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self.ctx, name)
 
     def __setattr__(self, name: str, value: Any) -> None:
         setattr(self.ctx, name, value)

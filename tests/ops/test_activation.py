@@ -15,7 +15,6 @@ from strategies import layouts, tensors
 
 from custom_backprop import convert, functional, nn, use_backend
 from custom_backprop.backends import BACKENDS, why_not
-from custom_backprop.backends import activation as activation_primitives
 from custom_backprop.testing import Make, database
 from custom_backprop.testing.checks import sliced, transposed
 
@@ -63,6 +62,11 @@ def test_a_bound_that_float32_does_not_hold(name, parameters, backend):
         strict=True,
     ):
         assert torch.equal(ours, theirs)
+
+
+def significant_strides(t):
+    """Those of the dimensions that have more than one element."""
+    return [stride for n, stride in zip(t.shape, t.stride(), strict=True) if n > 1]
 
 
 def value_and_gradient(function, x, kwargs, dy=None):
@@ -185,15 +189,6 @@ def test_stocks_hardsigmoid_gradient_is_one_sixth_in_float32(backend):
     assert ours == 1 / 6
     if DEVICE == "cpu":
         assert theirs == torch.tensor(1 / 6).item() != 1 / 6
-
-
-@pytest.mark.parametrize("name", ["hardsigmoid", "hardswish"])
-def test_what_stands_for_aten_on_a_gpu(name):
-    """There ATEN's own multiplies by that float in float64 (tests/ops/test_gpu.py); what we put
-    together is what a CPU gives, bit for bit."""
-    x = torch.tensor([-4, -3, -2.9, -0.1, 0, 1e-3, 0.1, 2.9, 3, 4, INF, NAN], dtype=torch.float64)
-    exact = activation_primitives._EXACT[name](x)
-    torch.testing.assert_close(exact, getattr(F, name)(x), rtol=0, atol=0, equal_nan=True)
 
 
 @pytest.mark.parametrize("name", IN_PLACE)
@@ -436,7 +431,7 @@ def test_any_shape_layout_and_value(name, kwargs, special, backend_):
         ours, theirs = (
             value_and_gradient(getattr(m, name), x, kwargs, dy) for m in (functional, F)
         )
-        assert ours[0].stride() == theirs[0].stride()
+        assert significant_strides(ours[0]) == significant_strides(theirs[0])
         for our, their in zip(ours, theirs, strict=True):
             torch.testing.assert_close(our, their, rtol=1e-9, atol=1e-11, equal_nan=True)
 

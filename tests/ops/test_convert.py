@@ -119,11 +119,11 @@ def test_a_converted_model_is_traced_by_fx():
         [found[name] for name, _ in model.named_parameters()], list(expected)
     )
     assert {n.target.__name__ for n in traced.graph.nodes if n.op == "call_function"} >= {
-        "Linear",
+        "linear",
         "activate_",
-        "PReLU",
+        "prelu",
         "gelu",
-        "apply",
+        "softmax",
     }
 
 
@@ -139,4 +139,4 @@ def test_types_that_override_torchs_functions_hear_of_ours():
     x = torch.randn(3, 4).as_subclass(Listening)
     y = custom_backprop.functional.linear(custom_backprop.functional.relu(x), torch.randn(2, 4))
     assert type(y) is Listening
-    assert {"relu", "Linear"} <= set(heard)
+    assert {"relu", "linear"} <= set(heard)

@@ -1,0 +1,68 @@
+"""Every module under every tool that traces: as stock's."""
+
+from __future__ import annotations
+
+import warnings
+
+import pytest
+import torch
+from conftest import DEVICE
+
+from custom_backprop.testing import Make, database
+
+SPECS = [spec for spec in database().values() if spec.module]
+
+
+@pytest.fixture(params=SPECS, ids=str)
+def case(request):
+    """(our module, stock's with the same parameters, inputs)."""
+    ours, stock, arguments, make = request.param.module
+    torch.manual_seed(0)
+    module = ours(**arguments).to(DEVICE, torch.float64)
+    twin = stock(**arguments).to(DEVICE, torch.float64)
+    twin.load_state_dict(module.state_dict())
+    return module, twin, make(Make(DEVICE))
+
+
+def assert_same(traced, twin, inputs):
+    found = []
+    for module in (traced, twin):
+        leaves = [t.detach().clone().requires_grad_(t.requires_grad) for t in inputs]
+        y = module(*leaves)
+        wanted = [t for t in leaves if t.requires_grad]
+        torch.manual_seed(1)
+        grads = torch.autograd.grad(y, wanted, torch.randn_like(y)) if y.requires_grad else ()
+        found.append((y, grads))
+    torch.testing.assert_close(*found)
+
+
+def test_compiled(case):
+    module, twin, inputs = case
+    torch._dynamo.reset()
+    assert_same(torch.compile(module, backend="aot_eager", fullgraph=True), twin, inputs)
+
+
+@pytest.mark.parametrize("strict", [False, True])
+def test_exported(case, strict):
+    module, twin, inputs = case
+    program = torch.export.export(module, inputs, strict=strict)
+    called = {str(n.target) for n in program.graph.nodes if n.op == "call_function"}
+    assert not [name for name in called if "custom_backprop" in name], (
+        "a formula is all that is seen"
+    )
+    plain = tuple(t.detach() for t in inputs)
+    torch.testing.assert_close(program.module()(*plain), twin(*plain))
+
+
+def test_symbolically_traced(case):
+    module, twin, inputs = case
+    assert_same(torch.fx.symbolic_trace(module), twin, inputs)
+
+
+def test_traced_by_jit(case):
+    module, twin, inputs = case
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", DeprecationWarning)
+        traced = torch.jit.trace(module, inputs)
+    assert "PythonOp" not in str(traced.inlined_graph)
+    assert_same(traced, twin, inputs)
