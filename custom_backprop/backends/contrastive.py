@@ -47,9 +47,8 @@ def _triplet_forward(
         a_, p_, n_ = (widen(t[part]) for t in flat)
         for (x, y), out in zip(formula.pairs(a_, p_, n_, swap), d, strict=True):
             out[part] = torch.linalg.vector_norm(torch.sub(x, y).add_(eps), order, dim=-1)
-    loss = reduced(formula.hinge(d, margin).clamp_min_(0), reduction).to(a.dtype)
-    shape = a.shape[:-1]
-    return loss.view(shape) if reduction == NONE else loss, d.view(len(d), *shape)
+    d = d.view(len(d), *a.shape[:-1])
+    return reduced(formula.hinge(d, margin).clamp_min_(0), reduction).to(a.dtype), d
 
 
 def _triplet_backward(

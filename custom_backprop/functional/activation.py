@@ -134,7 +134,7 @@ def tanhshrink(input: Tensor) -> Tensor:
     return _apply("tanhshrink", input, False)
 
 
-def softplus(input: Tensor, beta: float = 1, threshold: float = 20) -> Tensor:
+def softplus(input: Tensor, beta: float = 1.0, threshold: float = 20.0) -> Tensor:
     """y = log(1 + e^(βx)) / β, and x where βx > θ;  dx = dy σ(βx), and dy there."""
     return _apply("softplus", input, False, beta, threshold)
 

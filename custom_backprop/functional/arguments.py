@@ -47,3 +47,15 @@ def same_dtype(*tensors: Any) -> Any:
     """The tensors (or None) in their common dtype."""
     dtype = common_dtype(*tensors)
     return tuple(t if t is None or t.dtype == dtype else t.to(dtype) for t in tensors)
+
+
+def together(*tensors: Any) -> Any:
+    """The tensors (or None) in one dtype and shape. Autograd sums the gradient of one that was
+    expanded."""
+    first = tensors[0]
+    for t in tensors:
+        if t is not None and (t.dtype != first.dtype or t.shape != first.shape):
+            cast = same_dtype(*tensors)
+            shapes = torch.broadcast_shapes(*[t.shape for t in cast if t is not None])
+            return tuple([t if t is None else t.expand(shapes) for t in cast])
+    return tensors

@@ -8,8 +8,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ..backends.activation import ATEN
 from ..formulas.activation import ACTIVATIONS
 from ..ops import linear as ops
+from ..ops.activation import activations
 from ..ops.route import overridable
 from .arguments import number
 
@@ -58,7 +60,7 @@ def linear_activation(
     """y = f(z), z = x Wᵀ + b;  dz = dy f', dx = dz W, dW = dzᵀ x, db = Σ_rows dz.
 
     One Function for both: where f' can be written with y, z is not saved, and dz and db come from
-    one pass.
+    one pass. It is two where autocast wants f in another dtype than the product.
 
     Args:
         input, weight, bias: as in :func:`linear`, ``weight`` with two dimensions.
@@ -79,10 +81,15 @@ def linear_activation(
         )
     if bias is not None and bias.shape != weight.shape[:1]:
         bias = bias.reshape(-1).expand(weight.shape[0])
-    values = activation_parameters(activation, parameters)
     if input.dim() == 1:
         row = input.unsqueeze(0)
-        return ops.linear_activation(row, weight, bias, activation, values).squeeze(0)
+        return linear_activation(row, weight, bias, activation, **parameters).squeeze(0)
+    if parameters or activation not in _DEFAULTS:
+        values = activation_parameters(activation, parameters)
+    else:
+        values = _DEFAULTS[activation]
+    if input.is_cuda and torch.is_autocast_enabled("cuda") and ATEN[activation].float32_on_cuda:
+        return activations[activation](ops.linear(input, weight, bias), *values)
     return ops.linear_activation(input, weight, bias, activation, values)
 
 
@@ -131,8 +138,6 @@ def activation_parameters(activation: str, given: dict[str, float]) -> tuple[flo
     Raises:
         ValueError, TypeError: as :func:`linear_activation`.
     """
-    if not given and activation in _DEFAULTS:
-        return _DEFAULTS[activation]
     if activation not in ACTIVATIONS:
         raise ValueError(f"no activation {activation!r}: choose one of {', '.join(ACTIVATIONS)}")
     known = ACTIVATIONS[activation].parameters

@@ -22,7 +22,7 @@ from ..backends.selection import backend_of
 from ..formulas.loss import SUM
 from ..ops.loss import pointwise
 from ..ops.route import overridable
-from .arguments import common_dtype, number, reduction_of, same_dtype
+from .arguments import common_dtype, number, reduction_of, together
 
 __all__ = [
     "binary_cross_entropy", "binary_cross_entropy_with_logits", "gaussian_nll_loss", "huber_loss", "kl_div", "l1_loss", "mse_loss",
@@ -164,7 +164,7 @@ def binary_cross_entropy(
         raise RuntimeError(
             f"binary_cross_entropy: input, target and weight must have the same dtype, got {got}"
         )
-    x, t, w = same_dtype(input, target, _constant("weight", weight, input))
+    x, t, w = together(input, target, _constant("weight", weight, input))
     return pointwise("binary_cross_entropy", x, t, None, w, enum)
 
 
@@ -200,7 +200,7 @@ def binary_cross_entropy_with_logits(
             input, target, weight, reduction=reduction, pos_weight=pos_weight
         )
     w, p = _constant("weight", weight, input), _constant("pos_weight", pos_weight, input)
-    x, t, p, w = same_dtype(input, target, p, w)
+    x, t, p, w = together(input, target, p, w)
     return pointwise("binary_cross_entropy_with_logits", x, t, p, w, enum)
 
 
@@ -238,7 +238,7 @@ def kl_div(
         raise RuntimeError(
             f"kl_div: only real floating-point tensors are supported, got {input.dtype} and {target.dtype}"
         )
-    x, t = _broadcast(*same_dtype(input, target))
+    x, t = together(input, target)
     loss = pointwise("kl_div", x, t, None, None, enum, log_target)
     return loss / input.shape[0] if batchmean and input.dim() else loss
 
@@ -294,7 +294,7 @@ def gaussian_nll_loss(
         raise ValueError(f"{reduction} is not valid")
     if not (input.is_floating_point() and target.is_floating_point() and var.is_floating_point()):
         return torch.nn.functional.gaussian_nll_loss(input, target, var, full, eps, reduction)
-    x, t, v = _broadcast(*same_dtype(input, target, var))
+    x, t, v = together(input, target, var)
     return pointwise("gaussian_nll_loss", x, t, v, None, _Reduction.get_enum(reduction), full, eps)
 
 
@@ -328,7 +328,7 @@ def poisson_nll_loss(
         return torch.nn.functional.poisson_nll_loss(
             input, target, log_input, full, eps=eps, reduction=reduction
         )
-    x, t = _broadcast(*same_dtype(input, target))
+    x, t = together(input, target)
     return pointwise(
         "poisson_nll_loss", x, t, None, None, _Reduction.get_enum(reduction), log_input, full, eps
     )
@@ -348,7 +348,7 @@ def _difference(
             f"Using a target size ({target.size()}) that is different to the input size ({input.size()}). "
             "This will likely lead to incorrect results due to broadcasting. Please ensure they have the same size."
         )
-    x, t = same_dtype(*_broadcast(input, target))
+    x, t = together(input, target)
     if not x.is_floating_point():
         given = parameters if weight is None else {**parameters, "weight": weight}
         return getattr(torch.nn.functional, name)(x, t, reduction=reduction, **given)
@@ -364,20 +364,10 @@ def _difference(
         raise ValueError(
             f"Invalid reduction mode: {reduction}. Expected one of 'none', 'mean', 'sum'."
         )
-    x, t, w = _broadcast(*same_dtype(x, t, weight))
+    x, t, w = together(x, t, weight)
     if reduction == "mean" and name != "huber_loss":
         return pointwise(name, x, t, None, w, SUM, *parameters.values()) / weight.sum()
     return pointwise(name, x, t, None, w, _Reduction.get_enum(reduction), *parameters.values())
-
-
-def _broadcast(*tensors: Tensor) -> Any:
-    """The tensors in one shape. Autograd sums the gradient of one that was expanded."""
-    first, *others = tensors
-    return (
-        tensors
-        if all(t.shape == first.shape for t in others)
-        else torch.broadcast_tensors(*tensors)
-    )
 
 
 def _warn(message: str) -> None:

@@ -26,7 +26,7 @@ from torch import Tensor
 from torch.nn.functional import _get_softmax_dim  # type: ignore[attr-defined]
 
 from ..backends.softmax import stock_of
-from ..ops.route import is_ours, overridable
+from ..ops.route import overridable
 from ..ops.softmax import softmaxes
 
 __all__ = ["log_softmax", "softmax", "softmin"]
@@ -71,7 +71,7 @@ def _along(name: str, x: Tensor, dim: int | None, level: int, dtype: torch.dtype
             f"Dimension out of range (expected to be in range of [{-count}, {count - 1}], but got "
             f"{dim}): {name} of shape {tuple(x.shape)}"
         )
-    if not is_ours(x) or not (dtype is None or dtype.is_floating_point):
+    if x.is_nested or not (x.is_floating_point() and (dtype is None or dtype.is_floating_point)):
         return stock_of(name)(x, dim, dtype)  # has no gradient: stock's result, or stock's error
     if dtype is None and x.is_cuda and torch.is_autocast_enabled("cuda"):
         dtype = None if x.dtype == torch.float64 else torch.float32  # as torch's own

@@ -10,7 +10,7 @@ from torch import Tensor
 from ..backends import linear as primitives
 from ..formulas import linear as formula
 from ..formulas.activation import ACTIVATIONS
-from .activation import activations, stock_of
+from .activation import stock_of
 from .route import LOWER, op
 
 _product = torch.nn.functional.linear
@@ -73,23 +73,8 @@ class LinearActivation:
 
 
 linear = op(Linear, stock=_product)
-_linear_activation = op(
+#: linear_activation(x, weight, bias, activation, parameters)
+linear_activation = op(
     LinearActivation,
     stock=lambda x, w, b, name, parameters: stock_of(name)(_product(x, w, b), *parameters),
 )
-
-
-def linear_activation(
-    x: Tensor,
-    weight: Tensor,
-    bias: Tensor | None,
-    activation: str,
-    parameters: tuple[float, ...],
-) -> Tensor:
-    """f(x Wᵀ + b) in one Function; in two where autocast wants f in another dtype than the
-    product."""
-    function: Any = activations[activation]
-    policy = function.definition.autocast
-    if x.is_cuda and "cuda" in policy and torch.is_autocast_enabled("cuda"):
-        return function(linear(x, weight, bias), *parameters)
-    return _linear_activation(x, weight, bias, activation, parameters)
