@@ -9,18 +9,22 @@ from itertools import accumulate, pairwise
 
 from .reading import Layer, Reading, Verdict
 
-FALL, STEP = (
-    4.0,
-    2.0,
-)  # decades between the largest layer and a vanished one, and the most that one step between layers counts
-SURGE = 100.0  # times the largest total of the older half of the history
-LOST = 1e-3  # of a layer's own share of the total, its median over the older half
-OLD = 4  # readings before the history is judged by
-CANCELLED = 1e-4  # of the gradient after a normalisation: below is rounding
-DEAD, DIED = (
-    0.75,
-    0.25,
-)  # the part of the units that is too much at any time, and above the least of the history
+#: decades between the largest layer and a vanished one
+FALL = 4.0
+#: decades that one step between two layers counts at most
+STEP = 2.0
+#: times the largest total of the older half of the history
+SURGE = 100.0
+#: of a layer's own part of the total, its median over the older half
+LOST = 1e-3
+#: readings before the history is judged by
+OLD = 4
+#: of the gradient after a normalisation: below is rounding
+CANCELLED = 1e-4
+#: the part of the units that is too much at any time
+DEAD = 0.75
+#: the same above the least of the history
+DIED = 0.25
 
 
 def judge(
@@ -62,39 +66,30 @@ def _non_finite(reading: Reading, layers: list[Layer], overflows: bool) -> Verdi
     if not bad:
         return None
     if outputs:
-        evidence = f"{outputs[0].activation_nonfinite:.2g} of its output is NaN or infinite, the first in the network"
+        part = f"{outputs[0].activation_nonfinite:.2g}"
+        evidence = f"{part} of its output is NaN or infinite, the first in the network"
         return Verdict("non-finite", outputs[0].name, evidence)
-    where = (
-        ", and the loss may be"
-        if bad[-1] is layers[-1]
-        else ", while that of the layers after it is finite"
-    )
-    return Verdict(
-        "non-finite",
-        bad[-1].name,
-        f"{bad[-1].nonfinite:.2g} of its gradient is NaN or infinite{where}",
-    )
+    last = bad[-1] is layers[-1]
+    where = "and the loss may be" if last else "while that of the layers after it is finite"
+    evidence = f"{bad[-1].nonfinite:.2g} of its gradient is NaN or infinite, {where}"
+    return Verdict("non-finite", bad[-1].name, evidence)
 
 
 def _exploding(reading: Reading, layers: list[Layer], old: list[Reading]) -> Verdict | None:
     most = max((r.norm for r in old if math.isfinite(r.norm)), default=math.inf)
     if most > 0 and reading.norm > SURGE * most:
         worst = max(layers, key=lambda layer: layer.norm or 0)
+        times = f"{reading.norm / most:.3g} times the most of the past"
         return Verdict(
-            "exploding",
-            worst.name,
-            f"the gradient's norm is {reading.norm:.3g}, {reading.norm / most:.3g} times the most of the past",
+            "exploding", worst.name, f"the gradient's norm is {reading.norm:.3g}, {times}"
         )
     if found := _too_far(reading):
         return found
     for what, values in (("gradient", _norms(layers)), ("activation", _deviations(reading)[::-1])):
         if values and (fall := max(falls([v for _, v in values]))) >= FALL:
-            largest = max(values, key=lambda v: v[1])
-            return Verdict(
-                "exploding",
-                largest[0],
-                f"its {what} ({largest[1]:.3g}) has grown by {fall:.1f} decades through the network",
-            )
+            name, value = max(values, key=lambda v: v[1])
+            evidence = f"its {what} ({value:.3g}) has grown by {fall:.1f} decades through"
+            return Verdict("exploding", name, f"{evidence} the network")
     return None
 
 
@@ -113,30 +108,24 @@ def _vanishing(reading: Reading, layers: list[Layer], old: list[Reading]) -> Ver
         if gone := [name for (name, _), fall in zip(values, decades, strict=True) if fall >= FALL]:
             name, value = values[-1]
             more = f", as in {len(gone) - 1} more" if len(gone) > 1 else ""
-            return Verdict(
-                "vanishing",
-                name,
-                f"its {what} ({value:.3g}) has fallen by {decades[-1]:.1f} decades through the network{more}",
-            )
+            evidence = f"its {what} ({value:.3g}) has fallen by {decades[-1]:.1f} decades through"
+            return Verdict("vanishing", name, f"{evidence} the network{more}")
     for layer in layers if old else ():
         was = statistics.median(
             (r[layer.name].norm or 0) / r.norm if r.norm > 0 else 0 for r in old
         )
         now = (layer.norm or 0) / reading.norm if reading.norm else was
         if now < LOST * was:
-            return Verdict(
-                "vanishing",
-                layer.name,
-                f"its part of the gradient's norm is {now:.2g}, and was {was:.2g}",
-            )
+            evidence = f"its part of the gradient's norm is {now:.2g}, and was {was:.2g}"
+            return Verdict("vanishing", layer.name, evidence)
     return None
 
 
 def _dead(
     reading: Reading, layers: list[Layer], history: list[Reading], normalised: Collection[str]
 ) -> Iterator[Verdict]:
-    place = {layer.name: i for i, layer in enumerate(reading.layers)}
-    cancelled = _cancelled(reading, layers, place, normalised)
+    index = {layer.name: i for i, layer in enumerate(reading.layers)}
+    cancelled = _cancelled(reading, layers, index, normalised)
     for i, layer in enumerate(layers):
         if layer.dead is None or layer.name in cancelled:
             continue
@@ -148,15 +137,12 @@ def _dead(
                 continue  # nothing arrives from the loss, or a later layer is to blame
         past = [d for r in history if (d := r[layer.name].dead) is not None]
         dead, long = layer.dead, ""
-        if (
-            layer.activation_std is None
-        ):  # gradients alone cannot tell the dead from those that the loss does not ask: death lasts
-            dead, long = (
-                min([dead, *past[1 - OLD :]]) if len(past) >= OLD - 1 else 0.0,
-                f", {OLD} times in a row",
-            )
+        if layer.activation_std is None:
+            # gradients alone cannot tell the dead from those the loss does not ask: death lasts
+            long = f", {OLD} times in a row"
+            dead = min([dead, *past[1 - OLD :]]) if len(past) >= OLD - 1 else 0.0
         if dead > DEAD or dead > min(past, default=1.0) + DIED:
-            source = _source(reading, place[layer.name])
+            source = _source(reading, index[layer.name])
             yield Verdict(
                 "dead units",
                 source,
@@ -165,7 +151,7 @@ def _dead(
 
 
 def _cancelled(
-    reading: Reading, layers: list[Layer], place: dict[str, int], normalised: Collection[str]
+    reading: Reading, layers: list[Layer], index: dict[str, int], normalised: Collection[str]
 ) -> set[str]:
     """The layers beneath a normalised output whose gradient is zero, or what rounding leaves of
     zero: it may be right."""
@@ -174,7 +160,7 @@ def _cancelled(
         norm, rest = here.norm or 0.0, after.norm or 0.0
         beneath = any(
             other.name in normalised
-            for other in reading.layers[place[here.name] + 1 : place[after.name] + 1]
+            for other in reading.layers[index[here.name] + 1 : index[after.name] + 1]
         )
         if (beneath and rest > 0 and norm <= CANCELLED * rest) or (
             after.name in found and norm <= rest / CANCELLED

@@ -16,16 +16,12 @@ from ..backends.library import functorch_active
 from ..dtensor import local
 from .sums import sums_of
 
-LAYERS = {
-    nn.Linear: -1,
-    nn.Conv1d: -2,
-    nn.Conv2d: -3,
-    nn.Conv3d: -4,
-}  # where the units stand in the output
-DEPTH = 8  # of containers in an output: one that contains itself has no end
-Stage = tuple[
-    int, int
-]  # row of a layer, and of the module, it or one after it, that put its units out
+#: the dimension of the output in which the units are
+LAYERS = {nn.Linear: -1, nn.Conv1d: -2, nn.Conv2d: -3, nn.Conv3d: -4}
+#: of containers in an output: one that contains itself has no end
+DEPTH = 8
+#: row of a layer, and of the module, it or one after it, that put its units out
+Stage = tuple[int, int]
 
 
 class Outputs:
@@ -33,7 +29,7 @@ class Outputs:
 
     A unit that is dead gets no gradient, but not every unit without one is dead: the loss may ask
     for few samples (a hinge), or the weights after it may be zero (LoRA's start). What tells them
-    apart is the output. A layer's units are followed through the modules that keep their shape
+    apart is the output. A layer's units are followed through the modules that leave their shape
     (normalisation, activation, dropout). A unit is silent if after one of these it has one value
     for all samples of the window, or is zero anywhere; or if it is never positive where what
     becomes of it is out of sight: the activation may be a function, and then is ReLU for all we can
@@ -56,14 +52,12 @@ class Outputs:
         self.passed: set[Stage] = set()
         self._fused = fused
         self._last: Stage | None = None
-        self._known: dict[
-            int, tuple[weakref.ref[Tensor], int, Stage, int]
-        ] = {}  # id -> tensor, its version, stage, dim of the units
+        #: id -> tensor, its version, stage, dim of the units
+        self._known: dict[int, tuple[weakref.ref[Tensor], int, Stage, int]] = {}
 
     def add(self, row: int, module: nn.Module, given: Any, x: Tensor) -> None:
-        forward = (
-            torch._C._current_graph_task_id() == -1
-        )  # a checkpoint calls modules again in backward, in its order
+        # a checkpoint calls modules again in backward, in its order
+        forward = torch._C._current_graph_task_id() == -1
         if forward:
             self.called.append(row)
         value, by_unit = local(x.detach()), None
@@ -118,9 +112,8 @@ class Outputs:
         """The row of each layer, and which of its units are silent."""
         found: dict[int, Tensor] = {}
         for stage, (least, most) in self.ranges.items():
-            here = (least == most) & (
-                (stage[0] != stage[1] or stage[0] in self._fused) | (most == 0)
-            )
+            after_activation = stage[0] != stage[1] or stage[0] in self._fused
+            here = (least == most) & (after_activation | (most == 0))
             if stage not in self.passed:
                 here |= most <= 0
             found[stage[0]] = found[stage[0]] | here if stage[0] in found else here

@@ -6,12 +6,14 @@ from dataclasses import asdict, dataclass, fields
 from functools import cached_property
 
 CURES = {
-    "vanishing": "initialise for the activation (custom_backprop.init.init_for), take one that does not saturate, "
-    "or normalise between layers",
-    "exploding": "clip the norm (custom_backprop.nn.utils.clip_grad_norm_), lower the learning rate, or initialise for the activation "
-    "(custom_backprop.init.init_for)",
-    "dead units": "lower the learning rate, start the biases at 0, or take an activation with a slope everywhere (leaky_relu, elu, gelu)",
-    "non-finite": "lower the learning rate, clip the norm (custom_backprop.nn.utils.clip_grad_norm_) or normalise; "
+    "vanishing": "initialise for the activation (custom_backprop.init.init_for), take one that "
+    "does not saturate, or normalise between layers",
+    "exploding": "clip the norm (custom_backprop.nn.utils.clip_grad_norm_), lower the learning "
+    "rate, or initialise for the activation (custom_backprop.init.init_for)",
+    "dead units": "lower the learning rate, start the biases at 0, or take an activation with a "
+    "slope everywhere (leaky_relu, elu, gelu)",
+    "non-finite": "lower the learning rate, clip the norm "
+    "(custom_backprop.nn.utils.clip_grad_norm_) or normalise; "
     "torch.autograd.set_detect_anomaly(True) names the op",
 }
 
@@ -118,3 +120,12 @@ class Reading:
         for layer in self.layers if layers else ():
             found |= {f"{layer.name}/{k}": v for k, v in asdict(layer).items() if k != "name"}
         return {k: v for k, v in found.items() if v is not None}
+
+
+def in_order(layers: tuple[Layer, ...], called: list[int]) -> tuple[Layer, ...]:
+    """Layers in the order of the rows ``called``, if it is known of all that have a gradient, then
+    the rest."""
+    known = set(called)
+    if any(layer.norm is not None and row not in known for row, layer in enumerate(layers)):
+        return layers
+    return tuple(layers[row] for row in (*called, *sorted(set(range(len(layers))) - known)))

@@ -13,17 +13,8 @@ from .reading import Layer
 # Columns of the sums, all of which add up over steps and over shards: seven of gradients, seven of
 # activations, then updates and units (without a gradient, of how many; silent, of how many).
 SQUARES, SUM, NONZERO, NONFINITE, ELEMENTS, GOOD, BAD = range(7)
-GRADIENT, ACTIVATION, UPDATE, WEIGHT, DEAD_UNITS, UNITS, SILENT_UNITS, SEEN_UNITS, WIDTH = (
-    0,
-    7,
-    14,
-    15,
-    16,
-    17,
-    18,
-    19,
-    20,
-)
+GRADIENT, ACTIVATION, UPDATE, WEIGHT = 0, 7, 14, 15
+DEAD_UNITS, UNITS, SILENT_UNITS, SEEN_UNITS, WIDTH = range(16, 21)
 
 
 def sums_of(x: Tensor, by_unit: Tensor | None = None) -> list[Tensor]:
@@ -31,7 +22,7 @@ def sums_of(x: Tensor, by_unit: Tensor | None = None) -> list[Tensor]:
     there are.
 
     x is divided by its largest element first (``by_unit``: the largest of each row, where that is
-    known): the squares of a vanished gradient are no numbers of float32, and float64 takes ten
+    known): the squares of a vanished gradient are too small for float32, and float64 takes ten
     times as long on a CPU.
     """
     elements = x.new_full((), x.numel(), dtype=wide_of(x), layout=torch.strided)
@@ -44,10 +35,9 @@ def sums_of(x: Tensor, by_unit: Tensor | None = None) -> list[Tensor]:
     dtype = dtype_of(x)
     largest = (x.abs() if by_unit is None else by_unit).amax().to(dtype)
     nonzero = torch.count_nonzero(x)
-    finite = x.is_cpu and math.isfinite(largest.item())  # a CPU need not wait for its own numbers
-    nonfinite = (
-        torch.zeros_like(nonzero) if finite else torch.count_nonzero(x - x)
-    )  # x - x is NaN where x is not finite
+    finite = x.is_cpu and math.isfinite(largest.item())  # a CPU need not wait for its own values
+    # x - x is NaN where x is not finite
+    nonfinite = torch.zeros_like(nonzero) if finite else torch.count_nonzero(x - x)
     scaled, wide = x.to(dtype) / largest.clamp_min(torch.finfo(dtype).tiny), largest.to(wide_of(x))
     return [
         torch.linalg.vector_norm(scaled) * wide,
@@ -56,6 +46,12 @@ def sums_of(x: Tensor, by_unit: Tensor | None = None) -> list[Tensor]:
         nonfinite,
         elements,
     ]
+
+
+def squares_of(tensors: list[Tensor]) -> Tensor:
+    """‖x‖² of each."""
+    norms = [torch.linalg.vector_norm(x, dtype=dtype_of(x)) for x in tensors]
+    return torch.stack(norms).to(wide_of(norms[0])).square_()
 
 
 def dtype_of(x: Tensor) -> torch.dtype:
@@ -68,18 +64,15 @@ def wide_of(x: Tensor) -> torch.dtype:
 
 
 def layer_of(name: str, row: list[float]) -> Layer:
-    gradient, activation = (
-        _statistics(row[GRADIENT:ACTIVATION]),
-        _statistics(row[ACTIVATION:UPDATE]),
-    )
+    gradient = _statistics(row[GRADIENT:ACTIVATION])
+    activation = _statistics(row[ACTIVATION:UPDATE])
     found: dict[str, float | None] = {
         f"activation_{k}": v for k, v in activation.items() if k != "norm"
     }
     dead = row[DEAD_UNITS] / row[UNITS] if row[UNITS] else None
     if dead is not None and row[SEEN_UNITS]:
-        dead = min(
-            dead, row[SILENT_UNITS] / row[SEEN_UNITS]
-        )  # a silent unit gets no gradient; shards know the numbers, not which
+        # a silent unit gets no gradient; of shards the counts are known, not which units they are
+        dead = min(dead, row[SILENT_UNITS] / row[SEEN_UNITS])
     return Layer(name, **gradient, **found, dead=dead, update=root(row[UPDATE], row[WEIGHT]))
 
 

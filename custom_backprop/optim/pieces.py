@@ -7,6 +7,7 @@ from collections.abc import Collection, Iterator
 import torch
 from torch import Tensor
 
+from ..formulas.precision import HALF
 from .memory import adjacent, span
 from .threads import SMALL, Run, by_all_threads, by_one_thread
 
@@ -104,9 +105,13 @@ class Piece:
         return d if factor == 1 else torch.mul(d, factor, out=self.scratch[0])
 
     def subtract(self, update: Tensor, lr: float, weight_decay: float = 0.0) -> None:
-        """θ -= γ (u + λ θ), where u is ``scratch[0]`` or a value of ``whole``."""
+        """θ -= γ (u + λ θ), where u is a value of ``whole``, or ``scratch[0]``, which may be
+        overwritten."""
+        p = self.params[0]
+        if p.dtype in HALF and weight_decay:  # torch's kernel does nothing (pytorch issue 191763)
+            update, weight_decay = update.add_(p, alpha=weight_decay), 0.0
         if len(self.params) == 1 and not weight_decay:
-            self.params[0].add_(update, alpha=-lr)
+            p.add_(update, alpha=-lr)
             return
         name = next((name for name, whole in self.whole.items() if whole is update), None)
         self.run(  # of a step without momentum, torch's fused kernel rounds as add_ does

@@ -22,7 +22,8 @@ class SGD(MultiTensor, torch.optim.SGD):
 
     On a CPU it gives the bits of ``torch.optim.SGD(fused=True)``, where μ b + d is rounded once;
     with ``fused=False``, at some cost, those of torch's plain loop over parameters, where it is
-    rounded twice.
+    rounded twice. In half precision it always gives those of the loop: torch's fused kernel leaves
+    such parameters as they are (pytorch issue 191763).
     """
 
     _torch = torch.optim.SGD
@@ -37,14 +38,15 @@ class SGD(MultiTensor, torch.optim.SGD):
         factor: float,
     ) -> None:
         momentum, wide = hyper["momentum"], bucket.updated_dtype in _WIDE
-        # in half precision the fused kernel and the loop differ even without these
-        if wide and not (momentum or hyper["weight_decay"]):
+        if not wide:
+            _loop(bucket, grads, hyper, factor)
+        elif not (momentum or hyper["weight_decay"]):
             _without_state(bucket, grads, hyper, factor)
         elif group["fused"] is not False:
             for run, params, d, states in bucket.scaled(grads, factor):
                 buffers = states["momentum_buffer"] if momentum else []
                 run(torch._fused_sgd_, params, d, buffers, is_first_step=bucket.fresh, **hyper)
-        elif wide and factor == 1 and not (momentum and (hyper["dampening"] or hyper["nesterov"])):
+        elif factor == 1 and not (momentum and (hyper["dampening"] or hyper["nesterov"])):
             _loop_by_kernel(bucket, grads, hyper)
         else:
             _loop(bucket, grads, hyper, factor)

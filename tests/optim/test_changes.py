@@ -12,12 +12,16 @@ from optim_helpers import (
     assert_equal,
     every_optimizer,
     give_gradients,
+    needs_kernels,
     ours,
     parameters,
     stock,
+    train,
 )
 
+import custom_backprop
 from custom_backprop import optim
+from custom_backprop.backends.kernels import kernels
 from custom_backprop.nn.utils import clip_grad_norm_
 from custom_backprop.optim import signature
 
@@ -229,3 +233,39 @@ def test_hyperparameters_changed_on_the_way(
             give_gradients(params, step)
             optimizer.step()
     assert_equal(mine, theirs)
+
+
+@needs_kernels
+@every_optimizer
+def test_the_backend_may_change_between_two_steps(
+    name: str, device: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """And what runs is the one that is forced."""
+    launched: list[str] = []
+    launch = kernels("optim").update
+    monkeypatch.setattr(
+        kernels("optim"), "update", lambda *args, **kw: launched.append(now) or launch(*args, **kw)
+    )
+    shapes: list[tuple[int, ...]] = [(5,), (40,), (2, 3)]
+    mine, theirs = parameters(device, shapes=shapes), parameters(device, shapes=shapes)
+    our, their = ours(name)(mine, **FULL[name]), stock(name)(theirs, **FULL[name])
+    turns = ["formula", "triton", "formula", "triton", "triton", "formula"]
+    for step, now in enumerate(turns):
+        with custom_backprop.use_backend(now):
+            give_gradients(mine, step, skip=False)
+            our.step()
+        give_gradients(theirs, step, skip=False)
+        their.step()
+    assert_equal(mine, theirs)
+    assert launched == ["triton"] * 3
+
+
+@pytest.mark.parametrize("name", ["Adam", "AdamW", "RMSprop"])
+def test_capturable_may_be_asked_for_between_two_steps(name: str) -> None:
+    """From there on the step is torch's, which refuses it on a CPU."""
+    params = parameters(shapes=[(3,)])
+    optimizer = ours(name)(params, **FULL[name])
+    train(optimizer, params, 2, skip=False)
+    optimizer.param_groups[0]["capturable"] = True
+    with pytest.raises(AssertionError, match="capturable"):
+        optimizer.step()

@@ -13,11 +13,14 @@ from optim_helpers import (
     assert_equal,
     every_optimizer,
     give_gradients,
+    needs_kernels,
     ours,
     parameters,
     stock,
+    train,
 )
 
+import custom_backprop
 from custom_backprop import optim
 
 
@@ -107,3 +110,22 @@ def test_grad_scaler_after_unscale(name: str) -> None:
         scaler.update()
         their.step()
     assert_equal(mine, theirs, 1e-6)
+
+
+@pytest.mark.parametrize("backend", ["formula", pytest.param("triton", marks=needs_kernels)])
+@every_optimizer
+def test_an_infinity_skips_what_torch_updates_too(name: str, backend: str, device: str) -> None:
+    """Beside it a bucket, by whatever reads the infinity."""
+    params = parameters(device, shapes=[(4, 6), (5,)])
+    optimizer = ours(name)(params, **FULL[name])
+    with custom_backprop.use_backend(backend):
+        train(optimizer, params, 1, skip=False)
+        give_gradients(params, 1, skip=False)
+        params[0].grad = params[0].grad.t().contiguous().t()  # type: ignore[union-attr]
+        before = copy.deepcopy((params, optimizer.state_dict()["state"]))
+        optimizer.found_inf = torch.ones((), device=device)
+        optimizer.step()
+        assert_equal((params, optimizer.state_dict()["state"]), before, 0.0)
+        del optimizer.found_inf
+        optimizer.step()
+        assert not any(map(torch.equal, params, before[0]))

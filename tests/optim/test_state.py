@@ -6,6 +6,7 @@ import copy
 import io
 import pickle
 from contextlib import nullcontext
+from typing import Any
 
 import pytest
 import torch
@@ -105,3 +106,37 @@ def test_state_taken_away_replaced_or_cleared_is_noticed(name: str) -> None:
             else:
                 optimizer.state.clear()
     assert_equal(mine, theirs)
+
+
+@pytest.mark.parametrize("kwargs", [{"master_weights": True}, {"bf16_stochastic_round": True}])
+@every_optimizer
+def test_float32_state_is_loaded_as_a_copy(name: str, kwargs: dict[str, bool]) -> None:
+    """What is loaded may be the state of an optimizer that goes on."""
+    params, others = parameters(dtype=torch.bfloat16), parameters(dtype=torch.bfloat16)
+    source, loaded = (ours(name)(p, **kwargs, **FULL[name]) for p in (params, others))
+    train(source, params, 2)
+    loaded.load_state_dict(source.state_dict())
+    for p, q in zip(params, others, strict=True):
+        for key, value in source.state[p].items():
+            assert key == "step" or loaded.state[q][key] is not value
+            assert loaded.state[q][key].dtype == torch.float32
+    before = copy.deepcopy(loaded.state_dict())
+    train(source, params, range(2, 4))
+    for p, old in before["state"].items():
+        new = loaded.state_dict()["state"][p]
+        assert_equal({**new, "step": 0}, {**old, "step": 0}, 0.0)  # torch shares the count
+
+
+def test_what_a_hook_makes_of_a_checkpoint_is_loaded() -> None:
+    (p,) = parameters(dtype=torch.bfloat16, shapes=[(5,)])
+    optimizer = ours("SGD")([p], master_weights=True, **FULL["SGD"])
+    train(optimizer, [p], 1)
+
+    def doubled(_: Any, state_dict: dict[str, Any]) -> dict[str, Any]:
+        state = state_dict["state"][0]
+        return {**state_dict, "state": {0: {key: 2 * value for key, value in state.items()}}}
+
+    optimizer.register_load_state_dict_pre_hook(doubled)
+    before = optimizer.state[p]["master_param"].clone()
+    optimizer.load_state_dict(optimizer.state_dict())
+    assert torch.equal(optimizer.state[p]["master_param"], 2 * before)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import importlib
+from contextlib import nullcontext
 from typing import Any
 
 import pytest
@@ -116,15 +118,81 @@ def test_differentiable(name: str) -> None:
         ours(name)(parameters(), differentiable=True, max_grad_norm=1.0)
 
 
-@pytest.mark.parametrize("name", ["Adam", "AdamW", "RMSprop"])
-def test_capturable_is_torchs_own(name: str) -> None:
-    """On a CPU torch refuses it, when it steps."""
+CAPTURABLE = pytest.mark.parametrize("name", ["Adam", "AdamW", "RMSprop"])
+
+
+def pretend_that_torch_captures_on(device: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    for module in map(importlib.import_module, ("torch.optim.adam", "torch.optim.rmsprop")):
+        monkeypatch.setattr(module, "_get_capturable_supported_devices", lambda *_: [device])
+
+
+@CAPTURABLE
+def test_capturable_is_torchs_own(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """On a CPU torch refuses it, when it steps; where it does not, clipping is added to it."""
     for kind in (ours(name), stock(name)):
         params = parameters(shapes=[(3,)])
         optimizer = kind(params, capturable=True)
         give_gradients(params, 0)
         with pytest.raises(AssertionError, match="capturable"):
             optimizer.step()
+    pretend_that_torch_captures_on("cpu", monkeypatch)
+    mine, theirs = parameters(shapes=[(3,), (7,)]), parameters(shapes=[(3,), (7,)])
+    kwargs = {**FULL[name], "capturable": True}
+    our, their = ours(name)(mine, max_grad_norm=0.5, **kwargs), stock(name)(theirs, **kwargs)
+    for step in range(3):
+        give_gradients(mine, step, skip=False)
+        give_gradients(theirs, step, skip=False)
+        our.step()
+        clip_grad_norm_(theirs, 0.5)
+        their.step()
+    assert_equal(mine, theirs)
+
+
+@CAPTURABLE
+def test_a_capturable_step_reads_nothing_from_the_device(
+    name: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Not the factor of clipping either: on the meta device nothing can be read."""
+    pretend_that_torch_captures_on("meta", monkeypatch)
+    p = Parameter(torch.ones(3, device="meta"))
+    p.grad = torch.ones_like(p)
+    optimizer = ours(name)([p], capturable=True, max_grad_norm=0.5)
+    optimizer.step()
+    assert optimizer.state[p]["step"].is_meta
+
+
+@pytest.mark.parametrize("fails", [False, True])
+def test_gradients_and_groups_are_put_back_after_torchs_step(fails: bool) -> None:
+    """Clipped and unscaled on the way: ``.grad`` stays, and so do a GradScaler's attributes, also
+    when torch refuses."""
+    params = parameters(shapes=[(3, 4), (5,)])
+    optimizer = optim.Adam(params, max_grad_norm=0.5, fused=True)
+    give_gradients(params, 0, skip=False)
+    params[0].grad = params[0].grad.t().contiguous().t()  # type: ignore[union-attr]
+    if fails:
+        optimizer.param_groups[0]["capturable"] = True
+    grads, groups = [p.grad for p in params], optimizer.param_groups
+    values = [g.clone() for g in grads if g is not None]
+    optimizer.grad_scale, optimizer.found_inf = torch.tensor(2.0), torch.tensor(0.0)
+    with pytest.raises(AssertionError, match="capturable") if fails else nullcontext():
+        optimizer.step()
+    assert optimizer.param_groups is groups
+    assert optimizer.param_groups[0]["params"] == params
+    assert optimizer.param_groups[0]["fused"] is True
+    assert (optimizer.grad_scale.item(), optimizer.found_inf.item()) == (2.0, 0.0)
+    assert all(p.grad is g for p, g in zip(params, grads, strict=True))
+    assert all(torch.equal(g, v) for g, v in zip(grads, values, strict=True))
+
+
+def test_a_sparse_gradient_is_as_it_was_after_clipping() -> None:
+    embedding = torch.nn.Embedding(9, 4, sparse=True)
+    embedding(torch.tensor([1, 3, 3])).square().sum().backward()
+    given = embedding.weight.grad
+    assert given is not None
+    before = given.to_dense()
+    optim.SGD([embedding.weight], lr=0.1, max_grad_norm=1e-3).step()
+    assert embedding.weight.grad is given
+    assert torch.equal(given.to_dense(), before)
 
 
 @every_optimizer
