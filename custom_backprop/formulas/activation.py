@@ -1,10 +1,13 @@
 """Activations y = f(x), elementwise, and their derivatives.
 
 The chain rule for an elementwise f is one product: dL/dx_i = dL/dy_i · f'(x_i). So an activation is
-a pair (f, f'). Where f' can be written with y = f(x) alone and loses nothing, y is what backward
-keeps: the next layer keeps it as its input anyway, so it costs no memory.
+a pair (f, f'). Where f' can be written with y = f(x) alone, y is what backward saves: the next
+layer saves it as its input anyway, so it costs no memory. For the piecewise linear ones nothing is
+lost. Of sigmoid and tanh y is rounded: near its limits y (1 - y) and 1 - y² are right to a unit of
+y near 1, not of themselves, and are 0 where y has reached its limit. PyTorch does the same.
 
-At a kink, where no derivative exists, f' is what torch takes, and so is f''. NaN in gives NaN out.
+At a kink, where no derivative exists, f' is what torch takes, and so is f''; f is written so that
+autograd, which a tracer leaves to differentiate it, takes that f' too. NaN in gives NaN out.
 Throughout, σ(x) = 1 / (1 + e^-x), σ' = σ (1 - σ), t = tanh(x), t' = 1 - t², and [c] is 1 where c
 holds, else 0.
 """
@@ -18,7 +21,7 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
-from .constant import constant_in
+from .constant import with_zero_slope
 from .precision import rounded_once
 
 SELU_ALPHA, SELU_SCALE = 1.6732632423543772848170429916717, 1.0507009873554804934193349852946
@@ -51,12 +54,12 @@ class Activation:
     def backward(self, dy: Tensor, saved: Tensor, *parameters: float) -> Tensor:
         """dx = dy f'."""
         dx = rounded_once(lambda saved, dy: dy * self.derivative(saved, *parameters))(saved, dy)
-        return constant_in(dx, saved) if self.piecewise_linear else dx
+        return with_zero_slope(dx, saved) if self.piecewise_linear else dx
 
 
 def relu(x: Tensor) -> Tensor:
     """y = max(x, 0)."""
-    return x.clamp_min(0)
+    return torch.relu(x)
 
 
 def relu_derivative(y: Tensor) -> Tensor:
@@ -70,13 +73,13 @@ def leaky_relu(x: Tensor, negative_slope: float) -> Tensor:
 
 
 def leaky_relu_derivative(x: Tensor, negative_slope: float) -> Tensor:
-    """f' = 1 where x > 0, else a. Kept is x: y does not tell the sign of x when a < 0."""
+    """f' = 1 where x > 0, else a. Saved is x: y does not tell the sign of x when a < 0."""
     return torch.where(x > 0, x.new_ones(()), negative_slope)
 
 
 def hardtanh(x: Tensor, min_val: float, max_val: float) -> Tensor:
     """y = x clipped to [l, h]."""
-    return x.clamp(min_val, max_val)
+    return torch.nn.functional.hardtanh(x, min_val, max_val)
 
 
 def hardtanh_derivative(y: Tensor, min_val: float, max_val: float) -> Tensor:
@@ -205,24 +208,42 @@ def sigmoid(x: Tensor) -> Tensor:
 
 
 def sigmoid_derivative(y: Tensor) -> Tensor:
-    """f' = y (1 - y). At most 1/4: a chain of sigmoids shrinks a gradient at least fourfold a
-    layer."""
+    """f' = y (1 - y). At most 1/4: between two layers of weights W with ‖W‖ <= 1, a sigmoid shrinks
+    a gradient at least fourfold. Where y is near 1, the error is that of y: a unit of 1, not of
+    f'."""
     return y * (1 - y)
 
 
+def _exp_of_minus_abs(x: Tensor) -> Tensor:
+    """e^-|x|, which cannot overflow. |x| is x at 0 too, not torch's abs, whose derivative there is
+    0: what is made of it is smooth."""
+    return torch.exp(torch.where(x < 0, x, -x))
+
+
+def _softplus(x: Tensor) -> Tensor:
+    """log(1 + e^x) = max(x, 0) + log(1 + e^-|x|)."""
+    return torch.where(x < 0, 0.0, x) + torch.log1p(_exp_of_minus_abs(x))
+
+
+def _sigmoid_to_the_end(x: Tensor) -> Tensor:
+    """σ(x). torch's own is 0 where e^-x overflows, and σ(x) = e^x is not yet 0 there."""
+    e = _exp_of_minus_abs(x)
+    return torch.where(x < 0, e, 1.0) / (1 + e)
+
+
 def logsigmoid(x: Tensor) -> Tensor:
-    """y = log σ(x) = min(x, 0) - log(1 + e^-|x|)."""
-    return x.clamp_max(0) - torch.log1p(torch.exp(-x.abs()))
+    """y = log σ(x) = -softplus(-x)."""
+    return -_softplus(-x)
 
 
 def logsigmoid_derivative(x: Tensor) -> Tensor:
     """f' = σ'/σ = 1 - σ(x) = σ(-x)."""
-    return torch.sigmoid(-x)
+    return _sigmoid_to_the_end(-x)
 
 
 def hardsigmoid(x: Tensor) -> Tensor:
     """y = (x + 3) / 6 clipped to [0, 1]."""
-    return ((x + 3) / 6).clamp(0, 1)
+    return relu6(x + 3) / 6
 
 
 def hardsigmoid_derivative(x: Tensor) -> Tensor:
@@ -232,7 +253,7 @@ def hardsigmoid_derivative(x: Tensor) -> Tensor:
 
 def hardswish(x: Tensor) -> Tensor:
     """y = x hardsigmoid(x)."""
-    return x * (x + 3).clamp(0, 6) / 6
+    return x * relu6(x + 3) / 6
 
 
 def hardswish_derivative(x: Tensor) -> Tensor:
@@ -246,7 +267,7 @@ def tanh(x: Tensor) -> Tensor:
 
 
 def tanh_derivative(y: Tensor) -> Tensor:
-    """f' = 1 - y²."""
+    """f' = 1 - y². Where |y| is near 1, the error is that of y: a unit of 1, not of f'."""
     return 1 - y * y
 
 
@@ -264,13 +285,14 @@ def softplus(x: Tensor, beta: float, threshold: float) -> Tensor:
     """y = log(1 + e^(βx)) / β, and x itself where βx > θ (there they differ by less than e^-θ /
     β)."""
     z = x * beta
-    return torch.where(z > threshold, x, (z.clamp_min(0) + torch.log1p(torch.exp(-z.abs()))) / beta)
+    return torch.where(z > threshold, x, _softplus(z) / beta)
 
 
 def softplus_derivative(x: Tensor, beta: float, threshold: float) -> Tensor:
     """f' = σ(βx), and 1 where βx > θ."""
     z = x * beta
-    return torch.where(z > threshold, 1.0, torch.sigmoid(torch.where(z >= threshold, threshold, z)))
+    inside = torch.where(z >= threshold, threshold, z)
+    return torch.where(z > threshold, 1.0, _sigmoid_to_the_end(inside))
 
 
 def softsign(x: Tensor) -> Tensor:
@@ -279,9 +301,10 @@ def softsign(x: Tensor) -> Tensor:
 
 
 def softsign_derivative(x: Tensor) -> Tensor:
-    """f' = (1 + |x| - x sign x) / (1 + |x|)² = 1 / (1 + |x|)². Kept is x: 1 - |y| would cancel
-    where |x| is large."""
-    return (1 + x.abs()).square().reciprocal()
+    """f' = (1 + |x| - x sign x) / (1 + |x|)² = 1 / (1 + |x|)². Saved is x: 1 - |y| would cancel
+    where |x| is large. The square would overflow before f' vanishes."""
+    d = 1 + x.abs()
+    return d.reciprocal() / d
 
 
 def softshrink(x: Tensor, lambd: float) -> Tensor:

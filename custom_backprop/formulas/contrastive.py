@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .constant import numbers
+from .constant import indices
 from .loss import MEAN, NONE, reduced
 from .precision import widen
 from .softmax import log_softmax, softmax
@@ -195,14 +195,12 @@ def slope(s: Tensor, among_keys: bool, symmetric: bool) -> Tensor:
     The latter is the gradient of the sum (and, divided, of the mean) of the losses, not of each.
     """
     P = (softmax(s, 1) + softmax(s, 0)) / 2 if symmetric else softmax(s, 1)
-    columns = numbers(s, s.shape[1])
-    is_positive = columns == numbers(s, len(s)).unsqueeze(1) if among_keys else columns == 0
+    columns = indices(s, s.shape[1])
+    is_positive = columns == indices(s, len(s)).unsqueeze(1) if among_keys else columns == 0
     return P - is_positive.to(s.dtype)
 
 
-def slope_of(
-    q: Tensor, k: Tensor, n: Tensor | None, temperature: float, symmetric: bool
-) -> Tensor:
+def slope_of(q: Tensor, k: Tensor, n: Tensor | None, temperature: float, symmetric: bool) -> Tensor:
     """G = ∂L/∂s / τ, as a differentiable function of the vectors."""
     s = logits(widen(q), widen(k), widen(n), temperature)
     return slope(s, n is None, symmetric) / temperature

@@ -1,4 +1,4 @@
-"""Pointwise losses: L = l(x, t) element by element, then kept, averaged or summed.
+"""Pointwise losses: L = l(x, t) element by element, then averaged, summed or left so.
 
 With L = c Σ_i w_i l(x_i, t_i), where c is 1/n for a mean and 1 for a sum, each element meets L
 through its own term only:
@@ -44,6 +44,7 @@ class Loss:
         dx, dt, dv: its partial derivatives. dt None: -dx. dv None: l has no third tensor, or torch
             does not differentiate by it.
         parameters: the numbers that l takes, as a schema declares them.
+        scaled_dx: k l_x as a function of (k, x, t, v), where l_x alone may overflow.
     """
 
     name: str
@@ -53,6 +54,7 @@ class Loss:
     dt: Partial | None = None
     dv: Partial | None = None
     parameters: tuple[str, ...] = ()
+    scaled_dx: Partial | None = None
 
     def forward(
         self,
@@ -61,17 +63,17 @@ class Loss:
         v: Tensor | None,
         w: Tensor | None,
         reduction: int,
-        hold: bool,
+        make_dx: bool,
         *parameters: Any,
     ) -> tuple[Tensor, Tensor]:
-        """The loss, and where ``hold`` asks for it dL/dx for a gradient of 1 (else an empty
+        """The loss, and where ``make_dx`` asks for it dL/dx for a gradient of 1 (else an empty
         tensor)."""
         loss = weighted(self.value(*map(widen, (x, t, v)), *parameters), widen(w))
         dx = (
             self.backward(
                 x.new_ones(()), x, t, v, w, reduction, (True, False, False, False), *parameters
             )[0]
-            if hold
+            if make_dx
             else x.new_empty(0)
         )
         return reduced(loss, reduction).to(x.dtype), dx
@@ -90,12 +92,20 @@ class Loss:
         """dx, dt, dv and dw; an empty tensor for each that ``needs`` does not ask for."""
         scale = widen(dy) / x.numel() if reduction == MEAN else widen(dy)
         args = (*map(widen, (x, t, v)), *parameters)
-        terms = (self.dx, self.dt or self._minus_dx, self.dv, self.value)
-        factors = (*(weighted(scale, widen(w)),) * 3, scale)
-        return tuple(
-            (factor * term(*args)).to(x.dtype) if need and term else x.new_empty(0)
-            for need, term, factor in zip(needs, terms, factors, strict=True)
-        )
+        k = weighted(scale, widen(w))
+
+        need_x, need_t, need_v, need_w = needs
+        dx = dt = dv = dw = None
+        if need_x or (need_t and self.dt is None):
+            dx = self.scaled_dx(k, *args) if self.scaled_dx else k * self.dx(*args)
+        if need_t:
+            dt = k * self.dt(*args) if self.dt else -dx  # type: ignore[operator]
+        if need_v and self.dv:
+            dv = k * self.dv(*args)
+        if need_w:
+            dw = scale * self.value(*args)
+        found = (dx if need_x else None, dt, dv, dw)
+        return tuple(x.new_empty(0) if g is None else g.to(x.dtype) for g in found)
 
     def jvp(
         self,
@@ -143,6 +153,11 @@ def mse_loss_dx(x: Tensor, t: Tensor, v: None) -> Tensor:
     return 2 * (x - t)
 
 
+def mse_loss_scaled_dx(k: Tensor, x: Tensor, t: Tensor, v: None) -> Tensor:
+    """k l_x = 2 k d: of the mean k is 1/n, and 2 d may overflow where 2 d/n does not."""
+    return 2 * k * (x - t)
+
+
 def l1_loss(x: Tensor, t: Tensor, v: None) -> Tensor:
     """l = |d|."""
     return (x - t).abs()
@@ -155,8 +170,8 @@ def l1_loss_dx(x: Tensor, t: Tensor, v: None) -> Tensor:
 
 def smooth_l1_loss(x: Tensor, t: Tensor, v: None, beta: float) -> Tensor:
     """l = d² / 2β where |d| < β, else |d| - β/2 (Girshick, 2015)."""
-    a = (x - t).abs()
-    return torch.where(a < beta, 0.5 * a * a / beta, a - 0.5 * beta)
+    d = x - t
+    return torch.where(d.abs() < beta, 0.5 * d * d / beta, d.abs() - 0.5 * beta)
 
 
 def smooth_l1_loss_dx(x: Tensor, t: Tensor, v: None, beta: float) -> Tensor:
@@ -166,8 +181,8 @@ def smooth_l1_loss_dx(x: Tensor, t: Tensor, v: None, beta: float) -> Tensor:
 
 def huber_loss(x: Tensor, t: Tensor, v: None, delta: float) -> Tensor:
     """l = d²/2 where |d| <= δ, else δ (|d| - δ/2) (Huber, 1964)."""
-    a = (x - t).abs()
-    return torch.where(a <= delta, 0.5 * a * a, delta * (a - 0.5 * delta))
+    d = x - t
+    return torch.where(d.abs() <= delta, 0.5 * d * d, delta * (d.abs() - 0.5 * delta))
 
 
 def huber_loss_dx(x: Tensor, t: Tensor, v: None, delta: float) -> Tensor:
@@ -290,7 +305,13 @@ def poisson_nll_loss_dt(
 LOSSES = {
     loss.name: loss
     for loss in (
-        Loss("mse_loss", "l = (x - t)²;  dx = 2 dy (x - t), dt = -dx", mse_loss, mse_loss_dx),
+        Loss(
+            "mse_loss",
+            "l = (x - t)²;  dx = 2 dy (x - t), dt = -dx",
+            mse_loss,
+            mse_loss_dx,
+            scaled_dx=mse_loss_scaled_dx,
+        ),
         Loss("l1_loss", "l = |x - t|;  dx = dy sign(x - t), dt = -dx", l1_loss, l1_loss_dx),
         Loss(
             "smooth_l1_loss",
@@ -308,14 +329,16 @@ LOSSES = {
         ),
         Loss(
             "binary_cross_entropy",
-            "l = -t log x - (1 - t) log(1 - x);  dx = dy (x - t) / (x (1 - x)), dt = dy (log(1 - x) - log x)",
+            "l = -t log x - (1 - t) log(1 - x);  dx = dy (x - t) / (x (1 - x)), "
+            "dt = dy (log(1 - x) - log x)",
             binary_cross_entropy,
             binary_cross_entropy_dx,
             binary_cross_entropy_dt,
         ),
         Loss(
             "binary_cross_entropy_with_logits",
-            "l = p t softplus(-x) + (1 - t) softplus(x);  dx = dy (q σ(x) - p t), q = 1 + (p - 1) t, dt = dy ((p - 1) softplus(-x) - x)",
+            "l = p t softplus(-x) + (1 - t) softplus(x);  dx = dy (q σ(x) - p t), q = 1 + (p - 1) t, "
+            "dt = dy ((p - 1) softplus(-x) - x)",
             binary_cross_entropy_with_logits,
             binary_cross_entropy_with_logits_dx,
             binary_cross_entropy_with_logits_dt,

@@ -16,7 +16,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from .constant import constant_in, numbers
+from .constant import indices, with_zero_slope
 from .loss import MEAN, NONE
 from .precision import widen
 
@@ -39,7 +39,7 @@ def classes_and_weights(
 
 def onehot(index: Tensor, x: Tensor) -> Tensor:
     """[c = t], of the shape of x."""
-    return along_classes(numbers(x, x.shape[1]), x) == index.unsqueeze(1)
+    return along_classes(indices(x, x.shape[1]), x) == index.unsqueeze(1)
 
 
 def reduced(rows: Tensor, total: Tensor | int, reduction: int) -> Tensor:
@@ -83,4 +83,4 @@ def nll_backward(
     """dx_rc = -w_t dy_r [c = t]. No value of x is read; ``total`` is derived again."""
     index, w = classes_and_weights(target, weight, ignore_index, x.shape[1], widen(x).dtype)
     hard = (-w * of_rows(dy, target, w, reduction, ignore_index)).unsqueeze(1)
-    return constant_in(torch.where(onehot(index, x), hard, 0).to(x.dtype), x)
+    return with_zero_slope(torch.where(onehot(index, x), hard, 0).to(x.dtype), x)

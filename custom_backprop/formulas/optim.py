@@ -62,7 +62,7 @@ def adagrad(
     """s ← s + g²,  θ ← θ - γ / (1 + (t - 1) η) · g / (√s + ε).
 
     Each coordinate has a rate of its own, which falls with the gradients it has seen: a rare
-    feature keeps a large one (Duchi et al., "Adaptive subgradient methods for online learning and
+    feature still has a large one (Duchi et al., "Adaptive subgradient methods for online learning and
     stochastic optimization", 2011).
     """
     g = coupled(p, -g if maximize else g, weight_decay)
@@ -88,7 +88,7 @@ def rmsprop(
     """v ← α v + (1 - α) g²,  u = g / (√v + ε),  b ← μ b + u,  θ ← θ - γ b  (b = u if μ = 0).
 
     Adagrad's sum made a running average, so that the rate does not fall for ever (Tieleman &
-    Hinton, lecture 6.5, 2012). ``centered`` takes the variance v - a² in place of v, with a ← α a +
+    Hinton, lecture 6.5, 2012). ``centered`` takes the variance v - a² instead of v, with a ← α a +
     (1 - α) g (Graves, "Generating sequences with recurrent neural networks", 2013).
     """
     g = coupled(p, -g if maximize else g, weight_decay)
@@ -124,7 +124,7 @@ def adam(
     """m ← β₁ m + (1 - β₁) g,  v ← β₂ v + (1 - β₂) g²,  θ ← θ - γ m̂ / (√v̂ + ε)  with  m̂ = m / (1
     - β₁ᵗ),  v̂ = v / (1 - β₂ᵗ).
 
-    m and v begin at 0: after t steps they hold 1 - βᵗ of an average, which m̂ and v̂ divide by
+    m and v begin at 0: after t steps they are 1 - βᵗ of an average, which m̂ and v̂ divide by
     (Kingma & Ba, "Adam: a method for stochastic optimization", 2015). ``amsgrad`` takes the largest
     v so far (Reddi et al., "On the convergence of Adam and beyond", 2018).
     ``decoupled_weight_decay`` makes it AdamW.

@@ -12,7 +12,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from .constant import constant_in
+from .constant import with_zero_slope
 from .precision import rounded_once, widen
 
 
@@ -44,12 +44,12 @@ def prelu_backward(
     dtype, nothing = dy.dtype, dy.new_empty(0)
     dy, x, weight = widen(dy), widen(x), widen(weight)
     dx = (
-        constant_in(torch.where(x > 0, dy, spread(weight, x) * dy), x).to(dtype)
+        with_zero_slope(torch.where(x > 0, dy, spread(weight, x) * dy), x).to(dtype)
         if need_x
         else nothing
     )
     dw = (
-        constant_in(summed(torch.where(x > 0, 0.0, x * dy), weight), weight).to(dtype)
+        with_zero_slope(summed(torch.where(x > 0, 0.0, x * dy), weight), weight).to(dtype)
         if need_weight
         else nothing
     )
