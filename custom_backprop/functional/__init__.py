@@ -13,6 +13,8 @@ from .loss import *
 from .loss import __all__ as _loss
 from .nll import *
 from .nll import __all__ as _nll
+from .norm import *
+from .norm import __all__ as _norm
 from .prelu import *
 from .prelu import __all__ as _prelu
 from .softmax import *
@@ -25,6 +27,7 @@ __all__ = [
     *_linear,
     *_loss,
     *_nll,
+    *_norm,
     *_prelu,
     *_softmax,
 ]

@@ -12,9 +12,20 @@ from .linear import *
 from .linear import __all__ as _linear
 from .loss import *
 from .loss import __all__ as _loss
+from .norm import *
+from .norm import __all__ as _norm
 from .prelu import *
 from .prelu import __all__ as _prelu
 from .softmax import *
 from .softmax import __all__ as _softmax
 
-__all__ = [*_activation, *_contrastive, *_cross_entropy, *_linear, *_loss, *_prelu, *_softmax]
+__all__ = [
+    *_activation,
+    *_contrastive,
+    *_cross_entropy,
+    *_linear,
+    *_loss,
+    *_norm,
+    *_prelu,
+    *_softmax,
+]

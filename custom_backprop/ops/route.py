@@ -64,8 +64,8 @@ class Definition(Protocol):
 
     Attributes:
         forward_op, backward_op: the primitives.
-        has_statistics: forward_op returns ``(y, statistics)``; the second is for ``setup_context``
-            to save, and no output of the op.
+        has_statistics: forward_op returns ``(y, *statistics)``. Those are for ``setup_context`` to
+            save, and no outputs of the op.
         autocast: what autocast does on each device, such as :data:`FLOAT32`. Default: nothing.
 
     Forward is ``forward_op``. ``setup_context(ctx, inputs, output)`` saves, through
@@ -123,7 +123,8 @@ def op(definition: Any, stock: Callable[..., Any] | None = None) -> Callable[...
 
     def transformable_setup(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
         if has_statistics:
-            ctx.mark_non_differentiable(output[1])
+            ctx.mark_non_differentiable(*output[1:])
+            ctx.statistics = len(output) - 1
         ctx.set_materialize_grads(False)
         setup_context(_Saving(ctx), inputs, output)
 
@@ -132,7 +133,7 @@ def op(definition: Any, stock: Callable[..., Any] | None = None) -> Callable[...
 
     def transformable_jvp(ctx: Any, *tangents: Any) -> Any:
         tangent = definition.jvp(_Saved(ctx), *tangents)
-        return (tangent, None) if has_statistics else tangent
+        return (tangent, *(None,) * ctx.statistics) if has_statistics else tangent
 
     eager = _function(definition, forward=forward, backward=backward)
     transformable = _function(

@@ -1,0 +1,108 @@
+"""Layer and RMS normalization, as in ``torch.nn.functional``.
+
+Derivations: :mod:`custom_backprop.formulas.norm`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from math import prod
+
+import torch
+from torch import Tensor
+
+from ..formulas.norm import CASTINGS
+from ..formulas.precision import wide
+from ..ops import norm as ops
+from ..ops.route import overridable
+from .arguments import number
+
+__all__ = ["layer_norm", "rms_norm"]
+
+
+@overridable
+def layer_norm(
+    input: Tensor,
+    normalized_shape: Sequence[int],
+    weight: Tensor | None = None,
+    bias: Tensor | None = None,
+    eps: float = 1e-5,
+) -> Tensor:
+    """y = w x̂ + b, x̂ = r (x - μ), μ the mean and 1/r² the variance + ε of a row;  dx = r (g -
+    Σ g / n - x̂ Σ g x̂ / n), g = w dy, dw = Σ dy x̂, db = Σ dy.
+
+    Args:
+        input: (..., *normalized_shape), floating-point. A row is what ``normalized_shape`` covers.
+        weight, bias: of ``normalized_shape``; ones and zeros by default.
+
+    Raises:
+        RuntimeError: shapes that do not fit.
+        NotImplementedError: an input that is not floating-point.
+        TypeError: what is no tensor, or a ``normalized_shape`` that is no sequence of ints.
+    """
+    eps = eps if type(eps) is float else number("layer_norm", eps)
+    n = _check("layer_norm", input, normalized_shape, weight, bias)
+    if n == 1:
+        return ops.layer_norm(input, weight, bias, eps)
+    flat = [None if t is None else t.flatten() for t in (weight, bias)]
+    return ops.layer_norm(_rows(input, n), *flat, eps).view(input.shape)
+
+
+@overridable
+def rms_norm(
+    input: Tensor,
+    normalized_shape: Sequence[int],
+    weight: Tensor | None = None,
+    eps: float | None = None,
+    casting: str = "torch",
+) -> Tensor:
+    """y = w x̂, x̂ = r x, 1/r² the mean square + ε of a row;  dx = r (g - x̂ Σ g x̂ / n), g = w dy,
+    dw = Σ dy x̂.
+
+    Args:
+        input: (..., *normalized_shape), floating-point. A row is what ``normalized_shape`` covers.
+        weight: of ``normalized_shape``; ones by default.
+        eps: default: the epsilon of the dtype that is computed in.
+        casting: where half precision is rounded: "torch" once, at the end; "llama" before the
+            weight, and the result has the dtype of the product; "gemma" once, and 1 + w stands for
+            w, in every dtype.
+
+    Raises:
+        ValueError: another ``casting``.
+        RuntimeError, NotImplementedError, TypeError: as :func:`layer_norm`.
+    """
+    if casting not in CASTINGS:
+        raise ValueError(f"rms_norm: casting must be one of {', '.join(CASTINGS)}, got {casting!r}")
+    n = _check("rms_norm", input, normalized_shape, weight, None)
+    eps = torch.finfo(wide(input.dtype)).eps if eps is None else number("rms_norm", eps)
+    if n == 1:
+        return ops.rms_norm(input, weight, eps, casting)
+    flat = None if weight is None else weight.flatten()
+    return ops.rms_norm(_rows(input, n), flat, eps, casting).view(input.shape)
+
+
+def _check(
+    name: str, x: Tensor, shape: Sequence[int], weight: Tensor | None, bias: Tensor | None
+) -> int:
+    """How many dimensions a row has."""
+    if not isinstance(x, Tensor):
+        raise TypeError(f"{name}: input must be a Tensor, not {type(x).__name__}")
+    if not isinstance(shape, (tuple, list)):
+        raise TypeError(f"{name}: normalized_shape must be a tuple of ints, not {shape!r}")
+    n, shape = len(shape), tuple(shape)
+    if not n or x.shape[-n:] != shape:
+        raise RuntimeError(
+            f"{name}: given normalized_shape={list(shape)}, expected an input of shape "
+            f"(..., {', '.join(map(str, shape))}), got {tuple(x.shape)}"
+        )
+    if (weight is not None and weight.shape != shape) or (bias is not None and bias.shape != shape):
+        given = [tuple(t.shape) for t in (weight, bias) if t is not None]
+        raise RuntimeError(f"{name}: expected weight and bias of shape {shape}, got {given}")
+    if not x.is_floating_point():
+        raise NotImplementedError(f"{name} is not implemented for {x.dtype}")
+    return n
+
+
+def _rows(x: Tensor, n: int) -> Tensor:
+    """The last ``n`` dimensions as one, also where one of them is 0."""
+    return x.reshape(*x.shape[:-n], prod(x.shape[-n:]))
