@@ -21,7 +21,7 @@ def is_float(a: Any) -> bool:
 @dataclass(frozen=True)
 class Case:
     """``function(*args, **kwargs)``, differentiated with respect to the positional tensors that
-    require grad."""
+    require grad. The other fields are arguments of :func:`~custom_backprop.testing.validate`."""
 
     function: Callable[..., Any]
     reference: Callable[..., Any] | None
@@ -31,6 +31,7 @@ class Case:
     double_backward: bool = True
     low_precision: tuple[torch.dtype, ...] = (torch.float32, torch.bfloat16, torch.float16)
     inductor: bool = False
+    elementwise: bool = False
 
     @property
     def wanted(self) -> tuple[int, ...]:
@@ -72,6 +73,11 @@ class Case:
             args=tuple(map(cast, self.args)),
             kwargs={k: cast(v) for k, v in self.kwargs.items()},
         )
+
+    def at(self, x: Tensor) -> Case:
+        """The same case with ``x`` for its one differentiated tensor."""
+        (i,) = self.wanted
+        return replace(self, args=(*self.args[:i], x.requires_grad_(), *self.args[i + 1 :]))
 
     def nudged(self, seed: int) -> Case:
         """The same case with every floating-point number up to a sixteenth nearer to 0: still a

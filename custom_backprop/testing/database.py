@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import importlib
 import pkgutil
-import shutil
 from collections.abc import Iterable, Sequence
 from functools import cache
 
@@ -39,23 +38,20 @@ def named(wanted: Sequence[str]) -> list[OpSpec]:
     Raises:
         ValueError: neither an op nor such a family.
     """
-    specs = database()
-    families = sorted({s.family for s in specs.values()} - specs.keys())
-    if unknown := [w for w in wanted if w not in specs and w not in families]:
+    ops = database()
+    families = sorted({s.family for s in ops.values()} - ops.keys())
+    if unknown := [w for w in wanted if w not in ops and w not in families]:
         raise ValueError(
-            f"no op or family {', '.join(unknown)}; there are the ops {', '.join(specs)} and the families {', '.join(families)}"
+            f"no op or family {', '.join(unknown)}; there are the ops {', '.join(ops)} "
+            f"and the families {', '.join(families)}"
         )
     meant = {f for f in families if f in wanted}
-    return [s for s in specs.values() if not wanted or s.name in wanted or s.family in meant]
+    return [s for s in ops.values() if not wanted or s.name in wanted or s.family in meant]
 
 
 #: what depends on the tracing of an op, not on the backend that then runs it: too slow to repeat on
 #: every sample of every backend
 TRACED = ("opcheck", "compile")
-
-#: the ops that are compiled by Inductor too, their first sample: one of each kind, where there is a
-#: compiler
-INDUCTOR = frozenset({"linear_activation", "silu", "softmax", "mse_loss", "cross_entropy"})
 
 
 def check_op(
@@ -75,17 +71,22 @@ def check_op(
 
 
 def cases(spec: OpSpec, device: str | torch.device = "cpu") -> list[Case]:
-    """The spec's samples, in float64, as cases for the checks."""
-    return [
-        Case(
-            spec.function,
-            spec.reference,
-            s.args,
-            s.kwargs,
-            f"{spec.name} ({s.name or i})",
-            double_backward=spec.double_backward,
-            low_precision=spec.low_precision,
-            inductor=spec.name in INDUCTOR and i == 0 and shutil.which("g++") is not None,
+    """The spec's samples, in float64, as cases for the checks. Every number of two bytes is tried
+    once for each set of keyword arguments."""
+    found: list[Case] = []
+    for i, s in enumerate(spec.samples(Make(device, torch.float64))):
+        met = any(case.kwargs == s.kwargs for case in found) if spec.elementwise else True
+        found.append(
+            Case(
+                spec.function,
+                spec.reference,
+                s.args,
+                s.kwargs,
+                f"{spec.name} ({s.name or i})",
+                double_backward=spec.double_backward,
+                low_precision=spec.low_precision,
+                inductor=spec.representative and i == 0,
+                elementwise=not met,
+            )
         )
-        for i, s in enumerate(spec.samples(Make(device, torch.float64)))
-    ]
+    return found

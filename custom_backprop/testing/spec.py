@@ -94,12 +94,18 @@ class OpSpec:
             "large" (1M and more): what the benchmarks run, and what ``kernels`` compiles for on
             meta tensors; or "huge" (64M and more), which benchmarks run on a GPU.
         regimes: large inputs that only ``kernels`` compiles for: with ``large``, they meet every
-            way that the launchers take.
+            branch that the launchers have.
         module: (our class, torch's class, constructor's arguments, the modules' inputs from a
-            ``Make``), for the tests of drop-in modules.
+            ``Make``), for the tests of drop-in modules. Each argument is away from its default, so
+            that one that is dropped is seen.
+        module_variants: further constructor's arguments, where one set cannot hold all.
         double_backward: False if the op has no second derivative; then create_graph raises.
-        low_precision: the reduced dtypes that torch itself supports for this op on this device.
+        low_precision: the dtypes below float64 that torch itself supports for this op on this device.
         batched: False if torch's own op cannot be batched by vmap either (data-dependent shapes).
+        elementwise: each element of the result depends on that element of its one tensor alone:
+            every number of two bytes is then tried.
+        representative: it stands for ops of its kind where a test is too slow to run on each:
+            Inductor, compiled transformations.
     """
 
     name: str
@@ -114,6 +120,9 @@ class OpSpec:
     regimes: Callable[[Make], Iterable[Sample]] = lambda make: ()
     low_precision: tuple[torch.dtype, ...] = (torch.float32, torch.bfloat16, torch.float16)
     batched: bool = True
+    elementwise: bool = False
+    representative: bool = False
+    module_variants: tuple[dict[str, Any], ...] = ()
 
     def __str__(self) -> str:
         return self.name

@@ -16,15 +16,15 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves
 
 from .case import Case, is_float, of_module
-from .checks import NotApplicable, applicable
+from .checks import NotApplicable, Skipped, applicable
 
-SYMBOL = {"pass": "ok", "fail": "FAIL", "n/a": "-"}
+SYMBOL = {"pass": "ok", "fail": "FAIL", "skipped": "skipped", "n/a": "-"}
 
 
 @dataclass(frozen=True)
 class Result:
-    """One check's outcome: ``status`` is "pass", "fail" or "n/a"; ``detail`` says what was seen, or
-    why it does not apply."""
+    """One check's outcome: ``status`` is "pass", "fail", "skipped" or "n/a"; ``detail`` says what
+    was seen, what was left out, or why it does not apply."""
 
     check: str
     status: str
@@ -46,7 +46,7 @@ class Report:
         return all(r.status != "fail" for r in self.results)
 
     def status(self, check: str) -> str:
-        """Of one check: "pass", "fail" or "n/a".
+        """Of one check: "pass", "fail", "skipped" or "n/a".
 
         Raises:
             KeyError: it was not run.
@@ -81,8 +81,7 @@ class Report:
             if mine is None:
                 merged[r.check] = r
                 continue
-            rank = {"fail": 0, "pass": 1, "n/a": 2}
-            worse = min(mine, r, key=lambda x: rank[x.status])
+            worse = min(mine, r, key=lambda x: ("fail", "skipped", "pass", "n/a").index(x.status))
             merged[r.check] = Result(r.check, worse.status, worse.detail, mine.seconds + r.seconds)
         self.results = list(merged.values())
         for dtype, (ours, theirs) in other.errors.items():
@@ -91,7 +90,7 @@ class Report:
 
     def __str__(self) -> str:
         lines = [f"{self.name}: {'passed' if self.passed else 'FAILED'}"]
-        lines += [f"  {SYMBOL[r.status]:<5}{r.check:<18}{r.detail}" for r in self.results]
+        lines += [f"  {SYMBOL[r.status]:<8}{r.check:<18}{r.detail}" for r in self.results]
         lines += [
             f"  error in {d}: {ours:.1e} (the reference's own: {theirs:.1e})"
             for d, (ours, theirs) in self.errors.items()
@@ -101,7 +100,7 @@ class Report:
 
 def validate(
     fn_or_module: Callable[..., Any] | nn.Module,
-    inputs: Sequence[Any],
+    inputs: Tensor | Sequence[Any],
     reference: Callable[..., Any] | nn.Module | None = None,
     *,
     kwargs: dict[str, Any] | None = None,
@@ -109,6 +108,7 @@ def validate(
     double_backward: bool = True,
     low_precision: tuple[torch.dtype, ...] = (torch.float32, torch.bfloat16, torch.float16),
     inductor: bool = False,
+    elementwise: bool = False,
     name: str | None = None,
 ) -> Report:
     """Proves a backward against torch.
@@ -116,9 +116,10 @@ def validate(
     Args:
         fn_or_module: a function of tensors (``MyFunction.apply``, a kernel's wrapper), or a module,
             whose parameters are then differentiated as well.
-        inputs: the positional arguments. Floating-point tensors are taken in float64; those that
-            require grad are differentiated (all of them if none does). Keep them small, a few dozen
-            elements: gradcheck evaluates the function twice an element.
+        inputs: the positional arguments, or the one tensor that there is. Floating-point tensors
+            are taken in float64; those that require grad are differentiated (all of them if none
+            does). They should be small, a few dozen elements: gradcheck evaluates the function
+            twice an element.
         reference: the same computed by stock torch (with the same parameters, if both are modules).
             Without it the checks that need an oracle do not apply.
         kwargs: keyword arguments of every call. Their tensors that require grad are differentiated
@@ -129,6 +130,8 @@ def validate(
         low_precision: the dtypes in which the error against float64 must not exceed the reference's
             own.
         inductor: compiles with Inductor too, which takes a C++ compiler and some seconds.
+        elementwise: states that each element of the result depends on that element of the one
+            differentiated tensor alone: every number of two bytes is then tried.
         name: the report's title.
 
     Returns:
@@ -137,10 +140,10 @@ def validate(
     Raises:
         TypeError: no input is a floating-point tensor, or one is a list or dict of tensors, which
             would not be differentiated.
-        ValueError: an unknown check.
+        ValueError: an unknown check, or ``elementwise`` with several differentiated tensors.
     """
     title = name or getattr(fn_or_module, "__name__", None) or type(fn_or_module).__name__
-    args = tuple(inputs)
+    args = (inputs,) if isinstance(inputs, Tensor) else tuple(inputs)
     if not any(is_float(a) and a.requires_grad for a in args):
         args = tuple(a.detach().requires_grad_() if is_float(a) else a for a in args)
     function: Callable[..., Any] = fn_or_module
@@ -153,16 +156,30 @@ def validate(
         for t in tree_leaves(a)
     ):
         raise TypeError(
-            "validate differentiates tensors that are arguments by themselves: take them out of lists, tuples and dicts"
+            "validate differentiates tensors that are arguments by themselves: take them out of "
+            "lists, tuples and dicts"
         )
     if not any(map(is_float, args)):
         raise TypeError(
-            f"validate needs a floating-point tensor among the inputs, got {[type(a).__name__ for a in inputs]}"
+            "validate needs a floating-point tensor among the inputs, got "
+            f"{[type(a).__name__ for a in args]}"
         )
     function, reference, args, kwargs = _positional(function, reference, args, kwargs or {})
     case = Case(
-        function, reference, args, kwargs, title, double_backward, low_precision, inductor
+        function,
+        reference,
+        args,
+        kwargs,
+        title,
+        double_backward=double_backward,
+        low_precision=low_precision,
+        inductor=inductor,
+        elementwise=elementwise,
     ).to(torch.float64)
+    if elementwise and len(case.wanted) != 1:
+        raise ValueError(
+            f"an elementwise function has one differentiated tensor, not {len(case.wanted)}"
+        )
     return run(case, checks)
 
 
@@ -202,6 +219,8 @@ def run(case: Case, checks: list[str] | None = None) -> Report:
                 report.errors = found
         except NotApplicable as reason:
             status, detail = "n/a", str(reason)
+        except Skipped as left_out:
+            status, detail = "skipped", str(left_out)
         except Exception as error:
             status, detail = "fail", f"{case.name}: {type(error).__name__}: {error}"
         report.results.append(Result(check, status, detail, time.perf_counter() - start))

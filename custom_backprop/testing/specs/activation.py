@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -23,9 +24,12 @@ def _spec(
     first: dict[str, Any] | None = None,
     kinks: tuple[float, ...] = (),
     reference: Callable[..., Any] | None = None,
+    inplace: bool = False,
+    representative: bool = False,
 ) -> OpSpec:
     """``first``, ``others``: the arguments after the input; the first run through every shape, the
-    others through one."""
+    others through one. The module is made with the first of the others, which has every argument
+    away from its default."""
     first = first or {}
 
     def samples(make: Make) -> Iterator[Sample]:
@@ -51,9 +55,12 @@ def _spec(
         module=(
             getattr(nn, module),
             getattr(torch.nn, module, _ReLUSquared),
-            first,
+            others[0] if others else first,
             lambda make: (make.tensor(3, 5),),
         ),
+        module_variants=({**first, "inplace": True},) if inplace else (),
+        elementwise=True,
+        representative=representative,
     )
 
 
@@ -78,23 +85,43 @@ def _hardswish(x: torch.Tensor) -> torch.Tensor:
     return x * F.relu6(x + 3) / 6 if x.dtype == torch.float64 else F.hardswish(x)
 
 
+def _gelu(x: torch.Tensor, approximate: str = "none") -> torch.Tensor:
+    """Stock's own, and in float64 one whose tail does not cancel: 1 + erf is 0 from -8.3 on."""
+    if x.dtype != torch.float64:
+        return F.gelu(x, approximate=approximate)
+    if approximate == "none":
+        return 0.5 * x * torch.special.erfc(-math.sqrt(0.5) * x)
+    return x * torch.sigmoid(2 * math.sqrt(2 / math.pi) * (x + 0.044715 * x**3))
+
+
 SPECS = [
-    _spec("relu", "ReLU", kinks=(0.0,)),
-    _spec("relu6", "ReLU6", kinks=(0.0, 6.0)),
+    _spec("relu", "ReLU", kinks=(0.0,), inplace=True),
+    _spec("relu6", "ReLU6", kinks=(0.0, 6.0), inplace=True),
     _spec(
-        "leaky_relu", "LeakyReLU", {"negative_slope": 0.2}, {"negative_slope": -0.3}, kinks=(0.0,)
+        "leaky_relu",
+        "LeakyReLU",
+        {"negative_slope": 0.2},
+        {"negative_slope": -0.3},
+        kinks=(0.0,),
+        inplace=True,
     ),
-    _spec("elu", "ELU", {"alpha": 0.7}, kinks=(0.0,)),
-    _spec("selu", "SELU", kinks=(0.0,)),
-    _spec("celu", "CELU", {"alpha": 0.5}, kinks=(0.0,)),
-    _spec("gelu", "GELU", {"approximate": "tanh"}),
-    _spec("silu", "SiLU"),
-    _spec("mish", "Mish"),
+    _spec("elu", "ELU", {"alpha": 0.7}, kinks=(0.0,), inplace=True),
+    _spec("selu", "SELU", kinks=(0.0,), inplace=True),
+    _spec("celu", "CELU", {"alpha": 0.5}, kinks=(0.0,), inplace=True),
+    _spec("gelu", "GELU", {"approximate": "tanh"}, reference=_gelu, representative=True),
+    _spec("silu", "SiLU", inplace=True),
+    _spec("mish", "Mish", inplace=True),
     _spec("sigmoid", "Sigmoid"),
     _spec("logsigmoid", "LogSigmoid"),
-    _spec("hardsigmoid", "Hardsigmoid", kinks=(-3.0, 3.0), reference=_hardsigmoid),
-    _spec("hardswish", "Hardswish", kinks=(-3.0, 3.0), reference=_hardswish),
-    _spec("hardtanh", "Hardtanh", {"min_val": -0.5, "max_val": 1.5}, kinks=(-1.0, -0.5, 1.0, 1.5)),
+    _spec("hardsigmoid", "Hardsigmoid", kinks=(-3.0, 3.0), reference=_hardsigmoid, inplace=True),
+    _spec("hardswish", "Hardswish", kinks=(-3.0, 3.0), reference=_hardswish, inplace=True),
+    _spec(
+        "hardtanh",
+        "Hardtanh",
+        {"min_val": -0.5, "max_val": 1.5},
+        kinks=(-1.0, -0.5, 1.0, 1.5),
+        inplace=True,
+    ),
     _spec("tanh", "Tanh"),
     _spec("tanhshrink", "Tanhshrink"),
     _spec("softplus", "Softplus", {"beta": 2.0, "threshold": 3.0}, kinks=(1.5,)),
@@ -107,6 +134,7 @@ SPECS = [
         {"threshold": -1.0, "value": -7.0},
         first={"threshold": 0.1, "value": 2.0},
         kinks=(-1.0, 0.1),
+        inplace=True,
     ),
     _spec("relu_squared", "ReLUSquared", kinks=(0.0,), reference=_relu_squared),
 ]
