@@ -61,8 +61,8 @@ def adagrad(
 ) -> Update:
     """s ← s + g²,  θ ← θ - γ / (1 + (t - 1) η) · g / (√s + ε).
 
-    Each coordinate has a rate of its own, which falls with the gradients it has seen: a rare
-    feature still has a large one (Duchi et al., "Adaptive subgradient methods for online learning and
+    Each coordinate has a rate of its own, which falls with the gradients it has seen: that of a
+    rare feature stays large (Duchi et al., "Adaptive subgradient methods for online learning and
     stochastic optimization", 2011).
     """
     g = coupled(p, -g if maximize else g, weight_decay)

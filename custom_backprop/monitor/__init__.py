@@ -2,8 +2,8 @@
 about it.
 
 By the chain rule the gradient at layer l carries the Jacobians of all layers after it, ∂L/∂a_l =
-J_{l+1}ᵀ ... J_Lᵀ ∂L/∂a_L: it shrinks or grows geometrically with depth unless each factor keeps its
-length. ``docs/gradients.md`` has the mathematics and the pictures.
+J_{l+1}ᵀ ... J_Lᵀ ∂L/∂a_L: it shrinks or grows geometrically with depth unless each factor leaves
+its length. ``docs/gradients.md`` has the mathematics and the pictures.
 """
 
 from __future__ import annotations

@@ -178,7 +178,7 @@ def tensors_of(output: Any, depth: int = DEPTH) -> Iterator[Tensor]:
 
 
 def _measurable(x: Tensor) -> bool:
-    """Whether torch can reduce it: not so nested tensors, compressed sparse ones and float8."""
+    """Whether torch can sum it: not so nested tensors, compressed sparse ones and float8."""
     if (
         not x.is_floating_point()
         or x.is_nested

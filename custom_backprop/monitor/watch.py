@@ -224,7 +224,7 @@ class GradientMonitor:
 
     def _measures(self, number: int) -> bool:
         """Whether a step of a window, counted from 1, is measured: the last is, and the others as
-        evenly as whole numbers go."""
+        evenly as integers go."""
         back, stride = self.every - number, self.every // self.measure
         return back % stride == 0 and back // stride < self.measure
 

@@ -16,8 +16,8 @@ from .memory import same_order
 def why_not_stored(
     group: dict[str, Any], p: Tensor, g: Tensor, states: Iterable[Tensor]
 ) -> str | None:
-    """Why the way in which ``p``, its gradient and states are stored is not ours to update, as the
-    end of a sentence "... does not go with"; None if it is."""
+    """Why ``p``, stored as it, its gradient and states are, is not ours to update, as the end of a
+    sentence "... does not go with"; None if it is."""
     others = (g, *states)
     if group.get("capturable"):
         return "capturable=True, which is torch's own update: leave out one of the two"

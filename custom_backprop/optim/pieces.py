@@ -138,7 +138,7 @@ def cuts(tensors: list[Tensor], together: bool, apart: Collection[int] = ()) -> 
     """How a list is cut into pieces. A new piece begins at each index of ``apart``.
 
     Half precision is not put together: ATen rounds the last few elements of a tensor, those that
-    fill no vector, in another way.
+    fill no vector, by other instructions.
     """
     limit = PIECE if together and tensors[0].dtype in (torch.float32, torch.float64) else 0
     begin, total = 0, 0

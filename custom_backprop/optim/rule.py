@@ -33,7 +33,7 @@ class Rule:
 
     @cached_property
     def counts_steps(self) -> bool:
-        """Whether the formula depends on the number of the step."""
+        """Whether the formula depends on how many steps were made."""
         return "t" in self._keywords
 
     @cached_property

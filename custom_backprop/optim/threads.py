@@ -46,7 +46,7 @@ def openmp_setter() -> Callable[[int], None] | None:
     """``omp_set_num_threads`` of the OpenMP that ATen itself asks, found through the library that
     is linked to it; None where ATen has other threads.
 
-    (``torch.set_num_threads`` sets the number for the whole process, and empties oneDNN's caches.)
+    (``torch.set_num_threads`` sets it for the whole process, and empties oneDNN's caches.)
     """
     if "parallel backend: OpenMP" not in torch.__config__.parallel_info():
         return None

@@ -1,5 +1,5 @@
-"""What ``kernels`` compiles and audits of the optimizers: steps of parameters of every dtype, in
-every way to round."""
+"""What ``kernels`` compiles and audits of the optimizers: steps of parameters of every dtype, under
+every kind of rounding."""
 
 from __future__ import annotations
 

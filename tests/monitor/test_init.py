@@ -76,7 +76,7 @@ def test_gain_of_parameters():
         nn.init.calculate_gain("leaky_relu", 0.3), rel=1e-9
     )
     assert propagation("selu") == pytest.approx((1, 1.0352, 0.7826), rel=1e-3), (
-        "SELU's constants are made for gain 1"
+        "SELU is made for gain 1"
     )
 
 
@@ -106,8 +106,8 @@ def test_the_table_is_what_is_computed():
         re.MULTILINE,
     )
     assert [name for name, *_ in rows] == ["linear", *NAMES]
-    for name, *numbers in rows:
-        assert [float(n) for n in numbers] == pytest.approx(propagation(name), abs=5.1e-5)
+    for name, *values in rows:
+        assert [float(v) for v in values] == pytest.approx(propagation(name), abs=5.1e-5)
 
 
 def test_gradients_lose_what_the_table_says():
@@ -200,7 +200,7 @@ class Tied(nn.Module):
 
 @pytest.mark.parametrize("method", ["kaiming", "xavier", "orthogonal"])
 def test_shared_weights_are_drawn_once(method):
-    """As if the others were not there: the same numbers, and the gain of the place of the first."""
+    """As if the others were not there: the same values, and the gain of the first."""
     alone, tied = nn.Sequential(nn.Linear(64, 64), nn.Linear(64, 64)), Tied()
     for model in (alone, tied):
         init_for(model, "tanh", method, generator=torch.Generator().manual_seed(3))
@@ -262,7 +262,7 @@ def test_activations_that_no_gain_carries():
     }
     with pytest.raises(
         ValueError,
-        match=r"relu_squared: a deviation of the variance grows 2\.00-fold each layer.*method='lsuv'",
+        match=r"relu_squared: a deviation .* grows 2\.00-fold each layer.*method='lsuv'",
     ):
         init_for(network("relu_squared", 2), "relu_squared")
 

@@ -28,8 +28,8 @@ from custom_backprop.optim import signature
 
 @every_optimizer
 def test_parameters_and_gradients_may_change_place_and_strides(name: str) -> None:
-    """``p.data = ...``, gradients kept in place, transposed ones (which torch's fused kernels
-    misread), a group losing a member."""
+    """``p.data = ...``, gradients zeroed and not dropped, transposed ones (which torch's fused
+    kernels misread), a group losing a member."""
     mine, theirs = (
         parameters(shapes=[(4, 6), (5,), (30,)]),
         parameters(shapes=[(4, 6), (5,), (30,)]),
@@ -85,7 +85,7 @@ def test_gradients_stored_negated(name: str, backend: str, device: str) -> None:
 
 @every_optimizer
 def test_a_parameter_goes_to_another_place_and_back(name: str) -> None:
-    """What is kept by address is made, for the clipping, while it is away."""
+    """What depends on the address is made, for the clipping, while it is away."""
     (mine,), (theirs,) = parameters(shapes=[(5,)]), parameters(shapes=[(5,)])
     our, their = ours(name)([mine], **FULL[name]), stock(name)([theirs], **FULL[name])
     home, other = mine.data, mine.data.clone()

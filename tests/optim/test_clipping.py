@@ -1,4 +1,4 @@
-"""Clipping: on the way into a step, by torch's own functions before it, and of the weights."""
+"""Clipping: inside a step, by torch's own functions before it, and of the weights."""
 
 from __future__ import annotations
 

@@ -130,24 +130,27 @@ def one_step(optimizer: torch.optim.Optimizer) -> None:
 def test_hooks_given_and_taken_away_between_steps() -> None:
     seen: list[str] = []
     optimizer = optim.SGD([Parameter(torch.zeros(2))], lr=1.0)
-    ways = {
+    registrations = {
         "all before": register_optimizer_step_pre_hook,
         "before": optimizer.register_step_pre_hook,
         "after": optimizer.register_step_post_hook,
         "all after": register_optimizer_step_post_hook,
     }
-    for name, register in ways.items():
+    for name, register in registrations.items():
         one_step(optimizer)
         handle = register(lambda *_, name=name: seen.append(name))
         one_step(optimizer)
         handle.remove()
         one_step(optimizer)
-    assert seen == list(ways)
-    handles = [register(lambda *_, name=name: seen.append(name)) for name, register in ways.items()]
+    assert seen == list(registrations)
+    handles = [
+        register(lambda *_, name=name: seen.append(name))
+        for name, register in registrations.items()
+    ]
     one_step(optimizer)
     for handle in handles:
         handle.remove()
-    assert seen[4:] == list(ways)
+    assert seen[4:] == list(registrations)
     assert torch.equal(optimizer.param_groups[0]["params"][0], torch.full((2,), -13.0))
 
 

@@ -164,7 +164,7 @@ def test_what_torchs_own_update_would_leave_out_is_refused(
 def test_hyperparameters_out_of_a_graph(
     name: str, kwargs: dict[str, Any], backend: str, device: str
 ) -> None:
-    """Read as the numbers they are, on whatever device."""
+    """Their values are read, on whatever device."""
 
     def run(lr: Any) -> Tensor:
         torch.manual_seed(0)

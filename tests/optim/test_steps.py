@@ -1,4 +1,4 @@
-"""Steps: the numbers of torch.optim, on every backend."""
+"""Steps: the results of torch.optim, on every backend."""
 
 from __future__ import annotations
 

@@ -163,8 +163,8 @@ def test_a_capturable_step_reads_nothing_from_the_device(
 
 @pytest.mark.parametrize("fails", [False, True])
 def test_gradients_and_groups_are_put_back_after_torchs_step(fails: bool) -> None:
-    """Clipped and unscaled on the way: ``.grad`` stays, and so do a GradScaler's attributes, also
-    when torch refuses."""
+    """They are clipped and unscaled for the step: ``.grad`` stays, and so do a GradScaler's
+    attributes, also when torch refuses."""
     params = parameters(shapes=[(3, 4), (5,)])
     optimizer = optim.Adam(params, max_grad_norm=0.5, fused=True)
     give_gradients(params, 0, skip=False)

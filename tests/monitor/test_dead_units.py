@@ -1,170 +1,68 @@
-"""The monitor's verdicts: each threshold from both sides, the halves of the history, and what makes
-a unit dead rather than unasked."""
+"""Units that are dead, and units that nobody asked."""
 
 from __future__ import annotations
 
 import pytest
 import torch
+from monitor_helpers import kinds, network, train, watched
 from torch import nn
 from torch.nn import functional as F
-from torch.utils.checkpoint import checkpoint
+from torch.nn.functional import cross_entropy
+from torch.utils._pytree import tree_leaves
 
-from custom_backprop.monitor import GradientMonitor, Layer, Reading, judge
-from custom_backprop.monitor.outputs import tensors_of
+from custom_backprop.monitor import (
+    GradientMonitor,
+)
 from custom_backprop.nn import LinearActivation
 
 
-def kinds(verdicts):
-    return [(v.kind, v.layer) for v in verdicts]
-
-
-def reading(norm=1.0, norms=(0.5, 0.5), update=None, dead=None, std=1.0):
-    """Layers "0", "1", ... with these gradients; ``dead`` and ``std`` are those of layer 0, of all
-    others 0 and 1."""
-    layers = [
-        Layer(
-            str(i),
-            n,
-            nonfinite=0.0,
-            dead=0.0 if i else dead,
-            activation_std=1.0 if i else std,
-            update=update,
-        )
-        for i, n in enumerate(norms)
-    ]
-    return Reading(1, norm, update, tuple(layers))
-
-
-# Thresholds
-
-
-@pytest.mark.parametrize(("times", "said"), [(99, []), (101, [("exploding", "1")])])
-def test_a_surge(times, said):
-    assert kinds(judge(reading(times, (0.1, times)), [reading()] * 4)) == said
-
-
-@pytest.mark.parametrize(("before", "said"), [(3, []), (4, [("exploding", "0")])])
-def test_a_surge_is_none_at_the_start_of_a_run(before, said):
-    assert kinds(judge(reading(200), [reading()] * before)) == said
-
-
-@pytest.mark.parametrize("length", [4, 5, 6])
-def test_a_surge_is_measured_at_the_most_of_the_older_half(length):
-    """One past reading was as large: 200 is news unless that was in the older half."""
-    for place in range(length):
-        history = [reading(100.0 if i == place else 1.0) for i in range(length)]
-        assert bool(judge(reading(200), history)) is (place >= length // 2), place
-
-
-@pytest.mark.parametrize(("part", "said"), [(1.1e-3, []), (0.9e-3, [("vanishing", "0")])])
-def test_a_lost_part(part, said):
-    """Of the layer's own past, 0.4; the network's total fell too, and does not count."""
-    history = [reading(10.0, (4.0, 9.0))] * 4
-    assert kinds(judge(reading(1.0, (0.4 * part, 0.02), dead=0.0), history)) == said
-
-
-@pytest.mark.parametrize("length", [5, 6, 7])
-def test_a_lost_part_is_measured_at_the_median_of_the_older_half(length):
-    half = length // 2
-    old, new = [reading(norms=(0.5, 0.5))] * half, [reading(norms=(1e-4, 0.5))] * (length - half)
-    now = reading(norms=(1.1e-4, 0.011))
-    assert kinds(judge(now, old + new)) == [("vanishing", "0")]
-    assert judge(now, new[:half] + [*old, *new][: length - half]) == []
-
-
-def test_one_odd_reading_is_no_past():
-    """Of three: most of the older half had next to nothing."""
-    history = [reading(norms=(n, 0.5)) for n in (1e-4, 0.5, 1e-4, 0.5, 0.5, 0.5)]
-    assert judge(reading(norms=(1.1e-4, 0.011)), history) == []
-
-
-def test_a_step_without_any_gradient_loses_nothing():
-    assert judge(reading(0.0, (0.0, 0.0)), [reading()] * 6) == []
-    assert judge(reading(norms=(5e-4, 0.05)), [reading(0.0, (0.0, 0.0))] * 6) == []
-
-
-@pytest.mark.parametrize(("decades", "said"), [(3.9, False), (4.1, True)])
-def test_a_fall_through_the_network(decades, said):
-    norms = [10 ** (-decades * i / 4) for i in range(5)]
-    assert kinds(judge(reading(norms=norms[::-1]), [])) == [("vanishing", "0")] * said
-    assert kinds(judge(reading(norms=norms), [])) == [("exploding", "0")] * said
-
-
-@pytest.mark.parametrize(("decades", "said"), [(3.9, False), (4.1, True)])
-def test_a_fall_of_the_activations(decades, said):
-    deviations = [10 ** (-decades * i / 4) for i in range(5)]
-
-    def outputs(values):
-        return Reading(
-            1,
-            1.0,
-            None,
-            tuple(
-                Layer(str(i), 0.5, nonfinite=0.0, activation_std=s) for i, s in enumerate(values)
-            ),
-        )
-
-    assert kinds(judge(outputs(deviations), [])) == [("vanishing", "4")] * said
-    assert kinds(judge(outputs(deviations[::-1]), [])) == [("exploding", "4")] * said
-
-
-@pytest.mark.parametrize(("update", "said"), [(0.99, []), (1.01, [("exploding", "0")])])
-def test_an_update(update, said):
-    assert kinds(judge(reading(update=update), [])) == said
-
-
-@pytest.mark.parametrize(("dead", "said"), [(0.74, []), (0.76, [("dead units", "0")])])
-def test_most_units_dead(dead, said):
-    assert kinds(judge(reading(dead=dead), [])) == said
-    assert kinds(judge(reading(dead=dead), [reading(dead=dead)] * 9)) == said
-
-
-@pytest.mark.parametrize(("dead", "said"), [(0.34, []), (0.36, [("dead units", "0")])])
-def test_units_that_died(dead, said):
-    """A quarter more than once; when that was does not matter, nor that a layer was frozen
-    before."""
-    for place in range(5):
-        history = [reading(dead=0.1 if i == place else 0.6) for i in range(5)]
-        assert kinds(judge(reading(dead=dead), history)) == said
-    assert judge(reading(dead=dead), [reading(dead=None)] * 5) == []
-
-
-@pytest.mark.parametrize(("before", "said"), [(2, []), (3, [("dead units", "0")])])
-def test_gradients_alone_must_say_it_four_times(before, said):
-    def silent(dead=0.9):
-        return reading(dead=dead, std=None)
-
-    verdicts = judge(silent(), [silent()] * before)
-    assert kinds(verdicts) == said
-    assert all("4 times in a row" in v.evidence for v in verdicts)
-    assert judge(silent(), [silent()] * 3 + [silent(0.0)] + [silent()] * 2) == []
-    assert kinds(judge(silent(), [silent(0.0)] + [silent()] * 3)) == [("dead units", "0")]
-
-
-def beneath(norm, rest, normalised, dead=0.9):
-    """Layer 0, a module without parameters, layer 2, whose gradient is ``rest``."""
-    layers = (
-        Layer("0", norm, nonfinite=0.0, dead=dead),
-        Layer("1"),
-        Layer("2", rest, nonfinite=0.0),
-        Layer("3", 1.0, nonfinite=0.0),
+@pytest.mark.parametrize("bias", [True, False])
+def test_dead_layer(bias):
+    """All of layer 2 is off. Without biases layer 4 gets no gradient either: its input is 0. The
+    blame is layer 2's."""
+    model = nn.Sequential(
+        *(m for _ in range(4) for m in (nn.Linear(16, 16, bias=bias), nn.ReLU())), nn.Linear(16, 5)
     )
-    layers = tuple(Layer(**{**vars(layer), "activation_std": 1.0}) for layer in layers)
-    return kinds(judge(Reading(1, 1.0, None, layers), [], normalised))
+    with torch.no_grad():
+        model[2].weight.copy_(-model[2].weight.abs())
+        if bias:
+            model[2].bias.fill_(-9)
+    verdicts = watched(model, steps=1).verdicts
+    assert [(v.kind, v.layer) for v in verdicts] == [("dead units", "2")]
+    assert "leaky_relu" in verdicts[0].cure
 
 
-def test_what_rounding_leaves_beneath_a_normalisation():
-    assert beneath(0.9e-4, 1.0, {"1"}) == []
-    assert beneath(1.1e-4, 1.0, {"1"}) == [("dead units", "0")]
-    assert beneath(0.9e-4, 1.0, set()) == [("dead units", "0")]
+def test_units_that_die():
+    model = network(width=16)
+    monitor = GradientMonitor(model, every=1)
+    train(model, monitor, 2)
+    assert not any(r.verdicts for r in monitor.history)
+    model[2].bias.data[:8] = -100
+    assert [(v.kind, v.layer) for v in train(model, monitor, 1)[-1].verdicts] == [
+        ("dead units", "2")
+    ]
 
 
-def test_what_lies_beneath_a_rounded_gradient_is_rounding_too():
-    assert beneath(0.9e-5, 1e-9, {"3"}) == []
-    assert beneath(1.1e-5, 1e-9, {"3"}) == [("dead units", "0")]
+def test_a_unit_is_alive_if_any_step_of_the_window_reaches_it():
+    model = nn.Linear(3, 4)
+    monitor = GradientMonitor(model, every=2, measure=2, activations=False)
+    for i in (0, 1):
+        model.zero_grad()
+        model(torch.ones(1, 3))[0, i].backward()
+        reading = monitor.step()
+    assert reading[monitor.names[0]].dead == 0.5
 
 
-# Dead, or not asked
+def test_silence_from_the_input_on():
+    """Zeros in, through a module without parameters and a layer without a bias."""
+    model = nn.Sequential(nn.Flatten(), nn.Linear(16, 16, bias=False), nn.ReLU(), nn.Linear(16, 5))
+    monitor = GradientMonitor(model, every=1)
+    cross_entropy(model(torch.zeros(9, 16)), torch.randint(0, 5, (9,))).backward()
+    assert [v.layer for v in monitor.step().verdicts if v.kind == "dead units"] in (
+        [],
+        ["0"],
+        ["1"],
+    )
 
 
 class Functional(nn.Module):
@@ -276,9 +174,8 @@ def test_a_dead_layer_is_named_under_any_loss(network, loss):
     monitor = GradientMonitor(model, every=1)
     one_asks(loss)(model(x) + torch.randn(64, 50)).backward()
     verdicts = monitor.step().verdicts
-    assert kinds(v for v in verdicts if v.kind == "dead units") == [
-        ("dead units", monitor.names[monitor._modules.index(model[2])])
-    ]
+    dead = next(name for name, module in model.named_modules() if module is model[2])
+    assert kinds(v for v in verdicts if v.kind == "dead units") == [("dead units", dead)]
 
 
 @pytest.mark.parametrize("conv", [nn.Conv1d, nn.Conv2d, nn.Conv3d])
@@ -351,7 +248,7 @@ def negative_heads(join):
 def test_a_head_that_is_not_asked(join):
     model = negative_heads(join)
     monitor = GradientMonitor(model, every=1)
-    first, second = tensors_of(model(torch.randn(33, 16)))
+    first, second = tree_leaves(model(torch.randn(33, 16)))
     (one_asks("margin")(first) + F.cross_entropy(second, torch.arange(33) % 20)).backward()
     assert unasked(model.parts.first) > 0.75
     assert monitor.step().verdicts == ()
@@ -413,27 +310,3 @@ def test_compiled_layers_are_judged_when_their_gradients_stay_away():
         F.cross_entropy(compiled(torch.randn(33, 16)), torch.randint(0, 50, (33,))).backward()
         said.append(kinds(monitor.step().verdicts))
     assert said == [[], [], [], [("dead units", "2")]]
-
-
-def test_a_checkpoint_that_calls_in_backward_does_not_turn_the_order():
-    class Blocks(nn.Module):
-        def __init__(self):
-            super().__init__()
-            self.first = nn.Linear(16, 16)
-            self.blocks = nn.ModuleList(
-                nn.Sequential(nn.Linear(16, 16), nn.Sigmoid()) for _ in range(12)
-            )
-            self.head = nn.Linear(16, 5)
-
-        def forward(self, x):
-            x = self.first(x)
-            for block in self.blocks:
-                x = checkpoint(block, x, use_reentrant=True)
-            return self.head(x)
-
-    model = Blocks()
-    monitor = GradientMonitor(model, every=1)
-    F.cross_entropy(model(torch.randn(33, 16)), torch.randint(0, 5, (33,))).backward()
-    seen = monitor.step()
-    assert kinds(seen.verdicts) == [("vanishing", "first")]
-    assert seen["blocks.3.0"].activation_std > 0
