@@ -1,8 +1,7 @@
-"""Activations: device functions (value, derivative), one kernel each way, and their launchers.
+"""Activations: device functions (value, derivative) and their launchers.
 
-A device function takes (x, A, B): x in the accumulator's dtype, the parameters as compile-time
-constants (a float argument of a kernel is float32, which would round them in float64). The fused
-linear uses the same pairs. Formulas: ``custom_backprop/formulas/activation.py``.
+A device function takes (x, A, B): see ``pointwise.py``, whose kernels run it. The fused linear uses
+the same pairs. Formulas: ``custom_backprop/formulas/activation.py``.
 """
 
 from __future__ import annotations
@@ -14,9 +13,10 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from . import elementary
-from .elementary import constant, expm1, upcast
-from .launch import bind, cdiv, kept
+from . import elementary, pointwise
+from .elementary import constant, expm1
+from .launch import Launch, planned
+from .pointwise import like
 
 
 @triton.jit
@@ -164,7 +164,7 @@ def mish_derivative(x, A, B):
     """(1 - t²) σ = 4 n / (n + 1)² · e^x / (1 + e^x): written so, nothing cancels where t is near
     1."""
     t, d, e = _tanh_softplus(x)
-    return t + 4 * x * (1 + e) * tl.where(x > 0, e * e, e) / (d * d)
+    return t + x * (4 * (1 + e) * tl.where(x > 0, e * e, e) / (d * d))  # 4 x may overflow
 
 
 @triton.jit
@@ -297,71 +297,30 @@ DEVICE_FUNCTIONS = {
 }
 
 
-@triton.jit
-def _forward(X, Y, n, F: tl.constexpr, A: tl.constexpr, B: tl.constexpr, BLOCK: tl.constexpr):
-    """y = f(x), BLOCK elements a program."""
-    start = tl.program_id(0).to(tl.int64) * BLOCK
-    offsets = tl.arange(0, BLOCK)
-    inside = offsets < tl.minimum(n - start, BLOCK).to(tl.int32)
-    x = upcast(tl.load(X + start + offsets, inside, other=0.0))
-    tl.store(Y + start + offsets, F(x, A, B).to(Y.dtype.element_ty), inside)
+def constants(name: str, which: int, parameters: tuple[float, ...]) -> dict[str, Any]:
+    """A kernel's F, A and B for the value (``which`` 0) or the derivative (1) of an activation."""
+    a, b = (*parameters, None, None)[:2]
+    return {"F": DEVICE_FUNCTIONS[name][which], "A": a, "B": b}
 
 
-@triton.jit
-def _backward(
-    DY, SAVED, DX, n, F: tl.constexpr, A: tl.constexpr, B: tl.constexpr, BLOCK: tl.constexpr
-):
-    """dx = dy f'(saved)."""
-    start = tl.program_id(0).to(tl.int64) * BLOCK
-    offsets = tl.arange(0, BLOCK)
-    inside = offsets < tl.minimum(n - start, BLOCK).to(tl.int32)
-    dy = upcast(tl.load(DY + start + offsets, inside, other=0.0))
-    saved = upcast(tl.load(SAVED + start + offsets, inside, other=0.0))
-    tl.store(DX + start + offsets, (dy * F(saved, A, B)).to(DX.dtype.element_ty), inside)
-
-
-#: a pointwise kernel's block of losses and others: 8 elements a thread at 4 warps, two 128-bit
-#: accesses of float32
-BLOCK = 1024
-
-
-def block_of(dtype: torch.dtype) -> int:
-    """Two 128-bit accesses a thread at 4 warps, one of float64 at 8: of half precision twice as
-    many elements share what a program costs, and float64 takes two registers an element."""
-    return 4 * BLOCK // dtype.itemsize
-
-
-def warps_of(dtype: torch.dtype) -> int:
-    return 8 if dtype == torch.float64 else 4
-
-
-def like(t: Tensor, layout: Tensor) -> Tensor:
-    """``t`` with the strides of ``layout`` (copied only if they differ)."""
-    return t if t.stride() == layout.stride() else torch.empty_like(layout, dtype=t.dtype).copy_(t)
-
-
-@kept
-def _bound_forward(block: int, warps: int, name: str, *parameters: float) -> Any:
-    return bind(_forward, 2, 1, **constants(name, 0, parameters), BLOCK=block, num_warps=warps)
-
-
-@kept
-def _bound_backward(block: int, warps: int, name: str, *parameters: float) -> Any:
-    return bind(_backward, 3, 1, **constants(name, 1, parameters), BLOCK=block, num_warps=warps)
+@planned
+def plan(name: str, which: int, n: int, dtype: torch.dtype, *parameters: float) -> Launch:
+    """The value (``which`` 0) or the derivative (1) of ``n`` elements."""
+    kernel = (pointwise.forward, pointwise.backward)[which]
+    return kernel.launch(**pointwise.grid(n, dtype), **constants(name, which, parameters))
 
 
 def forward(name: str, x: Tensor, *parameters: float) -> Tensor:
     """y = f(x), in the dtype of x, and in its strides if they have neither gaps nor overlaps."""
-    y, n, block = torch.empty_like(x), x.numel(), block_of(x.dtype)
-    _bound_forward(block, warps_of(x.dtype), name, *parameters)(cdiv(n, block), like(x, y), y, n)
+    y = torch.empty_like(x)
+    plan(name, 0, x.numel(), x.dtype, *parameters)(like(x, y), y)
     return y
 
 
 def forward_(name: str, x: Tensor, *parameters: float) -> None:
     """y = f(x) over x."""
     if x.is_contiguous():
-        n, block = x.numel(), block_of(x.dtype)
-        _bound_forward(block, warps_of(x.dtype), name, *parameters)(cdiv(n, block), x, x, n)
+        plan(name, 0, x.numel(), x.dtype, *parameters)(x, x)
     else:
         x.copy_(forward(name, x, *parameters))
 
@@ -369,13 +328,5 @@ def forward_(name: str, x: Tensor, *parameters: float) -> None:
 def backward(name: str, dy: Tensor, saved: Tensor, *parameters: float) -> Tensor:
     """dx = dy f'(saved), in the dtype and strides of ``saved``."""
     dx = torch.empty_like(saved)
-    dy, saved = like(dy, dx), like(saved, dx)
-    n, block = dx.numel(), block_of(dx.dtype)
-    _bound_backward(block, warps_of(dx.dtype), name, *parameters)(cdiv(n, block), dy, saved, dx, n)
+    plan(name, 1, dx.numel(), dx.dtype, *parameters)(like(dy, dx), like(saved, dx), dx)
     return dx
-
-
-def constants(name: str, which: int, parameters: tuple[float, ...]) -> dict[str, Any]:
-    """A kernel's F, A and B for the value (``which`` 0) or the derivative (1) of an activation."""
-    a, b = (*parameters, None, None)[:2]
-    return {"F": DEVICE_FUNCTIONS[name][which], "A": a, "B": b}

@@ -1,44 +1,34 @@
 """Triplet margin, InfoNCE and the division by the norm: kernels on rows of vectors, and their
 launchers.
 
-Every kernel takes tiles of ROWS rows by BLOCK columns; where a row is longer than a block, its sums
-are held lane by lane and the row is
-walked again for what depends on them. Nothing is summed over rows here: losses leave row by row, in
-the accumulator's dtype.
-Formulas: ``custom_backprop/formulas/contrastive.py``.
+The sums of a row that is longer than a block are taken lane by lane, and the row is walked again
+for what depends on them. Nothing is summed over rows here: losses leave row by row, in the
+accumulator's dtype. Formulas: ``custom_backprop/formulas/contrastive.py``.
 """
 
 from __future__ import annotations
 
 import math
-from typing import Any
+from collections.abc import Sequence
 
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
-from .elementary import exp, exp_minus, upcast
-from .launch import accumulator, cdiv, launch, next_power_of_2
+from .elementary import exp, upcast
+from .launch import (
+    Launch, accumulator, cdiv, kernel, multiprocessors, next_power_of_2, planned,
+)  # fmt: skip
 from .loss import MEAN, NONE
-
-
-@triton.jit
-def _tile(ROWS: tl.constexpr, BLOCK: tl.constexpr):
-    """(row numbers, columns of the first block)."""
-    return tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS), tl.arange(0, BLOCK)[None, :]
+from .pointwise import BLOCK
+from .rows import lowest, online, online_of_rows, over_rows, read, start_of, tile_of, write
 
 
 @triton.jit
 def _power(a, exponent: tl.constexpr):
     """a^p for a >= 0. In float64: the rounding of p log a is an error of p |log a| units of a^p."""
     return tl.exp(exponent * tl.log(a.to(tl.float64))).to(a.dtype)
-
-
-@triton.jit
-def _load(X, row, x_row, place, inside):
-    """A tile of X, 0 outside."""
-    return upcast(tl.load(X + row[:, None] * x_row + place, inside, other=0.0))
 
 
 # below, one return for all branches: what follows a return in a branch Triton compiles as well,
@@ -88,248 +78,221 @@ def _direction(v, d, ORDER: tl.constexpr):
     return u
 
 
-@triton.jit
+@kernel
 def _triplet_forward(
-    A, P, N, D, LOSS, rows, width, a_row, p_row, n_row,
-    MARGIN: tl.constexpr, ORDER: tl.constexpr, EPS: tl.constexpr, SWAP: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr,
-):  # fmt: skip
-    """The distances and the loss of each row."""
-    row, column = _tile(ROWS, BLOCK)
-    alive = row < rows
-    ap = tl.zeros((ROWS, BLOCK), D.dtype.element_ty)
-    an = tl.zeros((ROWS, BLOCK), D.dtype.element_ty)
-    pn = tl.zeros((ROWS, BLOCK), D.dtype.element_ty)
-    for start in range(0, width, BLOCK):
-        place = start + column
-        inside = alive[:, None] & (place < width)
-        a = _load(A, row, a_row, place, inside)
-        p = _load(P, row, p_row, place, inside)
-        n = _load(N, row, n_row, place, inside)
-        ap = _gathered(ap, tl.where(inside, a - p + EPS, 0.0), ORDER)
-        an = _gathered(an, tl.where(inside, a - n + EPS, 0.0), ORDER)
-        if SWAP:
-            pn = _gathered(pn, tl.where(inside, p - n + EPS, 0.0), ORDER)
-    d_ap = _norm(ap, ORDER)
-    d_an = _norm(an, ORDER)
-    tl.store(D + row, d_ap, alive)
-    tl.store(D + rows + row, d_an, alive)
-    if SWAP:
-        d_pn = _norm(pn, ORDER)
-        tl.store(D + 2 * rows + row, d_pn, alive)
-        d_an = tl.where(d_pn < d_an, d_pn, tl.where(d_pn == d_pn, d_an, d_pn))
-    h = d_ap - d_an + MARGIN
-    tl.store(LOSS + row, tl.where(h < 0, 0.0, h).to(LOSS.dtype.element_ty), alive)
-
-
-@triton.jit
-def _triplet_backward(
-    DY, A, P, N, D, DA, DP, DN, rows, width, a_row, p_row, n_row,
-    MARGIN: tl.constexpr, ORDER: tl.constexpr, EPS: tl.constexpr, SWAP: tl.constexpr, PER_ROW: tl.constexpr, MEAN: tl.constexpr,
+    A, P, N, D, LOSS, rows, n, tiles, a_row, p_row, n_row,
+    MARGIN: tl.constexpr, ORDER: tl.constexpr, EPS: tl.constexpr, SWAP: tl.constexpr,
+    SEVERAL: tl.constexpr, WIDE: tl.constexpr, WIDE_COLUMNS: tl.constexpr,
     ROWS: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
-    """The gradients that have a place to go (else None). For ORDER 0 the row is first walked to
-    count the largest."""
-    row, column = _tile(ROWS, BLOCK)
-    alive = row < rows
-    d_ap = tl.load(D + row, alive, other=1.0)
-    d_an = tl.load(D + rows + row, alive, other=1.0)
-    d_pn = tl.load(D + 2 * rows + row, alive, other=1.0) if SWAP else d_an
-    dy = upcast(tl.load(DY + row, alive, other=0.0) if PER_ROW else tl.load(DY))
-    if MEAN:
-        dy = dy / rows
-    nearer = tl.where(d_pn < d_an, d_pn, d_an)
-    of_ap = tl.where(d_ap - nearer + MARGIN >= 0, dy, 0.0)
-    e = tl.where(d_an < d_pn, 1.0, tl.where(d_an > d_pn, 0.0, 0.5)).to(d_an.dtype) if SWAP else 1.0
-    of_an = of_ap * e
-    of_pn = of_ap - of_an
-    if ORDER == 0:
-        ap = tl.zeros((ROWS, BLOCK), d_an.dtype)
-        an = tl.zeros((ROWS, BLOCK), d_an.dtype)
-        pn = tl.zeros((ROWS, BLOCK), d_an.dtype)
-        for start in range(0, width, BLOCK):
+    """The distances and the loss of each row."""
+    first = tl.program_id(0)
+    for tile in range(first, tiles if SEVERAL else first + 1, tl.num_programs(0) if SEVERAL else 1):
+        row, alive, column = tile_of(tile, rows, ROWS, BLOCK, WIDE, WIDE_COLUMNS)
+        ap = tl.zeros((ROWS, BLOCK), D.dtype.element_ty)
+        an = tl.zeros((ROWS, BLOCK), D.dtype.element_ty)
+        pn = tl.zeros((ROWS, BLOCK), D.dtype.element_ty)
+        for start in range(0, n, BLOCK):
             place = start + column
-            inside = alive[:, None] & (place < width)
-            a = _load(A, row, a_row, place, inside)
-            p = _load(P, row, p_row, place, inside)
-            n = _load(N, row, n_row, place, inside)
-            ap += tl.where(inside & (tl.abs(a - p + EPS) == d_ap[:, None]), 1.0, 0.0)
-            an += tl.where(inside & (tl.abs(a - n + EPS) == d_an[:, None]), 1.0, 0.0)
+            inside = alive[:, None] & (place < n)
+            a = read(A, (row * a_row)[:, None] + place, inside)
+            p = read(P, (row * p_row)[:, None] + place, inside)
+            other = read(N, (row * n_row)[:, None] + place, inside)
+            ap = _gathered(ap, tl.where(inside, a - p + EPS, 0.0), ORDER)
+            an = _gathered(an, tl.where(inside, a - other + EPS, 0.0), ORDER)
             if SWAP:
-                pn += tl.where(inside & (tl.abs(p - n + EPS) == d_pn[:, None]), 1.0, 0.0)
-        of_ap /= tl.sum(ap, 1)
-        of_an /= tl.sum(an, 1)
+                pn = _gathered(pn, tl.where(inside, p - other + EPS, 0.0), ORDER)
+        d_ap = _norm(ap, ORDER)
+        d_an = _norm(an, ORDER)
+        tl.store(D + row, d_ap, alive)
+        tl.store(D + rows + row, d_an, alive)
         if SWAP:
-            of_pn /= tl.sum(pn, 1)
-    for start in range(0, width, BLOCK):
-        place = start + column
-        inside = alive[:, None] & (place < width)
-        a = _load(A, row, a_row, place, inside)
-        p = _load(P, row, p_row, place, inside)
-        n = _load(N, row, n_row, place, inside)
-        to_p = of_ap[:, None] * _direction(a - p + EPS, d_ap[:, None], ORDER)
-        to_n = of_an[:, None] * _direction(a - n + EPS, d_an[:, None], ORDER)
-        here = row[:, None] * width + place
-        if DA is not None:
-            tl.store(DA + here, (to_p - to_n).to(DA.dtype.element_ty), inside)
-        if SWAP:
-            between = of_pn[:, None] * _direction(p - n + EPS, d_pn[:, None], ORDER)
-            to_p += between
-            to_n += between
-        if DP is not None:
-            tl.store(DP + here, (-to_p).to(DP.dtype.element_ty), inside)
-        if DN is not None:
-            tl.store(DN + here, to_n.to(DN.dtype.element_ty), inside)
+            d_pn = _norm(pn, ORDER)
+            tl.store(D + 2 * rows + row, d_pn, alive)
+            d_an = tl.where(d_pn < d_an, d_pn, tl.where(d_pn == d_pn, d_an, d_pn))
+        h = d_ap - d_an + MARGIN
+        tl.store(LOSS + row, tl.where(h < 0, 0.0, h).to(LOSS.dtype.element_ty), alive)
 
 
-@triton.jit
+@kernel
+def _triplet_backward(
+    DY, A, P, N, D, DA, DP, DN, rows, n, tiles, a_row, p_row, n_row,
+    MARGIN: tl.constexpr, ORDER: tl.constexpr, EPS: tl.constexpr, SWAP: tl.constexpr,
+    PER_ROW: tl.constexpr, MEAN: tl.constexpr, SEVERAL: tl.constexpr, WIDE: tl.constexpr,
+    WIDE_COLUMNS: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
+    """The gradients that are wanted (else None). For ORDER 0 the row is first walked to count the
+    largest."""
+    first = tl.program_id(0)
+    for tile in range(first, tiles if SEVERAL else first + 1, tl.num_programs(0) if SEVERAL else 1):
+        row, alive, column = tile_of(tile, rows, ROWS, BLOCK, WIDE, WIDE_COLUMNS)
+        d_ap = tl.load(D + row, alive, other=1.0)
+        d_an = tl.load(D + rows + row, alive, other=1.0)
+        d_pn = tl.load(D + 2 * rows + row, alive, other=1.0) if SWAP else d_an
+        dy = upcast(tl.load(DY + row, alive, other=0.0) if PER_ROW else tl.load(DY))
+        if MEAN:
+            dy = dy / rows
+        nearer = tl.where(d_pn < d_an, d_pn, d_an)
+        of_ap = tl.where(d_ap - nearer + MARGIN >= 0, dy, 0.0)
+        e = tl.where(d_an < d_pn, 1.0, tl.where(d_an > d_pn, 0.0, 0.5)).to(d_an.dtype)
+        of_an = of_ap * e if SWAP else of_ap
+        of_pn = of_ap - of_an
+        a_start, p_start = A + (row * a_row)[:, None], P + (row * p_row)[:, None]
+        n_start = N + (row * n_row)[:, None]
+        if ORDER == 0:
+            ap = tl.zeros((ROWS, BLOCK), d_an.dtype)
+            an = tl.zeros((ROWS, BLOCK), d_an.dtype)
+            pn = tl.zeros((ROWS, BLOCK), d_an.dtype)
+            for start in range(0, n, BLOCK):
+                place = start + column
+                inside = alive[:, None] & (place < n)
+                a = read(a_start, place, inside)
+                p = read(p_start, place, inside)
+                other = read(n_start, place, inside)
+                ap += tl.where(inside & (tl.abs(a - p + EPS) == d_ap[:, None]), 1.0, 0.0)
+                an += tl.where(inside & (tl.abs(a - other + EPS) == d_an[:, None]), 1.0, 0.0)
+                if SWAP:
+                    pn += tl.where(inside & (tl.abs(p - other + EPS) == d_pn[:, None]), 1.0, 0.0)
+            of_ap /= tl.sum(ap, 1)
+            of_an /= tl.sum(an, 1)
+            if SWAP:
+                of_pn /= tl.sum(pn, 1)
+        for start in range(0, n, BLOCK):
+            place = start + column
+            inside = alive[:, None] & (place < n)
+            a = read(a_start, place, inside)
+            p = read(p_start, place, inside)
+            other = read(n_start, place, inside)
+            to_p = of_ap[:, None] * _direction(a - p + EPS, d_ap[:, None], ORDER)
+            to_n = of_an[:, None] * _direction(a - other + EPS, d_an[:, None], ORDER)
+            here = (row * n)[:, None] + place
+            if DA is not None:
+                write(DA, here, inside, to_p - to_n)
+            if SWAP:
+                between = of_pn[:, None] * _direction(p - other + EPS, d_pn[:, None], ORDER)
+                to_p += between
+                to_n += between
+            if DP is not None:
+                write(DP, here, inside, -to_p)
+            if DN is not None:
+                write(DN, here, inside, to_n)
+
+
+@kernel
 def _softmax(
-    S, LOSS, LARGEST, LOG_SUM, rows, width, s_row, s_column,
+    S, LOSS, LARGEST, LOG_SUM, rows, n, inner, tiles, s_outer, s_n, s_inner,
+    TEMPERATURE: tl.constexpr, AMONG_KEYS: tl.constexpr, SEVERAL: tl.constexpr, WIDE: tl.constexpr,
+    WIDE_COLUMNS: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
+    """Of each row of S / τ: m, log Σ e^(s-m), and the loss."""
+    dtype: tl.constexpr = S.dtype.element_ty
+    # a GPU's quick division is off by two units, which e^s would magnify
+    SCALE: tl.constexpr = 1 / TEMPERATURE
+    first = tl.program_id(0)
+    for tile in range(first, tiles if SEVERAL else first + 1, tl.num_programs(0) if SEVERAL else 1):
+        row, alive, column = tile_of(tile, rows, ROWS, BLOCK, WIDE, WIDE_COLUMNS)
+        s_start = S + start_of(row, inner, s_outer, s_inner)
+        m = tl.full((ROWS, BLOCK), lowest(dtype), dtype)
+        z = tl.zeros((ROWS, BLOCK), dtype)
+        for start in range(0, n, BLOCK):
+            place = start + column
+            inside = alive[:, None] & (place < n)
+            x = read(s_start, place * s_n, inside, float("-inf")) * SCALE
+            m, z = online(m, z, x, True)
+        m, z = online_of_rows(m, z, True)
+        log_z = tl.log(z)
+        positive = (row * s_n if AMONG_KEYS else row * 0)[:, None]
+        target = tl.sum(read(s_start, positive, alive[:, None]), 1) * SCALE
+        tl.store(LOSS + row, log_z - (target - m), alive)
+        if LARGEST is not None:
+            tl.store(LARGEST + row, m, alive)
+            tl.store(LOG_SUM + row, log_z, alive)
+
+
+@kernel
+def _slope(
+    S, G, LARGEST, LOG_SUM, COLUMN_LARGEST, COLUMN_LOG_SUM, rows, n,
     TEMPERATURE: tl.constexpr, AMONG_KEYS: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
-    """Of each row of S / τ: m, log Σ e^(s-m), and the loss. A row of S may be a column of it in
-    memory."""
-    row, column = _tile(ROWS, BLOCK)
-    alive = row < rows
-    dtype: tl.constexpr = S.dtype.element_ty
-    # m and z of each lane by itself: x <= m adds e^(x-m) to z, x > m scales z by e^(m-x) and adds 1
-    lowest: tl.constexpr = (
-        -1.7976931348623157e308 if dtype == tl.float64 else -3.4028234663852886e38
-    )
-    m = tl.full((ROWS, BLOCK), lowest, dtype)
-    z = tl.zeros((ROWS, BLOCK), dtype)
-    SCALE: tl.constexpr = (
-        1 / TEMPERATURE
-    )  # a GPU's quick division is off by two units, which e^s would magnify
-    for start in range(0, width, BLOCK):
-        place = start + column
-        inside = alive[:, None] & (place < width)
-        x = (
-            tl.load(
-                S + row[:, None] * s_row + place.to(tl.int64) * s_column,
-                inside,
-                other=float("-inf"),
-            )
-            * SCALE
-        )
-        e = exp_minus(tl.abs(x - m))
-        z = tl.where(x > m, z * e + 1, z + e)
-        m = tl.where(x <= m, m, x)
-    lane = m
-    m = tl.max(lane, 1)
-    log_z = tl.log(tl.sum(z * exp(lane - m[:, None]), 1))
-    target = (
-        tl.load(S + row * s_row + (row * s_column if AMONG_KEYS else 0), alive, other=0.0) * SCALE
-    )
-    tl.store(LOSS + row, log_z - (target - m), alive)
-    if LARGEST is not None:
-        tl.store(LARGEST + row, m, alive)
-        tl.store(LOG_SUM + row, log_z, alive)
-
-
-@triton.jit
-def _slope(
-    S, G, LARGEST, LOG_SUM, COLUMN_LARGEST, COLUMN_LOG_SUM, rows, width,
-    TEMPERATURE: tl.constexpr, AMONG_KEYS: tl.constexpr, SYMMETRIC: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr,
-):  # fmt: skip
-    """G = (softmax(s) - I) / τ, a tile a program; of the mean of both softmaxes if SYMMETRIC. G may
-    be S itself."""
-    tiles = tl.cdiv(width, BLOCK)
+    """G = (softmax(s) - I) / τ, a tile a program; of the mean of both softmaxes if there are
+    statistics of columns. G may be S itself."""
+    tiles = tl.cdiv(n, BLOCK)
     row = (tl.program_id(0) // tiles).to(tl.int64) * ROWS + tl.arange(0, ROWS)
     place = (tl.program_id(0) % tiles) * BLOCK + tl.arange(0, BLOCK)[None, :]
     alive = row < rows
-    inside = alive[:, None] & (place < width)
-    here = row[:, None] * width + place
+    inside = alive[:, None] & (place < n)
+    here = row[:, None] * n + place
     SCALE: tl.constexpr = 1 / TEMPERATURE
-    s = tl.load(S + here, inside, other=0.0) * SCALE
+    s = read(S, here, inside) * SCALE
     m = tl.load(LARGEST + row, alive, other=0.0)[:, None]
     log_z = tl.load(LOG_SUM + row, alive, other=0.0)[:, None]
     p = exp(s - m - log_z)
-    if SYMMETRIC:
-        m = tl.load(COLUMN_LARGEST + place, place < width, other=0.0)
-        log_z = tl.load(COLUMN_LOG_SUM + place, place < width, other=0.0)
+    if COLUMN_LARGEST is not None:
+        m = tl.load(COLUMN_LARGEST + place, place < n, other=0.0)
+        log_z = tl.load(COLUMN_LOG_SUM + place, place < n, other=0.0)
         p = (p + exp(s - m - log_z)) / 2
     is_positive = place == (row[:, None] if AMONG_KEYS else 0)
-    g = tl.where(is_positive, p - 1, p) * SCALE
-    tl.store(G + here, g.to(G.dtype.element_ty), inside)
+    write(G, here, inside, tl.where(is_positive, p - 1, p) * SCALE)
 
 
-@triton.jit
+@kernel
 def _unit_forward(
-    X,
-    Y,
-    R,
-    rows,
-    width,
-    x_row,
-    EPS: tl.constexpr,
-    LOOP: tl.constexpr,
-    ROWS: tl.constexpr,
-    BLOCK: tl.constexpr,
-):
+    X, Y, R, rows, n, tiles, x_row, EPS: tl.constexpr, SEVERAL: tl.constexpr, LOOP: tl.constexpr,
+    WIDE: tl.constexpr, WIDE_COLUMNS: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
     """y = x / r and r = max(‖x‖, ε)."""
-    row, column = _tile(ROWS, BLOCK)
-    alive = row < rows
-    inside = alive[:, None] & (column < width)
-    x = _load(X, row, x_row, column, inside)
-    square = x * x
-    if LOOP:
-        for start in range(BLOCK, width, BLOCK):
-            more = _load(X, row, x_row, start + column, alive[:, None] & (start + column < width))
-            square += more * more
-    r = tl.sqrt(tl.sum(square, 1))
-    r = tl.where(r < EPS, EPS, r)
-    tl.store(R + row, r, alive)
-    here = row[:, None] * width + column
-    tl.store(Y + here, (x / r[:, None]).to(Y.dtype.element_ty), inside)
-    if LOOP:
-        for start in range(BLOCK, width, BLOCK):
-            inside = alive[:, None] & (start + column < width)
-            x = _load(X, row, x_row, start + column, inside)
-            tl.store(Y + here + start, (x / r[:, None]).to(Y.dtype.element_ty), inside)
+    first = tl.program_id(0)
+    for tile in range(first, tiles if SEVERAL else first + 1, tl.num_programs(0) if SEVERAL else 1):
+        row, alive, column = tile_of(tile, rows, ROWS, BLOCK, WIDE, WIDE_COLUMNS)
+        x_start, y_start = X + (row * x_row)[:, None], Y + (row * n)[:, None]
+        inside = alive[:, None] & (column < n)
+        x = read(x_start, column, inside)
+        square = x * x
+        if LOOP:
+            for start in range(BLOCK, n, BLOCK):
+                more = read(x_start, start + column, alive[:, None] & (start + column < n))
+                square += more * more
+        r = tl.sqrt(tl.sum(square, 1))
+        r = tl.where(r < EPS, EPS, r)
+        tl.store(R + row, r, alive)
+        write(y_start, column, inside, x / r[:, None])
+        if LOOP:
+            for start in range(BLOCK, n, BLOCK):
+                inside = alive[:, None] & (start + column < n)
+                x = read(x_start, start + column, inside)
+                write(y_start, start + column, inside, x / r[:, None])
 
 
-@triton.jit
+@kernel
 def _unit_backward(
-    DY, Y, R, DX, rows, width, dy_row, EPS: tl.constexpr, LOOP: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr
+    DY, Y, R, DX, rows, n, tiles, dy_row, EPS: tl.constexpr, SEVERAL: tl.constexpr,
+    LOOP: tl.constexpr, WIDE: tl.constexpr, WIDE_COLUMNS: tl.constexpr,
+    ROWS: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     """dx = (dy - y Σ y dy) / r."""
-    row, column = _tile(ROWS, BLOCK)
-    alive = row < rows
-    inside = alive[:, None] & (column < width)
-    dy = _load(DY, row, dy_row, column, inside)
-    y = _load(Y, row, width, column, inside)
-    product = dy * y
-    if LOOP:
-        for start in range(BLOCK, width, BLOCK):
-            more = alive[:, None] & (start + column < width)
-            product += _load(DY, row, dy_row, start + column, more) * _load(
-                Y, row, width, start + column, more
-            )
-    r = tl.load(R + row, alive, other=1.0)
-    along = tl.where(r > EPS, tl.sum(product, 1), 0.0)
-    here = row[:, None] * width + column
-    tl.store(DX + here, ((dy - y * along[:, None]) / r[:, None]).to(DX.dtype.element_ty), inside)
-    if LOOP:
-        for start in range(BLOCK, width, BLOCK):
-            inside = alive[:, None] & (start + column < width)
-            dy = _load(DY, row, dy_row, start + column, inside)
-            y = _load(Y, row, width, start + column, inside)
-            tl.store(
-                DX + here + start,
-                ((dy - y * along[:, None]) / r[:, None]).to(DX.dtype.element_ty),
-                inside,
-            )
-
-
-def _shape(width: int, dtype: torch.dtype, side_by_side: int = 1, warps: int = 4) -> dict[str, Any]:
-    """The tile: 1024 numbers a program, of ``side_by_side`` rows at least. Eight warps share those
-    of float64, of two registers each."""
-    block = min(next_power_of_2(max(width, 1)), 1024 // side_by_side)
-    return {
-        "ROWS": 1024 // block,
-        "BLOCK": block,
-        "num_warps": 8 if dtype == torch.float64 else warps,
-    }
+    first = tl.program_id(0)
+    for tile in range(first, tiles if SEVERAL else first + 1, tl.num_programs(0) if SEVERAL else 1):
+        row, alive, column = tile_of(tile, rows, ROWS, BLOCK, WIDE, WIDE_COLUMNS)
+        dy_start, y_start = DY + (row * dy_row)[:, None], (row * n)[:, None]
+        inside = alive[:, None] & (column < n)
+        dy = read(dy_start, column, inside)
+        y = read(Y + y_start, column, inside)
+        product = dy * y
+        if LOOP:
+            for start in range(BLOCK, n, BLOCK):
+                place = start + column
+                more = alive[:, None] & (place < n)
+                product += read(dy_start, place, more) * read(Y + y_start, place, more)
+        r = tl.load(R + row, alive, other=1.0)
+        along = tl.where(r > EPS, tl.sum(product, 1), 0.0)[:, None]
+        write(DX + y_start, column, inside, (dy - y * along) / r[:, None])
+        if LOOP:
+            for start in range(BLOCK, n, BLOCK):
+                place = start + column
+                inside = alive[:, None] & (place < n)
+                dy = read(dy_start, place, inside)
+                y = read(Y + y_start, place, inside)
+                write(DX + y_start, place, inside, (dy - y * along) / r[:, None])
 
 
 def _rows(t: Tensor) -> Tensor:
@@ -340,18 +303,38 @@ def _rows(t: Tensor) -> Tensor:
 
 
 def _reduced(loss: Tensor, reduction: int, dtype: torch.dtype) -> Tensor:
-    return (loss if reduction == NONE else loss.mean() if reduction == MEAN else loss.sum()).to(
-        dtype
-    )
+    if reduction != NONE:
+        loss = loss.mean() if reduction == MEAN else loss.sum()
+    return loss.to(dtype)
 
 
-def _norm_options(margin: float, order: float, eps: float, swap: bool) -> dict[str, Any]:
-    return {
-        "MARGIN": margin,
-        "ORDER": 0.0 if order == math.inf else order,
-        "EPS": eps,
-        "SWAP": swap,
-    }
+@planned
+def plan_triplet(
+    rows: int, n: int, strides: tuple[int, ...], dtype: torch.dtype, count: int,
+    margin: float, order: float, eps: float, swap: bool, reduction: int | None,
+) -> Launch:  # fmt: skip
+    """The distances of rows in these three strides; or, of a loss in some reduction, their
+    gradients."""
+    named = dict(zip(("a_row", "p_row", "n_row"), strides, strict=True))
+    named |= {"MARGIN": margin, "ORDER": 0.0 if order == math.inf else order, "EPS": eps}
+    named["SWAP"] = swap
+    if reduction is not None:
+        named |= {"PER_ROW": reduction == NONE, "MEAN": reduction == MEAN}
+    kernel = _triplet_forward if reduction is None else _triplet_backward
+    layouts = [(s, 1, 1) for s in (*strides, n)]
+    return over_rows(kernel, (rows, n, 1), layouts, dtype, 8, count, **named)
+
+
+def _triplet(
+    of: Sequence[Tensor], margin: float, order: float, eps: float, swap: bool,
+    reduction: int | None,
+) -> tuple[Launch, list[Tensor]]:  # fmt: skip
+    """The launch, and a, p and n as rows."""
+    flat = [_rows(t) for t in of]
+    strides, a = tuple([t.stride(0) for t in flat]), flat[0]
+    count = multiprocessors(a.device)
+    run = plan_triplet(*a.shape, strides, a.dtype, count, margin, order, eps, swap, reduction)
+    return run, flat
 
 
 def triplet_forward(
@@ -365,15 +348,10 @@ def triplet_forward(
     reduction: int,
 ) -> tuple[Tensor, Tensor]:
     """The loss, and the distances of each row."""
-    flat, shape, wide = [_rows(t) for t in (a, p, n)], a.shape[:-1], accumulator(a.dtype)
-    rows, width = flat[0].shape
-    d = a.new_empty((3 if swap else 2, *shape), dtype=wide)
-    loss = a.new_empty(shape, dtype=wide)
-    tile, norm = _shape(width, a.dtype, warps=8), _norm_options(margin, order, eps, swap)
-    launch(
-        _triplet_forward, cdiv(rows, tile["ROWS"]), *flat, d, loss, rows, width, *(t.stride(0) for t in flat),
-        **norm, **tile,
-    )  # fmt: skip
+    run, flat = _triplet((a, p, n), margin, order, eps, swap, None)
+    d = a.new_empty((3 if swap else 2, *a.shape[:-1]), dtype=accumulator(a.dtype))
+    loss = a.new_empty(a.shape[:-1], dtype=d.dtype)
+    run(*flat, d, loss)
     return _reduced(loss, reduction, a.dtype), d
 
 
@@ -388,17 +366,12 @@ def triplet_backward(
     eps: float,
     swap: bool,
     reduction: int,
-    needs: Any,
+    needs: Sequence[bool],
 ) -> tuple[Tensor, ...]:
     """da, dp and dn, contiguous; an empty tensor for each that is not needed."""
-    flat = [_rows(t) for t in (a, p, n)]
-    rows, width = flat[0].shape
+    run, flat = _triplet((a, p, n), margin, order, eps, swap, reduction)
     grads = [a.new_empty(a.shape) if need else None for need in needs]
-    tile, norm = _shape(width, a.dtype, warps=8), _norm_options(margin, order, eps, swap)
-    launch(
-        _triplet_backward, cdiv(rows, tile["ROWS"]), dy.contiguous(), *flat, d, *grads, rows, width, *(t.stride(0) for t in flat),
-        **norm, PER_ROW=reduction == NONE, MEAN=reduction == MEAN, **tile,
-    )  # fmt: skip
+    run(dy.contiguous(), *flat, d, *grads)
     return tuple(a.new_empty(0) if g is None else g for g in grads)
 
 
@@ -415,6 +388,29 @@ def _similarities(q: Tensor, k: Tensor, n: Tensor | None) -> Tensor:
     return torch.cat([(q * k).sum(1, keepdim=True), of_negatives], 1)
 
 
+@planned
+def plan_softmax(
+    shape: tuple[int, ...], strides: tuple[int, ...], dtype: torch.dtype, count: int,
+    temperature: float, among_keys: bool,
+) -> Launch:  # fmt: skip
+    """The losses of rows (outer, n, inner)."""
+    named = dict(zip(("s_outer", "s_n", "s_inner"), strides, strict=True))
+    options = {"TEMPERATURE": temperature, "AMONG_KEYS": among_keys}
+    return over_rows(_softmax, shape, [strides], dtype, 4, count, **named, **options)
+
+
+@planned
+def plan_slope(
+    rows: int, n: int, dtype: torch.dtype, temperature: float, among_keys: bool
+) -> Launch:
+    """The gradient of (rows, n) similarities."""
+    block = min(next_power_of_2(max(n, 1)), BLOCK)
+    tile = {"ROWS": BLOCK // block, "BLOCK": block, "num_warps": 8 if dtype.itemsize == 8 else 4}
+    programs = cdiv(rows, BLOCK // block) * cdiv(n, block)
+    options = {"TEMPERATURE": temperature, "AMONG_KEYS": among_keys}
+    return _slope.launch(programs, rows=rows, n=n, **options, **tile)
+
+
 def info_nce(
     q: Tensor,
     k: Tensor,
@@ -424,93 +420,49 @@ def info_nce(
     reduction: int,
     keep: bool,
 ) -> tuple[Tensor, Tensor]:
-    """The loss, and G if ``keep`` (else an empty tensor): in the place of the similarities, where
-    their dtype is that of q."""
+    """The loss, and G if ``keep`` (else an empty tensor): over the similarities, where their dtype
+    is that of q."""
     s = _similarities(q, k, n)
-    rows, width = s.shape
-    options: dict[str, Any] = {"TEMPERATURE": temperature, "AMONG_KEYS": n is None}
-    statistics = s.new_empty((2, 2 if symmetric else 1, rows)) if keep else None
-    losses = s.new_empty((2 if symmetric else 1, rows))
-    for i, of in enumerate((s, s.t()) if symmetric else (s,)):
-        tile = _shape(width, s.dtype, side_by_side=32 if i else 1)
-        m, log_z = (None, None) if statistics is None else statistics[:, i]
-        launch(
-            _softmax,
-            cdiv(rows, tile["ROWS"]),
-            of,
-            losses[i],
-            m,
-            log_z,
-            rows,
-            width,
-            *of.stride(),
-            **options,
-            **tile,
-        )
+    rows, options = len(s), (temperature, n is None)
+    count = multiprocessors(s.device)
+    losses, statistics = [], []
+    # columns are rows that lie side by side
+    for v in (s.unsqueeze(2), s.t().unsqueeze(0))[: 1 + symmetric]:
+        losses.append(s.new_empty(rows))
+        statistics += [s.new_empty(rows), s.new_empty(rows)] if keep else [None, None]
+        run = plan_softmax(v.shape, v.stride(), s.dtype, count, *options)
+        run(v, losses[-1], *statistics[-2:])
     G = q.new_empty(0)
-    if statistics is not None:
+    if keep:
         G = s if s.dtype == q.dtype else q.new_empty(s.shape)
-        (m, *of_column), (log_z, *of_column_log) = statistics
-        columns = (of_column[0], of_column_log[0]) if symmetric else (None, None)
-        tile = _shape(width, s.dtype)
-        programs = cdiv(rows, tile["ROWS"]) * cdiv(width, tile["BLOCK"])
-        launch(
-            _slope,
-            programs,
-            s,
-            G,
-            m,
-            log_z,
-            *columns,
-            rows,
-            width,
-            **options,
-            SYMMETRIC=symmetric,
-            **tile,
-        )
-    return _reduced(losses.mean(0) if symmetric else losses[0], reduction, q.dtype), G
+        columns = statistics[2:] if symmetric else (None, None)
+        plan_slope(*s.shape, s.dtype, *options)(s, G, *statistics[:2], *columns)
+    loss = (losses[0] + losses[1]) / 2 if symmetric else losses[0]
+    return _reduced(loss, reduction, q.dtype), G
+
+
+@planned
+def plan_unit(
+    backward: bool, rows: int, n: int, stride: int, dtype: torch.dtype, count: int, eps: float
+) -> Launch:
+    """Of rows of which x or dy has this stride."""
+    kernel, given = (_unit_backward, "dy_row") if backward else (_unit_forward, "x_row")
+    layouts = [(stride, 1, 1), (n, 1, 1)]
+    named = {given: stride, "EPS": eps}
+    return over_rows(kernel, (rows, n, 1), layouts, dtype, 4, count, **named)
 
 
 def unit_forward(x: Tensor, eps: float) -> tuple[Tensor, Tensor]:
     """y, contiguous, and r."""
-    flat = _rows(x)
-    rows, width = flat.shape
+    flat, count = _rows(x), multiprocessors(x.device)
     y, r = x.new_empty(x.shape), x.new_empty(x.shape[:-1], dtype=accumulator(x.dtype))
-    tile = _shape(width, x.dtype)
-    launch(
-        _unit_forward,
-        cdiv(rows, tile["ROWS"]),
-        flat,
-        y,
-        r,
-        rows,
-        width,
-        flat.stride(0),
-        EPS=eps,
-        LOOP=width > tile["BLOCK"],
-        **tile,
-    )
+    plan_unit(False, *flat.shape, flat.stride(0), x.dtype, count, eps)(flat, y, r)
     return y, r
 
 
 def unit_backward(dy: Tensor, y: Tensor, r: Tensor, eps: float) -> Tensor:
     """dx, contiguous."""
-    flat = _rows(dy)
-    rows, width = flat.shape
+    flat, count = _rows(dy), multiprocessors(y.device)
     dx = y.new_empty(y.shape)
-    tile = _shape(width, y.dtype)
-    launch(
-        _unit_backward,
-        cdiv(rows, tile["ROWS"]),
-        flat,
-        y.contiguous(),
-        r,
-        dx,
-        rows,
-        width,
-        flat.stride(0),
-        EPS=eps,
-        LOOP=width > tile["BLOCK"],
-        **tile,
-    )
+    plan_unit(True, *flat.shape, flat.stride(0), y.dtype, count, eps)(flat, y.contiguous(), r, dx)
     return dx

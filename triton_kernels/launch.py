@@ -1,215 +1,217 @@
-"""The one way a kernel is launched: device guard, empty work returns early, and a cache of compiled
-kernels with a cheap key.
+"""The one way a kernel is launched.
 
-A kernel takes its runtime arguments first, tensors before numbers, and its ``tl.constexpr``
-parameters last. ``kernel[grid](...)`` binds and specialises at every call. Here the compiled kernel
-is kept under a key of our own, and a launch that finds it goes straight to the driver.
+A :class:`Kernel` takes tensors (named in capitals), then numbers, then ``tl.constexpr`` parameters.
+A family has one function ``plan(shape, strides, dtype, ...) -> Launch``, cached by :func:`planned`;
+what it returns is called with the tensors alone.
+
+``kernel[grid](...)`` binds and specialises at every call. Here the compiled kernel is found under a
+cheap key of our own, and a launch that finds it goes straight to the driver.
 """
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from functools import cache, wraps
+from functools import cache, partial, wraps
 from typing import Any
 
 import numpy as np
 import torch
 import triton
+from torch import Tensor
 from triton import knobs
 from triton.runtime import interpreter
 from triton.runtime.jit import JITFunction
 
 _HIP = torch.version.hip is not None
 
-_bound: dict[Any, Callable[..., None]] = {}
 _observers: list[Callable[..., None]] = []
 
 
-def launch(
-    kernel: Any,
-    programs: int,
-    *args: Any,
-    num_warps: int = 4,
-    num_stages: int = 3,
-    **constexprs: Any,
-) -> None:
-    """Runs ``kernel`` on a grid of ``programs`` programs (all on axis x, whose limit is 2**31 - 1).
+class Launch(partial[None]):
+    """A kernel with its programs, its numbers and its constants: call it with the tensors.
 
-    Args:
-        args: the runtime arguments in the order of the kernel's signature: tensors, or None for an
-            absent one, then numbers.
-        constexprs: the kernel's constexpr parameters, in the order of its signature.
-
-    Raises:
-        RuntimeError: the tensors are not all on one device.
-        TypeError: a constexpr is missing, or they are not in order.
+    Numbers that differ at every call may be given there, by name.
     """
-    if programs == 0:
-        return
-    variant = _variant(kernel, num_warps, num_stages, constexprs)
-    bound = _bound.get(variant)
-    if bound is None:
-        tensors = next((i for i, a in enumerate(args) if isinstance(a, (int, float))), len(args))
-        bound = _bound[variant] = bind(
-            kernel,
-            tensors,
-            len(args) - tensors,
-            num_warps=num_warps,
-            num_stages=num_stages,
-            **constexprs,
-        )
-    bound(programs, *args)
+
+    @property
+    def programs(self) -> int:
+        return self.args[0]
 
 
-def bind(
-    kernel: Any,
-    tensors: int,
-    numbers: int,
-    *,
-    num_warps: int = 4,
-    num_stages: int = 3,
-    **constexprs: Any,
-) -> Callable[..., None]:
-    """``launch`` for one choice of the constexprs, as a function ``bound(programs, *args)``: half
-    the cost of a call, if it is kept.
+class Kernel:
+    """A ``@triton.jit`` function and what was compiled of it. Used as the decorator ``@kernel``."""
 
-    Args:
-        tensors, numbers: how many of the runtime arguments are tensors (or None), and how many
-            numbers.
+    def __init__(self, function: Callable[..., Any]) -> None:
+        self.jit = triton.jit(function)
+        self.__name__, self.__doc__ = function.__name__, function.__doc__
+        self.tensors: list[str] = []
+        self.numbers: list[str] = []
+        self.constexprs: list[str] = []
+        for name, parameter in inspect.signature(function).parameters.items():
+            constant = "constexpr" in str(parameter.annotation)
+            kind = self.constexprs if constant else self.tensors if name.isupper() else self.numbers
+            kind.append(name)
+        if self.tensors + self.numbers + self.constexprs != self.jit.arg_names:
+            raise TypeError(f"{self.__name__}: tensors come first, then numbers, then constexprs")
+        self._bound: dict[Any, Callable[..., None]] = {}
 
-    Raises:
-        TypeError: a constexpr is missing, or they are not in order.
-    """
-    names = kernel.arg_names[tensors + numbers :]
-    if names != list(constexprs):
-        raise TypeError(
-            f"{kernel.__name__} takes the constexprs {names}, all of them and in this order, but was given {list(constexprs)}"
-        )
-    options = {"num_warps": num_warps, "num_stages": num_stages}
-    compiled: dict[tuple[Any, ...], Any] | None = {} if isinstance(kernel, JITFunction) else None
+    def launch(
+        self, programs: int, *, num_warps: int = 4, num_stages: int = 3, **named: Any
+    ) -> Launch:
+        """The launch of ``programs`` programs, all on axis x, whose limit is 2**31 - 1.
 
-    def by_triton(programs: int, *args: Any) -> None:
-        """Every launch but those of a kernel that is compiled, on the current device, when nobody
-        looks."""
-        if programs == 0:
-            return
-        device = _device(kernel, args)
-        given = args
-        if compiled is None and device.type != "meta":
-            args = _in_float32(args)
-        for observer in _observers[-1:]:
-            observer(kernel, programs, args, constexprs, options)
-        if device.type == "meta":
-            return
-        if compiled is None:
-            _take_arrays_of_one_element_as_integers()
-            with np.errstate(
-                all="ignore"
-            ):  # a GPU says nothing of an overflow, nor of what masked lanes compute
-                kernel[(programs,)](*args, **constexprs, **options)
-            _round_back(given, args)
-            return
-        with torch.cuda.device(device):
-            hooked = (
-                knobs.runtime.launch_enter_hook.calls or knobs.runtime.launch_exit_hook.calls
-            )  # which see every launch
-            if (key := key_of(*args)) in compiled and not _observers and not hooked:
-                bound(programs, *args)
+        Args:
+            named: the kernel's numbers and all of its constexprs.
+
+        Raises:
+            TypeError: a constexpr is missing, or a name is not the kernel's.
+        """
+        constants = {name: named.pop(name) for name in self.constexprs if name in named}
+        if len(constants) < len(self.constexprs) or not set(named) <= set(self.numbers):
+            raise TypeError(
+                f"{self.__name__} takes the numbers {self.numbers} and all of the constexprs "
+                f"{self.constexprs}, but was given {[*named, *constants]}"
+            )
+        variant = self.variant(num_warps, num_stages, constants)
+        if variant not in self._bound:
+            self._bound[variant] = self._bind(num_warps, num_stages, constants)
+        return Launch(self._bound[variant], programs, **named)
+
+    def variant(self, num_warps: int, num_stages: int, constants: dict[str, Any]) -> Any:
+        """What a choice of the constants is cached under. Functions count by ``id`` (the compiled
+        kernel keeps them alive): Triton hashes them by their source, at every call."""
+        values = [id(c) if type(c) is JITFunction else c or repr(c) for c in constants.values()]
+        return num_warps, num_stages, *values
+
+    def _bind(
+        self, num_warps: int, num_stages: int, constants: dict[str, Any]
+    ) -> Callable[..., None]:
+        options = {"num_warps": num_warps, "num_stages": num_stages}
+        jit = self.jit
+        interpreted = not isinstance(jit, JITFunction)
+        compiled: dict[tuple[Any, ...], Any] = {}
+
+        def by_triton(programs: int, *args: Any) -> None:
+            """Every launch but those of a compiled kernel on the current device that nobody
+            observes."""
+            if programs == 0:
                 return
-            binary = kernel[(programs,)](*args, **constexprs, **options)
-        compiled[key] = device.index, binary.run, binary.function, binary.packed_metadata
+            device = self._device(args)
+            given = args
+            if interpreted and device.type != "meta":
+                args = _in_float32(args)
+            for observer in _observers[-1:]:
+                observer(jit, programs, args, constants, options)
+            if device.type == "meta":
+                return
+            if interpreted:
+                _take_arrays_of_one_element_as_integers()
+                # a GPU does not report an overflow, nor what masked lanes compute
+                with np.errstate(all="ignore"):
+                    jit[(programs,)](*args, **constants, **options)
+                _round_back(given, args)
+                return
+            with torch.cuda.device(device):
+                # hooks must see every launch
+                hooks = knobs.runtime.launch_enter_hook.calls, knobs.runtime.launch_exit_hook.calls
+                if (key := key_of(*args)) in compiled and not _observers and not any(hooks):
+                    bound(programs, *args)
+                    return
+                binary = jit[(programs,)](*args, **constants, **options)
+            compiled[key] = device.index, binary.run, binary.function, binary.packed_metadata
 
-    if compiled is None:
-        return by_triton
-    key_of, bound = _written_out(tensors, numbers, compiled, by_triton, tuple(constexprs.values()))
-    return bound
+        key_of, bound = self._generated(compiled, by_triton, tuple(constants.values()))
+        return bound
 
+    def _device(self, args: tuple[Any, ...]) -> torch.device:
+        devices = list(dict.fromkeys(a.device for a in args if isinstance(a, Tensor)))
+        if not devices:
+            raise RuntimeError(f"{self.__name__} was launched without a tensor")
+        if len(devices) > 1:
+            raise RuntimeError(
+                f"Expected all tensors of {self.__name__} to be on the same device, "
+                f"but found {devices[0]} and {devices[1]}"
+            )
+        return devices[0]
 
-def kept(make: Callable[..., Callable[..., None]]) -> Callable[..., Callable[..., None]]:
-    """Decorator of a function that binds: what it made for these arguments, strings and numbers, is
-    made once."""
-    made: dict[tuple[Any, ...], Callable[..., None]] = {}
+    def _generated(
+        self,
+        compiled: dict[tuple[Any, ...], Any],
+        by_triton: Callable[..., None],
+        constants: tuple[Any, ...],
+    ) -> tuple[Callable[..., tuple[Any, ...]], Callable[..., None]]:
+        """The key of some arguments, and a launch of them, written out argument by argument: a loop
+        over them would take twice as long.
 
-    @wraps(make)
-    def get(*args: Any) -> Callable[..., None]:
-        key = (
-            args if all(args) else tuple([a or repr(a) for a in args])
-        )  # 0.0 and -0.0 are equal, and not the same
-        found = made.get(key)
-        if found is None:
-            found = made[key] = make(*args)
-        return found
-
-    return get
-
-
-def _variant(
-    kernel: Any, num_warps: int, num_stages: int, constexprs: dict[str, Any]
-) -> tuple[Any, ...]:
-    """What a launcher is kept under. Functions stand for themselves by ``id`` (what is compiled of
-    them keeps them alive): Triton hashes them by their source, at every call."""
-    return (
-        id(kernel),
-        num_warps,
-        num_stages,
-        *[id(c) if type(c) is JITFunction else c or repr(c) for c in constexprs.values()],
-    )
-
-
-def _written_out(
-    tensors: int,
-    numbers: int,
-    compiled: dict[tuple[Any, ...], Any],
-    by_triton: Callable[..., None],
-    constexprs: tuple[Any, ...],
-) -> tuple[Callable[..., tuple[Any, ...]], Callable[..., None]]:
-    """The key of some arguments, and a launch of them, argument by argument: a loop over them would
-    take twice as long.
-
-    The key holds all that a compiled kernel depends on: device, dtype and 16-byte alignment of a
-    pointer; an integer's width and
-    divisibility by 16. Tensors of two devices give a key that no kernel has. The driver is given
-    addresses: of a tensor it would ask for its address again, and then the GPU whether that is one
-    of its own.
-    """
-    names = [f"a{i}" for i in range(tensors + numbers)]
-    addresses = [f"p{i}" for i in range(tensors)]
-    reach = (
-        ", {0}.untyped_storage().nbytes() < 2147483648" if _HIP else ""
-    )  # AMD's buffer instructions reach 2 GiB
-    tensor = (
-        "{0} if {0} is None else ({0}.get_device(), {0}.dtype, not ({1} := {0}.data_ptr()) & 15"
-        + reach
-        + ")"
-    )
-    number = "({0} == 1 or ({0} & 15 == 0, -2147483648 <= {0} < 2147483648)) if type({0}) is int else type({0})"
-    parts = [tensor.format(*pair) for pair in zip(names[:tensors], addresses, strict=True)] + [
-        number.format(a) for a in names[tensors:]
-    ]
-    key = "".join(f"{part}, " for part in parts)
-    args, passed = ", ".join(names), ", ".join(addresses + names[tensors:])
-    source = f"""
+        The key has all that a compiled kernel depends on: device, dtype and 16-byte alignment of a
+        pointer; an integer's width and divisibility by 16. Tensors of two devices give a key that
+        no kernel has. The driver is given addresses: it would ask a tensor for its address again,
+        and then the GPU whether that is one of its own.
+        """
+        addresses = [f"_{name}" for name in self.tensors]
+        # AMD's buffer instructions reach 2 GiB
+        reach = ", {0}.untyped_storage().nbytes() < 2147483648" if _HIP else ""
+        tensor = (
+            "{0} if {0} is None else"
+            " ({0}.get_device(), {0}.dtype, not (_{0} := {0}.data_ptr()) & 15" + reach + ")"
+        )
+        number = (
+            "({0} == 1 or ({0} & 15 == 0, -2147483648 <= {0} < 2147483648))"
+            " if type({0}) is int else type({0})"
+        )
+        parts = [tensor.format(a) for a in self.tensors] + [number.format(a) for a in self.numbers]
+        key = "".join(f"{part}, " for part in parts)
+        args, passed = ", ".join(self.tensors + self.numbers), ", ".join(addresses + self.numbers)
+        source = f"""
 def key_of({args}):
     return ({key})
 
-def bound(programs, {args}):
+def bound(_programs, {args}):
     {" = ".join([*addresses, "None"])}
-    ready = get(({key}))
+    _ready = _get(({key}))
     if (
-        ready is None or ready[0] != device() or observers or programs == 0
-        or runtime.launch_enter_hook.calls or runtime.launch_exit_hook.calls
+        _ready is None or _ready[0] != _device() or _observers or _programs == 0
+        or _runtime.launch_enter_hook.calls or _runtime.launch_exit_hook.calls
     ):
-        by_triton(programs, {args})
+        _by_triton(_programs, {args})
     else:
-        ready[1](programs, 1, 1, stream(ready[0]), ready[2], ready[3], None, None, None, {passed}, *constexprs)
+        _ready[1](_programs, 1, 1, _stream(_ready[0]), _ready[2], _ready[3], None, None, None,
+                  {passed}, *_constants)
 """
-    space: dict[str, Any] = {
-        "get": compiled.get, "observers": _observers, "runtime": knobs.runtime, "by_triton": by_triton, "constexprs": constexprs,
-        "device": getattr(torch._C, "_cuda_getDevice", None), "stream": getattr(torch._C, "_cuda_getCurrentRawStream", None),
-    }  # fmt: skip
-    exec(source, space)
-    return space["key_of"], space["bound"]
+        space: dict[str, Any] = {
+            "_get": compiled.get,
+            "_observers": _observers,
+            "_runtime": knobs.runtime,
+            "_by_triton": by_triton,
+            "_constants": constants,
+            "_device": getattr(torch._C, "_cuda_getDevice", lambda: None),
+            "_stream": getattr(torch._C, "_cuda_getCurrentRawStream", None),
+        }
+        exec(source, space)
+        return space["key_of"], space["bound"]
+
+
+kernel = Kernel
+
+
+def planned(make: Callable[..., Any]) -> Callable[..., Any]:
+    """Decorator of a family's ``plan``: what it made for some arguments is made once."""
+    made: dict[tuple[Any, ...], Any] = {}
+
+    @wraps(make)
+    def plan(*args: Any) -> Any:
+        # 0.0 and -0.0 are equal, but not the same
+        key = args if all(args) else tuple([a or repr(a) for a in args])
+        found = made.get(key)
+        if found is None:
+            if len(made) >= 4096:  # shapes that do not come back
+                made.clear()
+            found = made[key] = make(*args)
+        return found
+
+    return plan
 
 
 @cache
@@ -229,9 +231,9 @@ def _take_arrays_of_one_element_as_integers() -> None:
 def _in_float32(args: tuple[Any, ...]) -> tuple[Any, ...]:
     """bfloat16 tensors in float32, storage and strides alike.
 
-    Triton's interpreter holds bfloat16 as bit patterns (triton issues 4972 and 11584): it truncates
-    where a GPU rounds to nearest, and maximum and dot see integers. A kernel that computes in
-    float32 and rounds at its stores, as ours do, gives the GPU's numbers this way.
+    Triton's interpreter stores bfloat16 as bit patterns (triton issues 4972 and 11584): it
+    truncates where a GPU rounds to nearest, and maximum and dot see integers. A kernel that
+    computes in float32 and rounds at its stores, as ours do, gives the GPU's numbers this way.
     """
     return tuple(
         _storage(a).float().as_strided(a.size(), a.stride(), a.storage_offset())
@@ -249,34 +251,19 @@ def _round_back(given: tuple[Any, ...], computed: tuple[Any, ...]) -> None:
                 before.copy_(after)
 
 
-def _storage(t: torch.Tensor) -> torch.Tensor:
+def _storage(t: Tensor) -> Tensor:
     """All of a tensor's storage, as a flat tensor."""
     return torch.empty(0, dtype=t.dtype, device=t.device).set_(t.untyped_storage())
 
 
 def _is_bfloat16(a: Any) -> bool:
-    return isinstance(a, torch.Tensor) and a.dtype == torch.bfloat16
-
-
-def _device(kernel: Any, args: tuple[Any, ...]) -> torch.device:
-    device = None
-    for a in args:
-        if isinstance(a, torch.Tensor):
-            if device is None:
-                device = a.device
-            elif a.device != device:
-                raise RuntimeError(
-                    f"Expected all tensors of {kernel.__name__} to be on the same device, but found {device} and {a.device}"
-                )
-    if device is None:
-        raise RuntimeError(f"{kernel.__name__} was launched without a tensor")
-    return device
+    return isinstance(a, Tensor) and a.dtype == torch.bfloat16
 
 
 @contextmanager
 def observed(observer: Callable[..., None]) -> Iterator[None]:
-    """Calls ``observer(kernel, programs, args, constexprs, options)`` before each launch. On meta
-    tensors nothing else happens."""
+    """Calls ``observer(kernel, programs, args, constexprs, options)`` before each launch, with the
+    ``@triton.jit`` function. On meta tensors nothing else happens."""
     _observers.append(observer)
     try:
         yield
@@ -294,7 +281,7 @@ def multiprocessors(device: torch.device) -> int:
 
 
 def accumulator(dtype: torch.dtype) -> torch.dtype:
-    """The dtype that sums of ``dtype`` are held in."""
+    """The dtype that ``dtype`` is summed in."""
     return torch.float64 if dtype == torch.float64 else torch.float32
 
 

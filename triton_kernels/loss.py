@@ -1,10 +1,10 @@
 """Pointwise losses: device functions (value and partial derivatives), one kernel each way, and
 their launchers.
 
-A device function takes (x, t, v, A, B, C): the tensors in the accumulator's dtype, the parameters
-as compile-time constants. Formulas: ``custom_backprop/formulas/loss.py``. A reduced loss is summed
-in two stages, without atomics: each program walks its own blocks and leaves one partial sum, and
-one program adds these. The same shape gives the same bits.
+A device function takes (x, t, v, A, B, C), a derivative dy before them, which it multiplies by: the
+tensors in the accumulator's dtype, the parameters as compile-time constants. A reduced loss is
+summed in two stages, without atomics: each program walks its own blocks and stores one partial sum.
+Formulas: ``custom_backprop/formulas/loss.py``.
 """
 
 from __future__ import annotations
@@ -17,14 +17,15 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .activation import BLOCK, like
 from .elementary import constant, exp, exp_minus, log1p, log1p_positive, sigmoid, softplus, upcast
-from .launch import accumulator, bind, cdiv, kept, multiprocessors, next_power_of_2
+from .launch import Launch, cdiv, kernel, multiprocessors, planned
+from .pointwise import BLOCK, block_of, like, read, write
+from .rows import partial_sums, total
 
 NONE, MEAN = 0, 1
 
-# programs a multiprocessor that a summing kernel is cut into: enough to keep it full, few enough
-# for the second stage to be one block
+#: programs a multiprocessor of a kernel that sums: enough to fill it, few enough for the second
+#: stage to be one block
 PROGRAMS = 8
 
 
@@ -35,8 +36,8 @@ def mse_loss(x, t, v, A, B, C):
 
 
 @triton.jit
-def mse_loss_dx(x, t, v, A, B, C):
-    return 2 * (x - t)
+def mse_loss_dx(dy, x, t, v, A, B, C):
+    return 2 * dy * (x - t)  # 2 d may overflow where 2 d / n does not
 
 
 @triton.jit
@@ -45,9 +46,9 @@ def l1_loss(x, t, v, A, B, C):
 
 
 @triton.jit
-def l1_loss_dx(x, t, v, A, B, C):
+def l1_loss_dx(dy, x, t, v, A, B, C):
     d = x - t
-    return tl.where(d > 0, 1.0, tl.where(d < 0, -1.0, 0.0)).to(d.dtype)
+    return dy * tl.where(d > 0, 1.0, tl.where(d < 0, -1.0, 0.0)).to(d.dtype)
 
 
 @triton.jit
@@ -57,9 +58,9 @@ def smooth_l1_loss(x, t, v, A, B, C):
 
 
 @triton.jit
-def smooth_l1_loss_dx(x, t, v, A, B, C):
+def smooth_l1_loss_dx(dy, x, t, v, A, B, C):
     d = (x - t) / A
-    return tl.where(d > 1, 1.0, tl.where(d < -1, -1.0, d))
+    return dy * tl.where(d > 1, 1.0, tl.where(d < -1, -1.0, d))
 
 
 @triton.jit
@@ -69,10 +70,10 @@ def huber_loss(x, t, v, A, B, C):
 
 
 @triton.jit
-def huber_loss_dx(x, t, v, A, B, C):
+def huber_loss_dx(dy, x, t, v, A, B, C):
     d = x - t
     limit = constant(A, d)
-    return tl.where(d > limit, limit, tl.where(d < -limit, -limit, d))
+    return dy * tl.where(d > limit, limit, tl.where(d < -limit, -limit, d))
 
 
 @triton.jit
@@ -87,14 +88,14 @@ def binary_cross_entropy(x, t, v, A, B, C):
 
 
 @triton.jit
-def binary_cross_entropy_dx(x, t, v, A, B, C):
+def binary_cross_entropy_dx(dy, x, t, v, A, B, C):
     d = (1 - x) * x
-    return (x - t) / tl.where(d < 1e-12, 1e-12, d)
+    return dy * (x - t) / tl.where(d < 1e-12, 1e-12, d)
 
 
 @triton.jit
-def binary_cross_entropy_dt(x, t, v, A, B, C):
-    return log1p(-x) - tl.log(x)
+def binary_cross_entropy_dt(dy, x, t, v, A, B, C):
+    return dy * (log1p(-x) - tl.log(x))
 
 
 @triton.jit
@@ -113,13 +114,13 @@ def binary_cross_entropy_with_logits(x, t, p, A, B, C):
 
 
 @triton.jit
-def binary_cross_entropy_with_logits_dx(x, t, p, A, B, C):
-    return (1 + (p - 1) * t) * sigmoid(x) - p * t
+def binary_cross_entropy_with_logits_dx(dy, x, t, p, A, B, C):
+    return dy * ((1 + (p - 1) * t) * sigmoid(x) - p * t)
 
 
 @triton.jit
-def binary_cross_entropy_with_logits_dt(x, t, p, A, B, C):
-    return (p - 1) * softplus(-x) - x
+def binary_cross_entropy_with_logits_dt(dy, x, t, p, A, B, C):
+    return dy * ((p - 1) * softplus(-x) - x)
 
 
 @triton.jit
@@ -130,15 +131,15 @@ def kl_div(x, t, v, LOG_TARGET, B, C):
 
 
 @triton.jit
-def kl_div_dx(x, t, v, LOG_TARGET, B, C):
-    return -exp(t) if LOG_TARGET else -t
+def kl_div_dx(dy, x, t, v, LOG_TARGET, B, C):
+    return dy * (-exp(t) if LOG_TARGET else -t)
 
 
 @triton.jit
-def kl_div_dt(x, t, v, LOG_TARGET, B, C):
+def kl_div_dt(dy, x, t, v, LOG_TARGET, B, C):
     if LOG_TARGET:
-        return exp(t) * (t - x + 1)
-    return tl.log(t) - x + 1
+        return dy * exp(t) * (t - x + 1)
+    return dy * (tl.log(t) - x + 1)
 
 
 @triton.jit
@@ -156,15 +157,15 @@ def gaussian_nll_loss(x, t, v, FULL, EPS, C):
 
 
 @triton.jit
-def gaussian_nll_loss_dx(x, t, v, FULL, EPS, C):
-    return (x - t) / _variance(v, EPS)
+def gaussian_nll_loss_dx(dy, x, t, v, FULL, EPS, C):
+    return dy * (x - t) / _variance(v, EPS)
 
 
 @triton.jit
-def gaussian_nll_loss_dv(x, t, v, FULL, EPS, C):
+def gaussian_nll_loss_dv(dy, x, t, v, FULL, EPS, C):
     d = x - t
     v = _variance(v, EPS)
-    return 0.5 * (1 - d * d / v) / v
+    return dy * (0.5 * (1 - d * d / v) / v)
 
 
 @triton.jit
@@ -179,17 +180,17 @@ def poisson_nll_loss(x, t, v, LOG_INPUT, FULL, EPS):
 
 
 @triton.jit
-def poisson_nll_loss_dx(x, t, v, LOG_INPUT, FULL, EPS):
-    return exp(x) - t if LOG_INPUT else 1 - t / (x + EPS)
+def poisson_nll_loss_dx(dy, x, t, v, LOG_INPUT, FULL, EPS):
+    return dy * (exp(x) - t if LOG_INPUT else 1 - t / (x + EPS))
 
 
 @triton.jit
-def poisson_nll_loss_dt(x, t, v, LOG_INPUT, FULL, EPS):
+def poisson_nll_loss_dt(dy, x, t, v, LOG_INPUT, FULL, EPS):
     dt = -x if LOG_INPUT else -tl.log(x + EPS)
     if FULL:
         many = tl.where(t > 1, t, 1.0)
         dt += tl.where(t <= 1, 0.0, tl.log(many) + 0.5 / many)
-    return dt
+    return dy * dt
 
 
 #: name -> (l, l_x, l_t, l_v); l_t None: -l_x
@@ -199,24 +200,19 @@ DEVICE_FUNCTIONS = {
     "smooth_l1_loss": (smooth_l1_loss, smooth_l1_loss_dx, None, None),
     "huber_loss": (huber_loss, huber_loss_dx, None, None),
     "binary_cross_entropy": (
-        binary_cross_entropy,
-        binary_cross_entropy_dx,
-        binary_cross_entropy_dt,
-        None,
+        binary_cross_entropy, binary_cross_entropy_dx, binary_cross_entropy_dt, None,
     ),
     "binary_cross_entropy_with_logits": (
-        binary_cross_entropy_with_logits,
-        binary_cross_entropy_with_logits_dx,
-        binary_cross_entropy_with_logits_dt,
-        None,
+        binary_cross_entropy_with_logits, binary_cross_entropy_with_logits_dx,
+        binary_cross_entropy_with_logits_dt, None,
     ),
     "kl_div": (kl_div, kl_div_dx, kl_div_dt, None),
     "gaussian_nll_loss": (gaussian_nll_loss, gaussian_nll_loss_dx, None, gaussian_nll_loss_dv),
     "poisson_nll_loss": (poisson_nll_loss, poisson_nll_loss_dx, poisson_nll_loss_dt, None),
-}
+}  # fmt: skip
 
 
-@triton.jit
+@kernel
 def _forward(
     X, T, V, W, Y, DX, n, blocks,
     F: tl.constexpr, L_X: tl.constexpr, A: tl.constexpr, B: tl.constexpr, C: tl.constexpr,
@@ -228,98 +224,80 @@ def _forward(
     V, W and DX may be None. Without V, v is 1.
     """
     program = tl.program_id(0)
-    offsets = tl.arange(0, BLOCK)
-    total = tl.zeros([BLOCK], Y.dtype.element_ty)
+    sums = tl.zeros([BLOCK], Y.dtype.element_ty)
     for block in range(blocks):
-        start = (program.to(tl.int64) * blocks + block) * BLOCK
-        inside = offsets < tl.minimum(n - start, BLOCK).to(tl.int32)
-        x = upcast(tl.load(X + start + offsets, inside, other=0.0))
-        t = upcast(tl.load(T + start + offsets, inside, other=0.0))
-        v = 1.0 if V is None else upcast(tl.load(V + start + offsets, inside, other=1.0))
-        w = 1.0 if W is None else upcast(tl.load(W + start + offsets, inside, other=0.0))
+        start, offsets, inside = block_of(program.to(tl.int64) * blocks + block, n, BLOCK)
+        x = read(X, start, offsets, inside)
+        t = read(T, start, offsets, inside)
+        v = 1.0 if V is None else read(V, start, offsets, inside)
+        w = tl.full((), 1, x.dtype) if W is None else read(W, start, offsets, inside)
         loss = w * F(x, t, v, A, B, C)
         if REDUCED:
-            total += tl.where(inside, loss, 0.0)
+            sums += tl.where(inside, loss, 0.0)
         else:
-            tl.store(Y + start + offsets, loss.to(Y.dtype.element_ty), inside)
+            write(Y, start, offsets, inside, loss)
         if DX is not None:
-            dx = w * L_X(x, t, v, A, B, C)
-            tl.store(DX + start + offsets, (dx / n if MEAN else dx).to(DX.dtype.element_ty), inside)
+            write(DX, start, offsets, inside, L_X(w / n if MEAN else w, x, t, v, A, B, C))
     if REDUCED:
-        tl.store(Y + program, tl.sum(total))
+        tl.store(Y + program, tl.sum(sums))
 
 
-@triton.jit
-def _finish(PARTIAL, Y, count, n, MEAN: tl.constexpr, BLOCK: tl.constexpr):
-    """y = Σ partial, over n for a mean, by one program."""
-    offsets = tl.arange(0, BLOCK)
-    total = tl.sum(tl.load(PARTIAL + offsets, offsets < count, other=0.0))
-    tl.store(Y, (total / n if MEAN else total).to(Y.dtype.element_ty))
-
-
-@triton.jit
+@kernel
 def _backward(
     DY, X, T, V, W, DX, DT, DV, DW, n,
-    F: tl.constexpr, L_X: tl.constexpr, L_T: tl.constexpr, L_V: tl.constexpr, A: tl.constexpr, B: tl.constexpr, C: tl.constexpr,
+    F: tl.constexpr, L_X: tl.constexpr, L_T: tl.constexpr, L_V: tl.constexpr,
+    A: tl.constexpr, B: tl.constexpr, C: tl.constexpr,
     SCALAR: tl.constexpr, MEAN: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
-    """The gradients that have a place to go (else None), of one dy for all elements if SCALAR, over
-    n for a mean."""
-    start = tl.program_id(0).to(tl.int64) * BLOCK
-    offsets = tl.arange(0, BLOCK)
-    inside = offsets < tl.minimum(n - start, BLOCK).to(tl.int32)
-    dy = upcast(tl.load(DY) if SCALAR else tl.load(DY + start + offsets, inside, other=0.0))
+    """The gradients that are wanted (else None), of one dy for all elements if SCALAR, over n for a
+    mean."""
+    start, offsets, inside = block_of(tl.program_id(0), n, BLOCK)
+    dy = upcast(tl.load(DY)) if SCALAR else read(DY, start, offsets, inside)
     if MEAN:
         dy = dy / n
-    x = upcast(tl.load(X + start + offsets, inside, other=0.0))
-    t = upcast(tl.load(T + start + offsets, inside, other=0.0))
-    v = 1.0 if V is None else upcast(tl.load(V + start + offsets, inside, other=1.0))
+    x = read(X, start, offsets, inside)
+    t = read(T, start, offsets, inside)
+    v = 1.0 if V is None else read(V, start, offsets, inside)
     if DW is not None:
-        tl.store(DW + start + offsets, (dy * F(x, t, v, A, B, C)).to(DW.dtype.element_ty), inside)
+        write(DW, start, offsets, inside, dy * F(x, t, v, A, B, C))
     if W is not None:
-        dy = dy * upcast(tl.load(W + start + offsets, inside, other=0.0))
+        dy = dy * read(W, start, offsets, inside)
     if DX is not None:
-        tl.store(DX + start + offsets, (dy * L_X(x, t, v, A, B, C)).to(DX.dtype.element_ty), inside)
+        write(DX, start, offsets, inside, L_X(dy, x, t, v, A, B, C))
     if DT is not None:
-        dt = -L_X(x, t, v, A, B, C) if L_T is None else L_T(x, t, v, A, B, C)
-        tl.store(DT + start + offsets, (dy * dt).to(DT.dtype.element_ty), inside)
+        dt = L_X(-dy, x, t, v, A, B, C) if L_T is None else L_T(dy, x, t, v, A, B, C)
+        write(DT, start, offsets, inside, dt)
     if DV is not None:
-        tl.store(DV + start + offsets, (dy * L_V(x, t, v, A, B, C)).to(DV.dtype.element_ty), inside)
+        write(DV, start, offsets, inside, L_V(dy, x, t, v, A, B, C))
 
 
-@kept
-def _bound_forward(reduction: int, name: str, *parameters: Any) -> Any:
-    value, gradient, *_ = DEVICE_FUNCTIONS[name]
-    constants = {
-        "F": value,
-        "L_X": gradient,
-        **_parameters(parameters),
-        "REDUCED": reduction != NONE,
-        "MEAN": reduction == MEAN,
-    }
-    return bind(_forward, 6, 2, **constants, BLOCK=BLOCK)
+def _parameters(given: tuple[Any, ...]) -> dict[str, Any]:
+    return dict(zip("ABC", (*given, None, None, None), strict=False))
 
 
-@kept
-def _bound_backward(
-    block: int, warps: int, scalar: bool, reduction: int, name: str, *parameters: Any
-) -> Any:
-    value, dx, dt, dv = DEVICE_FUNCTIONS[name]
-    constants = {
-        "F": value,
-        "L_X": dx,
-        "L_T": dt,
-        "L_V": dv,
-        **_parameters(parameters),
-        "SCALAR": scalar,
-        "MEAN": reduction == MEAN,
-    }
-    return bind(_backward, 9, 1, **constants, BLOCK=block, num_warps=warps)
+@planned
+def plan(name: str, n: int, reduction: int, count: int, *parameters: Any) -> Launch:
+    """Forward of ``n`` elements, on ``count`` multiprocessors."""
+    value, derivative, *_ = DEVICE_FUNCTIONS[name]
+    blocks = cdiv(cdiv(n, BLOCK), PROGRAMS * count) if n and reduction != NONE else 1
+    return _forward.launch(
+        cdiv(cdiv(n, BLOCK), blocks), n=n, blocks=blocks, F=value, L_X=derivative,
+        **_parameters(parameters), REDUCED=reduction != NONE, MEAN=reduction == MEAN, BLOCK=BLOCK,
+    )  # fmt: skip
 
 
-@kept
-def _bound_finish(reduction: int, block: int) -> Any:
-    return bind(_finish, 2, 2, MEAN=reduction == MEAN, BLOCK=block)
+@planned
+def plan_backward(
+    name: str, n: int, reduction: int, dtype: torch.dtype, scalar: bool, *parameters: Any
+) -> Launch:
+    """Backward of ``n`` elements, of one dy for all if ``scalar``."""
+    functions = dict(zip(("F", "L_X", "L_T", "L_V"), DEVICE_FUNCTIONS[name], strict=True))
+    # four gradients of doubles fill the registers of four warps
+    block, warps = (BLOCK // 2, 8) if dtype == torch.float64 else (BLOCK, 4)
+    return _backward.launch(
+        cdiv(n, block), n=n, **functions, **_parameters(parameters), SCALAR=scalar,
+        MEAN=reduction == MEAN, BLOCK=block, num_warps=warps,
+    )  # fmt: skip
 
 
 def forward(
@@ -338,18 +316,16 @@ def forward(
     dx = torch.empty_like(x) if hold else None
     layout = dx if dx is not None else x if x.is_contiguous() else torch.empty_like(x)
     operands = [None if a is None else like(a, layout) for a in (x, t, v, w)]
-    run, count, blocks = _bound_forward(reduction, name, *parameters), cdiv(n, BLOCK), 1
+    run = plan(name, n, reduction, multiprocessors(x.device), *parameters)
     if reduction == NONE:
         y = torch.empty_like(x)
-        run(count, *operands, y, dx, n, blocks)
+        run(*operands, y, dx)
     elif n == 0:
         y = x.new_full((), math.nan if reduction == MEAN else 0.0)
     else:
-        blocks = cdiv(count, PROGRAMS * multiprocessors(x.device))
-        count = cdiv(count, blocks)
-        y, partial = x.new_empty(()), x.new_empty(count, dtype=accumulator(x.dtype))
-        run(count, *operands, partial, dx, n, blocks)
-        _bound_finish(reduction, next_power_of_2(count))(1, partial, y, count, n)
+        y, partial = x.new_empty(()), partial_sums(x, run.programs)
+        run(*operands, partial, dx)
+        total(partial, y, n if reduction == MEAN else None)
     return y, x.new_empty(0) if dx is None else dx
 
 
@@ -369,14 +345,7 @@ def backward(
     layout = next(g for g in grads if g is not None)
     operands = [None if a is None else like(a, layout) for a in (x, t, v, w)]
     scalar = not any(dy.stride())
-    n = x.numel()
-    block, warps = (
-        (BLOCK // 2, 8) if x.dtype == torch.float64 else (BLOCK, 4)
-    )  # four gradients of doubles fill the registers of four
-    run = _bound_backward(block, warps, scalar, reduction, name, *parameters)
-    run(cdiv(n, block), dy if scalar else like(dy, layout), *operands, *grads, n)
+    run = plan_backward(name, x.numel(), reduction, x.dtype, scalar, *parameters)
+    named = dict(zip(("DX", "DT", "DV", "DW"), grads, strict=True))
+    run(dy if scalar else like(dy, layout), *operands, **named)
     return tuple(x.new_empty(0) if g is None else g for g in grads)
-
-
-def _parameters(given: tuple[Any, ...]) -> dict[str, Any]:
-    return dict(zip("ABC", (*given, None, None, None), strict=False))

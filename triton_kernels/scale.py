@@ -3,58 +3,61 @@ synchronisation, and no pass where dy is 1."""
 
 from __future__ import annotations
 
-from typing import Any
-
-import torch
-import triton
 import triton.language as tl
+import torch
 from torch import Tensor
 
-from .activation import BLOCK
 from .elementary import upcast
-from .launch import bind, cdiv, kept, multiprocessors
+from .launch import Launch, cdiv, kernel, multiprocessors, planned
+from .pointwise import BLOCK, block_of, read, write
 
-
-@triton.jit
-def _scale(G, DY, DX, n, blocks, IN_PLACE: tl.constexpr, BLOCK: tl.constexpr):
-    """dx = dy g, ``blocks`` blocks a program. In place (DX is G) there is nothing to do where dy is
-    1."""
-    dy = upcast(tl.load(DY))
-    if IN_PLACE:
-        blocks = tl.where(dy == 1, 0, blocks)
-    first = tl.program_id(0).to(tl.int64) * blocks
-    offsets = tl.arange(0, BLOCK)
-    for block in range(blocks):
-        start = (first + block) * BLOCK
-        inside = offsets < tl.minimum(n - start, BLOCK).to(tl.int32)
-        g = upcast(tl.load(G + start + offsets, inside, other=0.0))
-        tl.store(DX + start + offsets, (dy * g).to(DX.dtype.element_ty), inside)
-
-
-# programs a multiprocessor: where dy is 1 each of them is only begun and ended, which takes as long
-# as a kilobyte
+#: programs a multiprocessor: where dy is 1 each of them only begins and ends, which takes as long
+#: as a kilobyte
 PROGRAMS = 16
 
 
-@kept
-def _bound(in_place: bool) -> Any:
-    return bind(_scale, 3, 2, IN_PLACE=in_place, BLOCK=BLOCK)
+@kernel
+def _scale(
+    G, DY, DX, n, blocks, IN_PLACE: tl.constexpr, ZEROS_STAY: tl.constexpr, BLOCK: tl.constexpr
+):
+    """dx = dy g, ``blocks`` blocks a program. In place there is nothing to do where dy is 1."""
+    dy = upcast(tl.load(DY))
+    first = tl.program_id(0).to(tl.int64) * blocks
+    if IN_PLACE:
+        blocks = tl.where(dy == 1, 0, blocks)
+    for block in range(blocks):
+        start, offsets, inside = block_of(first + block, n, BLOCK)
+        g = read(G, start, offsets, inside)
+        dx = tl.where(g == 0, g, dy * g) if ZEROS_STAY else dy * g
+        write(DX, start, offsets, inside, dx)
 
 
-def _run(grad: Tensor, dy: Tensor, dx: Tensor) -> None:
-    n = grad.numel()
-    count = cdiv(n, BLOCK)
-    blocks = cdiv(count, PROGRAMS * multiprocessors(grad.device))
-    _bound(dx is grad)(cdiv(count, max(blocks, 1)), grad, dy, dx, n, blocks)
+@planned
+def plan(n: int, count: int, in_place: bool, zeros_stay: bool) -> Launch:
+    """Of ``n`` elements on ``count`` multiprocessors."""
+    blocks = max(cdiv(cdiv(n, BLOCK), PROGRAMS * count), 1)
+    return _scale.launch(
+        cdiv(cdiv(n, BLOCK), blocks),
+        n=n,
+        blocks=blocks,
+        IN_PLACE=in_place,
+        ZEROS_STAY=zeros_stay,
+        BLOCK=BLOCK,
+    )
 
 
-def scale(grad: Tensor, dy: Tensor) -> Tensor:
-    """dy g in a new tensor, for a dense ``grad`` of any strides."""
+def scale(grad: Tensor, dy: Tensor, zeros_stay: bool = False) -> Tensor:
+    """dy g in a new tensor, for a dense ``grad`` of any strides.
+
+    Args:
+        zeros_stay: 0 where g is 0, even if dy is NaN: so is cross-entropy's gradient of a row that
+            is ignored.
+    """
     dx = torch.empty_like(grad)
-    _run(grad, dy, dx)
+    plan(grad.numel(), multiprocessors(grad.device), False, zeros_stay)(grad, dy, dx)
     return dx
 
 
-def scale_(grad: Tensor, dy: Tensor) -> None:
+def scale_(grad: Tensor, dy: Tensor, zeros_stay: bool = False) -> None:
     """dy g over ``grad``, which is dense."""
-    _run(grad, dy, grad)
+    plan(grad.numel(), multiprocessors(grad.device), True, zeros_stay)(grad, dy, grad)

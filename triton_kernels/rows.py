@@ -1,0 +1,248 @@
+"""What kernels on rows share: the tile and its size, the online softmax, sums in two stages.
+
+A tensor is seen as (outer, n, inner), and row number o * inner + i is the n elements at (o, i).
+Where inner > 1, rows of neighbouring numbers are neighbours in memory, so that a tile of several
+reads whole cache lines. A row that fits a tile is read once; a longer one is read in a loop, and
+again for what depends on its sums, backwards: from what the cache still has of it.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from . import elementary
+from .launch import Kernel, Launch, accumulator, cdiv, kernel, next_power_of_2, planned
+
+#: numbers of a block where a row is read in a loop, and programs a multiprocessor: with half as
+#: many, too few loads are under way to hide the memory's latency (1.6 TB/s instead of 2.2 on an
+#: H200, softmax forward of rows of 131072). Two of twice as many numbers and warps do as well, but
+#: of 16 warps ptxas spills some registers
+LOOPED, RESIDENT = 4096, 4
+
+
+@dataclass(frozen=True)
+class RowConfig:
+    """``rows`` rows by ``block`` columns a tile."""
+
+    rows: int
+    block: int
+    num_warps: int
+
+
+def row_config(n: int, inner: int, dtype: torch.dtype, live: int) -> RowConfig:
+    """The tile for rows of ``n``, ``inner`` of them side by side, in a kernel that needs ``live``
+    numbers of ``dtype`` for each element at once."""
+    # at 16 warps, the most that 64-wide warps allow, 64 numbers a thread, half of its registers.
+    # One of float64 takes two and its exponential many more; side by side each has an address too
+    double, side_by_side = dtype == torch.float64, inner > 1
+    most = 32768 // live // (4 if double else 1) // (4 if side_by_side else 1)
+    block = next_power_of_2(max(n, 1))
+    # short rows: enough of them for two 128-bit accesses a thread at 4 warps. Side by side: enough
+    # to fill a cache line of 128 bytes
+    rows = max(min(2048, most) // block, min(next_power_of_2(inner), 128 // dtype.itemsize))
+    if rows * block > most:
+        block = min(most // (2 if side_by_side else 4), LOOPED) // rows
+    # elements a thread: one 128-bit access at least
+    a_thread = 16 // (2 if double or side_by_side else 1) // (2 if live > 2 else 1)
+    a_thread = max(a_thread, 16 // dtype.itemsize)
+    return RowConfig(rows, block, min(max(rows * block // (32 * a_thread), 1), 16))
+
+
+def far(extent: int) -> bool:
+    """Whether offsets up to ``extent`` need int64: from half of what int32 represents, as the
+    masked end of the last tile needs room too."""
+    return extent >= 2**30
+
+
+def over_rows(
+    kernel: Kernel,
+    shape: tuple[int, ...],
+    strides: list[tuple[int, ...]],
+    dtype: torch.dtype,
+    live: int,
+    count: int,
+    **named: Any,
+) -> Launch:
+    """The launch of a kernel that walks rows: its programs, and those of the numbers and constexprs
+    below that it has.
+
+    Args:
+        shape: (outer, n, inner).
+        strides: of each layout that is read or written.
+        live: see :func:`row_config`.
+        count: multiprocessors.
+        named: the kernel's own numbers and constexprs.
+    """
+    outer, n, inner = shape
+    c = row_config(n, inner, dtype, live)
+    columns = max((n - 1) * s[1] for s in strides)
+    extent = max((outer - 1) * s[0] + (inner - 1) * s[2] for s in strides) + columns
+    # an offset of 64 bits takes two registers
+    block = c.block // 2 if far(columns) and n > c.block else c.block
+    tiles = cdiv(outer * inner, c.rows)
+    # no more rows at once than the cache holds until their second reading
+    several = n > block and c.rows == 1
+    programs = min(tiles, RESIDENT * count) if several else tiles
+    shared = {
+        "rows": outer * inner, "n": n, "inner": inner, "tiles": tiles,
+        "SEVERAL": several, "LOOP": n > block, "WIDE": far(extent), "WIDE_COLUMNS": far(columns),
+        "ROWS": c.rows, "BLOCK": block,
+    }  # fmt: skip
+    taken = {k: v for k, v in shared.items() if k in kernel.numbers + kernel.constexprs}
+    return kernel.launch(programs, num_warps=c.num_warps, **taken, **named)
+
+
+def stretched(t: Tensor, dim: int) -> Tensor:
+    """``t`` as (outer, n, inner), rows along ``dim``; copied where its strides allow no such
+    view."""
+    if t.dim() == 2 and dim == 1:
+        return t.unsqueeze(2)
+    return t.reshape(t.shape[:dim].numel(), t.shape[dim], t.shape[dim + 1 :].numel())
+
+
+@triton.jit
+def tile_of(
+    tile, rows, ROWS: tl.constexpr, BLOCK: tl.constexpr, WIDE: tl.constexpr, COLUMNS: tl.constexpr
+):
+    """(numbers of the tile's rows, which of them exist, columns of its first block); in int64 if
+    WIDE, and if the COLUMNS are."""
+    row = tile * tl.full((), ROWS, tl.int64 if WIDE else tl.int32) + tl.arange(0, ROWS)
+    column = tl.arange(0, BLOCK).to(tl.int64 if COLUMNS else tl.int32)
+    return row, row < rows, column[None, :]
+
+
+@triton.jit
+def start_of(row, inner, outer_stride, inner_stride):
+    """The offset of each row's first element."""
+    return (row // inner * outer_stride + row % inner * inner_stride)[:, None]
+
+
+@triton.jit
+def read(X, place, inside, other=0.0):
+    """A block in the accumulator's dtype."""
+    return elementary.upcast(tl.load(X + place, inside, other=other))
+
+
+@triton.jit
+def write(Y, place, inside, y):
+    """y over a block of Y."""
+    tl.store(Y + place, y.to(Y.dtype.element_ty), inside)
+
+
+@triton.jit
+def lowest(dtype: tl.constexpr):
+    """The lowest finite number."""
+    value: tl.constexpr = -1.7976931348623157e308 if dtype == tl.float64 else -3.4028234663852886e38
+    return tl.full((), value, dtype)
+
+
+@triton.jit
+def online(m, z, x, EXACT: tl.constexpr):
+    """(max(m, x), Σ e^(x-m) so far) of each lane by itself, so that no iteration waits for another
+    warp. m starts at the lowest number and z at 0: x = -inf then adds e^-inf = 0.
+
+    One exponential serves both cases: x <= m adds e^(x-m), x > m scales z by e^(m-x) and adds 1.
+    """
+    d = tl.abs(x - m)
+    e = elementary.exp_minus(d) if EXACT else tl.exp(-d)
+    return tl.maximum(m, x), tl.where(x > m, z * e + 1, z + e)
+
+
+@triton.jit
+def online_of_rows(m, z, EXACT: tl.constexpr):
+    """(m, z) of each row from those of its lanes."""
+    largest = tl.max(m, 1)
+    d = m - largest[:, None]
+    return largest, tl.sum(z * (elementary.exp(d) if EXACT else tl.exp(d)), 1)
+
+
+@kernel
+def _total(
+    PARTIAL, WEIGHT, OUT, TOTAL, parts, n, MEAN: tl.constexpr, BLOCK: tl.constexpr
+):  # fmt: skip
+    """Σ partial by one program; of a mean over n, or over Σ weight, which goes to TOTAL."""
+    offsets = tl.arange(0, BLOCK)
+    sums = tl.zeros((BLOCK,), PARTIAL.dtype.element_ty)
+    weights = tl.zeros((BLOCK,), PARTIAL.dtype.element_ty)
+    for start in range(0, parts, BLOCK):
+        inside = start + offsets < parts
+        sums += tl.load(PARTIAL + start + offsets, inside, other=0.0)
+        if WEIGHT is not None:
+            weights += tl.load(WEIGHT + start + offsets, inside, other=0.0)
+    total = tl.sum(sums)
+    if WEIGHT is not None:
+        weight = tl.sum(weights)
+        tl.store(TOTAL, weight.to(TOTAL.dtype.element_ty))
+        total = total / weight
+    elif MEAN:
+        total = total / n
+    tl.store(OUT, total.to(OUT.dtype.element_ty))
+
+
+@planned
+def _plan_total(parts: int, n: int | None) -> Launch:
+    block = min(next_power_of_2(parts), 8192)
+    warps = min(max(block // 256, 1), 8)
+    return _total.launch(1, parts=parts, n=n or 0, MEAN=bool(n), BLOCK=block, num_warps=warps)
+
+
+def total(
+    partial: Tensor,
+    out: Tensor,
+    n: int | None = None,
+    weight: Tensor | None = None,
+    total_weight: Tensor | None = None,
+) -> None:
+    """The second stage of a sum: Σ partial in ``out``; over ``n`` for a mean, or over Σ ``weight``,
+    which is stored too."""
+    _plan_total(partial.numel(), n)(partial, weight, out, total_weight)
+
+
+@kernel
+def _column_sum(
+    PARTIAL, OUT, SECOND, parts, n, ROWS: tl.constexpr, COLUMNS: tl.constexpr
+):  # fmt: skip
+    """Σ over the parts of (parts, n), COLUMNS columns a program; then those of a SECOND sum."""
+    tiles = tl.cdiv(n, COLUMNS)
+    which, tile = tl.program_id(0) // tiles, tl.program_id(0) % tiles
+    column = tile * COLUMNS + tl.arange(0, COLUMNS)
+    row = tl.arange(0, ROWS)
+    sums = tl.zeros((ROWS, COLUMNS), PARTIAL.dtype.element_ty)
+    PARTIAL += which.to(tl.int64) * parts * n
+    for start in range(0, parts, ROWS):
+        part = (start + row)[:, None]
+        inside = (part < parts) & (column < n)[None, :]
+        sums += tl.load(PARTIAL + part.to(tl.int64) * n + column[None, :], inside, other=0.0)
+    total = tl.sum(sums, 0)
+    if SECOND is None:
+        tl.store(OUT + column, total.to(OUT.dtype.element_ty), column < n)
+    else:
+        tl.store(OUT + column, total.to(OUT.dtype.element_ty), (column < n) & (which == 0))
+        tl.store(SECOND + column, total.to(SECOND.dtype.element_ty), (column < n) & (which == 1))
+
+
+@planned
+def _plan_column_sum(sums: int, parts: int, n: int) -> Launch:
+    columns = min(next_power_of_2(n), 32)
+    rows = min(next_power_of_2(parts), 4096 // columns)
+    warps = min(max(rows * columns // 512, 1), 8)
+    return _column_sum.launch(
+        sums * cdiv(n, columns), parts=parts, n=n, ROWS=rows, COLUMNS=columns, num_warps=warps
+    )
+
+
+def column_sum(partial: Tensor, out: Tensor, second: Tensor | None = None) -> None:
+    """The second stage of a sum over rows: Σ over the parts of ``partial`` (sums, parts, n), of
+    which there are one or two, in tensors of ``n`` elements each."""
+    _plan_column_sum(*partial.shape)(partial, out, second)
+
+
+def partial_sums(like: Tensor, *shape: int) -> Tensor:
+    """Room for a first stage."""
+    return like.new_empty(shape, dtype=accumulator(like.dtype))
