@@ -197,9 +197,9 @@ def _info_nce_flops(q: Sequence[int], k: Any, n: Sequence[int] | None, *_: Any) 
 
 
 def _info_nce_backward_flops(dy: Any, q: Any, k: Any, n: Any, *rest: Any) -> int:
-    """The same, once a gradient."""
+    """The same, once a gradient; that of each row's own negatives is no sum."""
     of_queries, of_keys, of_negatives = rest[-1]
-    products = of_queries + (of_keys if n is None else of_negatives)
+    products = of_queries + (of_keys if n is None else of_negatives and len(n) == 2)
     return products * _info_nce_flops(q, k, n)
 
 

@@ -16,6 +16,7 @@ from .norm import *
 from .norm import __all__ as _norm
 from .prelu import *
 from .prelu import __all__ as _prelu
+from .refuse import refuse as _refuse
 from .softmax import *
 from .softmax import __all__ as _softmax
 
@@ -29,3 +30,6 @@ __all__ = [
     *_prelu,
     *_softmax,
 ]
+
+for _name in __all__:
+    _refuse(globals()[_name])

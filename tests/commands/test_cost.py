@@ -291,7 +291,7 @@ def test_a_primitive_has_the_flops_of_what_aten_runs_in_its_place(name, monkeypa
             beneath = flops()
             with monkeypatch.context() as patched:
                 patched.setattr(engine, "_beneath", lambda func, args: None)
-                assert flops() == beneath, f"{case.name}: see register_flop_formula in cost.py"
+                assert flops() == beneath, f"{case.name}: see flops= in its primitive"
 
 
 def test_meta_tensors_cost_the_same():

@@ -140,3 +140,19 @@ def test_types_that_override_torchs_functions_hear_of_ours():
     y = custom_backprop.functional.linear(custom_backprop.functional.relu(x), torch.randn(2, 4))
     assert type(y) is Listening
     assert {"relu", "linear"} <= set(heard)
+
+
+@pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::UserWarning")
+def test_what_goes_by_the_exact_class_says_revert_first():
+    model = torch.nn.Sequential(torch.nn.Linear(4, 4), torch.nn.ReLU(), torch.nn.Linear(4, 2))
+    x = torch.randn(3, 4)
+    expected = model(x)
+    custom_backprop.convert(model)
+    with pytest.raises(RuntimeError, match=r"custom_backprop.revert\(model\) first"):
+        torch.jit.script(model)
+    with pytest.raises(RuntimeError, match=r"custom_backprop.revert\(model\) first"):
+        torch.ao.quantization.quantize_dynamic(model, {torch.nn.Linear})
+    custom_backprop.revert(model)
+    torch.testing.assert_close(torch.jit.script(model)(x), expected)
+    quantized = torch.ao.quantization.quantize_dynamic(model, {torch.nn.Linear})
+    assert "quantized" in type(quantized[0]).__module__
