@@ -45,7 +45,10 @@ FIGURES = {
     "backward_bytes": "bytes backward",
     "saved_bytes": "bytes saved",
 }
-LEGEND = "flops: of products; bytes: read and written by the operators; saved: kept for backward, each storage once, without parameters"
+LEGEND = (
+    "flops: of products; bytes: read and written by the operators; saved: for backward, each "
+    "storage once, without parameters"
+)
 MODEL, LOSS, OUTSIDE = "(model)", "(loss)", "(outside)"
 
 

@@ -1,5 +1,5 @@
-"""Primitives of the activations: ``<name>_forward(x, *parameters)`` and ``<name>_backward(dy, saved,
-*parameters)``, where ``saved`` is x or y."""
+"""Primitives of the activations: ``<name>_forward(x, *parameters)`` and ``<name>_backward(dy,
+saved, *parameters)``, where ``saved`` is x or y."""
 
 from __future__ import annotations
 

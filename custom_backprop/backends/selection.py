@@ -33,7 +33,10 @@ def why_not(backend: str, device_type: str) -> str | None:
             else "TRITON_INTERPRET=1 makes kernels run in the interpreter, on CPU tensors only"
         )
     if device_type == "cpu":
-        return "Triton kernels need a GPU; set TRITON_INTERPRET=1 before the first import to run them in the interpreter"
+        return (
+            "Triton kernels need a GPU; set TRITON_INTERPRET=1 before the first import to run them "
+            "in the interpreter"
+        )
     return None
 
 
@@ -68,7 +71,8 @@ class use_backend:
         global _forced
         if backend is not None and backend not in BACKENDS:
             raise ValueError(
-                f"unknown backend {backend!r}: choose one of {', '.join(map(repr, BACKENDS))} or None"
+                f"unknown backend {backend!r}: choose one of {', '.join(map(repr, BACKENDS))} or "
+                "None"
             )
         if (
             backend == "triton"

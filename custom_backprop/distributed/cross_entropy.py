@@ -4,7 +4,8 @@ whole row.
 With m the largest logit of a row over all ranks, Z = Σ_c e^(x_c - m), C classes and s =
 label_smoothing,
 
-    L = log Z - (1 - s) (x_t - m) - s/C Σ_c (x_c - m),    dx_c = dy (p_c - (1 - s) [c = t] - s/C),    p_c = e^(x_c - m) / Z.
+    L = log Z - (1 - s) (x_t - m) - s/C Σ_c (x_c - m)
+    dx_c = dy (p_c - (1 - s) [c = t] - s/C),  p_c = e^(x_c - m) / Z.
 
 Each rank knows its part of every sum over c, and x_t is such a sum too, of one term. Two
 all-reduces therefore give all ranks the loss: one
@@ -97,7 +98,8 @@ class _NotTwice(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, dy: Tensor) -> Any:
         raise RuntimeError(
-            "vocab_parallel_cross_entropy is not differentiable twice: no rank holds what that would take"
+            "vocab_parallel_cross_entropy is not differentiable twice: no rank holds what that "
+            "would take"
         )
 
 
@@ -139,13 +141,15 @@ def vocab_parallel_cross_entropy(
     number = _Reduction.get_enum(reduction)
     if is_dtensor(logits) or is_dtensor(target):
         raise RuntimeError(
-            "vocab_parallel_cross_entropy takes this rank's part as a plain tensor: give logits.to_local() and target.to_local() "
+            "vocab_parallel_cross_entropy takes this rank's part as a plain tensor: give "
+            "logits.to_local() and target.to_local() "
             "(ColwiseParallel() leaves it so; use_local_output=False does not)"
         )
     if logits.dim() < 2 or target.shape != logits.shape[:1] + logits.shape[2:]:
         given = f"logits {tuple(logits.shape)}, target {tuple(target.shape)}"
         raise ValueError(
-            f"vocab_parallel_cross_entropy: expected logits (N, C_r, ...) and a target (N, ...), got {given}"
+            "vocab_parallel_cross_entropy: expected logits (N, C_r, ...) and a target (N, ...), "
+            f"got {given}"
         )
     if target.dtype != torch.int64:
         raise RuntimeError(
@@ -162,7 +166,8 @@ def vocab_parallel_cross_entropy(
         )
     if logits.shape[1] != (expected := min(share, total - rank * share)):
         raise ValueError(
-            f"vocab_parallel_cross_entropy: rank {rank} of {ranks} has {logits.shape[1]} of {total} classes, not {expected}"
+            f"vocab_parallel_cross_entropy: rank {rank} of {ranks} has {logits.shape[1]} of "
+            f"{total} classes, not {expected}"
         )
     if target.is_cpu and bool(
         (((target < 0) | (target >= total)) & (target != ignore_index)).any()

@@ -168,8 +168,8 @@ def _is_inner(x: DTensor, weight: DTensor) -> bool:
 def _linear_then_activation(
     x: DTensor, weight: DTensor, bias: DTensor | None, activation: str, parameters: Any
 ) -> tuple[Tensor, Tensor]:
-    """Sharded along the inner dimension, with the sum in the middle, where it belongs. Backward is as for one
-    Function."""
+    """Sharded along the inner dimension, with the sum in the middle, where it belongs. Backward is
+    as for one Function."""
     z = PRIMITIVES["linear_forward"](x, weight, bias)
     z = z.redistribute(placements=[Replicate() if p.is_partial() else p for p in z.placements])
     y = PRIMITIVES[f"{activation}_forward"](z, *parameters)

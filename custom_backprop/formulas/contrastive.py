@@ -175,8 +175,9 @@ def info_nce(
     """L_i = -log(e^(s_it) / Σ_j e^(s_ij)): cross-entropy that tells the positive t from the rest
     (van den Oord, Li and Vinyals, 2018).
 
-    And G = ∂L/∂s / τ where ``makes_G`` asks for it (else an empty tensor). ``symmetric`` is the mean
-    of this and of what k finds among q (Radford et al., 2021): of the rows and of the columns of s.
+    And G = ∂L/∂s / τ where ``makes_G`` asks for it (else an empty tensor). ``symmetric`` is the
+    mean of this and of what k finds among q (Radford et al., 2021): of the rows and of the columns
+    of s.
     """
     q_, k_, n_ = map(widen, (q, k, n))
     s = logits(q_, k_, n_, temperature)
@@ -214,8 +215,9 @@ def info_nce_backward(
     s is linear in q and in the keys, so with G of :func:`info_nce`, whose columns G⁺ and G⁻ belong
     to the positives and the negatives,
 
-        dq_i = dy_i Σ_j G_ij k_j                     dk_j = Σ_i G_ij dy_i q_i
-        dq_i = dy_i (G⁺_i k_i + Σ_j G⁻_ij n_j)       dk_i = G⁺_i dy_i q_i        dn_j = Σ_i G⁻_ij dy_i q_i
+        dq_i = dy_i Σ_j G_ij k_j                  dk_j = Σ_i G_ij dy_i q_i
+        dq_i = dy_i (G⁺_i k_i + Σ_j G⁻_ij n_j)    dk_i = G⁺_i dy_i q_i
+                                                  dn_j = Σ_i G⁻_ij dy_i q_i
 
     dy only scales rows of G, from its left, and is given to the small matrices: G is never written
     again.

@@ -13,10 +13,13 @@ Since dlse_r/dx_rc = e^(x_rc) / Σ_k e^(x_rk) = p_rc, and q does not depend on x
 Every case is a q, the sum of a soft part u over all classes and of a hard part h_r on the class t
 alone, with s = label_smoothing:
 
-    class indices                    u = 0                          h = w_t           Q = h:  dx = dy h (p - [c = t])
+    class indices                    u = 0                          h = w_t
     class indices, label smoothing   u_c = w_c s/C                  h = (1 - s) w_t
-    class probabilities y            u_c = w_c ((1 - s) y_c + s/C)  h = 0             dy_rc = dL_r w_c (1 - s) (lse_r - x_rc)
+    class probabilities y            u_c = w_c ((1 - s) y_c + s/C)  h = 0
     target = ignore_index            u = 0                          h = 0
+
+For the first, Q = h and dx = dy h (p - [c = t]). Probabilities have a gradient of their own:
+dy_rc = dL_r w_c (1 - s) (lse_r - x_rc).
 
 Reductions are those of :mod:`custom_backprop.formulas.nll`.
 """
@@ -30,8 +33,8 @@ from .loss import NONE
 from .nll import along_classes, classes_and_weights, of_rows, onehot, reduced
 from .precision import widen
 
-#: what forward leaves for backward: nothing; dx for dy = 1; or of each row its largest x, m, and log
-#: Σ e^(x - m). Their sum is lse, but apart they lose nothing where all of a row is far from 0
+#: what forward leaves for backward: nothing; dx for dy = 1; or of each row its largest x, m, and
+#: log Σ e^(x - m). Their sum is lse, but apart they lose nothing where all of a row is far from 0
 NOTHING, GRADIENT, STATISTICS = 0, 1, 2
 
 

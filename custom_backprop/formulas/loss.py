@@ -337,7 +337,8 @@ LOSSES = {
         ),
         Loss(
             "binary_cross_entropy_with_logits",
-            "l = p t softplus(-x) + (1 - t) softplus(x);  dx = dy (q σ(x) - p t), q = 1 + (p - 1) t, "
+            "l = p t softplus(-x) + (1 - t) softplus(x);  dx = dy (q σ(x) - p t), q = 1 + (p - "
+            "1) t, "
             "dt = dy ((p - 1) softplus(-x) - x)",
             binary_cross_entropy_with_logits,
             binary_cross_entropy_with_logits_dx,

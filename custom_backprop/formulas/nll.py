@@ -1,5 +1,5 @@
-"""Negative log likelihood of log-probabilities x, (N, C) or (N, C, D), where D stands for any number
-of dimensions; a row r is one of its N·D vectors of C numbers, one a class.
+"""Negative log likelihood of log-probabilities x, (N, C) or (N, C, D), where D stands for any
+number of dimensions; a row r is one of its N·D vectors of C numbers, one a class.
 
 L_r = -w_t x_rt for the class t = t_r of the row. Only that x_rt meets the loss:
 

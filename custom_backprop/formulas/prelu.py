@@ -4,7 +4,9 @@ or one for each.
 With y_i = x_i where x_i > 0, else w_c x_i, for an element i of channel c:
 
     dL/dx_i = dL/dy_i ([x_i > 0] + w_c [x_i <= 0])
-    dL/dw_c = Σ_{i in c} dL/dy_i x_i [x_i <= 0],   since w_c meets the loss through each element of its channel that is not positive.
+    dL/dw_c = Σ_{i in c} dL/dy_i x_i [x_i <= 0],
+
+since w_c meets the loss through each element of its channel that is not positive.
 """
 
 from __future__ import annotations

@@ -62,12 +62,14 @@ def triplet_margin_loss(
     given = (anchor, positive, negative)
     if not all(isinstance(t, Tensor) for t in given):
         raise TypeError(
-            f"triplet_margin_loss: expected three Tensors, got {', '.join(type(t).__name__ for t in given)}"
+            "triplet_margin_loss: expected three Tensors, got "
+            f"{', '.join(type(t).__name__ for t in given)}"
         )
     if not anchor.dim() == positive.dim() == negative.dim():
         shapes = ", ".join(str(tuple(t.shape)) for t in given)
         raise RuntimeError(
-            f"triplet_margin_loss: expected tensors of the same number of dimensions, got the shapes {shapes}"
+            "triplet_margin_loss: expected tensors of the same number of dimensions, got the "
+            f"shapes {shapes}"
         )
     if not all(t.is_floating_point() for t in given) or not p > 0 or _apart(*given, swap):
         options: Any = {"margin": margin, "p": p, "eps": eps, "swap": swap, "reduction": reduction}
@@ -150,7 +152,8 @@ def info_nce(
 def _check(query: Tensor, positive: Tensor, negatives: Tensor | None = None) -> None:
     if query.dim() != 2 or positive.shape != query.shape:
         raise RuntimeError(
-            f"info_nce: query and positive must be of one shape (N, D), got {_shapes(query, positive)}"
+            "info_nce: query and positive must be of one shape (N, D), got "
+            f"{_shapes(query, positive)}"
         )
     if negatives is not None and (
         negatives.dim() not in (2, 3)
@@ -158,7 +161,8 @@ def _check(query: Tensor, positive: Tensor, negatives: Tensor | None = None) -> 
         or (negatives.dim() == 3 and len(negatives) != len(query))
     ):
         raise RuntimeError(
-            f"info_nce: negatives must be of shape (M, D) or (N, M, D), got {_shapes(query, positive, negatives)}"
+            "info_nce: negatives must be of shape (M, D) or (N, M, D), got "
+            f"{_shapes(query, positive, negatives)}"
         )
     for t in (query, positive, negatives):
         if t is not None and not t.is_floating_point():

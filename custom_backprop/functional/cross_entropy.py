@@ -35,16 +35,16 @@ def cross_entropy(
 
     Args:
         input: logits of shape (C), (N, C) or (N, C, d1, ..., dK), floating-point.
-        target: classes, as in :func:`custom_backprop.functional.nll_loss`, or probabilities of the shape of ``input``, which
+        target: classes, as in :func:`nll_loss`, or probabilities of the shape of ``input``, which
             are differentiated too.
         weight: (C), a factor of each class in q; ones by default. It has a gradient if ``target``
             holds probabilities.
-        ignore_index: as in :func:`custom_backprop.functional.nll_loss`; for classes only.
-        reduction: as in :func:`custom_backprop.functional.nll_loss`. For probabilities the mean divides by the number of rows.
+        ignore_index: as in :func:`nll_loss`; for classes only.
+        reduction: as in :func:`nll_loss`. For probabilities the mean divides by the number of rows.
         label_smoothing: s in [0, 1]: q is mixed with the uniform distribution, (1 - s) q + s / C.
 
     Raises:
-        IndexError, ValueError, RuntimeError: as :func:`custom_backprop.functional.nll_loss`; and RuntimeError for
+        IndexError, ValueError, RuntimeError: as :func:`nll_loss`; and RuntimeError for
             ``label_smoothing`` above 1, or ``ignore_index`` beside probabilities.
     """
     reduction = reduction_of(size_average, reduce, reduction)

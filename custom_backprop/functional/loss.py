@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import sys
 import warnings
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -25,9 +24,16 @@ from ..ops.route import overridable
 from .arguments import common_dtype, number, reduction_of, together
 
 __all__ = [
-    "binary_cross_entropy", "binary_cross_entropy_with_logits", "gaussian_nll_loss", "huber_loss", "kl_div", "l1_loss", "mse_loss",
-    "poisson_nll_loss", "smooth_l1_loss",
-]  # fmt: skip
+    "binary_cross_entropy",
+    "binary_cross_entropy_with_logits",
+    "gaussian_nll_loss",
+    "huber_loss",
+    "kl_div",
+    "l1_loss",
+    "mse_loss",
+    "poisson_nll_loss",
+    "smooth_l1_loss",
+]
 
 
 @overridable
@@ -147,7 +153,8 @@ def binary_cross_entropy(
     enum = _Reduction.get_enum(reduction)
     if target.size() != input.size():
         raise ValueError(
-            f"Using a target size ({target.size()}) that is different to the input size ({input.size()}) is deprecated. "
+            f"Using a target size ({target.size()}) that is different to the input size "
+            f"({input.size()}) is deprecated. "
             "Please ensure they have the same size."
         )
     if not input.is_floating_point():
@@ -157,7 +164,8 @@ def binary_cross_entropy(
     ):  # of meta it may not be asked
         if input.is_cuda:
             raise RuntimeError(
-                "binary_cross_entropy is unsafe to autocast: use binary_cross_entropy_with_logits, or disable autocast"
+                "binary_cross_entropy is unsafe to autocast: use "
+                "binary_cross_entropy_with_logits, or disable autocast"
             )
     elif any(a is not None and a.dtype != input.dtype for a in (target, weight)):
         got = [a.dtype for a in (input, target, weight) if a is not None]
@@ -231,12 +239,14 @@ def kl_div(
     elif reduction == "mean":
         _warn(
             "reduction: 'mean' divides the total loss by both the batch size and the support size. "
-            "'batchmean' divides only by the batch size, and aligns with the KL div math definition."
+            "'batchmean' divides only by the batch size, and aligns with the KL div math "
+            "definition."
         )
     enum = SUM if reduction == "batchmean" else _Reduction.get_enum(reduction)
     if not (input.is_floating_point() and target.is_floating_point()):
         raise RuntimeError(
-            f"kl_div: only real floating-point tensors are supported, got {input.dtype} and {target.dtype}"
+            f"kl_div: only real floating-point tensors are supported, got {input.dtype} and "
+            f"{target.dtype}"
         )
     x, t = together(input, target)
     loss = pointwise("kl_div", x, t, None, None, enum, log_target)
@@ -345,8 +355,10 @@ def _difference(
     """A loss of x - t, with a weight where torch has one."""
     if target.size() != input.size():
         _warn(
-            f"Using a target size ({target.size()}) that is different to the input size ({input.size()}). "
-            "This will likely lead to incorrect results due to broadcasting. Please ensure they have the same size."
+            f"Using a target size ({target.size()}) that is different to the input size "
+            f"({input.size()}). "
+            "This will likely lead to incorrect results due to broadcasting. Please ensure they "
+            "have the same size."
         )
     x, t = together(input, target)
     if not x.is_floating_point():
@@ -358,7 +370,8 @@ def _difference(
         )
     if weight.size() != input.size():
         raise ValueError(
-            f"Weights and input must have the same size, got {tuple(weight.shape)} and {tuple(input.shape)}"
+            f"Weights and input must have the same size, got {tuple(weight.shape)} and "
+            f"{tuple(input.shape)}"
         )
     if reduction not in ("none", "mean", "sum"):
         raise ValueError(
@@ -386,7 +399,8 @@ def _constant(name: str, weight: Tensor | None, input: Tensor) -> Tensor | None:
         return None
     if weight.requires_grad and torch.is_grad_enabled():
         raise RuntimeError(
-            f"the loss is not differentiable with respect to argument '{name}': it cannot have requires_grad True"
+            f"the loss is not differentiable with respect to argument '{name}': it cannot have "
+            "requires_grad True"
         )
     return weight if weight.shape == input.shape else weight.expand_as(input)
 

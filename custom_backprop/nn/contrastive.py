@@ -62,4 +62,5 @@ class InfoNCELoss(torch.nn.Module):
         )
 
     def extra_repr(self) -> str:
-        return f"temperature={self.temperature}, symmetric={self.symmetric}, normalize={self.normalize}, reduction={self.reduction!r}"
+        names = "temperature", "symmetric", "normalize", "reduction"
+        return ", ".join(f"{name}={getattr(self, name)!r}" for name in names)

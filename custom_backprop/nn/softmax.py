@@ -41,6 +41,7 @@ class Softmax2d(torch.nn.Softmax2d):
     def forward(self, input: Tensor) -> Tensor:
         if input.dim() not in (3, 4):
             raise ValueError(
-                f"Softmax2d: expected input to be 3D or 4D, got {input.dim()}D instead, of shape {tuple(input.shape)}"
+                f"Softmax2d: expected input to be 3D or 4D, got {input.dim()}D instead, of shape "
+                f"{tuple(input.shape)}"
             )
         return F.softmax(input, -3, _stacklevel=5)

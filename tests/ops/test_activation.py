@@ -30,9 +30,19 @@ CALLS = [
 ]
 
 IN_PLACE = {
-    "relu": {}, "relu6": {}, "leaky_relu": {"negative_slope": -0.2}, "elu": {"alpha": 0.7}, "selu": {}, "celu": {"alpha": 0.6}, "silu": {},
-    "mish": {}, "hardsigmoid": {}, "hardswish": {}, "hardtanh": {"min_val": -0.4}, "threshold": {"threshold": 0.1, "value": 0.5},
-}  # fmt: skip
+    "relu": {},
+    "relu6": {},
+    "leaky_relu": {"negative_slope": -0.2},
+    "elu": {"alpha": 0.7},
+    "selu": {},
+    "celu": {"alpha": 0.6},
+    "silu": {},
+    "mish": {},
+    "hardsigmoid": {},
+    "hardswish": {},
+    "hardtanh": {"min_val": -0.4},
+    "threshold": {"threshold": 0.1, "value": 0.5},
+}
 
 
 def stock(spec):
@@ -158,9 +168,9 @@ def test_kinks(spec, kwargs, dtype, backend):
         for v in (k - 1 / 16, k, k + 1 / 16)
     ]
     x = torch.tensor([*near, -0.0], dtype=torch.float64, device=DEVICE)
-    if (
-        dtype == torch.bfloat16
-    ):  # stock rounds a parameter such as 1.2 to bfloat16, ours does not: only what bfloat16 holds is a kink of both
+    if dtype == torch.bfloat16:
+        # stock rounds a parameter such as 1.2 to bfloat16, ours does not: only what bfloat16 holds
+        # is a kink of both
         x = x[x.bfloat16() == x]
     x = x.to(dtype)
     ours, theirs = (value_and_gradient(f, x, kwargs) for f in (spec.function, stock(spec)))
@@ -293,8 +303,16 @@ class TestInPlace:
         assert torch.equal(x, expected)
 
 
-@pytest.mark.parametrize(("name", "kwargs", "copies"), [("relu", {}, 0), ("leaky_relu", {}, 0), ("leaky_relu", {"negative_slope": -1.0}, 1),
-                                                        ("threshold", {"threshold": 1.0, "value": 1.0}, 0), ("silu", {}, 1)])  # fmt: skip
+@pytest.mark.parametrize(
+    ("name", "kwargs", "copies"),
+    [
+        ("relu", {}, 0),
+        ("leaky_relu", {}, 0),
+        ("leaky_relu", {"negative_slope": -1.0}, 1),
+        ("threshold", {"threshold": 1.0, "value": 1.0}, 0),
+        ("silu", {}, 1),
+    ],
+)
 def test_in_place_keeps_a_copy_only_where_backward_needs_the_input(name, kwargs, copies, backend):
     x = torch.randn(5, device=DEVICE, requires_grad=True) * 1
     kept = []
@@ -480,9 +498,30 @@ def test_bad_calls_raise_what_stock_raises(name, args, kwargs, backend):
 
 def test_the_list_is_complete():
     promised = [
-        "relu", "relu6", "leaky_relu", "prelu", "elu", "selu", "celu", "gelu", "silu", "mish", "sigmoid", "logsigmoid", "hardsigmoid",
-        "hardswish", "hardtanh", "tanh", "tanhshrink", "softplus", "softsign", "softshrink", "hardshrink", "threshold", "relu_squared",
-    ]  # fmt: skip
+        "relu",
+        "relu6",
+        "leaky_relu",
+        "prelu",
+        "elu",
+        "selu",
+        "celu",
+        "gelu",
+        "silu",
+        "mish",
+        "sigmoid",
+        "logsigmoid",
+        "hardsigmoid",
+        "hardswish",
+        "hardtanh",
+        "tanh",
+        "tanhshrink",
+        "softplus",
+        "softsign",
+        "softshrink",
+        "hardshrink",
+        "threshold",
+        "relu_squared",
+    ]
     assert set(promised) <= set(functional.__all__)
     modules = {m.lower() for m in nn.__all__}
     assert {p.replace("_", "") for p in promised} <= modules

@@ -82,7 +82,9 @@ class Blocked(importlib.abc.MetaPathFinder):
             raise ModuleNotFoundError(f"No module named {name!r}", name=name)
 sys.meta_path.insert(0, Blocked())
 find = importlib.util.find_spec
-importlib.util.find_spec = lambda name, package=None: None if name == "triton" else find(name, package)
+importlib.util.find_spec = lambda name, package=None: (
+    None if name == "triton" else find(name, package)
+)
 """
 
 LINEAR = """
@@ -112,7 +114,10 @@ def test_without_gpu_and_interpreter():
 
 @pytest.mark.skipif(why_not("triton", DEVICE) is not None, reason="triton is not installed")
 def test_triton_is_imported_when_a_kernel_is_wanted_and_not_before():
-    code = "import sys, torch, custom_backprop as c\nc.functional.relu(torch.ones(2))\nprint('custom_backprop.triton_kernels' in sys.modules)"
+    code = """
+import sys, torch, custom_backprop as c
+c.functional.relu(torch.ones(2))
+print('custom_backprop.triton_kernels' in sys.modules)"""
     assert python(code) == "False\n"
 
 

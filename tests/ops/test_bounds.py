@@ -39,10 +39,8 @@ def frames_of(call):
 
 
 def is_implementation(file):
-    return (
-        file.parent.name == "formulas"
-        or (PACKAGE / "formulas" / file.name).exists()
-        and (file.parent.name == "backends")
+    return file.parent.name == "formulas" or (
+        (PACKAGE / "formulas" / file.name).exists() and (file.parent.name == "backends")
     )
 
 

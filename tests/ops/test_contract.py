@@ -30,7 +30,8 @@ def test_an_output_may_be_changed_in_place(spec, i, backend):
             y.mul_(2)
             found.append((y, *torch.autograd.grad(y.sum(), leaves)))
         except RuntimeError as error:  # such as an output that backward reads
-            assert "modified by an inplace operation" in str(error)
+            if "modified by an inplace operation" not in str(error):
+                raise
             found.append(None)
     stock, ours = found
     if stock is not None:

@@ -92,7 +92,9 @@ def test_triplet_at_kinks_and_ties(p, backend):
     n = torch.tensor([[0.0, 0], [1, 1], [0, 1], [-2, 2], [1, 0]], dtype=torch.float64)
     zero = torch.zeros((), requires_grad=True)
     zero.clamp_min(0).backward()
-    if not zero.grad:  # a hinge of exactly 0 has the slope 1 here, as in stock before torch 2.14, which takes 0: both are subgradients
+    # a hinge of exactly 0 has the slope 1 here, as in stock before torch 2.14, which takes 0: both
+    # are subgradients
+    if not zero.grad:
         a, p_, n = a[:-1], p_[:-1], n[:-1]
     for swap in (False, True):
         options = {"p": p, "swap": swap, "eps": 0.0, "reduction": "none"}

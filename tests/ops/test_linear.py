@@ -275,10 +275,8 @@ class TestModule:
         )
 
     def test_repr(self, module):
-        assert (
-            repr(module)
-            == "LinearActivation(in_features=5, out_features=3, bias=True, activation='elu', alpha=0.7)"
-        )
+        arguments = "in_features=5, out_features=3, bias=True, activation='elu', alpha=0.7"
+        assert repr(module) == f"LinearActivation({arguments})"
 
     def test_checkpoints_go_both_ways(self, module, backend):
         stock = torch.nn.Linear(5, 3, dtype=torch.float64, device=DEVICE)
