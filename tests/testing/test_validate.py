@@ -206,6 +206,17 @@ def test_operators_are_checked():
     assert report.status("opcheck") == "fail"
 
 
+def test_a_bare_tensor_is_the_one_input():
+    seen = []
+
+    def double(x):
+        seen.append(x.shape)
+        return 2 * x
+
+    validate(double, torch.randn(2, 3), lambda x: 2 * x, checks=["forward"]).raise_if_failed()
+    assert seen == [(2, 3)]
+
+
 def test_a_module_is_validated_with_its_parameters():
     class Wrong(torch.nn.Linear):
         def forward(self, x):
@@ -234,6 +245,7 @@ def test_without_a_reference_the_oracle_checks_do_not_apply():
         "opcheck",
         "autocast",
         "precision",
+        "sweep",
     }
 
 
@@ -254,6 +266,8 @@ def test_report_prints_and_serialises():
 def test_bad_arguments():
     with pytest.raises(TypeError, match="floating-point"):
         validate(lambda x: x, [torch.arange(3)])
+    with pytest.raises(ValueError, match="one differentiated tensor, not 2"):
+        validate(Scale.apply, inputs(), reference, elementwise=True)
     with pytest.raises(ValueError, match="unknown checks"):
         validate(lambda x: x, [torch.randn(3)], checks=["gradchek"])
 

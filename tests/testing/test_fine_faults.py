@@ -1,0 +1,377 @@
+"""Each check sees a fault as fine as it promises to see: one part in a million, one element, one
+subset of the inputs, one layout. All the checks that turn red are named beside it."""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+import torch
+
+from custom_backprop.testing import CHECKS, validate
+
+FINE = 1 + 1e-6
+
+
+def first_of(shape, factor=FINE):
+    """1, and in the first element ``factor``."""
+    t = torch.ones(shape, dtype=torch.float64)
+    t.view(-1)[0] = factor
+    return t
+
+
+def reference(x, w):
+    return x.sin() * w
+
+
+class Right(torch.autograd.Function):
+    """y = sin(x) w, right in every way."""
+
+    generate_vmap_rule = True
+
+    @staticmethod
+    def forward(x, w):
+        return x.sin() * w
+
+    @staticmethod
+    def setup_context(ctx, inputs, output):
+        ctx.save_for_backward(*inputs)
+        ctx.save_for_forward(*inputs)
+        ctx.backwards = 0
+
+    @staticmethod
+    def backward(ctx, dy):
+        x, w = ctx.saved_tensors
+        return dy * w * x.cos(), dy * x.sin()
+
+    @staticmethod
+    def jvp(ctx, tx, tw):
+        x, w = ctx.saved_tensors
+        return tx * w * x.cos() + tw * x.sin()
+
+
+def planted(**methods):
+    """``Right`` with some of its methods broken."""
+    return type("Planted", (Right,), {k: staticmethod(m) for k, m in methods.items()}).apply
+
+
+def is_plain(t):
+    """Neither batched nor under torch.func."""
+    return not (
+        torch._C._functorch.is_legacy_batchedtensor(t)
+        or torch._C._are_functorch_transforms_active()
+    )
+
+
+def gradient_off(condition, which=0, factor=FINE):
+    """One of the gradients is off where ``condition(ctx, dy)``."""
+
+    def backward(ctx, dy):
+        grads = list(Right.backward(ctx, dy))
+        if condition(ctx, dy):
+            grads[which] = grads[which] * factor
+        return tuple(grads)
+
+    return planted(backward=backward)
+
+
+def value_off(condition, factor=FINE):
+    """The value is off, and its derivative with it, where ``condition(x, w)``."""
+    return lambda x, w: Right.apply(x, w) * (factor if condition(x, w) else 1.0)
+
+
+def undefined(ctx, dy):
+    x, _ = ctx.saved_tensors
+    return Right.backward(ctx, dy) if dy is not None else (torch.full_like(x, 1e-6), None)
+
+
+def without_materialized(ctx, inputs, output):
+    Right.setup_context(ctx, inputs, output)
+    ctx.set_materialize_grads(False)
+
+
+def a_hundredth_is_constant(ctx, dy):
+    dx, dw = Right.backward(ctx, dy)
+    if torch.is_grad_enabled() and is_plain(dy):
+        dx = 0.99 * dx + 0.01 * dx.detach()
+    return dx, dw
+
+
+class OffWhereBatched(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, x):
+        return x.clone()
+
+    @staticmethod
+    def backward(ctx, dy):
+        return dy * (FINE if torch._C._functorch.is_legacy_batchedtensor(dy) else 1.0)
+
+
+def second_derivative_off_in_a_batch(ctx, dy):
+    dx, dw = Right.backward(ctx, dy)
+    if torch.is_grad_enabled() and is_plain(dy):
+        dx = OffWhereBatched.apply(dx)
+    return dx, dw
+
+
+def jvp_of_one_off(ctx, tx, tw):
+    return Right.jvp(ctx, tx, tw * (1.01 if is_plain(tw) else 1.0))
+
+
+def off_where_w_alone_is_batched(x, w):
+    batched = torch._C._functorch.is_batchedtensor
+    y = Right.forward(x, w)
+    return y * FINE if batched(w) and not batched(x) else y
+
+
+def one_bit_off_the_second_time(ctx, dy):
+    dx, dw = Right.backward(ctx, dy)
+    ctx.backwards += 1
+    if ctx.backwards > 1 and is_plain(dy) and not torch.is_grad_enabled():
+        dx = torch.nextafter(dx, torch.full_like(dx, math.inf))
+    return dx, dw
+
+
+def writes(which, *, bits):
+    """Backward writes a tensor: its first element by one unit, or no bit, which counts as written
+    too."""
+
+    def backward(ctx, dy):
+        grads = Right.backward(ctx, dy)
+        if is_plain(dy) and not torch.is_grad_enabled():
+            t = dy if which == "dy" else ctx.saved_tensors[which]
+            t = t.data if bits else t.detach()
+            t.mul_(first_of(t.shape, 1 + 2.0**-52) if bits else 1)
+        return grads
+
+    return planted(backward=backward)
+
+
+def holds_its_output(ctx, inputs, output):
+    Right.setup_context(ctx, inputs, output)
+    ctx.output = output
+
+
+def always_wants_a_gradient(x, w):
+    return Right.apply(x, w) + torch.zeros((), dtype=x.dtype, requires_grad=True)
+
+
+def only(*needs):
+    return lambda ctx, dy: ctx.needs_input_grad == needs and is_plain(dy)
+
+
+def compiled_off(condition=lambda x, w: True):
+    def call(x, w):
+        off = torch.compiler.is_compiling() and condition(x, w)
+        return reference(x, w) * (FINE if off else 1.0)
+
+    return call
+
+
+def off_under_autocast(x, w):
+    y = Right.apply(x, w)
+    if not torch.is_autocast_enabled("cpu") or y.dtype != torch.bfloat16:
+        return y
+    return y + y.detach().abs().max() * first_of(y.shape, 0.03).where(first_of(y.shape) > 1, 0)
+
+
+def gradient_off_after_autocast(ctx, dy):
+    dx, dw = Right.backward(ctx, dy)
+    return dx * (1.05 if dy.dtype == torch.bfloat16 and ctx.autocast else 1), dw
+
+
+def notes_autocast(ctx, inputs, output):
+    Right.setup_context(ctx, inputs, output)
+    ctx.autocast = torch.is_autocast_enabled("cpu")
+
+
+def doubled_but_at_one_input(which):
+    """2 x; at one of the 65,536 numbers of bfloat16 the value, or the derivative, is one unit off."""
+
+    class Doubled(torch.autograd.Function):
+        generate_vmap_rule = True
+
+        @staticmethod
+        def forward(x):
+            return 2 * x * (factor(x) if which == "value" else 1)
+
+        @staticmethod
+        def setup_context(ctx, inputs, output):
+            ctx.save_for_backward(*inputs)
+            ctx.save_for_forward(*inputs)
+
+        @staticmethod
+        def backward(ctx, dy):
+            (x,) = ctx.saved_tensors
+            return 2 * dy * (factor(x) if which == "derivative" else 1)
+
+        @staticmethod
+        def jvp(ctx, tx):
+            return 2 * tx
+
+    def factor(x):
+        unit = torch.finfo(x.dtype).eps
+        off = x == 1.5 if x.dtype == torch.bfloat16 else torch.zeros_like(x, dtype=torch.bool)
+        return torch.where(off, 1 + unit, 1.0).to(x.dtype)
+
+    return Doubled.apply
+
+
+#: check -> (function, the other checks that see it)
+FAULTS = {
+    "forward": [(planted(forward=lambda x, w: one_element_off(x, w)), set())],
+    "gradient": [
+        (
+            gradient_off(lambda ctx, dy: dy.dtype == torch.float64, i, first_of((3, 2))),
+            {"transforms"},
+        )
+        for i in (0, 1)
+    ],
+    "gradcheck": [
+        (planted(setup_context=without_materialized, backward=undefined), {"layouts"}),
+    ],
+    "gradgradcheck": [(planted(backward=a_hundredth_is_constant), set())],
+    "forward_mode": [(planted(jvp=jvp_of_one_off), set())],
+    "batched": [
+        (gradient_off(lambda ctx, dy: torch._C._functorch.is_legacy_batchedtensor(dy), i), set())
+        for i in (0, 1)
+    ]
+    + [(planted(backward=second_derivative_off_in_a_batch), set())],
+    "transforms": [(planted(forward=off_where_w_alone_is_batched), set())],
+    "compile": [(compiled_off(), set()), (compiled_off(lambda x, w: not x.requires_grad), set())],
+    "layouts": [
+        (gradient_off(lambda ctx, dy, s=s: is_plain(dy) and dy.stride() == s, 1), set())
+        for s in ((0, 0), (1, 3), (5, 2))
+    ],
+    "input_layouts": [
+        (value_off(lambda x, w, s=s: is_plain(w) and w.stride() == s), set())
+        for s in ((1, 3), (5, 2), (0, 1))
+    ],
+    "inputs_unchanged": [
+        (
+            writes(0, bits=False),
+            {"batched", "gradcheck", "input_layouts", "layouts", "two_backwards"},
+        ),
+        (writes(1, bits=True), {"gradcheck", "input_layouts", "two_backwards"}),
+        (writes("dy", bits=True), {"layouts"}),
+    ],
+    "two_backwards": [
+        (planted(backward=one_bit_off_the_second_time), {"gradcheck", "layouts"}),
+    ],
+    "freed": [(planted(setup_context=holds_its_output), set())],
+    "subsets": [
+        (gradient_off(only(True, False)), set()),
+        (gradient_off(only(False, True), 1), set()),
+        (always_wants_a_gradient, set()),
+    ],
+    "autocast": [
+        (off_under_autocast, set()),
+        (planted(setup_context=notes_autocast, backward=gradient_off_after_autocast), set()),
+    ],
+    "precision": [
+        (gradient_off(lambda ctx, dy: dy.dtype == torch.float32, 1), {"autocast"}),
+        (gradient_off(lambda ctx, dy: dy.dtype == torch.float16, 0, 1.01), set()),
+        (value_off(lambda x, w: x.dtype == torch.float32), {"autocast"}),
+    ],
+}
+#: those that need another call
+OTHERS = {"opcheck", "sweep"}
+
+
+def one_element_off(x, w):
+    y = Right.forward(x, w)
+    return y * first_of(y.shape) if y.dtype == torch.float64 else y
+
+
+def inputs():
+    torch.manual_seed(0)
+    return torch.rand(3, 2) + 0.5, torch.rand(3, 2) + 0.5
+
+
+def red(function, *, leave_out=(), **options):
+    names = [c for c in CHECKS if c not in leave_out]
+    report = validate(function, inputs(), reference, checks=names, **options)
+    return {r.check for r in report.results if r.status == "fail"}
+
+
+def test_what_is_right_is_green():
+    """torch.compile refuses a Function with a jvp, and the reference need not."""
+    assert red(Right.apply) == {"compile"}
+    assert red(reference) == set()
+
+
+@pytest.mark.parametrize(
+    ("check", "function", "others"),
+    [
+        pytest.param(check, function, others, id=f"{check}-{i}")
+        for check, faults in FAULTS.items()
+        for i, (function, others) in enumerate(faults)
+    ],
+)
+def test_a_fine_fault_turns_its_check_red(check, function, others):
+    leave_out = () if check == "compile" else ("compile",)
+    assert red(function, leave_out=leave_out) == {check, *others}
+
+
+@pytest.mark.parametrize("which", ["value", "derivative"])
+def test_one_of_65536_inputs_turns_the_sweep_red(which):
+    def run(function):
+        report = validate(
+            function,
+            torch.randn(3, 4),
+            lambda x: 2 * x,
+            elementwise=True,
+            checks=[c for c in CHECKS if c != "compile"],
+        )
+        return {r.check: r.detail for r in report.results if r.status == "fail"}
+
+    assert run(lambda x: 2 * x) == {}
+    found = run(doubled_but_at_one_input(which))
+    assert set(found) == {"sweep"}
+    assert f"the {which} in torch.bfloat16 at 1.5" in found["sweep"]
+
+
+def test_a_derivative_that_is_lost_in_the_tail_turns_the_sweep_red():
+    """The square overflows float16 where the derivative does not vanish."""
+
+    class Softsign(torch.autograd.Function):
+        @staticmethod
+        def forward(ctx, x):
+            ctx.save_for_backward(x)
+            return x / (1 + x.abs())
+
+        @staticmethod
+        def backward(ctx, dy):
+            (x,) = ctx.saved_tensors
+            return dy / (1 + x.abs()).square()
+
+    def stock(x):
+        return torch.nn.functional.softsign(x)
+
+    report = validate(Softsign.apply, torch.randn(4), stock, elementwise=True, checks=["sweep"])
+    assert "the derivative in" in report.results[0].detail
+
+
+def test_a_fake_of_other_strides_turns_opcheck_red():
+    with torch.library._scoped_library("planted_fake", "FRAGMENT") as library:
+        library.define("double(Tensor x) -> Tensor")
+        library.impl("double", lambda x: 2 * x, "CPU")
+        library.impl("double", lambda x: (2 * x).t().contiguous().t(), "Meta")
+        report = validate(
+            lambda x: x * torch.ops.planted_fake.double(x.detach().clone()),
+            torch.randn(3, 2),
+            checks=["opcheck"],
+        )
+    assert report.status("opcheck") == "fail"
+
+
+def test_every_check_has_a_fault():
+    assert set(FAULTS) | OTHERS == set(CHECKS)
+
+
+def test_without_a_compiler_inductor_is_skipped_and_said_so(monkeypatch):
+    monkeypatch.setattr("custom_backprop.testing.checks.cpp_compiler", lambda: None)
+    report = validate(reference, inputs(), reference, inductor=True, checks=["compile"])
+    assert report.passed
+    assert "skipped" in str(report)
+    assert "C++ compiler" in report.results[0].detail
