@@ -186,7 +186,7 @@ def notes_autocast(ctx, inputs, output):
 
 
 def doubled_but_at_one_input(which):
-    """2 x; at one of the 65,536 numbers of bfloat16 the value, or the derivative, is one unit off."""
+    """2 x; at one number of bfloat16 the value, or the derivative, is one unit off."""
 
     class Doubled(torch.autograd.Function):
         generate_vmap_rule = True

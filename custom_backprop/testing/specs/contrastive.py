@@ -144,7 +144,8 @@ SPECS = [
     OpSpec(
         name="triplet_margin_loss",
         family="contrastive",
-        formula="L = max(0, m + d_ap - d_an), d = ‖x - y‖_p;  da = dy (u_ap - u_an), dp = -dy u_ap, dn = dy u_an where L > 0, u = ∂d/∂x",
+        formula="L = max(0, m + d_ap - d_an), d = ‖x - y‖_p;  "
+        "da = dy (u_ap - u_an), dp = -dy u_ap, dn = dy u_an where L > 0, u = ∂d/∂x",
         function=functional.triplet_margin_loss,
         reference=F.triplet_margin_loss,
         samples=_triplet_samples,
@@ -155,14 +156,15 @@ SPECS = [
         module=(
             nn.TripletMarginLoss,
             torch.nn.TripletMarginLoss,
-            {"margin": 2.0, "swap": True},
+            {"margin": 5.0, "p": 3.0, "eps": 0.1, "swap": True, "reduction": "sum"},
             lambda make: tuple(make.tensor(4, 3) for _ in range(3)),
         ),
     ),
     OpSpec(
         name="info_nce",
         family="contrastive",
-        formula="L = -log softmax(s)_t, s = q kᵀ / τ;  G = (softmax(s) - I) / τ, dq = dy G k, dk = Gᵀ (dy q)",
+        formula="L = -log softmax(s)_t, s = q kᵀ / τ;  "
+        "G = (softmax(s) - I) / τ, dq = dy G k, dk = Gᵀ (dy q)",
         function=functional.info_nce,
         reference=info_nce,
         samples=_nce_samples,
@@ -173,7 +175,7 @@ SPECS = [
         module=(
             nn.InfoNCELoss,
             _Stock,
-            {"temperature": 0.2, "symmetric": True},
+            {"temperature": 0.2, "symmetric": True, "normalize": False, "reduction": "none"},
             lambda make: (make.tensor(4, 3), make.tensor(4, 3)),
         ),
     ),

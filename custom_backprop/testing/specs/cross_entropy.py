@@ -142,8 +142,10 @@ def _large(sizes: dict[str, tuple[int, int]]) -> Callable[[Make, str], Sample]:
 
 
 def _inputs(make: Make) -> tuple[Tensor, Tensor]:
-    return make.tensor(5, 3), _classes(make, 5, high=3)
+    return make.tensor(5, 3), torch.tensor([0, 1, 2, 1, 0], device=make.device)
 
+
+OPTIONS = {"weight": torch.tensor([0.5, 2.0, 3.0]), "ignore_index": 1, "reduction": "sum"}
 
 SPECS = [
     OpSpec(
@@ -155,7 +157,7 @@ SPECS = [
         samples=_nll_samples,
         large=_large(NLL_SIZES),
         regimes=_nll_regimes,
-        module=(nn.NLLLoss, torch.nn.NLLLoss, {"reduction": "sum"}, _inputs),
+        module=(nn.NLLLoss, torch.nn.NLLLoss, OPTIONS, _inputs),
     ),
     OpSpec(
         name="cross_entropy",
@@ -166,6 +168,12 @@ SPECS = [
         samples=_samples,
         large=_large(SIZES),
         regimes=_regimes,
-        module=(nn.CrossEntropyLoss, torch.nn.CrossEntropyLoss, {"label_smoothing": 0.1}, _inputs),
+        module=(
+            nn.CrossEntropyLoss,
+            torch.nn.CrossEntropyLoss,
+            {**OPTIONS, "label_smoothing": 0.1},
+            _inputs,
+        ),
+        representative=True,
     ),
 ]

@@ -67,8 +67,21 @@ def linear_activation(
 
 
 class _Stock(torch.nn.Linear):
+    def __init__(
+        self,
+        in_features: int,
+        out_features: int,
+        bias: bool = True,
+        activation: str = "relu",
+        **parameters: float,
+    ) -> None:
+        super().__init__(in_features, out_features, bias)
+        self.activation, self.parameters_of_activation = activation, parameters
+
     def forward(self, input: Tensor) -> Tensor:
-        return torch.relu(super().forward(input))
+        return linear_activation(
+            input, self.weight, self.bias, self.activation, **self.parameters_of_activation
+        )
 
 
 def _large(make: Make, size: str) -> Sample:
@@ -80,7 +93,7 @@ def _activation_regimes(make: Make) -> Iterator[Sample]:
     yield Sample(
         (make.tensor(256, 256), make.tensor(256, 256)),
         {"activation": "softplus"},
-        name="z is kept, no bias",
+        name="z is saved, no bias",
     )
 
 
@@ -96,6 +109,7 @@ SPECS = [
         samples=_linear_samples,
         large=_large,
         module=(nn.Linear, torch.nn.Linear, FEATURES, lambda make: (make.tensor(2, 3, 5),)),
+        module_variants=({**FEATURES, "bias": False},),
     ),
     OpSpec(
         name="linear_activation",
@@ -106,6 +120,13 @@ SPECS = [
         samples=_activation_samples,
         large=_large,
         regimes=_activation_regimes,
-        module=(nn.LinearActivation, _Stock, FEATURES, lambda make: (make.tensor(2, 3, 5),)),
+        module=(
+            nn.LinearActivation,
+            _Stock,
+            {**FEATURES, "activation": "softplus", "beta": 2.0, "threshold": 1.0},
+            lambda make: (make.tensor(2, 3, 5),),
+        ),
+        module_variants=({**FEATURES, "bias": False, "activation": "silu"},),
+        representative=True,
     ),
 ]

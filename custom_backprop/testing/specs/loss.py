@@ -23,11 +23,14 @@ def _spec(
     large: Callable[[Make, tuple[int, int]], tuple[Tensor, ...]],
     kwargs: dict[str, Any] | None = None,
     others: Callable[[Make], dict[str, Any]] = lambda make: {},
+    inputs: Callable[[Make], tuple[Tensor, ...]] | None = None,
+    variants: tuple[dict[str, Any], ...] = (),
+    representative: bool = False,
     **arguments: Any,
 ) -> OpSpec:
-    """``large`` also makes the small inputs of the module; ``kwargs`` are the benchmark's,
-    ``arguments`` the module's, and ``others`` the arguments with which the kernels take the
-    branches that the benchmark leaves out."""
+    """``inputs`` makes the module's inputs, by default ``large`` does; ``kwargs`` are the
+    benchmark's, ``arguments`` and ``variants`` the module's, and ``others`` the arguments with
+    which the kernels take the branches that the benchmark leaves out."""
 
     def regimes(make: Make) -> Iterator[Sample]:
         tensors = tuple(t.detach().requires_grad_() for t in large(make, SIZES["medium"]))
@@ -46,8 +49,10 @@ def _spec(
             getattr(nn, module),
             getattr(torch.nn, module),
             arguments,
-            lambda make: large(make, (3, 5)),
+            inputs or (lambda make: large(make, (3, 5))),
         ),
+        module_variants=variants,
+        representative=representative,
     )
 
 
@@ -200,6 +205,10 @@ def _logit_pair(make: Make, shape: tuple[int, int]) -> tuple[Tensor, Tensor]:
     return make.tensor(*shape), make.tensor(*shape, low=0, high=1, requires_grad=False)
 
 
+def _rates(make: Make) -> tuple[Tensor, Tensor]:
+    return make.tensor(3, 5, low=0.2), make.tensor(3, 5, low=0.1, high=4, requires_grad=False)
+
+
 def _weight(make: Make) -> dict[str, Any]:
     return {"weight": make.tensor(*SIZES["medium"])}
 
@@ -209,14 +218,30 @@ def _constant_weights(make: Make, *names: str) -> dict[str, Any]:
 
 
 SPECS = [
-    _spec("mse_loss", "MSELoss", _difference((), None, None, "mean"), _pair, others=_weight),
-    _spec("l1_loss", "L1Loss", _difference((0.0,), None, None, "mean"), _pair, others=_weight),
+    _spec(
+        "mse_loss",
+        "MSELoss",
+        _difference((), None, None, "mean"),
+        _pair,
+        others=_weight,
+        representative=True,
+        reduction="sum",
+    ),
+    _spec(
+        "l1_loss",
+        "L1Loss",
+        _difference((0.0,), None, None, "mean"),
+        _pair,
+        others=_weight,
+        reduction="none",
+    ),
     _spec(
         "smooth_l1_loss",
         "SmoothL1Loss",
         _difference((-1.0, -0.6, 0.6, 1.0), beta=0.6),
         _pair,
         beta=0.6,
+        reduction="none",
     ),
     _spec(
         "huber_loss",
@@ -225,6 +250,7 @@ SPECS = [
         _pair,
         others=_weight,
         delta=0.6,
+        reduction="sum",
     ),
     _spec(
         "binary_cross_entropy",
@@ -232,6 +258,8 @@ SPECS = [
         _binary_cross_entropy,
         _probability_pair,
         others=lambda make: _constant_weights(make, "weight"),
+        weight=torch.tensor([0.5, 2.0, 0.0, 1.0, 3.0]),
+        reduction="sum",
     ),
     _spec(
         "binary_cross_entropy_with_logits",
@@ -239,6 +267,9 @@ SPECS = [
         _binary_cross_entropy_with_logits,
         _logit_pair,
         others=lambda make: _constant_weights(make, "weight", "pos_weight"),
+        weight=torch.tensor([0.5, 2.0, 0.0, 1.0, 3.0]),
+        pos_weight=torch.tensor([2.0, 0.5, 1.0, 4.0, 3.0]),
+        reduction="none",
     ),
     _spec(
         "kl_div",
@@ -248,6 +279,7 @@ SPECS = [
         {"reduction": "batchmean"},
         others=lambda make: {"log_target": True},
         reduction="batchmean",
+        log_target=True,
     ),
     _spec(
         "gaussian_nll_loss",
@@ -256,6 +288,8 @@ SPECS = [
         lambda make, shape: (*_pair(make, shape), make.tensor(*shape, low=0.1, high=2)),
         others=lambda make: {"full": True},
         full=True,
+        eps=0.7,
+        reduction="sum",
     ),
     _spec(
         "poisson_nll_loss",
@@ -263,6 +297,10 @@ SPECS = [
         _poisson_nll_loss,
         _pair,
         others=lambda make: {"full": True, "log_input": False},
+        inputs=_rates,
+        log_input=False,
         full=True,
+        eps=0.1,
+        reduction="sum",
     ),
 ]

@@ -92,6 +92,7 @@ SPECS = [
         large=lambda make, size: _large(make, size, 2),
         regimes=lambda make: _regimes(make, 2),
         module=(nn.LayerNorm, torch.nn.LayerNorm, SHAPE, lambda make: (make.tensor(3, 5, 2),)),
+        module_variants=({**SHAPE, "elementwise_affine": False}, {**SHAPE, "bias": False}),
     ),
     OpSpec(
         name="rms_norm",
@@ -103,5 +104,6 @@ SPECS = [
         large=lambda make, size: _large(make, size, 1),
         regimes=lambda make: _regimes(make, 1),
         module=(nn.RMSNorm, torch.nn.RMSNorm, SHAPE, lambda make: (make.tensor(3, 5, 2),)),
+        module_variants=({**SHAPE, "elementwise_affine": False}, {**SHAPE, "casting": "gemma"}),
     ),
 ]

@@ -39,16 +39,18 @@ SPECS = [
     OpSpec(
         name="prelu",
         family="prelu",
-        formula="y = x [x > 0] + w x [x <= 0];  dx = dy ([x > 0] + w [x <= 0]), dw_c = Σ dy x [x <= 0]",
+        formula="y = x [x > 0] + w x [x <= 0];  "
+        "dx = dy ([x > 0] + w [x <= 0]), dw_c = Σ dy x [x <= 0]",
         function=functional.prelu,
         reference=F.prelu,
         samples=_samples,
         large=lambda make, size: Sample((make.tensor(*SIZES[size]), make.tensor(SIZES[size][1]))),
         regimes=_regimes,
+        representative=True,
         module=(
             nn.PReLU,
             torch.nn.PReLU,
-            {"num_parameters": 3},
+            {"num_parameters": 3, "init": 0.1},
             lambda make: (make.tensor(2, 3, 2),),
         ),
     ),

@@ -46,6 +46,7 @@ def _spec(name: str, module: str) -> OpSpec:
             {"dim": 1},
             lambda make: (make.tensor(3, 5, 2),),
         ),
+        representative=name == "softmax",
     )
 
 
