@@ -269,3 +269,19 @@ def test_capturable_may_be_asked_for_between_two_steps(name: str) -> None:
     optimizer.param_groups[0]["capturable"] = True
     with pytest.raises(AssertionError, match="capturable"):
         optimizer.step()
+
+
+@every_optimizer
+def test_a_parameter_joins_later(name: str, backend: str, device: str) -> None:
+    """Its count of steps is another, and lies elsewhere than those of the many that were there."""
+    shapes: list[tuple[int, ...]] = [(3,)] * 10
+    mine, theirs = parameters(device, shapes=shapes), parameters(device, shapes=shapes)
+    our, their = ours(name)(mine, **FULL[name]), stock(name)(theirs, **FULL[name])
+    for step in range(4):
+        for optimizer, params in ((our, mine), (their, theirs)):
+            give_gradients(params, step, skip=False)
+            if step < 2:
+                params[-1].grad = None
+            optimizer.step()
+    assert_equal(mine, theirs)
+    assert_equal(our.state_dict(), their.state_dict())

@@ -150,9 +150,11 @@ def test_what_torchs_own_update_would_leave_out_is_refused(
     elif what == "shape":
         p.grad.data = torch.ones(4, 6, dtype=p.dtype)
     before = p.detach().clone()
-    with pytest.raises(RuntimeError, match=match):
+    with pytest.raises(RuntimeError, match=match) as refused:
         optimizer.step()
     assert torch.equal(p, before)
+    if "support" not in match:
+        assert str(refused.value).startswith(f"{next(iter(kwargs))}=True does not go with ")
     full = Parameter(p.detach().float())  # of what is asked for, a float32 parameter needs nothing
     full.grad = torch.ones_like(full)
     if what != "capturable":

@@ -16,6 +16,8 @@ from optim_helpers import (
     stock,
 )
 
+from custom_backprop.formulas import optim as formulas
+
 BAD: list[tuple[str, dict[str, Any]]] = [
     *((n, {"lr": -1.0}) for n in NAMES),
     *((n, {"weight_decay": -1.0}) for n in NAMES),
@@ -73,3 +75,14 @@ def test_own_arguments(name: str) -> None:
     assert list(taken)[:-3] == list(inspect.signature(stock(name)).parameters)
     assert list(taken)[-3:] == ["max_grad_norm", "master_weights", "bf16_stochastic_round"]
     assert issubclass(ours(name), stock(name))
+
+
+@pytest.mark.parametrize("name", ["SGD", "Adagrad", "RMSprop", "Adam", "Lion"])
+def test_defaults_of_the_formulas_are_the_optimizers(name: str) -> None:
+    constructor = inspect.signature(ours(name)).parameters
+    formula = inspect.signature(getattr(formulas, name.lower())).parameters
+    given = {n: p.default for n, p in formula.items() if p.kind is p.KEYWORD_ONLY}
+    assert {n for n, default in given.items() if default is inspect.Parameter.empty} <= {"t", "lr"}
+    for n, default in given.items():
+        if n in constructor and default is not inspect.Parameter.empty:
+            assert (n, default) == (n, constructor[n].default)
