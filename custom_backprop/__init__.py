@@ -14,7 +14,7 @@ if _TYPE_CHECKING:
     from . import distributed as distributed
     from . import extend as extend
 
-__version__ = "0.1.0"
+__version__ = "0.2.0"
 
 __all__ = [
     "convert",
