@@ -63,7 +63,7 @@ def _triplet_backward(
     swap: bool,
     reduction: int,
     needs: Any,
-) -> tuple[Tensor, ...]:
+) -> tuple[Tensor | None, ...]:
     flat = [rows(t) for t in (a, p, n)]
     grads = [a.new_empty(a.shape) if need else None for need in needs]
     dy = dy.reshape(-1) if reduction == NONE else dy / len(flat[0]) if reduction == MEAN else dy
@@ -112,7 +112,7 @@ def _fake_triplet(
     )
 
 
-def _fake_triplet_backward(dy: Tensor, a: Tensor, *rest: Any) -> tuple[Tensor, ...]:
+def _fake_triplet_backward(dy: Tensor, a: Tensor, *rest: Any) -> tuple[Tensor | None, ...]:
     return tuple(a.new_empty(a.shape) if need else None for need in rest[-1])
 
 

@@ -205,8 +205,8 @@ def _forward(
         if makes == NOTHING:
             return _classes(dense, target, weight, reduction, ignore_index), None
         if makes == GRADIENT and x.dim() == 2 and x.numel() <= SMALL and x.dtype not in HALF:
-            loss, dx = _small(dense, target, weight, reduction, ignore_index)
-            return loss, like(dx, x)
+            loss, gradient = _small(dense, target, weight, reduction, ignore_index)
+            return loss, like(gradient, x)
     q = _Target(dense, target, weight, reduction, ignore_index, smoothing)
     made = _made(dense, makes)
     rows = dense.new_zeros((x.shape[0], *x.shape[2:]), dtype=wide(x.dtype))

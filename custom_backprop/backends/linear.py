@@ -123,7 +123,8 @@ def _fake_activation_forward(
 
 def _sharding(x: Tensor, weight: Tensor, bias: Tensor | None) -> Iterable[Sharding]:
     last = x.dim() - 1
-    yield from (([i], [i, R, R]) for i in range(last))
+    for i in range(last):
+        yield [i], [i, R, R]
     yield [last], [R, 0, 0]
     yield [P], [last, 1, P]
 

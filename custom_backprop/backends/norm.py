@@ -15,7 +15,7 @@ from torch import Tensor
 from ..formulas import norm as formula
 from ..formulas.linear import rows
 from ..formulas.precision import HALF, wide, widen
-from .library import P, R, Sharding, empty_if, launcher, primitive
+from .library import P, Placement, R, Sharding, empty_if, launcher, primitive
 
 aten = torch.ops.aten
 
@@ -100,8 +100,9 @@ def _backward_sharding(statistics: int) -> Any:
     def sharding(dy: Tensor, *rest: Any) -> Iterable[Sharding]:
         needs = [a for a in rest if isinstance(a, bool)]
         for i in range(dy.dim() - 1):
-            outputs = [lies if need else R for lies, need in zip([i, P, P], needs, strict=False)]
-            yield outputs, [i, i, R] + [i] * statistics
+            grads: list[Placement] = [i, P, P]
+            outputs = [lies if need else R for lies, need in zip(grads, needs, strict=False)]
+            yield outputs, [i, i, R, *[i] * statistics]
 
     return sharding
 

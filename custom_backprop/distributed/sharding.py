@@ -34,10 +34,10 @@ def _layouts(operator: Any, args: tuple[Any, ...]) -> list[Layout]:
     tensors = [a for a in operator._schema.arguments if "Tensor" in str(a.type)]
     everywhere = ["R"] * len(operator._schema.returns), ["R"] * len(tensors)
     found: list[Any] = [*OPERATORS[operator].sharding(*args), everywhere]
-    return [tuple([_placement(p) for p in side] for side in layout) for layout in found]
+    return [([*map(_placement, y)], [*map(_placement, x)]) for y, x in found]
 
 
-def _placement(lies: Any) -> Placement | None:
+def _placement(lies: Any) -> Any:
     return Shard(lies) if isinstance(lies, int) else _PLACEMENTS[lies]
 
 

@@ -111,10 +111,10 @@ def _check(name: str, x: Tensor, weight: Tensor, bias: Tensor | None) -> None:
             f"{name}: an input of shape {tuple(x.shape)} does not fit a weight of shape "
             f"{tuple(weight.shape)}"
         )
-    plain = bias is None or bias.shape == weight.shape[:-1]
     if bias is not None and weight.dim() == 1:
         raise RuntimeError(f"{name}: a weight of one dimension takes no bias")
-    if not plain and not _fits(bias, (*x.shape[:-1], *weight.shape[:-1])):
+    usual = bias is None or bias.shape == weight.shape[:-1]
+    if bias is not None and not usual and not _fits(bias, (*x.shape[:-1], *weight.shape[:-1])):
         raise RuntimeError(
             f"{name}: a bias of shape {tuple(bias.shape)} does not fit a weight of shape "
             f"{tuple(weight.shape)}"

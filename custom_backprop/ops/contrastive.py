@@ -31,8 +31,7 @@ class Triplet:
     def backward(run: Any, ctx: Any, dy: Tensor) -> Any:
         *tensors, d = ctx.saved_tensors
         if ctx.is_differentiated:
-            _, order, eps, swap, _ = ctx.options
-            d = formula.distances(*tensors, order, eps, swap)
+            d = formula.distances(*tensors, *ctx.options[1:4])
         return run(dy, *tensors, d, *ctx.options, ctx.needs_input_grad[:3])
 
     @staticmethod
@@ -58,9 +57,9 @@ class InfoNCE:
     @staticmethod
     def backward(run: Any, ctx: Any, dy: Tensor) -> Any:
         *tensors, G = ctx.saved_tensors
-        temperature, symmetric, reduction = ctx.options
+        reduction = ctx.options[2]
         if G is None or ctx.is_differentiated:
-            G = formula.slope_of(*tensors, temperature, symmetric)
+            G = formula.slope_of(*tensors, *ctx.options[:2])
         return run(dy, *tensors, G, reduction, ctx.needs_input_grad[:3])
 
     @staticmethod

@@ -37,8 +37,9 @@ class CrossEntropy:
 
     @staticmethod
     def jvp(ctx: Any, tx: Tensor | None, ttarget: Tensor | None, *_: None) -> Any:
-        *tensors, _ = ctx.saved_tensors
-        return formula.jvp(*tensors, *ctx.options, tx, ttarget)
+        x, target, weight, _ = ctx.saved_tensors
+        reduction, ignore_index, smoothing = ctx.options
+        return formula.jvp(x, target, weight, reduction, ignore_index, smoothing, tx, ttarget)
 
 
 _cross_entropy = op(CrossEntropy)

@@ -12,9 +12,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..backends.library import Primitive, is_traced, is_transformed
+from ..backends.library import Primitive, is_plain, is_traced, is_transformed
 from ..backends.scale import scale, scale_
 
+_compiling = torch.compiler.is_dynamo_compiling
 _graph_is_retained = torch._C._autograd._get_current_graph_task_keep_graph
 _saved_tensor_hooks = torch._C._autograd._top_saved_tensors_default_hooks
 
@@ -30,9 +31,12 @@ def is_made_in_forward(forward_op: Primitive, x: Tensor, scalar: bool) -> bool:
     """
     if not (scalar and x.requires_grad and torch.is_grad_enabled()) or x.dtype == torch.float16:
         return False
-    if is_traced():
-        return forward_op.kernel_is_traced and x.is_cuda
-    return not is_transformed() and _saved_tensor_hooks(True) is None
+    if not is_plain((x,)):
+        if is_traced():
+            return forward_op.kernel_is_traced and x.is_cuda
+        if is_transformed():
+            return False
+    return _saved_tensor_hooks(True) is None
 
 
 def scaled(ctx: Any, grad: Tensor, dy: Tensor) -> Tensor:
@@ -41,7 +45,7 @@ def scaled(ctx: Any, grad: Tensor, dy: Tensor) -> Tensor:
     A graph that is freed after this backward will not ask for that tensor again: it becomes the
     result. A retained graph leaves it, so that the next backward gives the same bits.
     """
-    if is_traced() or _graph_is_retained():
+    if _compiling() or _graph_is_retained():
         return getattr(scale, ctx.which)(grad, dy)
     getattr(scale_, ctx.which)(grad, dy)
     return grad

@@ -34,7 +34,8 @@ class Linear:
 
     @staticmethod
     def jvp(ctx: Any, tx: Tensor | None, tw: Tensor | None, tb: Tensor | None) -> Tensor | None:
-        return formula.linear_jvp(*ctx.saved_tensors, tx, tw, tb)
+        x, weight = ctx.saved_tensors
+        return formula.linear_jvp(x, weight, tx, tw, tb)
 
 
 class LinearActivation:

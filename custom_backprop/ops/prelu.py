@@ -27,7 +27,8 @@ class PReLU:
 
     @staticmethod
     def jvp(ctx: Any, tx: Tensor | None, tw: Tensor | None) -> Tensor | None:
-        return prelu_jvp(*ctx.saved_tensors, tx, tw)
+        x, weight = ctx.saved_tensors
+        return prelu_jvp(x, weight, tx, tw)
 
 
 prelu = op(PReLU)

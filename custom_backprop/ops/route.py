@@ -69,9 +69,9 @@ class Definition(Protocol):
         autocast: what autocast does on each device, such as :data:`FLOAT32`. Default: nothing.
 
     Forward is ``forward_op``. ``setup_context(ctx, inputs, output)`` saves, through
-    ``save_for_backward`` alone. ``backward(run, ctx, dy)`` returns the gradients of the first
-    arguments, where ``run`` is an implementation of ``backward_op``; those that nobody needs may be
-    anything. It finds ``ctx.is_differentiated`` true where its result is itself differentiated:
+    ``save_for_backward`` alone. ``backward(run, ctx, dy)`` returns the gradient of the first
+    argument, or a tuple of those of the first few, in which those that nobody needs may be
+    anything; ``run`` is an implementation of ``backward_op``. It finds ``ctx.is_differentiated`` true where its result is itself differentiated:
     statistics are constants there, and must be derived again. ``jvp(ctx, *tangents)`` finds the
     same saved tensors.
     """
@@ -99,13 +99,13 @@ def op(definition: Any, stock: Callable[..., Any] | None = None) -> Callable[...
         return output[0] if has_statistics else output
 
     def forward(ctx: Any, *args_and_which: Any) -> Any:
-        *args, which = args_and_which
-        output = getattr(forward_op, which)(*args)
+        args = args_and_which[:-1]
+        output = getattr(forward_op, args_and_which[-1])(*args)
         ctx.set_materialize_grads(False)
         setup_context(ctx, args, output)
         return output[0] if has_statistics else output
 
-    def backward(ctx: Any, dy: Tensor | None, *_: None) -> Any:
+    def backward(ctx: Any, dy: Tensor | None, *_: Tensor | None) -> Any:
         needs = ctx.needs_input_grad
         if dy is None:
             return (None,) * len(needs)
@@ -113,9 +113,10 @@ def op(definition: Any, stock: Callable[..., Any] | None = None) -> Callable[...
         ctx.is_differentiated = which == "derivative"
         ctx.which = which = "formula" if which == "derivative" else which
         grads = define_backward(getattr(backward_op, which), ctx, dy)
-        grads = grads if type(grads) is tuple else (grads,)
-        wanted = [g if need else None for g, need in zip(grads, needs, strict=False)]
-        return *wanted, *(None,) * (len(needs) - len(wanted))
+        if type(grads) is tuple:
+            grads = [g if need else None for g, need in zip(grads, needs, strict=False)]
+            return *grads, *(None,) * (len(needs) - len(grads))
+        return grads, *(None,) * (len(needs) - 1)
 
     # where nothing wants a gradient, Dynamo counts the parameters of forward, and leaves out ctx if
     # there are as many as arguments
@@ -145,8 +146,9 @@ def op(definition: Any, stock: Callable[..., Any] | None = None) -> Callable[...
         jvp=transformable_jvp,
     )
     # Function.apply in Python only guards against functorch, which is ruled out where this is
-    # called: a third of the overhead
+    # called: a third of the overhead. So does that of backward choose between two names.
     apply = super(torch.autograd.Function, eager).apply  # type: ignore[misc]
+    eager._backward_cls.apply = backward
 
     def call(*args: Any) -> Any:
         if not is_plain(args) or not args[0].is_floating_point() or args[0].is_nested:
