@@ -8,11 +8,12 @@ from collections.abc import Sequence
 
 from . import __version__
 from .cli import check, cost, info, kernels
+from .cli.work import INTERRUPTED
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Runs one command. Returns its exit code: 0, or 1 where it found something wrong; bad
-    arguments exit with 2."""
+    """Runs one command. Returns its exit code: 0, or 1 where it found something wrong, or 130 where
+    it was interrupted; bad arguments exit with 2."""
     parser = argparse.ArgumentParser(
         prog="python -m custom_backprop",
         description="Backpropagation written out, proved, and looked into.",
@@ -22,7 +23,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
     for command in (check, cost, info, kernels):
         command.add_parser(subparsers).set_defaults(run=command.run)
     args = parser.parse_args(arguments)
-    return args.run(args)
+    try:
+        return args.run(args)
+    except KeyboardInterrupt:
+        print("interrupted", file=sys.stderr)
+        return INTERRUPTED
 
 
 if __name__ == "__main__":

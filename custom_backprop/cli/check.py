@@ -14,8 +14,8 @@ import torch
 
 from ..backends import BACKENDS, why_not
 from ..testing import CHECKS, Report, Result, check_op, database
-from ..testing.validate import SYMBOL
 from .work import (
+    INTERRUPTED,
     add_common,
     check_device,
     check_json,
@@ -25,6 +25,9 @@ from .work import (
     select,
     table,
 )
+
+#: a check's status -> its mark in the table
+MARKS = {"pass": "ok", "fail": "X", "skipped": "~", "n/a": "-"}
 
 
 def add_parser(subparsers: Any) -> argparse.ArgumentParser:
@@ -51,13 +54,13 @@ def add_parser(subparsers: Any) -> argparse.ArgumentParser:
 
 
 def run(args: argparse.Namespace) -> int:
-    """Returns 1 if any check failed."""
+    """Returns 1 if any check failed or nothing was checked, 130 after an interruption."""
     check_json(args.json)
     names = select(args.ops)
     checks = args.checks or list(CHECKS)
     check_device(args.device)
     if torch.device(args.device).type not in ("cpu", "cuda"):
-        refuse(f"--device {args.device}: the checks need numbers, on a CPU or a GPU")
+        refuse(f"--device {args.device}: the checks need values, on a CPU or a GPU")
     with (
         interpreter(True) if args.device == "cpu" else nullcontext()
     ):  # without a GPU the interpreter runs the kernels, and so proves them
@@ -76,17 +79,22 @@ def run(args: argparse.Namespace) -> int:
         seconds = time.perf_counter() - start
     reports = {item[:2]: _report(item[0], result) for item, result in results.items()}
     for backend in backends:
-        print(
-            f"\nbackend {backend}\n{_rows({name: reports[name, backend] for name in names}, checks)}"
-        )
+        if of_one := {name: r for (name, b), r in reports.items() if b == backend}:
+            print(f"\nbackend {backend}\n{_rows(of_one, checks)}")
     failed = [key for key, report in reports.items() if not report.passed]
     for name, backend in failed:
         for result in reports[name, backend].results:
             if result.status == "fail":
                 print(f"\nFAIL {name} [{backend}] {result.check}\n  {result.detail}")
     print(
-        f"\n{len(work) - len(failed)} passed, {len(failed)} failed: {len(names)} ops on {', '.join(backends)} in {seconds:.0f} s"
+        f"\n{len(reports) - len(failed)} passed, {len(failed)} failed: "
+        f"{len(names)} ops on {', '.join(backends)} in {seconds:.0f} s"
     )
+    nothing = not any(r.status != "n/a" for report in reports.values() for r in report.results)
+    if nothing:
+        print("nothing was checked: no check applies")
+    if len(reports) < len(work):
+        print(f"interrupted after {len(reports)} of {len(work)}")
     if args.json:
         found = [
             {"op": n, "backend": b, "formula": database()[n].formula, **r.to_dict()}
@@ -94,7 +102,9 @@ def run(args: argparse.Namespace) -> int:
         ]
         Path(args.json).write_text(json.dumps(found, indent=1) + "\n")
         print(f"wrote {args.json}")
-    return 1 if failed else 0
+    if len(reports) < len(work):
+        return INTERRUPTED
+    return 1 if failed or nothing else 0
 
 
 def _check(name: str, backend: str, device: str, checks: tuple[str, ...]) -> Report:
@@ -116,7 +126,7 @@ def _rows(reports: dict[str, Report], checks: list[str]) -> str:
     stairs = [" " * width + "  " + "│  " * i + check for i, check in enumerate(checks)]
     rows: list[list[str]] = []
     for name, report in reports.items():
-        marks = {r.check: SYMBOL[r.status] for r in report.results}
+        marks = {r.check: MARKS[r.status] for r in report.results}
         errors = [
             "{:.0e} / {:.0e}".format(*report.errors[d]) if d in report.errors else "-"
             for d in ("float32", "bfloat16")
@@ -124,11 +134,14 @@ def _rows(reports: dict[str, Report], checks: list[str]) -> str:
         rows.append(
             [
                 name.ljust(width),
-                "".join("X  " if (m := marks.get(c, "?")) == "FAIL" else f"{m:<3}" for c in checks),
+                "".join(f"{marks.get(c, '?'):<3}" for c in checks),
                 *errors,
             ]
         )
-        rows[-1].append(database()[name].formula)
+        skipped = [
+            f"{r.check} skipped: {r.detail}" for r in report.results if r.status == "skipped"
+        ]
+        rows[-1].append("; ".join([*skipped, database()[name].formula]))
     heading = [
         [" " * width, "│  " * len(checks), "float32 error: ours / torch's", "bfloat16", "formula"]
     ]

@@ -15,14 +15,16 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_map_only
 
 from ..cost import LEGEND, cost
-from .work import check_device, check_json, refuse
+from .work import check_device, check_json, count, refuse
+
+RETURNS = "(model, inputs), (model, inputs, loss) or (model, inputs, loss, *targets)"
 
 
 def add_parser(subparsers: Any) -> argparse.ArgumentParser:
     """Adds this command to the command line."""
     help = "count what forward and backward of a model cost, layer by layer"
     parser = subparsers.add_parser("cost", help=help, description=f"{__doc__} {LEGEND}.")
-    what = "a callable that returns (model, inputs), (model, inputs, loss) or (model, inputs, loss, *targets)"
+    what = f"a callable that returns {RETURNS}"
     parser.add_argument(
         "model", metavar="MODEL", help=f"{', '.join(EXAMPLES)}, or package.module:callable, {what}"
     )
@@ -54,9 +56,7 @@ def run(args: argparse.Namespace) -> int:
     with torch.device(args.device):  # made there: on meta, a model larger than the memory too
         built = build(**arguments)
     if not (isinstance(built, tuple) and len(built) >= 2 and isinstance(built[0], nn.Module)):
-        refuse(
-            f"{args.model} must return (model, inputs), (model, inputs, loss) or (model, inputs, loss, *targets)"
-        )
+        refuse(f"{args.model} must return {RETURNS}")
     model, inputs, loss, *targets = (*built, None)[: max(3, len(built))]
     for module in (model, loss):
         if isinstance(module, nn.Module):
@@ -89,12 +89,6 @@ def _found(name: str) -> Callable[..., Any]:
     if not callable(found):
         refuse(f"{name} is not callable")
     return found
-
-
-def count(text: str) -> int:
-    if (number := int(text)) < 1:
-        raise argparse.ArgumentTypeError(f"{number} is less than 1")
-    return number
 
 
 def digits(batch: int = 32) -> tuple[Any, ...]:

@@ -15,6 +15,7 @@ import torch
 from .. import __version__
 from ..backends import BACKENDS, PRIMITIVES, interpreting, why_not
 from ..testing import TARGETS, database
+from ..testing.checks import cpp_compiler
 
 
 def add_parser(subparsers: Any) -> argparse.ArgumentParser:
@@ -40,7 +41,8 @@ def run(args: argparse.Namespace) -> int:
         "tools": [
             [
                 "interpreter",
-                f"{'on' if interpreting() else 'off'} (TRITON_INTERPRET={os.environ.get('TRITON_INTERPRET', '')})",
+                f"{'on' if interpreting() else 'off'} "
+                f"(TRITON_INTERPRET={os.environ.get('TRITON_INTERPRET', '')})",
             ],
             ["inductor", _inductor()],
             ["offline compiler", _offline()],
@@ -76,7 +78,8 @@ def _devices() -> list[list[str]]:
         found.append(
             [
                 f"cuda:{i}",
-                f"{p.name}, {p.multi_processor_count} multiprocessors, {p.total_memory / 2**30:.0f} GiB",
+                f"{p.name}, {p.multi_processor_count} multiprocessors, "
+                f"{p.total_memory / 2**30:.0f} GiB",
             ]
         )
     if len(found) == 1:
@@ -105,13 +108,10 @@ def _runs(backend: str, device: str) -> str:
 
 
 def _inductor() -> str:
-    from torch._inductor.cpp_builder import get_cpp_compiler
-    from torch._inductor.exc import InvalidCxxCompiler
-
-    try:
-        return f"yes, C++ compiler {get_cpp_compiler()}"
-    except InvalidCxxCompiler:
+    compiler = cpp_compiler()
+    if compiler is None:
         return "no on the CPU: no working C++ compiler was found (set CXX)"
+    return f"yes, C++ compiler {compiler}"
 
 
 def _offline() -> str:

@@ -3,7 +3,7 @@ what it touches in the interpreter.
 
 The kernels are those of the ops and of the optimizers.
 The exit code is 1 if a kernel spills, is atomic or takes more shared memory than a block has; in
-the audit, if it touches what it must not.
+the audit, if it touches what it must not; and if an op launches no kernel at all.
 """
 
 from __future__ import annotations
@@ -20,7 +20,16 @@ from ..testing import TARGETS, Audit, AuditedLaunch, Resources, database
 from ..testing.audit import audit_op
 from ..testing.offline import compile_calls, compile_op
 from ..testing.optimizers import OPTIMIZERS, audit_optimizer, steps
-from .work import add_common, check_json, in_processes, interpreter, refuse, select, table
+from .work import (
+    INTERRUPTED,
+    add_common,
+    check_json,
+    in_processes,
+    interpreter,
+    refuse,
+    select,
+    table,
+)
 
 
 def add_parser(subparsers: Any) -> argparse.ArgumentParser:
@@ -45,7 +54,7 @@ def add_parser(subparsers: Any) -> argparse.ArgumentParser:
 
 
 def run(args: argparse.Namespace) -> int:
-    """Returns 1 if a kernel has a fault."""
+    """Returns 1 if a kernel has a fault or an op has none, 130 after an interruption."""
     check_json(args.json)
     if find_spec("triton") is None:
         refuse("the package triton is not installed")
@@ -71,9 +80,7 @@ def run(args: argparse.Namespace) -> int:
         ]
     else:
         for target in targets:
-            print(
-                f"\n{target}\n{_compiled({name: found for (name, t), found in done.items() if t == target})}"
-            )
+            print(f"\n{target}\n{_compiled({n: f for (n, t), f in done.items() if t == target})}")
         found = [
             {"op": name, **r.to_dict()} for (name, _), compiled in done.items() for r in compiled
         ]
@@ -82,16 +89,25 @@ def run(args: argparse.Namespace) -> int:
         for item, e in results.items()
         if isinstance(e, BaseException)
     ]
+    faults += [
+        f"{' on '.join(item)}: no kernel was launched"
+        for item, result in done.items()
+        if not (result.launches if args.audit else result)
+    ]
     faults += [f"{f['op']}: {_label(f)}: {fault}" for f in found for fault in f["faults"]]
     for fault in dict.fromkeys(faults):
         print(f"FAULT {fault}")
-    what = f"{len(found)} {'launches' if args.audit else 'kernels'} of {len(names) - len(optimizers)} ops"
+    kind = "launches" if args.audit else "kernels"
+    what = f"{len(found)} {kind} of {len(names) - len(optimizers)} ops"
     if optimizers:
         what += f" and {len(optimizers)} optimizers"
     print(f"\n{what}, {len(faults)} faults, in {time.perf_counter() - start:.0f} s")
     if args.json:
         Path(args.json).write_text(json.dumps(found, indent=1) + "\n")
         print(f"wrote {args.json}")
+    if len(results) < len(items):
+        print(f"interrupted after {len(results)} of {len(items)}")
+        return INTERRUPTED
     return 1 if faults else 0
 
 

@@ -5,9 +5,12 @@ from __future__ import annotations
 
 import argparse
 import os
+import signal
 import sys
+from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from concurrent.futures import Future, ProcessPoolExecutor, as_completed
+from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
+from concurrent.futures.process import BrokenProcessPool
 from contextlib import contextmanager
 from multiprocessing import get_context
 from pathlib import Path
@@ -18,6 +21,9 @@ import torch
 from ..testing.database import named
 from .progress import progress
 
+#: the exit code after the user's interruption, as a shell gives it
+INTERRUPTED = 130
+
 
 def add_common(parser: argparse.ArgumentParser) -> None:
     """The arguments of every command that works on ops."""
@@ -25,16 +31,24 @@ def add_common(parser: argparse.ArgumentParser) -> None:
         "ops",
         nargs="*",
         metavar="OP",
-        help="an op, that one alone; or a family that is no op (activation, loss, contrastive), all its ops; default: all",
+        help="an op, that one alone; or a family that is no op (activation, loss, contrastive), "
+        "all its ops; default: all",
     )
     parser.add_argument(
         "--jobs",
-        type=int,
+        type=count,
         default=os.cpu_count() or 1,
         metavar="N",
         help="processes; default: one a core",
     )
     parser.add_argument("--json", metavar="F", help="also write the results to this file")
+
+
+def count(text: str) -> int:
+    """A number of things, at least 1."""
+    if (number := int(text)) < 1:
+        raise argparse.ArgumentTypeError(f"{number} is less than 1")
+    return number
 
 
 def refuse(message: str) -> NoReturn:
@@ -87,31 +101,69 @@ def in_processes(
     function: Callable[..., Any], items: Sequence[tuple[Any, ...]], jobs: int
 ) -> dict[tuple[Any, ...], Any]:
     """item -> ``function(*item)``, or the exception that it raised, computed in fresh processes
-    under a progress bar."""
+    under a progress bar. After an interruption the items that are not done are missing."""
     results: dict[tuple[Any, ...], Any] = {}
-    with ProcessPoolExecutor(
-        max(1, min(jobs, len(items))), mp_context=get_context("spawn"), initializer=_one_thread
-    ) as pool:
-        futures: dict[Future[Any], tuple[Any, ...]] = {
-            pool.submit(function, *item): item for item in items
-        }
-        try:
-            with progress(len(items), "op") as bar:
-                for future in as_completed(futures):
-                    item = futures[future]
-                    results[item] = future.exception() or future.result()
-                    bar.set_postfix_str(item[0])
-                    bar.update()
-        except KeyboardInterrupt:  # the pool would wait for the work that it has handed out
-            for worker in list(pool._processes.values()):
-                worker.kill()
-            print("interrupted", file=sys.stderr, flush=True)
-            os._exit(130)
-    return {item: results[item] for item in items}
+    waiting = deque(items)
+    with progress(len(items), "op") as bar:
+
+        def done(item: tuple[Any, ...], result: Any) -> None:
+            results[item] = result
+            bar.set_postfix_str(item[0])
+            bar.update()
+
+        while waiting:
+            lost, interrupted = _in_one_pool(function, waiting, jobs, done)
+            for item in lost:  # the process of one of them died, and took the pool down
+                if not interrupted:
+                    again, interrupted = _in_one_pool(function, deque([item]), 1, done)
+                    if again and not interrupted:
+                        done(item, RuntimeError("the process that worked on it died"))
+            if interrupted:
+                print("interrupted", file=sys.stderr, flush=True)
+                break
+    return {item: results[item] for item in items if item in results}
 
 
-def _one_thread() -> None:
+def _in_one_pool(
+    function: Callable[..., Any],
+    waiting: deque[tuple[Any, ...]],
+    jobs: int,
+    done: Callable[[tuple[Any, ...], Any], None],
+) -> tuple[list[tuple[Any, ...]], bool]:
+    """Takes from ``waiting`` until it is empty, a process dies or the user interrupts. Returns the
+    items that were being worked on when one died, and whether it was the user."""
+    workers = min(jobs, len(waiting))
+    pool = ProcessPoolExecutor(
+        workers, mp_context=get_context("spawn"), initializer=_prepare_worker
+    )
+    running: dict[Future[Any], tuple[Any, ...]] = {}
+    lost = []
+    try:
+        while running or (waiting and not lost):
+            while waiting and not lost and len(running) < workers:
+                item = waiting.popleft()
+                try:
+                    running[pool.submit(function, *item)] = item
+                except BrokenProcessPool:
+                    lost.append(item)
+            for future in wait(running, return_when=FIRST_COMPLETED).done:
+                item, error = running.pop(future), future.exception()
+                if isinstance(error, BrokenProcessPool):
+                    lost.append(item)
+                else:
+                    done(item, error or future.result())
+        pool.shutdown()
+    except KeyboardInterrupt:  # shutdown would wait for the work that is handed out
+        for worker in list(pool._processes.values()):
+            worker.kill()
+        pool.shutdown(wait=False, cancel_futures=True)
+        return [], True
+    return lost, False
+
+
+def _prepare_worker() -> None:
     torch.set_num_threads(1)
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # the parent hears it too, and ends its workers
 
 
 def table(rows: Iterable[Sequence[Any]]) -> str:

@@ -531,8 +531,9 @@ def _errors_under_autocast(case: Case) -> Errors:
 CHECKS: dict[str, Callable[[Case], Any]] = {
     c.__name__: c
     for c in (
-        forward, gradient, gradcheck, gradgradcheck, forward_mode, batched, transforms, opcheck, compile, layouts, input_layouts,
-        inputs_unchanged, two_backwards, freed, subsets, autocast, precision, sweep,
+        forward, gradient, gradcheck, gradgradcheck, forward_mode, batched, transforms, opcheck,
+        compile, layouts, input_layouts, inputs_unchanged, two_backwards, freed, subsets, autocast,
+        precision, sweep,
     )
 }  # fmt: skip
 

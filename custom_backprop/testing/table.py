@@ -8,8 +8,9 @@ from .database import database
 HEAD = """\
 # Ops
 
-Every op by family: forward and backward in one line, where it is derived, and the kernels that compute it. dy is dL/dy, and so on for
-each tensor; [c] is 1 where c holds, else 0; σ is the logistic function, Φ and φ the normal distribution and density.
+Every op by family: forward and backward in one line, where it is derived, and the kernels that
+compute it. dy is dL/dy, and so on for each tensor; [c] is 1 where c holds, else 0; σ is the
+logistic function, Φ and φ the normal distribution and density.
 
 Written from the op database by `python -m custom_backprop.testing.table > docs/ops.md`.
 """
@@ -24,7 +25,10 @@ def markdown() -> str:
         families.setdefault(spec.family, []).append(f"| `{spec.name}`{module} | {formula} |")
     parts = [HEAD]
     for family, rows in families.items():
-        links = f"[derivation](../custom_backprop/formulas/{family}.py), [kernels](../triton_kernels/{family}.py)"
+        links = (
+            f"[derivation](../custom_backprop/formulas/{family}.py), "
+            f"[kernels](../triton_kernels/{family}.py)"
+        )
         parts.append(
             "\n".join([f"## {family}", "", links, "", "| op | formula |", "|---|---|", *rows, ""])
         )

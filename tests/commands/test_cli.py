@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import importlib.util
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
-from contextlib import suppress
+import time
 from pathlib import Path
 
 import pytest
@@ -26,6 +28,9 @@ from custom_backprop.testing import (
     database,
 )
 
+needs_triton = pytest.mark.skipif(
+    importlib.util.find_spec("triton") is None, reason="the package triton is not installed"
+)
 ROOT = str(Path(custom_backprop.__file__).parents[1])
 
 
@@ -64,13 +69,15 @@ def test_help(command, capsys):
         (["check", "rleu"], "no op or family rleu; there are the ops relu"),
         (["check", "relu", "--backend", "cuda"], "invalid choice: 'cuda'"),
         (["check", "relu", "--check", "taste"], "invalid choice: 'taste'"),
+        (["check", "relu", "--jobs", "0"], "argument --jobs: 0 is less than 1"),
+        (["kernels", "relu", "--jobs", "-1"], "argument --jobs: -1 is less than 1"),
         (
             ["check", "relu", "--json", "/nowhere/found.json"],
             "--json /nowhere/found.json: no file can be written there",
         ),
         (["kernels", "relu", "--json", "/nowhere/found.json"], "no file can be written there"),
         (["cost", "digits", "--json", "/nowhere/found.json"], "no file can be written there"),
-        (["check", "relu", "--device", "meta"], "--device meta: the checks need numbers"),
+        (["check", "relu", "--device", "meta"], "--device meta: the checks need values"),
         (["check", "relu", "--device", "abacus"], "no device 'abacus': "),
         (["kernels", "relu", "--target", "sm_90,sm_1"], "no target sm_1; there are sm_80"),
     ],
@@ -112,18 +119,15 @@ def test_a_name_means_that_op_alone_and_a_family_all_its_ops(wanted, chosen):
     assert set(chosen) <= database().keys()
 
 
-@pytest.mark.parametrize("command", ["check", "kernels"])
+@pytest.mark.parametrize("command", ["check", pytest.param("kernels", marks=needs_triton)])
 def test_the_commands_share_the_selection(command, monkeypatch, capsys):
-    if command == "kernels":
-        pytest.importorskip("triton")
     worked = []
     monkeypatch.setattr(
         {"check": check, "kernels": kernels}[command],
         "in_processes",
         lambda function, items, jobs: worked.extend(items) or {},
     )
-    with suppress(ValueError, KeyError):  # of a table without rows
-        main([command, "softmax"])
+    main([command, "softmax"])
     assert {item[0] for item in worked} == {"softmax"}
     with pytest.raises(SystemExit):
         main([command, "--help"])
@@ -180,17 +184,17 @@ def test_a_row_has_a_mark_under_each_check():
     assert "1e-08 / 2e-08" in row
 
 
+@needs_triton
 def test_kernels_end_to_end(tmp_path):
-    pytest.importorskip("triton")
     done = run("kernels", "relu", "--target", "sm_90", "--json", str(tmp_path / "f.json"))
     assert done.returncode == 0, done.stdout + done.stderr
     found = json.loads((tmp_path / "f.json").read_text())
-    assert {r["kernel"] for r in found} == {"activation._forward", "activation._backward"}
+    assert {r["kernel"].rpartition(".")[2].strip("_") for r in found} == {"forward", "backward"}
     assert all(r["wide_loads"] == r["loads"] > 0 and r["registers"] for r in found)
 
 
+@needs_triton
 def test_audit_end_to_end(tmp_path):
-    pytest.importorskip("triton")
     done = run("kernels", "relu", "--audit", "--json", str(tmp_path / "f.json"))
     assert done.returncode == 0, done.stdout + done.stderr
     found = json.loads((tmp_path / "f.json").read_text())
@@ -201,8 +205,8 @@ def test_audit_end_to_end(tmp_path):
 SPILLED = Resources("activation._forward", "sm_90", "*fp32", "F=relu", 4, 255, 8, 0, 2, 1, 1, 1, 0)
 
 
+@needs_triton
 def test_a_spill_exits_with_1(planted, capsys):
-    pytest.importorskip("triton")
     planted([SPILLED])
     assert main(["kernels", "relu", "--target", "sm_90"]) == 1
     assert (
@@ -211,8 +215,8 @@ def test_a_spill_exits_with_1(planted, capsys):
     )
 
 
+@needs_triton
 def test_a_fault_of_the_audit_exits_with_1(planted, capsys):
-    pytest.importorskip("triton")
     planted(
         Audit(
             [
@@ -228,8 +232,8 @@ def test_a_fault_of_the_audit_exits_with_1(planted, capsys):
     assert "X x2.0" in out
 
 
+@needs_triton
 def test_a_kernel_that_does_not_compile_exits_with_1(planted, capsys):
-    pytest.importorskip("triton")
     planted(RuntimeError("no such instruction"))
     assert main(["kernels", "relu", "--target", "sm_90"]) == 1
     assert "FAULT relu on sm_90: RuntimeError: no such instruction" in capsys.readouterr().out
@@ -242,25 +246,98 @@ def test_the_interpreter_is_chosen_for_new_processes_only(monkeypatch):
     assert "TRITON_INTERPRET" not in os.environ
 
 
+INTERRUPTIBLE = """
+import signal, sys
+signal.signal(signal.SIGINT, signal.default_int_handler)  # a suite in the background ignores it
+from custom_backprop.__main__ import main
+sys.exit(main(["check", "relu", "linear", "cross_entropy", "--backend", "aten", "--jobs", "1"]))
+"""
+
+
 @pytest.mark.skipif(sys.platform == "win32", reason="sends a signal")
-def test_an_interrupt_ends_the_workers(tmp_path):
-    code = (  # a suite that runs in the background ignores the signal, and so would its children
-        "import signal, sys; signal.signal(signal.SIGINT, signal.default_int_handler); from custom_backprop.__main__ import main; "
-        "sys.exit(main(['check', 'linear', 'softmax', 'cross_entropy', '--jobs', '1']))"
+def test_an_interrupt_ends_the_workers_and_prints_what_is_done(tmp_path):
+    errors = tmp_path / "errors"
+    with errors.open("w") as file:
+        process = subprocess.Popen(
+            [sys.executable, "-c", INTERRUPTIBLE],
+            cwd=ROOT,
+            env={**os.environ, "PYTHONPATH": ROOT},
+            stdout=subprocess.PIPE,
+            stderr=file,
+            text=True,
+        )
+    try:
+        deadline = time.monotonic() + 120
+        while "1/3" not in errors.read_text():  # the bar: the first op is done, another has begun
+            assert process.poll() is None, errors.read_text()
+            assert time.monotonic() < deadline, errors.read_text()
+            time.sleep(0.05)
+        process.send_signal(signal.SIGINT)
+        out, _ = process.communicate(timeout=60)
+    finally:
+        process.kill()
+    assert process.returncode == 130, errors.read_text()
+    assert "interrupted" in errors.read_text()
+    assert "Traceback" not in errors.read_text()
+    assert re.search(r"^relu  +ok", out, re.MULTILINE)
+    assert re.search(r"^interrupted after [12] of 3$", out, re.MULTILINE)
+
+
+def dies_or_answers(name, marks):
+    """Work for a process; ``marks`` is where it notes that it began."""
+    Path(marks, f"{name}-{os.getpid()}").touch()
+    if name == "dies":
+        os._exit(9)
+    return name
+
+
+@pytest.mark.parametrize("jobs", [1, 2])
+def test_a_process_that_dies_condemns_its_own_op(jobs, tmp_path):
+    names = ["a", "b", "dies", "c", "d", "e"]
+    found = work.in_processes(dies_or_answers, [(n, str(tmp_path)) for n in names], jobs)
+    assert [n for n, _ in found] == names
+    for (name, _), result in found.items():
+        if name == "dies":
+            assert isinstance(result, RuntimeError)
+            assert "died" in str(result)
+        else:
+            assert result == name
+
+
+@pytest.mark.parametrize("command", ["check", pytest.param("kernels", marks=needs_triton)])
+def test_what_is_missing_was_interrupted(command, monkeypatch, capsys):
+    monkeypatch.setattr(
+        {"check": check, "kernels": kernels}[command],
+        "in_processes",
+        lambda function, items, jobs: {},
     )
-    command = [sys.executable, "-c", code]
-    root = Path(__file__).parents[2]
-    process = subprocess.Popen(
-        command,
-        cwd=root,
-        env={**os.environ, "PYTHONPATH": str(root)},
-        stdout=subprocess.DEVNULL,
-        stderr=subprocess.PIPE,
-        text=True,
-    )
-    seen = ""
-    while "op/s" not in seen:  # the bar is there: a worker has begun
-        seen += process.stderr.read(1)
-    process.send_signal(signal.SIGINT)
-    process.communicate(timeout=60)
-    assert process.returncode == 130
+    assert main([command, "relu"]) == 130
+    assert "interrupted after 0 of" in capsys.readouterr().out
+
+
+def test_nothing_checked_exits_with_1(planted, capsys):
+    planted(Report("relu", [Result("sweep", "n/a", "not elementwise")]))
+    assert main(["check", "relu", "--backend", "aten"]) == 1
+    assert "nothing was checked" in capsys.readouterr().out
+
+
+@needs_triton
+@pytest.mark.parametrize(
+    ("arguments", "nothing", "fault"),
+    [
+        (["--target", "sm_90"], [], "FAULT relu on sm_90: no kernel was launched"),
+        (["--audit"], Audit(), "FAULT relu: no kernel was launched"),
+    ],
+)
+def test_no_launch_exits_with_1(arguments, nothing, fault, planted, capsys):
+    planted(nothing)
+    assert main(["kernels", "relu", *arguments]) == 1
+    assert fault in capsys.readouterr().out
+
+
+def test_what_was_skipped_says_so_in_its_row(planted, capsys):
+    planted(Report("relu", [Result("compile", "skipped", "Inductor"), Result("forward", "pass")]))
+    assert main(["check", "relu", "--backend", "aten"]) == 0
+    row = next(line for line in capsys.readouterr().out.splitlines() if line.startswith("relu"))
+    assert "~" in row
+    assert "compile skipped: Inductor" in row
