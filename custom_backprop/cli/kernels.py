@@ -95,6 +95,8 @@ def run(args: argparse.Namespace) -> int:
         if not (result.launches if args.audit else result)
     ]
     faults += [f"{f['op']}: {_label(f)}: {fault}" for f in found for fault in f["faults"]]
+    if args.audit:
+        faults += [difference for seen in done.values() for difference in seen.differences]
     for fault in dict.fromkeys(faults):
         print(f"FAULT {fault}")
     kind = "launches" if args.audit else "kernels"

@@ -137,7 +137,7 @@ def _in_one_pool(
         workers, mp_context=get_context("spawn"), initializer=_prepare_worker
     )
     running: dict[Future[Any], tuple[Any, ...]] = {}
-    lost = []
+    lost: list[tuple[Any, ...]] = []
     try:
         while running or (waiting and not lost):
             while waiting and not lost and len(running) < workers:

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import ExitStack, contextmanager
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from typing import Any
 from unittest.mock import patch
 
@@ -19,7 +19,7 @@ from torch import Tensor
 
 from ..backends import interpreting, use_backend
 from .offline import both_ways
-from .spec import Make, OpSpec
+from .spec import Make, OpSpec, Sample
 
 _NOBODY, _SEVERAL = -1, -2
 
@@ -49,10 +49,13 @@ class Audit:
     """The launches seen by :func:`audit`. Prints as a table."""
 
     launches: list[AuditedLaunch] = field(default_factory=list)
+    differences: list[str] = field(default_factory=list)
+    """results that are not the formula's: all was touched as it should, and counted otherwise"""
 
     @property
     def faults(self) -> list[str]:
-        return [f"{launch.kernel}: {fault}" for launch in self.launches for fault in launch.faults]
+        found = [f"{launch.kernel}: {fault}" for launch in self.launches for fault in launch.faults]
+        return found + self.differences
 
     def raise_if_faulty(self) -> Audit:
         """Raises AssertionError if any launch did wrong; else returns the audit."""
@@ -69,9 +72,11 @@ class Audit:
             reread = ", ".join(f"{name} x{times:.1f}" for name, times in launch.reread.items())
             ratio = launch.moved / launch.floor if launch.floor else 1.0
             lines.append(
-                f"{launch.kernel}: {launch.programs} programs, moved {launch.moved} bytes, {ratio:.3f} of the floor  {reread}"
+                f"{launch.kernel}: {launch.programs} programs, moved {launch.moved} bytes, "
+                f"{ratio:.3f} of the floor  {reread}"
             )
             lines += [f"  FAULT {fault}" for fault in launch.faults]
+        lines += [f"FAULT {difference}" for difference in self.differences]
         return "\n".join(lines)
 
 
@@ -108,7 +113,8 @@ def audit(*tensors: Tensor) -> Iterator[Audit]:
     """
     if not interpreting():
         raise RuntimeError(
-            "an audit reads the memory accesses of Triton's interpreter: set TRITON_INTERPRET=1 before the first import"
+            "an audit reads the memory accesses of Triton's interpreter: set TRITON_INTERPRET=1 "
+            "before the first import"
         )
     import triton.language as tl
     from triton.runtime.interpreter import GridExecutor, TensorHandle, interpreter_builder
@@ -203,11 +209,11 @@ class _Memory:
                 storage = self.storages.setdefault(
                     whole.data_ptr(), _Storage(whole.data_ptr(), whole.nbytes())
                 )
-                numbers = torch.arange(whole.nbytes() // t.element_size()).as_strided(
+                positions = torch.arange(whole.nbytes() // t.element_size()).as_strided(
                     t.size(), t.stride(), t.storage_offset()
                 )
                 own = (
-                    numbers.unique().numpy()[:, None] * t.element_size()
+                    positions.unique().numpy()[:, None] * t.element_size()
                     + np.arange(t.element_size())
                 ).ravel()
                 storage.element[own] = True
@@ -269,10 +275,38 @@ class _Memory:
 
 
 def audit_op(spec: OpSpec) -> Audit:
-    """Every launch of an op in float32: on its samples, which are of awkward sizes, and where
-    several programs share the work."""
+    """Every launch of an op in float32: on its samples, and where several programs share the work,
+    evenly and not.
+
+    A row that is counted twice is no access that a launch must not make. It is seen in the result,
+    which is held against the formula's.
+    """
     make = Make("cpu", torch.float32)
-    with np.errstate(all="ignore"), audit() as seen, use_backend("triton"):
-        for sample in (*spec.samples(make), spec.large(make, "medium")):
-            both_ways(spec, sample)
+    larger = [spec.large(make, "medium"), replace(spec.large(make, "awkward"), name="awkward")]
+    with np.errstate(all="ignore"), audit() as seen:
+        for sample in (*spec.samples(make), *larger):
+            found = [_results(spec, sample, backend) for backend in ("triton", "formula")]
+            for (what, ours), (_, true) in zip(*found, strict=True):
+                off = (ours - true).abs().max().item() if true.numel() else 0.0
+                if off > 1e-3 * (true.abs().max().item() if true.numel() else 1.0):
+                    seen.differences.append(
+                        f"{spec.name} ({sample.name}): {what} is off the formula's by {off:.2g}"
+                    )
     return seen
+
+
+def _results(spec: OpSpec, sample: Sample, backend: str) -> list[tuple[str, Tensor]]:
+    """(what it is, the tensor) of each output and gradient."""
+
+    def fresh(a: Any) -> Any:
+        return a.detach().clone().requires_grad_(a.requires_grad) if isinstance(a, Tensor) else a
+
+    args = tuple(map(fresh, sample.args))
+    kwargs = {k: fresh(a) for k, a in sample.kwargs.items()}
+    with use_backend(backend):
+        found = both_ways(spec, replace(sample, args=args, kwargs=kwargs))
+    given = [a for a in (*args, *kwargs.values()) if isinstance(a, Tensor) and a.grad is not None]
+    return [
+        *((f"output {i}", y.detach()) for i, y in enumerate(found)),
+        *((f"a gradient of shape {tuple(a.shape)}", a.grad) for a in given if a.grad is not None),
+    ]

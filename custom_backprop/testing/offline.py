@@ -18,6 +18,7 @@ from types import SimpleNamespace
 from typing import Any
 
 import torch
+from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from ..backends import selection
@@ -91,11 +92,13 @@ class Resources:
         found = []
         if self.spilled:
             found.append(
-                f"{self.spilled} bytes a thread of local memory (spilled registers, or an array on the stack)"
+                f"{self.spilled} bytes a thread of local memory (spilled registers, or an array on "
+                "the stack)"
             )
         if self.atomics:
             found.append(
-                f"{self.atomics} atomic instructions: the order of a sum, and so its bits, would differ from run to run"
+                f"{self.atomics} atomic instructions: the order of a sum, and so its bits, would "
+                "differ from run to run"
             )
         if self.shared > limit:
             found.append(
@@ -139,7 +142,8 @@ def _compile(launch: Launch, target: str) -> Any:
         raise ValueError(f"unknown target {target!r}: choose among {', '.join(TARGETS)}")
     if not isinstance(launch.kernel, JITFunction):
         raise RuntimeError(
-            f"{launch.kernel.__name__} was decorated with TRITON_INTERPRET=1: only the interpreter can run it"
+            f"{launch.kernel.__name__} was decorated with TRITON_INTERPRET=1: only the interpreter "
+            "can run it"
         )
     with _pretending(TARGETS[target]):
         return launch.kernel.warmup(*launch.args, grid=(1,), **launch.constexprs, **launch.options)
@@ -196,10 +200,11 @@ def read_cubin(asm: Any) -> dict[str, int]:
 
 def read_usage(usage: str) -> dict[str, int]:
     """What ``cuobjdump --dump-resource-usage`` prints."""
-    registers, stack, local = (
-        int(re.search(rf"\b{name}:(\d+)", usage)[1]) for name in ("REG", "STACK", "LOCAL")
-    )  # type: ignore[index]
-    return {"registers": registers, "spilled": stack + local}
+
+    def number(name: str) -> int:
+        return int(re.search(rf"\b{name}:(\d+)", usage)[1])  # type: ignore[index]
+
+    return {"registers": number("REG"), "spilled": number("STACK") + number("LOCAL")}
 
 
 def read_ptx(ptx: str) -> dict[str, int]:
@@ -294,18 +299,19 @@ REGIMES = [
 ]
 
 
-def both_ways(spec: OpSpec, sample: Sample) -> None:
+def both_ways(spec: OpSpec, sample: Sample) -> tuple[Tensor, ...]:
     """The op without gradients, then forward and two backwards: through a graph that is retained,
-    and through one that is freed."""
+    and through one that is freed. Returns the outputs."""
     with torch.no_grad():
         spec.function(*sample.args, **sample.kwargs)
     results = outputs(spec.function(*sample.args, **sample.kwargs))
     dys = weights_for(results)
     torch.autograd.backward(results, dys, retain_graph=True)
     torch.autograd.backward(results, dys)
+    return results
 
 
-def calls(spec: OpSpec) -> list[Callable[[], None]]:
+def calls(spec: OpSpec) -> list[Callable[[], Any]]:
     """The op in each of :data:`REGIMES` and of the spec's own, on meta tensors."""
     samples = [spec.large(Make("meta", dtype), size) for dtype, size in REGIMES]
     for dtype in (torch.float64, torch.float32):  # half precision computes in float32

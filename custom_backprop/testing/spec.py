@@ -92,7 +92,8 @@ class OpSpec:
             drawn: valid for gradcheck.
         large: ``large(make, size)`` with size "small" (about 4k elements), "medium" (about 64k) or
             "large" (1M and more): what the benchmarks run, and what ``kernels`` compiles for on
-            meta tensors; or "huge" (64M and more), which benchmarks run on a GPU.
+            meta tensors; "huge" (64M and more), which benchmarks run on a GPU; or "awkward", which
+            the audit runs: work for several programs, no side a multiple of a block.
         regimes: large inputs that only ``kernels`` compiles for: with ``large``, they meet every
             branch that the launchers have.
         module: (our class, torch's class, constructor's arguments, the modules' inputs from a
@@ -100,7 +101,7 @@ class OpSpec:
             that one that is dropped is seen.
         module_variants: further constructor's arguments, where one set cannot hold all.
         double_backward: False if the op has no second derivative; then create_graph raises.
-        low_precision: the dtypes below float64 that torch itself supports for this op on this device.
+        low_precision: the dtypes below float64 that torch itself supports for this op there.
         batched: False if torch's own op cannot be batched by vmap either (data-dependent shapes).
         elementwise: each element of the result depends on that element of its one tensor alone:
             every number of two bytes is then tried.

@@ -34,7 +34,7 @@ def test_spec_is_complete(spec):
     assert getattr(functional, spec.name) is spec.function
     assert ";" in spec.formula, "the formula states forward and backward"
     assert spec.function.__doc__, "a public function has a docstring"
-    for size in ("small", "medium", "large", "huge"):
+    for size in ("awkward", "small", "medium", "large", "huge"):
         assert spec.large(Make("meta"), size).args
 
 

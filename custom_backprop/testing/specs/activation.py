@@ -14,7 +14,13 @@ from ...formulas.activation import ACTIVATIONS
 from ..spec import Make, OpSpec, Sample
 
 SHAPES = ((7,), (3, 5), (2, 1, 4), (), (0, 3))
-SIZES = {"small": (64, 64), "medium": (256, 256), "large": (1024, 1024), "huge": (16384, 4096)}
+SIZES = {
+    "awkward": (131, 257),
+    "small": (64, 64),
+    "medium": (256, 256),
+    "large": (1024, 1024),
+    "huge": (16384, 4096),
+}
 
 
 def _spec(

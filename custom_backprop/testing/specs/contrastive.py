@@ -15,12 +15,14 @@ from ..spec import Make, OpSpec, Sample
 
 # the sizes differ in their options too, so that each kernel is compiled and timed with them
 SIZES: dict[str, Any] = {
+    "awkward": ((67, 131), {"swap": True}),
     "small": ((64, 64), {"p": 3.0, "swap": True}),
     "medium": ((512, 128), {"swap": True}),
     "large": ((8192, 256), {}),
     "huge": ((65536, 1024), {}),
 }
 NCE_SIZES: dict[str, Any] = {
+    "awkward": ((67, 131), {"symmetric": True}),
     "small": ((64, 64), {"symmetric": True}),
     "medium": ((256, 128), {}),
     "large": ((2048, 256), {}),

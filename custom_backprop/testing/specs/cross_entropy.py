@@ -11,8 +11,15 @@ from torch import Tensor
 from ... import functional, nn
 from ..spec import Make, OpSpec, Sample
 
-SIZES = {"small": (64, 64), "medium": (256, 256), "large": (1024, 32000), "huge": (8192, 131072)}
+SIZES = {
+    "awkward": (37, 1031),
+    "small": (64, 64),
+    "medium": (256, 256),
+    "large": (1024, 32000),
+    "huge": (8192, 131072),
+}
 NLL_SIZES = {
+    "awkward": (1031, 7),
     "small": (64, 64),
     "medium": (4096, 16),
     "large": (2**18, 32),

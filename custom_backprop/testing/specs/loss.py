@@ -13,7 +13,13 @@ from ... import functional, nn
 from ...formulas.loss import LOSSES
 from ..spec import Make, OpSpec, Sample
 
-SIZES = {"small": (64, 64), "medium": (256, 256), "large": (1024, 1024), "huge": (16384, 4096)}
+SIZES = {
+    "awkward": (131, 257),
+    "small": (64, 64),
+    "medium": (256, 256),
+    "large": (1024, 1024),
+    "huge": (16384, 4096),
+}
 
 
 def _spec(

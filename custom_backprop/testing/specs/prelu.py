@@ -11,6 +11,7 @@ from ... import functional, nn
 from ..spec import Make, OpSpec, Sample
 
 SIZES = {
+    "awkward": (3, 5, 7, 131),
     "small": (8, 8, 8, 8),
     "medium": (16, 16, 16, 16),
     "large": (8, 32, 64, 64),

@@ -11,7 +11,13 @@ from ... import functional, nn
 from ...formulas.softmax import SOFTMAXES
 from ..spec import Make, OpSpec, Sample
 
-SIZES = {"small": (64, 64), "medium": (256, 256), "large": (1024, 1024), "huge": (16384, 4096)}
+SIZES = {
+    "awkward": (37, 1031),
+    "small": (64, 64),
+    "medium": (256, 256),
+    "large": (1024, 1024),
+    "huge": (16384, 4096),
+}
 
 
 def _samples(make: Make) -> Iterator[Sample]:
