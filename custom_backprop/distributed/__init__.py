@@ -2,8 +2,8 @@
 spread over the ranks.
 
 DDP and FSDP2 need nothing of this: they move parameters and gradients, and no op sees it. A DTensor
-does reach the op. Importing this module tells PyTorch what each primitive does with one
-(``sharding.py``), so that ``parallelize_module`` takes our layers.
+does reach the op. ``sharding.py`` tells PyTorch what each primitive does with one, so that
+``parallelize_module`` takes our layers; the first op that meets a DTensor imports it.
 """
 
 from . import sharding

@@ -1,4 +1,4 @@
-"""Cross-entropy of logits whose classes are spread over the ranks of a group: no rank ever holds a
+"""Cross-entropy of logits whose classes are spread over the ranks of a group: no rank ever has a
 whole row.
 
 With m the largest logit of a row over all ranks, Z = Σ_c e^(x_c - m), C classes and s =
@@ -28,7 +28,7 @@ from ..formulas.precision import widen
 
 
 class _VocabParallelCrossEntropy(torch.autograd.Function):
-    """On x (N, C_r, ...), the classes from ``first`` on, and classes t (N, ...)."""
+    """On x (N, C_r, ...), which has the classes from ``first`` on, and the classes t (N, ...)."""
 
     @staticmethod
     def forward(
@@ -70,11 +70,10 @@ class _VocabParallelCrossEntropy(torch.autograd.Function):
     def backward(ctx: Any, dy: Tensor) -> Any:
         with torch.no_grad():
             dx = _VocabParallelCrossEntropy._gradient(ctx, dy)
-        # torch's once_differentiable lets the gradient pass for a constant where dy needs none
-        # itself
-        return _NotTwice.apply(dx, ctx.saved_tensors[0], dy) if torch.is_grad_enabled() else dx, *(
-            None,
-        ) * 7
+        if torch.is_grad_enabled():
+            # torch's once_differentiable takes the gradient for a constant where dy needs none
+            dx = _NotTwice.apply(dx, ctx.saved_tensors[0], dy)
+        return dx, *(None,) * 7
 
     @staticmethod
     def _gradient(ctx: Any, dy: Tensor) -> Tensor:
@@ -113,10 +112,10 @@ def vocab_parallel_cross_entropy(
     reduction: str = "mean",
     label_smoothing: float = 0.0,
 ) -> Tensor:
-    """The loss that ``cross_entropy`` gives of the whole rows, on every rank; the gradient of this
-    rank's logits.
+    """The loss that ``cross_entropy`` gives of the whole rows, on every rank; its gradient is that
+    of this rank's logits.
 
-    Every rank of the group must call it. All ranks hold the same loss; in the gradient it counts
+    Every rank of the group must call it. All ranks get the same loss; in the gradient it counts
     once. It is not differentiable twice.
 
     Args:
@@ -127,7 +126,7 @@ def vocab_parallel_cross_entropy(
         group: the ranks among which the classes are spread, such as ``mesh.get_group()``. Default:
             all.
         classes: C. Default: as many times C_r as there are ranks. To be given where they do not
-            divide evenly; all ranks but the last then hold ceil(C / ranks), as DTensor shards.
+            divide evenly; all ranks but the last then have ceil(C / ranks), as DTensor shards.
         ignore_index, reduction, label_smoothing: as in
             :func:`custom_backprop.functional.cross_entropy`.
 

@@ -568,6 +568,12 @@ def cases_of_placements():
     def gelu_of_linear(*args):
         return functional.linear_activation(*args, activation="gelu")
 
+    def layer_norm(x, weight, bias):
+        return functional.layer_norm(x, [8], weight, bias)
+
+    def rms_norm(x, weight):
+        return functional.rms_norm(x, [8], weight)
+
     for name, function in (("linear", functional.linear), ("linear_activation", gelu_of_linear)):
         yield f"{name}, rows", function, (x, W, b), [S(0), R, R], S(0), [S(0), P, P]
         yield f"{name}, columns", function, (x, W, b), [R, S(0), S(0)], S(1), [P, S(0), S(0)]
@@ -581,6 +587,8 @@ def cases_of_placements():
             both = [S(i), S(i)]
             yield f"{name}, none", by("none", name), (x, t), both, S(i), both
             yield f"{name}, sum", by("sum", name), (x, t), both, P, both
+    yield "layer_norm", layer_norm, (x, slopes, b), [S(0), R, R], S(0), [S(0), P, P]
+    yield "rms_norm", rms_norm, (x, slopes), [S(0), R], S(0), [S(0), P]
     yield "prelu, rows", functional.prelu, (x, slopes), [S(0), R], S(0), [S(0), P]
     yield "prelu, channels", functional.prelu, (x, slopes), [S(1), S(0)], S(1), [S(1), S(0)]
     for name in ("cross_entropy", "nll_loss"):
