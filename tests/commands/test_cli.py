@@ -233,6 +233,14 @@ def test_a_fault_of_the_audit_exits_with_1(planted, capsys):
 
 
 @needs_triton
+def test_a_result_that_the_audit_finds_wrong_exits_with_1(planted, capsys):
+    launch = AuditedLaunch("activation._forward", 1, 8, 8)
+    planted(Audit([launch], ["relu (awkward): output 0 is off the formula's by 3"]))
+    assert main(["kernels", "relu", "--audit"]) == 1
+    assert "FAULT relu (awkward): output 0 is off" in capsys.readouterr().out
+
+
+@needs_triton
 def test_a_kernel_that_does_not_compile_exits_with_1(planted, capsys):
     planted(RuntimeError("no such instruction"))
     assert main(["kernels", "relu", "--target", "sm_90"]) == 1

@@ -12,7 +12,7 @@ from ... import functional, nn
 from ..spec import Make, OpSpec, Sample
 
 SIZES = {
-    "awkward": (65, 33, 17),
+    "awkward": (301, 300, 5),
     "small": (64, 64, 64),
     "medium": (256, 256, 256),
     "large": (1024, 1024, 1024),
