@@ -48,18 +48,12 @@ def _chunks(*tensors: Tensor) -> Iterator[tuple[Tensor, ...]]:
 
 
 def _rms_norm(x: Tensor, weight: Tensor | None, eps: float, casting: str) -> tuple[Tensor, Tensor]:
-    if not x.numel() or (casting == "llama" and x.dtype in HALF):
+    w = formula.factor(weight, casting) if casting == "gemma" else weight
+    rounded = casting == "llama" and x.dtype in HALF
+    if not x.numel() or rounded or (w is not None and w.dtype != x.dtype):
         return formula.rms_norm(x, weight, eps, casting)
-    y, w = x.new_empty(x.shape), formula.factor(weight, casting)
-    rstd = x.new_empty(x.shape[:-1], dtype=wide(x.dtype))
-    for x_, y_, r in _chunks(rows(x), rows(y), rstd.view(-1, 1)):
-        x_ = widen(x_)
-        torch.mean(x_ * x_, 1, keepdim=True, out=r).add_(eps).rsqrt_()
-        unit = torch.mul(x_, r, out=None if y.dtype in HALF else y_)
-        unit = unit if w is None else unit.mul_(w)
-        if y.dtype in HALF:
-            y_.copy_(unit)
-    return y, rstd
+    y, rstd = aten._fused_rms_norm.default(x, x.shape[-1:], w, eps)
+    return y, rstd.squeeze(-1)
 
 
 def _rms_norm_backward(

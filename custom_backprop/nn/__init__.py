@@ -12,6 +12,8 @@ from .linear import *
 from .linear import __all__ as _linear
 from .loss import *
 from .loss import __all__ as _loss
+from .nll import *
+from .nll import __all__ as _nll
 from .norm import *
 from .norm import __all__ as _norm
 from .prelu import *
@@ -26,6 +28,7 @@ __all__ = [
     *_cross_entropy,
     *_linear,
     *_loss,
+    *_nll,
     *_norm,
     *_prelu,
     *_softmax,

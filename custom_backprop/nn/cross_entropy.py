@@ -1,4 +1,4 @@
-"""Losses of a classification as modules."""
+"""Cross-entropy as a module."""
 
 from __future__ import annotations
 
@@ -7,14 +7,7 @@ from torch import Tensor
 
 from .. import functional as F
 
-__all__ = ["CrossEntropyLoss", "NLLLoss"]
-
-
-class NLLLoss(torch.nn.NLLLoss):
-    """See :func:`custom_backprop.functional.nll_loss`."""
-
-    def forward(self, input: Tensor, target: Tensor) -> Tensor:
-        return F.nll_loss(input, target, self.weight, None, self.ignore_index, None, self.reduction)
+__all__ = ["CrossEntropyLoss"]
 
 
 class CrossEntropyLoss(torch.nn.CrossEntropyLoss):
