@@ -12,7 +12,7 @@ from optim_helpers import FULL, every_optimizer, give_gradients, ours, parameter
 
 from custom_backprop.nn.utils import clip_grad_norm_
 
-SHAPES: list[tuple[int, ...]] = [(5,), (7, 10)]
+SHAPES: list[tuple[int, ...]] = [(5,), (5, 7)]  # less and more than a vector or a block
 
 
 def state_of(optimizer: Any, params: list[Any]) -> list[list[torch.Tensor]]:

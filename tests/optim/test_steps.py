@@ -32,16 +32,16 @@ from custom_backprop.optim.signature import guard
 
 
 @every_option
-def test_a_hundred_steps_are_torchs(
+def test_many_steps_are_torchs(
     name: str, kwargs: dict[str, Any], backend: str, device: str
 ) -> None:
-    shapes = (
-        [(5,)] if backend == "triton" and device == "cpu" else SHAPES
-    )  # the interpreter is slow; more blocks below
+    """A hundred, but for the interpreter, which is slow; more of its blocks below."""
+    slow = backend == "triton" and device == "cpu"
+    shapes, steps = ([(5,)], 12) if slow else (SHAPES, 100)
     mine, theirs = parameters(device, shapes=shapes), parameters(device, shapes=shapes)
     our, their = ours(name)(mine, **kwargs), stock(name)(theirs, **kwargs)
-    train(our, mine, 100)
-    train(their, theirs, 100)
+    train(our, mine, steps)
+    train(their, theirs, steps)
     assert_equal(mine, theirs)
     assert_equal(our.state_dict(), their.state_dict())
 
@@ -162,7 +162,8 @@ def test_flags_of_torchs_variants_are_accepted(name: str, flag: str) -> None:
 
 @every_optimizer
 def test_the_default_device_has_no_part(name: str, backend: str, device: str) -> None:
-    mine, theirs = parameters(device), parameters(device)
+    shapes: list[tuple[int, ...]] = [(5,), (3, 5)]
+    mine, theirs = parameters(device, shapes=shapes), parameters(device, shapes=shapes)
     for params, where in ((mine, "meta"), (theirs, device)):
         optimizer = ours(name)(params, max_grad_norm=1.0, **FULL[name])
         for step in range(3):
