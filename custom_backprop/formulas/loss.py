@@ -24,7 +24,7 @@ from torch import Tensor
 
 from .precision import widen
 
-#: torch's own numbers for ``reduction``
+#: torch's own values of ``reduction``
 NONE, MEAN, SUM = 0, 1, 2
 
 #: what log 0 may count as in t log t, which is 0 at t = 0: below the logarithm of every positive
@@ -43,7 +43,7 @@ class Loss:
         value: l.
         dx, dt, dv: its partial derivatives. dt None: -dx. dv None: l has no third tensor, or torch
             does not differentiate by it.
-        parameters: the numbers that l takes, as a schema declares them.
+        parameters: of l, as a schema declares them.
         scaled_dx: k l_x as a function of (k, x, t, v), where l_x alone may overflow.
     """
 

@@ -1,5 +1,5 @@
-"""Formulas are written for exact numbers; half precision is computed in float32 and rounded once,
-as the kernels do."""
+"""Formulas are written for exact arithmetic; half precision is computed in float32 and rounded
+once, as the kernels do."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ HALF = (torch.float16, torch.bfloat16)
 
 
 def wide(dtype: torch.dtype) -> torch.dtype:
-    """The dtype in which numbers of ``dtype`` are computed."""
+    """The dtype in which tensors of ``dtype`` are computed."""
     return torch.float32 if dtype in HALF else dtype
 
 

@@ -279,7 +279,7 @@ def audit_op(spec: OpSpec) -> Audit:
     evenly and not.
 
     A row that is counted twice is no access that a launch must not make. It is seen in the result,
-    which is held against the formula's.
+    which is compared with the formula's.
     """
     make = Make("cpu", torch.float32)
     larger = [spec.large(make, "medium"), replace(spec.large(make, "awkward"), name="awkward")]

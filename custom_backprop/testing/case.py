@@ -14,7 +14,7 @@ from torch.utils._pytree import tree_leaves
 
 
 def is_float(a: Any) -> bool:
-    """Whether ``a`` is a tensor of real floating-point numbers."""
+    """Whether ``a`` is a floating-point tensor."""
     return isinstance(a, Tensor) and a.is_floating_point()
 
 

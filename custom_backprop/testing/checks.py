@@ -251,10 +251,10 @@ def layouts(case: Case) -> None:
             results, leaves, [layout(d) for d in dys], retain_graph=True, allow_unused=True
         )
         _same(grads, expected, f"gradients for a {name} grad_output")
-    constant = [d.new_tensor(0.7).expand_as(d) for d in dys]
-    grads = torch.autograd.grad(results, leaves, constant, retain_graph=True, allow_unused=True)
+    uniform = [d.new_tensor(0.7).expand_as(d) for d in dys]
+    grads = torch.autograd.grad(results, leaves, uniform, retain_graph=True, allow_unused=True)
     expected = torch.autograd.grad(
-        results, leaves, [c.contiguous() for c in constant], retain_graph=True, allow_unused=True
+        results, leaves, [u.contiguous() for u in uniform], retain_graph=True, allow_unused=True
     )
     _same(grads, expected, "gradients for a stride-0 grad_output")
     undefined: Any = [torch._C._functions.UndefinedGrad()(r) for r in results]
@@ -314,7 +314,7 @@ def two_backwards(case: Case) -> None:
         first = torch.autograd.grad(
             results, leaves, [w.clone() for w in weights], retain_graph=True, allow_unused=True
         )
-        kept = [None if g is None else g.clone() for g in first]
+        expected = [None if g is None else g.clone() for g in first]
         for g in first:
             if g is not None and not any(
                 s == 0 for s in g.stride()
@@ -323,7 +323,7 @@ def two_backwards(case: Case) -> None:
         second = torch.autograd.grad(
             results, leaves, [w.clone() for w in weights], retain_graph=True, allow_unused=True
         )
-        for a, b in zip(kept, second, strict=True):
+        for a, b in zip(expected, second, strict=True):
             _require(
                 (a is None) == (b is None) and (a is None or _bits(a, b)),
                 "the second backward gave other bits",
@@ -331,8 +331,8 @@ def two_backwards(case: Case) -> None:
 
 
 def freed(case: Case) -> None:
-    """Outputs are freed when their last name goes: a cycle through the context would hold them
-    until the collector runs."""
+    """Outputs are freed when their last name goes: a cycle through the context would let
+    them live until the collector runs."""
     leaves = case.leaves
     collecting = gc.isenabled()
     gc.disable()
@@ -415,8 +415,8 @@ def precision(case: Case) -> dict[str, tuple[float, float]]:
     return figures
 
 
-#: what an error may exceed the reference's largest in the same binade by, in units in the last
-#: place: both are rounded once, of numbers that differ by a few units of float32
+#: by how many units in the last place an error may exceed the reference's largest in the same
+#: binade: both are rounded once, from results that differ by a few units of float32
 HAIR = 0.05
 
 
@@ -424,7 +424,7 @@ def sweep(case: Case) -> None:
     """An elementwise function of one tensor, at every number of two bytes: value and derivative as
     near to float64's as the reference's in that dtype are, and finite where they are.
 
-    Errors are counted in units in the last place. Each is held against the reference's largest for
+    Errors are counted in units in the last place. Each is compared with the reference's largest for
     inputs of the same sign and exponent: where the reference is bad, only there may ours be.
     """
     _with_reference(case)
@@ -555,7 +555,7 @@ def sliced(t: Tensor) -> Tensor:
 
 
 class _Recorder(TorchDispatchMode):
-    """Keeps one call of each operator that is not PyTorch's own."""
+    """Records one call of each operator that is not PyTorch's own."""
 
     STOCK = frozenset(
         {"aten", "prim", "prims", "higher_order", "inductor", "profiler", "_c10d_functional"}

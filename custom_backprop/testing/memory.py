@@ -24,8 +24,8 @@ def peak_memory(call: Callable[[], Any], device: str = "cpu") -> int:
         "KINETO_LOG_LEVEL", "6"
     )  # the profiler reports its own start and stop below that
     with torch.autograd.profiler.profile(profile_memory=True) as profile:
-        kept = call()
-    del kept
+        results = call()
+    del results
     now = peak = 0
     events = (e for e in profile.kineto_results.events() if e.name() == "[memory]")
     for event in sorted(events, key=lambda e: e.start_ns()):

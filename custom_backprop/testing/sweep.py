@@ -1,5 +1,4 @@
-"""Every number that two bytes hold, and how far a result is from the truth in units in the last
-place."""
+"""Every value of two bytes, and how far a result is from the truth in units in the last place."""
 
 from __future__ import annotations
 

@@ -54,8 +54,7 @@ class Report:
         return {r.check: r.status for r in self.results}[check]
 
     def raise_if_failed(self) -> Report:
-        """Raises AssertionError that holds the whole report if any check failed; else returns the
-        report."""
+        """Raises AssertionError with the whole report if any check failed; else returns it."""
         if not self.passed:
             raise AssertionError(str(self))
         return self

@@ -1,4 +1,4 @@
-"""The audit of an op holds its results against the formula's. (What one launch may touch:
+"""The audit of an op compares its results with the formula's. (What one launch may touch:
 tests/kernels/test_kernels.py.)"""
 
 from __future__ import annotations

@@ -1,1 +1,1 @@
-"""The specs, one file an op family; each holds a list ``SPECS``."""
+"""The specs, one file an op family; each with a list ``SPECS``."""

@@ -33,7 +33,7 @@ def _activation_samples(make: Make) -> Iterator[Sample]:
     def positive(*shape: int) -> Tensor:
         return make.tensor(
             *shape, low=0.2, high=0.9
-        )  # keeps z away from the kink of relu, and tanh from 1 - y² near 0
+        )  # z stays away from the kink of relu, and tanh from 1 - y² near 0
 
     yield Sample((positive(2, 2), positive(2, 2), positive(2)), name="relu")
     yield Sample(
