@@ -281,6 +281,8 @@ def test_the_look_at_the_gradients_is_torchs_own_from_the_third_step_on(
     seen = looks(monkeypatch)
     mine, theirs = parameters(), parameters()
     our, their = ours(name)(mine, **FULL[name]), stock(name)(theirs, **FULL[name])
+    if guarded and torch.__version__ < "2.16":  # those for which it was tried
+        assert guard([torch.ones(1)]) is not None
     quick = guarded and guard([torch.ones(1)]) is not None
     for context in (
         nullcontext,
