@@ -36,7 +36,7 @@ except ImportError as error:
 
 WIDTH, PIXELS, BATCH, RATE, MOMENTUM, EXCESS = 64, 2, 64, 0.02, 0.9, 1.2
 NORM, VALUE, WEIGHT = 1.0, 0.01, 0.2
-WAYS = ("nothing", "norm clipping", "value clipping", "weight clipping")
+CLIPPINGS = ("nothing", "norm clipping", "value clipping", "weight clipping")
 
 
 class Loop(torch.nn.Module):
@@ -71,17 +71,17 @@ def through_time(x: Tensor, y: Tensor, seed: int) -> list[float]:
 
 
 def learn(
-    way: str,
+    clipping: str,
     parts: tuple[Tensor, Tensor, Tensor, Tensor],
     args: Namespace,
     tick: Callable[[], object],
 ) -> Result:
-    """Trains the loop one way. Returns what its monitor saw, the loss of every step, and the test
-    accuracy."""
+    """Trains the loop with one clipping. Returns what its monitor saw, the loss of every step, and
+    the test accuracy."""
     x, test_x, y, test_y = parts
     torch.manual_seed(args.seed)
     model = Loop().to(x.device)
-    if way == "weight clipping":
+    if clipping == "weight clipping":
         clip_weights_(model.parameters(), WEIGHT)
     optimizer = torch.optim.SGD(model.parameters(), lr=RATE, momentum=MOMENTUM)
     loss_of = nn.CrossEntropyLoss()
@@ -93,12 +93,12 @@ def learn(
             loss = loss_of(model(x[batch]), y[batch])
             loss.backward()
             monitor.step()
-            if way == "norm clipping":
+            if clipping == "norm clipping":
                 clip_grad_norm_(model.parameters(), NORM)
-            elif way == "value clipping":
+            elif clipping == "value clipping":
                 clip_grad_value_(model.parameters(), VALUE)
             optimizer.step()
-            if way == "weight clipping":
+            if clipping == "weight clipping":
                 clip_weights_(model.parameters(), WEIGHT)
             losses.append(loss.detach())
         tick()
@@ -118,7 +118,7 @@ def draw(
     results: dict[str, Any],
     args: Namespace,
 ) -> None:
-    """The gradient through time; its norm and the loss, step by step, each way."""
+    """The gradient through time; its norm and the loss, step by step, with each clipping."""
     figure, (time, norms, losses) = plt.subplots(1, 3, figsize=(13, 3.8))
     time.plot(range(1, len(back) + 1), back, "k.-")
     time.set(
@@ -150,12 +150,12 @@ def main() -> None:
     args = options("exploding_gradients", __doc__, epochs=15)
     args.checkpoint = args.out / "checkpoint.pt"
     parts = data(args.seed, args.device)
-    print(f"{len(WAYS)} ways, {args.epochs} epochs each; {where(args)}")
+    print(f"{len(CLIPPINGS)} runs, {args.epochs} epochs each; {where(args)}")
     results = in_turn(
-        list(WAYS), args.epochs, lambda name, tick: learn(name, parts, args, tick), args
+        list(CLIPPINGS), args.epochs, lambda name, tick: learn(name, parts, args, tick), args
     )
 
-    monitors = {name: seen(Loop(), results[name]) for name in WAYS}
+    monitors = {name: seen(Loop(), results[name]) for name in CLIPPINGS}
     back = through_time(parts[0][:BATCH], parts[2][:BATCH], args.seed)
     draw(back, monitors, results, args)
     head = f"{'':18}{'largest norm':>14}{'last norm':>12}{'last loss':>12}  {'test accuracy':>13}"

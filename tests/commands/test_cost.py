@@ -56,9 +56,9 @@ def test_a_small_network_counted_by_hand(requires_grad):
         assert (total.forward_flops, total.saved_bytes) == (first + last, B * (IN + HIDDEN) * FLOAT)
 
 
-def test_a_linear_layer_and_its_activation_in_one_keep_y_once():
+def test_a_linear_layer_and_its_activation_in_one_save_y_once():
     ours = custom_backprop.nn
-    for activation, stock, kept in (
+    for activation, stock, outputs_saved in (
         ("relu", nn.ReLU(), 1),
         ("sigmoid", nn.Sigmoid(), 1),
         ("gelu", nn.GELU(), 2),
@@ -69,12 +69,12 @@ def test_a_linear_layer_and_its_activation_in_one_keep_y_once():
         found = measure(fused, batch())
         assert (
             found["0"].saved_bytes
-            == B * (IN + kept * HIDDEN) * FLOAT - (kept - 1) * B * HIDDEN * FLOAT
+            == B * (IN + outputs_saved * HIDDEN) * FLOAT - (outputs_saved - 1) * B * HIDDEN * FLOAT
         )
         assert (
             found.total.saved_bytes
             == measure(mlp(stock), batch()).total.saved_bytes
-            == B * (IN + kept * HIDDEN) * FLOAT
+            == B * (IN + outputs_saved * HIDDEN) * FLOAT
         )
 
 
@@ -86,7 +86,7 @@ ACTIVATIONS = [
 
 
 @pytest.mark.parametrize("activation", ACTIVATIONS, ids=lambda t: t.__name__)
-def test_no_activation_of_ours_keeps_more_than_stocks(activation):
+def test_no_activation_of_ours_saves_more_than_stocks(activation):
     report = cost(mlp(activation()), batch())
     of_input = (
         B * HIDDEN * FLOAT if activation is nn.Tanhshrink else 0

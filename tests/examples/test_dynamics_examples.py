@@ -80,11 +80,11 @@ def test_exploding_gradients(example, tmp_path, capsys):
     assert float(out.splitlines()[-1].rpartition("=")[2]) > 100, (
         "the gradient grows on its way back"
     )
-    found = rows((tmp_path / "table.txt").read_text(), module.WAYS)
+    found = rows((tmp_path / "table.txt").read_text(), module.CLIPPINGS)
     assert found["nothing"][1:3] == ["nan", "nan"]
     assert "exploding" in found["nothing"][-1]
-    for way in module.WAYS[1:]:
-        assert float(found[way][2]) < 10, "the loss"
+    for clipping in module.CLIPPINGS[1:]:
+        assert float(found[clipping][2]) < 10, "the loss"
     assert float(found["weight clipping"][0]) < 1e-2 * float(found["nothing"][0])
 
 
