@@ -76,8 +76,8 @@ def _fused(value: Callable[..., Any], gradient: Callable[..., Any]) -> Callable[
 def _binary_cross_entropy_with_logits(
     x: Tensor, t: Tensor, p: Tensor | None, k: Tensor, y: Tensor | None, g: Tensor | None
 ) -> None:
-    if y is not None:
-        torch.clamp_min(x, 0, out=y).addcmul_(t, x, value=-1).add_(x.abs().neg_().exp_().log1p_())
+    if y is not None:  # (1 - t) x - min(x, 0) bears an infinite x, as max(x, 0) - t x does not
+        torch.sub(1, t, out=y).mul_(x).sub_(x.clamp_max(0)).add_(x.abs().neg_().exp_().log1p_())
     if g is not None:
         torch.sigmoid(x, out=g).sub_(t).mul_(k)
 
@@ -154,6 +154,14 @@ FILL: dict[str, Callable[..., None]] = {
 ROW, ROWS = 2**7, 2**15
 
 
+def _mse_loss(x: Tensor, t: Tensor, v: None, k: Tensor, y: Tensor | None, g: Tensor | None) -> None:
+    """Where 2 d may overflow and 2 k d does not."""
+    if y is not None:
+        aten.mse_loss.out(x, t, NONE, out=y)
+    if g is not None:
+        torch.sub(x, t, out=g).mul_(2 * k)
+
+
 def _mse_loss_total(x: Tensor, t: Tensor, v: None, k: float, g: Tensor) -> float:
     """Reads x and t once: Σ l is the squared norm of the gradient 2 k d that was made of them, over
     4 k², row by row.
@@ -165,13 +173,13 @@ def _mse_loss_total(x: Tensor, t: Tensor, v: None, k: float, g: Tensor) -> float
     """
     n = g.numel()
     if n < ROWS or n % ROW or not g.is_contiguous():
-        return _one_by_one(FILL["mse_loss"], x, t, v, k, g)
+        return _one_by_one(_mse_loss, x, t, v, k, g)
     dy = x.new_full((), k)
     FILL["mse_loss"](x, t, v, dy, None, g)
     norms = torch.linalg.vector_norm(g.view(-1, ROW), dim=1)
     squares, limits = norms.mul_(norms).sum().item(), torch.finfo(g.dtype)
     if not 2 * n * limits.tiny / limits.eps < squares < math.inf:
-        return _one_by_one(FILL["mse_loss"], x, t, v, k, g)
+        return _one_by_one(_mse_loss, x, t, v, k, g)
     return squares / (2 * dy.item()) ** 2  # the k that g was multiplied by
 
 
@@ -199,6 +207,8 @@ def _binary_cross_entropy_with_logits_total(
     l_x will stand."""
     total = torch.abs(x, out=g).neg_().exp_().log1p_().sum().item()
     total += torch.clamp_min(x, 0, out=g).addcmul_(t, x, value=-1).sum().item()
+    if math.isnan(total):
+        return _one_by_one(FILL["binary_cross_entropy_with_logits"], x, t, v, k, g)
     torch.sigmoid(x, out=g).sub_(t).mul_(k)
     return total
 
