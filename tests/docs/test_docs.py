@@ -13,6 +13,7 @@ from pathlib import Path
 import pytest
 from pages import agree, commands, outputs, python_blocks, script
 
+from custom_backprop.testing import CHECKS
 from custom_backprop.testing.table import markdown
 
 ROOT = Path(__file__).parents[2]
@@ -87,6 +88,13 @@ def test_what_agrees(shown, printed):
 )
 def test_what_does_not_agree(shown, printed):
     assert not agree(shown, printed)
+
+
+def test_the_table_of_checks_names_all():
+    page = (ROOT / "docs" / "validate.md").read_text(encoding="utf-8")
+    first_column = re.findall(r"^\| (`.*?) \|", page, re.MULTILINE)
+    named = re.findall(r"`(\w+)`", " ".join(first_column))
+    assert sorted(named) == sorted(CHECKS)
 
 
 def test_the_table_of_ops_is_the_database():
