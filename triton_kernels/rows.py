@@ -220,11 +220,10 @@ def _column_sum(
         inside = (part < parts) & (column < n)[None, :]
         sums += tl.load(PARTIAL + part.to(tl.int64) * n + column[None, :], inside, other=0.0)
     total = tl.sum(sums, 0)
-    if SECOND is None:
+    if which == 0:
         tl.store(OUT + column, total.to(OUT.dtype.element_ty), column < n)
-    else:
-        tl.store(OUT + column, total.to(OUT.dtype.element_ty), (column < n) & (which == 0))
-        tl.store(SECOND + column, total.to(SECOND.dtype.element_ty), (column < n) & (which == 1))
+    elif SECOND is not None:
+        tl.store(SECOND + column, total.to(SECOND.dtype.element_ty), column < n)
 
 
 @planned
