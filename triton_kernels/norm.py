@@ -191,25 +191,29 @@ def _columns(
 
 @planned
 def plan_forward(
-    rows: int, n: int, dtype: torch.dtype, count: int, eps: float, casting: str
+    rows: int, n: int, dtype: torch.dtype, count: int, eps: float, casting: str, takes_mean: bool
 ) -> Launch:
     """Of ``rows`` rows of ``n``, on ``count`` multiprocessors."""
-    named = {"CASTING": casting, "EPS": eps}
-    return over_rows(_forward, (rows, n, 1), [(n, 1, 1)], dtype, 2, count, **named)
+    named, live = {"CASTING": casting, "EPS": eps}, 4 if takes_mean else 2
+    return over_rows(_forward, (rows, n, 1), [(n, 1, 1)], dtype, live, count, **named)
 
 
 @planned
 def plan_backward(
     rows: int, n: int, dtype: torch.dtype, count: int, casting: str, of_weight: bool, of_bias: bool
 ) -> tuple[Launch, Launch | None, int]:
-    """The pass over rows; that over columns, if the sums need one; and how many partial sums there
-    are."""
+    """The pass over rows; that over columns, where rows are too long for the first to sum; and how
+    many partial sums there are."""
     live, needs = 4, {"NEED_WEIGHT": of_weight, "NEED_BIAS": of_bias}
-    named = {"CASTING": casting, **needs}
+    sums = of_weight or of_bias
+    fits = n <= row_config(n, 1, dtype, live).block
+    named = {"CASTING": casting, **{need: wanted and fits for need, wanted in needs.items()}}
+    # of a block of 2048 in a loop ptxas spills a register on sm_90
+    live = live if fits else 2 * live
     run = over_rows(_backward, (rows, n, 1), [(n, 1, 1)], dtype, live, count, **named)
-    if not (of_weight or of_bias):
+    if not sums:
         return run, None, 0
-    if n <= row_config(n, 1, dtype, live).block:
+    if fits:
         parts = min(run.programs, RESIDENT * count)
         return Launch(run.func, parts, **run.keywords), None, parts
     tile_m, tile_n = 8, 64 if dtype == torch.float64 else 128
@@ -235,7 +239,7 @@ def _normalize(
     mean = torch.empty_like(rstd) if takes_mean else None
     if x.numel():
         rows, n = rstd.numel(), x.shape[-1]
-        run = plan_forward(rows, n, x.dtype, multiprocessors(x.device), eps, casting)
+        run = plan_forward(rows, n, x.dtype, multiprocessors(x.device), eps, casting, takes_mean)
         run(x, weight, bias, y, mean, rstd)
     return y, mean, rstd
 
