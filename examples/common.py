@@ -17,7 +17,21 @@ import torch
 from matplotlib import pyplot as plt
 from matplotlib.figure import Figure
 
-import custom_backprop
+
+def _interpret_on_a_cpu() -> None:
+    """Asks for Triton's interpreter where the command line forces kernels on a CPU. Triton reads
+    this when it is imported, so it comes before custom_backprop."""
+    early = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+    early.add_argument("--backend")
+    early.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    given, _ = early.parse_known_args()
+    if given.backend == "triton" and given.device == "cpu":
+        os.environ["TRITON_INTERPRET"] = "1"
+
+
+_interpret_on_a_cpu()
+
+import custom_backprop  # noqa: E402
 
 matplotlib.use("Agg")
 plt.rcParams.update(
@@ -91,9 +105,6 @@ def options(name: str, description: str | None, **own: int | tuple[str, ...]) ->
     args = parser.parse_args()
     try:
         torch.zeros((), device=args.device).item()  # meta, which has no values, refuses
-        if args.backend == "triton" and torch.device(args.device).type == "cpu":
-            # in time: triton is imported, and reads it, when the first kernel is used
-            os.environ["TRITON_INTERPRET"] = "1"
         custom_backprop.use_backend(args.backend)
         args.out.mkdir(parents=True, exist_ok=True)
         TemporaryFile(dir=args.out).close()  # refuses now, not after the first epoch
