@@ -8,6 +8,7 @@ import pytest
 import torch
 from conftest import DEVICE
 
+import custom_backprop
 from custom_backprop.testing import Make, database
 
 SPECS = [spec for spec in database().values() if spec.module]
@@ -66,3 +67,22 @@ def test_traced_by_jit(case):
         traced = torch.jit.trace(module, inputs)
     assert "PythonOp" not in str(traced.inlined_graph)
     assert_same(traced, twin, inputs)
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_a_converted_model_becomes_onnx():
+    """Its operators are ONNX's own: a formula is what the exporter is shown."""
+    model = torch.nn.Sequential(
+        torch.nn.Linear(4, 8),
+        torch.nn.GELU(),
+        torch.nn.LayerNorm(8),
+        torch.nn.PReLU(),
+        torch.nn.Softmax(-1),
+        torch.nn.RMSNorm(8),
+        torch.nn.Mish(),
+        torch.nn.Linear(8, 2),
+        torch.nn.LogSoftmax(-1),
+    )
+    custom_backprop.convert(model)
+    program = torch.onnx.export(model, (torch.randn(3, 4),), dynamo=True, verbose=False)
+    assert {node.domain for node in program.model.graph} == {""}
