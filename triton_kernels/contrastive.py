@@ -18,7 +18,13 @@ from torch import Tensor
 
 from .elementary import exp, upcast
 from .launch import (
-    Launch, accumulator, cdiv, kernel, multiprocessors, next_power_of_2, planned,
+    Launch,
+    accumulator,
+    cdiv,
+    kernel,
+    multiprocessors,
+    next_power_of_2,
+    planned,
 )  # fmt: skip
 from .loss import MEAN, NONE
 from .pointwise import BLOCK
@@ -418,10 +424,10 @@ def info_nce(
     temperature: float,
     symmetric: bool,
     reduction: int,
-    keep: bool,
+    makes_G: bool,
 ) -> tuple[Tensor, Tensor]:
-    """The loss, and G if ``keep`` (else an empty tensor): over the similarities, where their dtype
-    is that of q."""
+    """The loss, and G if ``makes_G`` (else an empty tensor): over the similarities, where their
+    dtype is that of q."""
     s = _similarities(q, k, n)
     rows, options = len(s), (temperature, n is None)
     count = multiprocessors(s.device)
@@ -429,11 +435,11 @@ def info_nce(
     # columns are rows that lie side by side
     for v in (s.unsqueeze(2), s.t().unsqueeze(0))[: 1 + symmetric]:
         losses.append(s.new_empty(rows))
-        statistics += [s.new_empty(rows), s.new_empty(rows)] if keep else [None, None]
+        statistics += [s.new_empty(rows), s.new_empty(rows)] if makes_G else [None, None]
         run = plan_softmax(v.shape, v.stride(), s.dtype, count, *options)
         run(v, losses[-1], *statistics[-2:])
     G = q.new_empty(0)
-    if keep:
+    if makes_G:
         G = s if s.dtype == q.dtype else q.new_empty(s.shape)
         columns = statistics[2:] if symmetric else (None, None)
         plan_slope(*s.shape, s.dtype, *options)(s, G, *statistics[:2], *columns)

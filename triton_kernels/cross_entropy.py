@@ -18,7 +18,15 @@ from . import rows as row_kernels
 from .launch import Launch, cdiv, kernel, multiprocessors, planned
 from .pointwise import like
 from .rows import (
-    far, lowest, online, online_of_rows, over_rows, read, start_of, tile_of, write,
+    far,
+    lowest,
+    online,
+    online_of_rows,
+    over_rows,
+    read,
+    start_of,
+    tile_of,
+    write,
 )  # fmt: skip
 
 NONE, MEAN = 0, 1
@@ -399,14 +407,14 @@ def forward(
     reduction: int,
     ignore_index: int,
     smoothing: float,
-    keep: int,
+    makes: int,
 ) -> tuple[Tensor, Tensor]:
-    """The loss, and what ``keep`` says: nothing, dx for a dy of 1, or (m, log Σ e^(x-m)) of each
-    row."""
+    """The loss, and what it ``makes`` for backward: nothing, dx for a dy of 1, or (m, log Σ
+    e^(x-m)) of each row."""
     x, target, weight, total = _prepare(x, target, weight, reduction, ignore_index, FEW)
     shape = (x.shape[0], *x.shape[2:])
-    dx = torch.empty_like(x) if keep == GRADIENT else None
-    statistics = row_kernels.partial_sums(x, 2, *shape) if keep == STATISTICS else None
+    dx = torch.empty_like(x) if makes == GRADIENT else None
+    statistics = row_kernels.partial_sums(x, 2, *shape) if makes == STATISTICS else None
     saved = dx if dx is not None else statistics if statistics is not None else x.new_empty(0)
     if not x.numel():
         nothing = float("nan") if reduction == MEAN else 0.0

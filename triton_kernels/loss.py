@@ -78,7 +78,7 @@ def huber_loss_dx(dy, x, t, v, A, B, C):
 
 @triton.jit
 def _log_from_minus_100(y):
-    """max(y, -100) that keeps a NaN."""
+    """max(y, -100), or NaN."""
     return tl.where(y < -100, -100.0, y)
 
 
@@ -100,7 +100,7 @@ def binary_cross_entropy_dt(dy, x, t, v, A, B, C):
 
 @triton.jit
 def positive(x):
-    """max(x, 0) that keeps a NaN."""
+    """max(x, 0), or NaN."""
     return tl.where(x < 0, 0.0, x)
 
 
@@ -307,13 +307,13 @@ def forward(
     v: Tensor | None,
     w: Tensor | None,
     reduction: int,
-    hold: bool,
+    make_dx: bool,
     *parameters: Any,
 ) -> tuple[Tensor, Tensor]:
-    """The loss, and dx for dy = 1 if ``hold`` (else an empty tensor). x, t, v, w: one shape and
+    """The loss, and dx for dy = 1 if ``make_dx`` (else an empty tensor). x, t, v, w: one shape and
     dtype, any strides."""
     n = x.numel()
-    dx = torch.empty_like(x) if hold else None
+    dx = torch.empty_like(x) if make_dx else None
     layout = dx if dx is not None else x if x.is_contiguous() else torch.empty_like(x)
     operands = [None if a is None else like(a, layout) for a in (x, t, v, w)]
     run = plan(name, n, reduction, multiprocessors(x.device), *parameters)

@@ -12,7 +12,6 @@ before it is rounded: in float32, 1 - 0.999 would be off by 5e-5.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -22,7 +21,7 @@ from torch import Tensor
 from triton.runtime.jit import JITFunction
 
 from .elementary import expm1
-from .launch import accumulator, bind, cdiv, kept
+from .launch import Launch, accumulator, cdiv, kernel, planned
 
 BLOCK, ROUNDS = 1024, 4
 
@@ -91,30 +90,26 @@ def lion(p, g, m, s1, s2, t, bias_a, bias_b, lr, decay, beta1, beta2, rest1, res
 
 
 @triton.jit
+def _address(entry, which, tensors, T: tl.constexpr, ALIGNED: tl.constexpr):
+    """The address in row ``which`` of the table. ALIGNED, which the compiler cannot see in a table,
+    makes loads and stores 128 bits wide."""
+    address = tl.load(entry + which * tensors).to(tl.pointer_type(T))
+    return tl.multiple_of(address, ALIGNED)
+
+
+@triton.jit
 def _block(
-    ENTRY, TENSORS, start, inside, offsets, key, scale, t, bias_a, bias_b, lr, decay, a, b, rest_a, rest_b, eps,
-    RULE: tl.constexpr, P: tl.constexpr, G: tl.constexpr, S: tl.constexpr, ACC: tl.constexpr, STATES: tl.constexpr, MASTER: tl.constexpr,
-    FLAG: tl.constexpr, FRESH: tl.constexpr, MAXIMIZE: tl.constexpr, STOCHASTIC: tl.constexpr, ALIGNED: tl.constexpr,
+    entry, tensors, start, inside, offsets, key, scale,
+    t, bias_a, bias_b, lr, decay, a, b, rest_a, rest_b, eps,
+    RULE: tl.constexpr, P: tl.constexpr, G: tl.constexpr, S: tl.constexpr, ACC: tl.constexpr,
+    STATES: tl.constexpr, MASTER: tl.constexpr, FLAG: tl.constexpr, FRESH: tl.constexpr,
+    MAXIMIZE: tl.constexpr, STOCHASTIC: tl.constexpr, ALIGNED: tl.constexpr,
 ):  # fmt: skip
-    """Updates one block of one tensor; ``inside`` is None where all of the block is. ALIGNED, which
-    the compiler cannot see in a table, makes loads and stores 128 bits wide."""
-    param = (
-        tl.multiple_of(tl.load(ENTRY + 2 * TENSORS).to(tl.pointer_type(P)), ALIGNED)
-        + start
-        + offsets
-    )
-    grad = (
-        tl.multiple_of(tl.load(ENTRY + 3 * TENSORS).to(tl.pointer_type(G)), ALIGNED)
-        + start
-        + offsets
-    )
-    g = tl.load(grad, inside).to(ACC)
+    """Updates one block of one tensor; ``inside`` is None where all of the block is."""
+    param = _address(entry, 2, tensors, P, ALIGNED) + start + offsets
+    g = tl.load(_address(entry, 3, tensors, G, ALIGNED) + start + offsets, inside).to(ACC)
     if MASTER:
-        master = (
-            tl.multiple_of(tl.load(ENTRY + 4 * TENSORS).to(tl.pointer_type(ACC)), ALIGNED)
-            + start
-            + offsets
-        )
+        master = _address(entry, 4, tensors, ACC, ALIGNED) + start + offsets
         p = tl.load(master, inside)
     else:
         p = tl.load(param, inside).to(ACC)
@@ -124,46 +119,18 @@ def _block(
         g = -g
     s0, s1, s2 = p, p, p
     if STATES & 1:
-        S0 = (
-            tl.multiple_of(tl.load(ENTRY + 5 * TENSORS).to(tl.pointer_type(S)), ALIGNED)
-            + start
-            + offsets
-        )
-        s0 = tl.load(S0, inside).to(ACC)
+        state0 = _address(entry, 5, tensors, S, ALIGNED) + start + offsets
+        s0 = tl.load(state0, inside).to(ACC)
     if STATES & 2:
-        S1 = (
-            tl.multiple_of(tl.load(ENTRY + 6 * TENSORS).to(tl.pointer_type(S)), ALIGNED)
-            + start
-            + offsets
-        )
-        s1 = tl.load(S1, inside).to(ACC)
+        state1 = _address(entry, 6, tensors, S, ALIGNED) + start + offsets
+        s1 = tl.load(state1, inside).to(ACC)
     if STATES & 4:
-        S2 = (
-            tl.multiple_of(tl.load(ENTRY + 7 * TENSORS).to(tl.pointer_type(S)), ALIGNED)
-            + start
-            + offsets
-        )
-        s2 = tl.load(S2, inside).to(ACC)
+        state2 = _address(entry, 7, tensors, S, ALIGNED) + start + offsets
+        s2 = tl.load(state2, inside).to(ACC)
     p, s0, s1, s2 = RULE(
-        p,
-        g,
-        s0,
-        s1,
-        s2,
-        t,
-        bias_a,
-        bias_b,
-        lr,
-        decay,
-        a,
-        b,
-        rest_a,
-        rest_b,
-        eps,
-        FLAG,
-        STATES,
-        FRESH,
-    )
+        p, g, s0, s1, s2, t, bias_a, bias_b, lr, decay, a, b, rest_a, rest_b, eps,
+        FLAG, STATES, FRESH,
+    )  # fmt: skip
     if MASTER:
         tl.store(master, p, inside)
     if STOCHASTIC:  # float32 rounded up or down to bfloat16's bits
@@ -171,22 +138,23 @@ def _block(
         p = tl.where(tl.abs(p) < float("inf"), (bits & -65536).to(tl.float32, bitcast=True), p)
     tl.store(param, p.to(P), inside)
     if STATES & 1:
-        tl.store(S0, s0.to(S), inside)
+        tl.store(state0, s0.to(S), inside)
     if STATES & 2:
-        tl.store(S1, s1.to(S), inside)
+        tl.store(state1, s1.to(S), inside)
     if STATES & 4:
-        tl.store(S2, s2.to(S), inside)
+        tl.store(state2, s2.to(S), inside)
 
 
-@triton.jit
+@kernel
 def _update(
-    TABLE, WHICH, STEPS, SCALE, FOUND, TENSORS, seed,
-    lr: tl.float64, decay: tl.float64, a: tl.float64, b: tl.float64, eps: tl.float64, log_a: tl.float64, log_b: tl.float64,
-    RULE: tl.constexpr, P: tl.constexpr, G: tl.constexpr, S: tl.constexpr, ACC: tl.constexpr, STATES: tl.constexpr, MASTER: tl.constexpr,
-    FLAG: tl.constexpr, FRESH: tl.constexpr, MAXIMIZE: tl.constexpr, STOCHASTIC: tl.constexpr, BIAS: tl.constexpr, ALIGNED: tl.constexpr,
+    TABLE, WHICH, STEPS, SCALE, FOUND, tensors, seed, lr: tl.float64, decay: tl.float64,
+    a: tl.float64, b: tl.float64, eps: tl.float64, log_a: tl.float64, log_b: tl.float64,
+    RULE: tl.constexpr, P: tl.constexpr, G: tl.constexpr, S: tl.constexpr, ACC: tl.constexpr,
+    STATES: tl.constexpr, MASTER: tl.constexpr, FLAG: tl.constexpr, FRESH: tl.constexpr,
+    MAXIMIZE: tl.constexpr, STOCHASTIC: tl.constexpr, BIAS: tl.constexpr, ALIGNED: tl.constexpr,
     ROUNDS: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
-    """WHICH names a program's tensor; the table holds a column for each: elements, first program,
+    """WHICH names a program's tensor; the table has a column for each: elements, first program,
     addresses of θ, g, master, states.
 
     FOUND (not 0: do nothing) and SCALE (of the gradients) are numbers on the device, or None. BIAS:
@@ -195,19 +163,14 @@ def _update(
     """
     program = tl.program_id(0)
     i = tl.load(WHICH + program)
-    ENTRY = TABLE + i
-    left = tl.load(ENTRY)
-    start = (program - tl.load(ENTRY + TENSORS)) * (BLOCK * ROUNDS)
+    entry = TABLE + i
+    left = tl.load(entry)
+    start = (program - tl.load(entry + tensors)) * (BLOCK * ROUNDS)
     if FOUND is not None:
         left = tl.where(tl.load(FOUND) != 0, 0, left)
     rest_a, rest_b = tl.full((), 1 - a, ACC), tl.full((), 1 - b, ACC)
-    lr, decay, a, b, eps = (
-        tl.full((), lr, ACC),
-        tl.full((), decay, ACC),
-        tl.full((), a, ACC),
-        tl.full((), b, ACC),
-        tl.full((), eps, ACC),
-    )
+    lr, decay = tl.full((), lr, ACC), tl.full((), decay, ACC)
+    a, b, eps = tl.full((), a, ACC), tl.full((), b, ACC), tl.full((), eps, ACC)
     scale = None if SCALE is None else tl.load(SCALE).to(ACC)
     t = eps if STEPS is None else tl.load(STEPS + i).to(ACC)
     bias_a, bias_b = t, t
@@ -218,12 +181,17 @@ def _update(
     for k in range(ROUNDS):
         key = seed + program.to(tl.int64) * ROUNDS + k
         if start + BLOCK <= left:
-            _block(ENTRY, TENSORS, start, None, offsets, key, scale, t, bias_a, bias_b, lr, decay, a, b, rest_a, rest_b, eps,
-                   RULE, P, G, S, ACC, STATES, MASTER, FLAG, FRESH, MAXIMIZE, STOCHASTIC, ALIGNED)  # fmt: skip
+            _block(
+                entry, tensors, start, None, offsets, key, scale,
+                t, bias_a, bias_b, lr, decay, a, b, rest_a, rest_b, eps,
+                RULE, P, G, S, ACC, STATES, MASTER, FLAG, FRESH, MAXIMIZE, STOCHASTIC, ALIGNED,
+            )  # fmt: skip
         elif start < left:
-            inside = offsets < left - start
-            _block(ENTRY, TENSORS, start, inside, offsets, key, scale, t, bias_a, bias_b, lr, decay, a, b, rest_a, rest_b, eps,
-                   RULE, P, G, S, ACC, STATES, MASTER, FLAG, FRESH, MAXIMIZE, STOCHASTIC, ALIGNED)  # fmt: skip
+            _block(
+                entry, tensors, start, offsets < left - start, offsets, key, scale,
+                t, bias_a, bias_b, lr, decay, a, b, rest_a, rest_b, eps,
+                RULE, P, G, S, ACC, STATES, MASTER, FLAG, FRESH, MAXIMIZE, STOCHASTIC, ALIGNED,
+            )  # fmt: skip
         start += BLOCK
 
 
@@ -257,10 +225,10 @@ class Table:
         for i, p in enumerate(params):
             first.append(len(which))
             which += [i] * cdiv(p.numel(), BLOCK * ROUNDS)
-        held = next((s[0].dtype for s in states if s is not None), accumulator(params[0].dtype))
+        state = next((s[0].dtype for s in states if s is not None), accumulator(params[0].dtype))
         self._layout = (
             params[0].dtype,
-            held,
+            state,
             sum(2**i for i, s in enumerate(states) if s is not None),
             masters is not None,
             ROUNDS,
@@ -278,7 +246,7 @@ class Table:
         self.which = self._sent(which, torch.int32)
         self._grads: list[int] = []
         self._aligned = False
-        self._launchers: dict[tuple[Any, ...], Callable[..., None]] = {}
+        self._plans: dict[tuple[Any, ...], Launch] = {}
 
     def _sent(self, values: list[Any], dtype: torch.dtype) -> Tensor:
         """Values on the device, without waiting for it. Pinned memory is freed only when the copy
@@ -297,25 +265,27 @@ class Table:
             self._aligned = self._else_aligned and not any(a % 16 for a in addresses)
         return self._aligned
 
-    def launcher(self, *variant: Any) -> Callable[..., None]:
-        """The launcher for a rule, the gradients' dtype, and the flags of :func:`_launcher`."""
-        found = self._launchers.get(variant)
+    def plan(self, *variant: Any) -> Launch:
+        """The launch for a rule, the gradients' dtype, and the flags of :func:`plan`."""
+        found = self._plans.get(variant)
         if found is None:
-            found = self._launchers[variant] = _launcher(*variant, *self._layout)
+            found = self._plans[variant] = plan(self.programs, *variant, *self._layout)
         return found
 
 
-@kept
-def _launcher(
-    rule: str, g: torch.dtype, flag: bool, fresh: bool, maximize: bool, stochastic: bool, aligned: bool,
-    p: torch.dtype, held: torch.dtype, states: int, master: bool, rounds: int, block: int,
-) -> Callable[..., None]:  # fmt: skip
+@planned
+def plan(
+    programs: int, rule: str, g: torch.dtype, flag: bool, fresh: bool, maximize: bool,
+    stochastic: bool, aligned: bool, p: torch.dtype, state: torch.dtype, states: int, master: bool,
+    rounds: int, block: int,
+) -> Launch:  # fmt: skip
+    """A step of ``rule`` for tensors of these dtypes; its numbers differ at every step."""
     acc = accumulator(p)
-    return bind(
-        _update, 5, 9, num_warps=8 if acc == torch.float64 else 4,
-        RULE=_RULES[rule][0], P=_TYPES[p], G=_TYPES[g], S=_TYPES[held], ACC=_TYPES[acc], STATES=states, MASTER=master,
-        FLAG=flag, FRESH=fresh, MAXIMIZE=maximize, STOCHASTIC=stochastic, BIAS=rule == "adam", ALIGNED=16 if aligned else 1,
-        ROUNDS=rounds, BLOCK=block,
+    return _update.launch(
+        programs, num_warps=8 if acc == torch.float64 else 4, RULE=_RULES[rule][0],
+        P=_TYPES[p], G=_TYPES[g], S=_TYPES[state], ACC=_TYPES[acc], STATES=states, MASTER=master,
+        FLAG=flag, FRESH=fresh, MAXIMIZE=maximize, STOCHASTIC=stochastic, BIAS=rule == "adam",
+        ALIGNED=16 if aligned else 1, ROUNDS=rounds, BLOCK=block,
     )  # fmt: skip
 
 
@@ -342,22 +312,12 @@ def update(
         fresh: the states hold nothing yet (SGD's first step).
         seed: round bfloat16 parameters at random, by this seed.
     """
-    if not isinstance(_update, JITFunction) and table.device.type != "meta":
+    if not isinstance(_update.jit, JITFunction) and table.device.type != "meta":
         tensors = [*table.params, *grads, *(t for s in table.states if s for t in s)]
-        if any(
-            t.dtype == torch.bfloat16 for t in tensors
-        ):  # see launch.py: the interpreter cannot compute with it
-            _in_float32(
-                rule,
-                table,
-                grads,
-                steps,
-                hyper,
-                scale=scale,
-                found_inf=found_inf,
-                fresh=fresh,
-                seed=seed,
-            )
+        # the interpreter cannot compute in bfloat16: see launch.py
+        if any(t.dtype == torch.bfloat16 for t in tensors):
+            options: Any = {"scale": scale, "found_inf": found_inf, "fresh": fresh, "seed": seed}
+            _in_float32(rule, table, grads, steps, hyper, **options)
             return
     _, first, second, flag = _RULES[rule]
     a, b = hyper["betas"] if first == "betas" else (hyper[first], hyper.get(second, 0.0))
@@ -369,10 +329,11 @@ def update(
         seed is not None,
         table.see(grads),
     )
-    launch = table.launcher(rule, grads[0].dtype, *flags)
-    launch(
-        table.programs, table.table, table.which, steps, scale, found_inf, table.tensors, (seed or 0) | 1 | 2**40,
-        hyper["lr"], hyper["weight_decay"], a, b, hyper.get("eps", 0.0), log_a, log_b,
+    run = table.plan(rule, grads[0].dtype, *flags)
+    run(
+        table.table, table.which, steps, scale, found_inf, tensors=table.tensors,
+        seed=(seed or 0) | 1 | 2**40, lr=hyper["lr"], decay=hyper["weight_decay"], a=a, b=b,
+        eps=hyper.get("eps", 0.0), log_a=log_a, log_b=log_b,
     )  # fmt: skip
 
 

@@ -3,8 +3,8 @@ synchronisation, and no pass where dy is 1."""
 
 from __future__ import annotations
 
-import triton.language as tl
 import torch
+import triton.language as tl
 from torch import Tensor
 
 from .elementary import upcast

@@ -12,7 +12,15 @@ from torch import Tensor
 
 from .launch import Launch, kernel, multiprocessors, planned
 from .rows import (
-    lowest, online, online_of_rows, over_rows, read, start_of, stretched, tile_of, write,
+    lowest,
+    online,
+    online_of_rows,
+    over_rows,
+    read,
+    start_of,
+    stretched,
+    tile_of,
+    write,
 )  # fmt: skip
 
 
@@ -122,7 +130,7 @@ def plan(
 ) -> Launch:
     """Of rows (outer, n, inner), of which x or dy has these strides, on ``count``
     multiprocessors."""
-    outer, n, inner = shape
+    _, n, inner = shape
     both = [strides, (n * inner, inner, 1)]
     operand = "dy" if backward else "x"
     numbers = {f"{operand}_{of}": s for of, s in zip(("outer", "n", "inner"), strides, strict=True)}
