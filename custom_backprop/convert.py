@@ -1,8 +1,8 @@
 """Swaps the ``torch.nn`` layers of an existing model for ours, and back.
 
 Each of our modules is a subclass of torch's that overrides ``forward`` and nothing else, so a swap
-is a change of class: parameters, buffers, hooks, names, the optimizer that holds the parameters,
-and every checkpoint stay what they are.
+is a change of class: parameters, buffers, hooks, names, the optimizer that refers to the
+parameters, and every checkpoint stay what they are.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ def convert(model: Model) -> Model:
 
     Layers of exactly torch's class are swapped. A subclass (of yours, of a parametrization, of a
     sharding wrapper) has a ``forward`` of its
-    own to keep and is left as it is, and so is what a model calls as a function: use
+    own and is left as it is, and so is what a model calls as a function: use
     :mod:`custom_backprop.functional` there.
 
     Args:

@@ -1,4 +1,4 @@
-"""What backpropagation costs, layer by layer: products, bytes moved, bytes kept for backward; of a
+"""What backpropagation costs, layer by layer: products, bytes moved, bytes saved for backward; of a
 model's stock layers against ours.
 
 ``flops`` are those of products (matrices, convolutions, attention; a multiplication and an addition
@@ -6,11 +6,10 @@ are two), by the formulas of ``torch.utils.flop_counter``, to which this module 
 primitives. ``bytes`` are what the operators called read and write, each argument and each result
 once, nothing for a view. An operator of ours that a Triton kernel runs is one operator; one that
 ATen runs
-is the calls beneath it. ``saved`` is what autograd keeps between forward and backward: each storage
+is the calls beneath it. ``saved`` is what autograd saves between forward and backward: each storage
 once, whole, in the layer that saves it first, without parameters and buffers, which stay anyway.
 
-Flops and bytes are seen by a dispatch mode, before which our Functions take the dispatcher's way:
-on small CPU tensors it may make other calls than the shortcut that is taken where nobody looks on.
+Flops and bytes are seen by a dispatch mode, which makes our ops call the dispatcher's operators.
 What is saved is seen without one.
 """
 
@@ -208,14 +207,14 @@ def _measure(
         output = output if loss is None else loss(output, *targets)
         return [t for t in _tensors(output) if t.requires_grad]
 
-    # without a mode, as in training: where nothing looks on, our Functions may keep other tensors
+    # without a mode, as in training: where nobody watches, our Functions may save other tensors
     saved = {_address(t): t.untyped_storage() for t in (*model.parameters(), *model.buffers())}
 
     def pack(t: Tensor) -> Tensor:
         if _address(t) not in saved:
             saved[_address(t)] = (
                 t.untyped_storage()
-            )  # held, so that no other storage takes its address
+            )  # alive, so that no other storage takes its address
             where.layer().saved_bytes += t.untyped_storage().nbytes()
         return t
 

@@ -13,5 +13,5 @@ def is_dtensor(t: Any) -> bool:
 
 
 def local(t: Any) -> Tensor:
-    """What a DTensor holds on this rank; any other tensor itself."""
+    """The part of a DTensor on this rank; any other tensor itself."""
     return t.to_local() if is_dtensor(t) else t

@@ -17,8 +17,8 @@ from typing import Any
 import torch
 from torch._C import DispatchKey, DispatchKeySet, _ExcludeDispatchKeyGuard
 from torch.autograd import forward_ad
-from torch.utils.flop_counter import register_flop_formula
 
+from .flops import count
 from .kernels import kernels
 from .selection import backend_for
 
@@ -118,13 +118,13 @@ def primitive(
     for key, keyset in _AUTOCAST.items():
         library.impl(name, _without_autocast(operator, keyset), key)
     torch.library.register_fake(f"{library.ns}::{name}", _filled(fake or formula), lib=library)
-    library.impl(name, _differentiable(operator, by_formula), "Autograd", with_keyset=True)
+    library.impl(name, _with_autograd(operator, by_formula), "Autograd", with_keyset=True)
     if vmap is None:  # a vmap inside register_vmap's rule fails in functorch
         library.impl(name, by_formula, "FuncTorchBatched")
     else:
         torch.library.register_vmap(f"{library.ns}::{name}", vmap, lib=library)
     if flops is not None:
-        register_flop_formula(operator.overloadpacket)(_of_shapes(flops))
+        count(operator, flops)
     OPERATORS[operator] = made
     if library is LIBRARY:
         PRIMITIVES[name] = made
@@ -134,7 +134,7 @@ def primitive(
 #: the types of a tensor that listens to nothing
 TENSORS = frozenset({torch.Tensor, torch.nn.Parameter})
 #: those and the types that hide no tensor
-_PLAIN = TENSORS | frozenset({type(None), bool, int, float, str, tuple, list, torch.dtype})
+_PLAIN_TYPES = TENSORS | frozenset({type(None), bool, int, float, str, tuple, list, torch.dtype})
 
 _modes, _function_modes = torch._C._len_torch_dispatch_stack, torch._C._len_torch_function_stack
 functorch_active = torch._C._are_functorch_transforms_active
@@ -155,7 +155,7 @@ def is_plain(args: tuple[Any, ...]) -> bool:
         or _autocast_active()
         or forward_ad._current_level >= 0
         or torch._C._get_tracing_state()
-    ) and _PLAIN.issuperset(map(type, args))
+    ) and _PLAIN_TYPES.issuperset(map(type, args))
 
 
 def is_traced() -> bool:
@@ -227,7 +227,7 @@ def _without_autocast(operator: torch._ops.OpOverload, keyset: DispatchKeySet) -
     return run
 
 
-def _differentiable(
+def _with_autograd(
     operator: torch._ops.OpOverload, formula: Callable[..., Any]
 ) -> Callable[..., Any]:
     """An operator that is called without the Function around it is differentiated by its
@@ -247,8 +247,3 @@ def _tangent(t: torch.Tensor) -> torch.Tensor | None:
     """What forward mode carries beside ``t``. (A compiled graph opens its level without Python's
     knowledge.)"""
     return torch._VF._unpack_dual(t, level=0)[1]  # type: ignore[attr-defined]
-
-
-def _of_shapes(flops: Callable[..., int]) -> Callable[..., int]:
-    """As PyTorch's counter calls it: with shapes for tensors and results by keyword."""
-    return lambda *args, **_: flops(*args)

@@ -1,7 +1,7 @@
 """Primitives of the linear layer, plain and with an activation.
 
 With S(i) sharded along dimension i, R replicated, P a partial sum, and W (out, in), the layer
-y = x Wᵀ + b is computed shard by shard in three ways:
+y = x Wᵀ + b is computed shard by shard:
 
     rows      x S(i),  W R,    b R      ->  y S(i);     dy S(i)   ->  dx S(i),  dW P,    db P
     columns   x R,     W S(0), b S(0)   ->  y S(-1);    dy S(-1)  ->  dx P,     dW S(0), db S(0)

@@ -222,8 +222,8 @@ TOTAL: dict[str, Callable[..., float]] = {
     for name in ("smooth_l1_loss", "huber_loss", "binary_cross_entropy")
 }
 
-#: name -> PyTorch's own operator, which is as quick while its temporary fits in cache, and has
-#: nothing to hold
+#: name -> PyTorch's own operator, which is as quick while its temporary fits in cache, where no
+#: gradient is made
 WHOLE: dict[str, Callable[..., Tensor]] = {
     "mse_loss": aten.mse_loss.default,
     "smooth_l1_loss": aten.smooth_l1_loss.default,
@@ -237,7 +237,7 @@ WHOLE: dict[str, Callable[..., Tensor]] = {
 def _filler(
     loss: Loss, x: Tensor, v: Tensor | None, w: Tensor | None, parameters: tuple[Any, ...]
 ) -> Callable[..., None]:
-    """Writes w l into y and k w l_x into g: the short way for the plain loss in full precision,
+    """Writes w l into y and k w l_x into g: in fewer passes for the plain loss in full precision,
     else by the formula."""
     if _plain(loss, x, v, w, parameters):
         short = FILL[loss.name]
@@ -340,7 +340,7 @@ def _reduced(x: Tensor, total: float, reduction: int) -> Tensor:
         total = total / x.numel() if x.numel() else math.nan
     try:
         return x.new_full((), total)
-    except RuntimeError:  # more than the dtype holds
+    except RuntimeError:  # beyond the range of the dtype
         return x.new_full((), math.copysign(math.inf, total))
 
 

@@ -97,7 +97,7 @@ class _NotTwice(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, dy: Tensor) -> Any:
         raise RuntimeError(
-            "vocab_parallel_cross_entropy is not differentiable twice: no rank holds what that "
+            "vocab_parallel_cross_entropy is not differentiable twice: no rank has what that "
             "would take"
         )
 

@@ -63,9 +63,9 @@ def forward(
     reduction: int,
     ignore_index: int,
     smoothing: float,
-    keep: int,
+    makes: int,
 ) -> tuple[Tensor, Tensor]:
-    """The loss, and what ``keep`` says."""
+    """The loss, and what it ``makes`` for backward."""
     wide = widen(x)
     log_p = torch.log_softmax(wide, 1)
     u, index, w = _parts(wide, target, weight, ignore_index, smoothing)
@@ -77,7 +77,7 @@ def forward(
     if index is not None:
         rows = torch.where(target == ignore_index, 0, rows)
     loss = reduced(rows, w.sum(), reduction).to(x.dtype)
-    if keep == GRADIENT:
+    if makes == GRADIENT:
         return loss, backward(
             torch.ones_like(loss),
             x,
@@ -90,7 +90,7 @@ def forward(
             True,
             False,
         )[0]
-    if keep == NOTHING:
+    if makes == NOTHING:
         return loss, x.new_empty(0)
     largest = wide.amax(1)
     return loss, torch.stack([largest, (wide - largest.unsqueeze(1)).logsumexp(1)])

@@ -3,7 +3,7 @@
 Each takes a floating-point tensor of any shape and strides and returns one of the same shape and
 dtype. An integer, complex or nested tensor gives what stock gives, result or error.
 ``inplace=True`` writes the result over the input. It saves memory where backward needs the output
-alone (relu, leaky_relu with a slope >= 0, threshold with a value <= its threshold); the others keep
+alone (relu, leaky_relu with a slope >= 0, threshold with a value <= its threshold); the others save
 a copy of the input.
 
 Raises:

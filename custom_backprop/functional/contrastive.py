@@ -117,8 +117,8 @@ def info_nce(
             (and not looked at on a GPU).
         symmetric: the mean of the loss and of that of ``positive`` as queries; not beside
             ``negatives``.
-        normalize: divides each vector by its length first, so that s holds cosines (by 1e-12 where
-            the length is less).
+        normalize: divides each vector by its length first, so that s is made of cosines (by 1e-12
+            where the length is less).
         reduction: "none" (N), "mean" or "sum".
 
     Raises:

@@ -38,7 +38,7 @@ def cross_entropy(
         target: classes, as in :func:`nll_loss`, or probabilities of the shape of ``input``, which
             are differentiated too.
         weight: (C), a factor of each class in q; ones by default. It has a gradient if ``target``
-            holds probabilities.
+            is of probabilities.
         ignore_index: as in :func:`nll_loss`; for classes only.
         reduction: as in :func:`nll_loss`. For probabilities the mean divides by the number of rows.
         label_smoothing: s in [0, 1]: q is mixed with the uniform distribution, (1 - s) q + s / C.

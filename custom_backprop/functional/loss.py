@@ -1,6 +1,6 @@
 """Pointwise losses, with the names and signatures of ``torch.nn.functional``.
 
-Each compares ``input`` and ``target`` element by element and then, by ``reduction``, keeps the
+Each compares ``input`` and ``target`` element by element and then, by ``reduction``, returns the
 losses ("none"), averages ("mean") or sums them ("sum"); ``size_average`` and ``reduce`` are its
 deprecated forms. Inputs of different dtypes meet in the wider one, and half precision is computed
 in float32. What is not real and floating-point gives what stock gives. Derivations:

@@ -71,9 +71,9 @@ class Definition(Protocol):
     Forward is ``forward_op``. ``setup_context(ctx, inputs, output)`` saves, through
     ``save_for_backward`` alone. ``backward(run, ctx, dy)`` returns the gradient of the first
     argument, or a tuple of those of the first few, in which those that nobody needs may be
-    anything; ``run`` is an implementation of ``backward_op``. It finds ``ctx.is_differentiated`` true where its result is itself differentiated:
-    statistics are constants there, and must be derived again. ``jvp(ctx, *tangents)`` finds the
-    same saved tensors.
+    anything; ``run`` is an implementation of ``backward_op``. It finds ``ctx.is_differentiated``
+    true where its result is itself differentiated: statistics are constants there, and must be
+    derived again. ``jvp(ctx, *tangents)`` finds the same saved tensors.
     """
 
     forward_op: Primitive

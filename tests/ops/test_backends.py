@@ -135,3 +135,20 @@ def test_the_kernels_of_another_checkout_are_not_taken_for_ours(tmp_path):
             is ours
         )
     assert not kernels_module._is_ours(None)
+
+
+@pytest.mark.parametrize("first", ["import custom_backprop", "import torch.utils.flop_counter"])
+def test_flops_are_counted_whoever_is_imported_first(first):
+    code = f"""
+{first}
+import torch, custom_backprop
+from torch.utils.flop_counter import FlopCounterMode
+x = torch.ones(2, 3, requires_grad=True)
+with FlopCounterMode(display=False) as counter:
+    custom_backprop.nn.Linear(3, 4)(x).sum().backward()
+print(counter.get_total_flops())"""
+    assert python(code) == f"{3 * 2 * 2 * 3 * 4}\n"
+
+
+def test_triton_is_imported_only_for_kernels():
+    assert python("import sys, custom_backprop; print('triton' in sys.modules)") == "False\n"
