@@ -49,7 +49,7 @@ class Primitive:
     Attributes:
         operator: what PyTorch's dispatcher calls. Calling the primitive calls this.
         formula, aten, triton: the implementations.
-        traced: what a compiler is shown.
+        traced, exported: what a compiler is shown, and an exporter, which is shown no kernel.
         sharding: see :func:`primitive`.
     """
 
@@ -60,8 +60,9 @@ class Primitive:
         self.triton: Callable[..., Any] = fields["triton"]
         self.sharding: Callable[..., Iterable[Sharding]] = fields["sharding"] or (lambda *args: ())
         self.kernel_is_traced = fields["traced"] == "kernel"
-        self.traced = self._kernel_on_a_gpu if self.kernel_is_traced else fields["traced"]
-        self.traced = self.traced or self.formula
+        shown = None if self.kernel_is_traced else fields["traced"]
+        self.exported: Callable[..., Any] = shown or self.formula
+        self.traced = self._kernel_on_a_gpu if self.kernel_is_traced else self.exported
 
     def __call__(self, *args: Any) -> Any:
         return self.operator(*args)

@@ -112,7 +112,11 @@ def op(definition: Any, stock: Callable[..., Any] | None = None) -> Callable[...
         which = _for_gradient(dy)
         ctx.is_differentiated = which == "derivative"
         ctx.which = which = "formula" if which == "derivative" else which
-        grads = define_backward(getattr(backward_op, which), ctx, dy)
+        if autocast and _compiling():  # a compiler runs backward under the autocast of forward
+            with torch.autocast(dy.device.type, enabled=False):
+                grads = define_backward(getattr(backward_op, which), ctx, dy)
+        else:
+            grads = define_backward(getattr(backward_op, which), ctx, dy)
         if type(grads) is tuple:
             grads = [g if need else None for g, need in zip(grads, needs, strict=False)]
             return *grads, *(None,) * (len(needs) - len(grads))
@@ -146,7 +150,7 @@ def op(definition: Any, stock: Callable[..., Any] | None = None) -> Callable[...
         jvp=transformable_jvp,
     )
     # Function.apply in Python only guards against functorch, which is ruled out where this is
-    # called: a third of the overhead. So does that of backward choose between two names.
+    # called: a third of the overhead. That of a backward only chooses between two names for it.
     apply = super(torch.autograd.Function, eager).apply  # type: ignore[misc]
     eager._backward_cls.apply = backward
 
@@ -168,9 +172,10 @@ def op(definition: Any, stock: Callable[..., Any] | None = None) -> Callable[...
         device = args[0].device.type
         args = _cast(args, device, autocast.get(device))
         if is_traced():
-            if functorch_active() or not _compiling() or torch.compiler.is_exporting():
-                return value("formula", args)
-            return eager.apply(*args, "operator" if get_backend() == "triton" else "traced")
+            if device in autocast and torch.is_autocast_enabled(device):
+                with torch.autocast(device, enabled=False):  # which would cast inside the formula
+                    return traced(args)
+            return traced(args)
         if any(is_dtensor(a) for a in args):
             from .. import distributed  # noqa: F401 (its rules are registered at the first use)
         if is_transformed():
@@ -180,6 +185,11 @@ def op(definition: Any, stock: Callable[..., Any] | None = None) -> Callable[...
             outputs = transformable.apply(*args)
             return outputs[0] if has_statistics else outputs
         return apply(*args, "operator") if _grad_enabled() else value("operator", args)
+
+    def traced(args: tuple[Any, ...]) -> Any:
+        if functorch_active() or not _compiling() or torch.compiler.is_exporting():
+            return value("exported", args)
+        return eager.apply(*args, "operator" if get_backend() == "triton" else "traced")
 
     call.__name__ = call.__qualname__ = definition.__name__
     call.__doc__, call.__module__ = definition.__doc__, definition.__module__

@@ -88,3 +88,18 @@ def test_compiled_cross_entropy_needs_no_second_gradient():
 
         step()
         assert peak_memory(step, DEVICE) < 1.3 * x.nbytes
+
+
+@pytest.mark.parametrize("name", ["info_nce", "linear", "mse_loss"])
+def test_compiled_under_autocast_as_eager(name):
+    """What is computed in float32 is not cast again inside the formula."""
+    function = getattr(functional, name)
+    x, t = torch.randn(2, 6, 8, device=DEVICE).unbind()
+    torch._dynamo.reset()
+    found = []
+    for f in (function, torch.compile(function, fullgraph=True, backend="aot_eager")):
+        leaf = x.clone().requires_grad_()
+        with torch.autocast(DEVICE, torch.bfloat16):
+            y = f(leaf, t)
+        found.append((y, *torch.autograd.grad(y.float().square().sum(), leaf)))
+    torch.testing.assert_close(*found, rtol=1e-6, atol=1e-6)
