@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 import triton
@@ -321,7 +322,7 @@ def plan_triplet(
 ) -> Launch:  # fmt: skip
     """The distances of rows in these three strides; or, of a loss in some reduction, their
     gradients."""
-    named = dict(zip(("a_row", "p_row", "n_row"), strides, strict=True))
+    named: dict[str, Any] = dict(zip(("a_row", "p_row", "n_row"), strides, strict=True))
     named |= {"MARGIN": margin, "ORDER": 0.0 if order == math.inf else order, "EPS": eps}
     named["SWAP"] = swap
     if reduction is not None:
@@ -411,9 +412,13 @@ def plan_slope(
 ) -> Launch:
     """The gradient of (rows, n) similarities."""
     block = min(next_power_of_2(max(n, 1)), BLOCK)
-    tile = {"ROWS": BLOCK // block, "BLOCK": block, "num_warps": 8 if dtype.itemsize == 8 else 4}
+    tile: dict[str, Any] = {
+        "ROWS": BLOCK // block,
+        "BLOCK": block,
+        "num_warps": 8 if dtype.itemsize == 8 else 4,
+    }
     programs = cdiv(rows, BLOCK // block) * cdiv(n, block)
-    options = {"TEMPERATURE": temperature, "AMONG_KEYS": among_keys}
+    options: dict[str, Any] = {"TEMPERATURE": temperature, "AMONG_KEYS": among_keys}
     return _slope.launch(programs, rows=rows, n=n, **options, **tile)
 
 
@@ -431,9 +436,10 @@ def info_nce(
     s = _similarities(q, k, n)
     rows, options = len(s), (temperature, n is None)
     count = multiprocessors(s.device)
-    losses, statistics = [], []
+    losses: list[Tensor] = []
+    statistics: list[Tensor | None] = []
     # columns are rows that lie side by side
-    for v in (s.unsqueeze(2), s.t().unsqueeze(0))[: 1 + symmetric]:
+    for v in (s.unsqueeze(2), s.unsqueeze(0))[: 1 + symmetric]:
         losses.append(s.new_empty(rows))
         statistics += [s.new_empty(rows), s.new_empty(rows)] if makes_G else [None, None]
         run = plan_softmax(v.shape, v.stride(), s.dtype, count, *options)

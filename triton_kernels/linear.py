@@ -133,8 +133,8 @@ def forward(x: Tensor, weight: Tensor, bias: Tensor | None, *, ours: bool) -> Te
 
 def backward(
     dy: Tensor,
-    x: Tensor,
-    weight: Tensor,
+    x: Tensor | None,
+    weight: Tensor | None,
     need_x: bool,
     need_weight: bool,
     need_bias: bool,
@@ -144,8 +144,7 @@ def backward(
     """dx = dy W, dW = dyᵀ x, db = Σ_rows dy; None for each that is not needed."""
     flat = _rows_of(dy)
     db = columns(flat, None, None, (), True)[1] if need_bias else None
-    shape = (*dy.shape[:-1], weight.shape[1])
-    return *_gradients(flat, x, weight, need_x, need_weight, ours, shape), db
+    return *_gradients(flat, x, weight, need_x, need_weight, ours, dy.shape[:-1]), db
 
 
 def activation_forward(
@@ -170,14 +169,20 @@ def activation_backward(
     """dz and db in one pass, then dx = dz W and dW = dzᵀ x; None for each that is not needed."""
     saved = _rows_of(saved).contiguous()
     dz, db = columns(_rows_of(dy), saved, activation, tuple(parameters), need_bias)
-    return *_gradients(dz, x, weight, need_x, need_weight, ours, x.shape), db
+    return *_gradients(dz, x, weight, need_x, need_weight, ours, x.shape[:-1]), db
 
 
 def _gradients(
-    dz: Tensor, x: Tensor, weight: Tensor, need_x: bool, need_weight: bool, ours: bool,
-    shape: Sequence[int],
+    dz: Tensor, x: Tensor | None, weight: Tensor | None, need_x: bool, need_weight: bool,
+    ours: bool, leading: Sequence[int],
 ) -> tuple[Tensor | None, Tensor | None]:  # fmt: skip
-    """dx in the shape given, and dW."""
-    dx = _product(dz, weight, ours, shape) if need_x else None
-    dw = _product(dz.t(), _rows_of(x), ours, weight.shape) if need_weight else None
+    """dx, whose ``leading`` dimensions are given, and dW. dx needs the weight, dW the input."""
+    dx = dw = None
+    if need_x:
+        assert weight is not None
+        dx = _product(dz, weight, ours, (*leading, weight.shape[1]))
+    if need_weight:
+        assert x is not None
+        flat = _rows_of(x)
+        dw = _product(dz.t(), flat, ours, (dz.shape[1], flat.shape[1]))
     return dx, dw

@@ -232,9 +232,11 @@ def _normalize(
     takes_mean: bool,
 ) -> tuple[Tensor, Tensor | None, Tensor]:
     """y, μ where it is taken out, and r of x (..., n)."""
-    x, weight, bias = (None if t is None else t.contiguous() for t in (x, weight, bias))
-    promoted = weight is not None and casting == "llama"
-    dtype = torch.promote_types(x.dtype, weight.dtype) if promoted else x.dtype
+    x = x.contiguous()
+    weight, bias = (None if t is None else t.contiguous() for t in (weight, bias))
+    dtype = x.dtype
+    if weight is not None and casting == "llama":
+        dtype = torch.promote_types(dtype, weight.dtype)
     y, rstd = x.new_empty(x.shape, dtype=dtype), partial_sums(x, *x.shape[:-1])
     mean = torch.empty_like(rstd) if takes_mean else None
     if x.numel():

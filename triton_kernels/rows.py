@@ -8,6 +8,7 @@ again for what depends on its sums, backwards: from what the cache still has of 
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -63,7 +64,7 @@ def far(extent: int) -> bool:
 def over_rows(
     kernel: Kernel,
     shape: tuple[int, ...],
-    strides: list[tuple[int, ...]],
+    strides: Sequence[tuple[int, ...]],
     dtype: torch.dtype,
     live: int,
     count: int,

@@ -288,7 +288,7 @@ def kernel_modules():
 
 def test_the_grid_is_one_dimensional():
     """Axes y and z end at 65535."""
-    assert "kernel[(programs,)]" in inspect.getsource(kernels("launch"))
+    assert "jit[(programs,)]" in inspect.getsource(kernels("launch"))
     for module in kernel_modules():
         assert not re.search(r"program_id\([^0]", inspect.getsource(module)), module.__name__
 

@@ -203,7 +203,7 @@ def test_dtypes_under_autocast(op, backend):
 
 
 def test_precision_is_torchs_setting(monkeypatch):
-    precision = kernels("linear")._precision
+    precision = kernels("matmul").precision
     before = torch.get_float32_matmul_precision()
     try:
         for name, expected in (("high", "tf32"), ("medium", "tf32"), ("highest", "ieee")):

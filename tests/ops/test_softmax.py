@@ -3,6 +3,7 @@ dims, dtypes, warnings, bad calls."""
 
 from __future__ import annotations
 
+import inspect
 import warnings
 
 import pytest
@@ -91,7 +92,7 @@ def test_widths_of_one_row_a_program_and_of_a_loop(n):
 
 @on_triton
 def test_every_regime_is_met():
-    config = kernels("softmax").config
+    config = kernels("rows").row_config
     for dtype, (backward, past_backward, forward, past_forward) in WIDTHS.items():
         assert (config(forward, 1, dtype, 1).block, config(backward, 1, dtype, 2).block) == (
             forward,
@@ -115,19 +116,18 @@ def test_every_regime_is_met():
 @on_triton
 @each
 @pytest.mark.parametrize("shape", [(2, 5, 3), (2, 300, 2), (1, 700, 70), (3, 2, 33)])
-def test_rows_side_by_side(name, shape):
+def test_rows_side_by_side(name, shape, monkeypatch):
     """A dimension with another after it, in one pass and in a loop, sizes that the tile does not
     divide, in offsets of both widths."""
-    module = kernels("softmax")
     x = torch.randn(shape, dtype=torch.float64, device=DEVICE)
     expected = results(getattr(F, name), x, 1)
-    far = module.FAR
-    try:
-        for module.FAR in (far, 0):
-            with use_backend("triton"):
-                same(results(getattr(functional, name), x, 1), expected)
-    finally:
-        module.FAR = far
+    rows, plans = kernels("rows"), inspect.getclosurevars(kernels("softmax").plan).nonlocals
+    for far in (rows.far, lambda extent: True):
+        plans["made"].clear()
+        monkeypatch.setattr(rows, "far", far)
+        with use_backend("triton"):
+            same(results(getattr(functional, name), x, 1), expected)
+    plans["made"].clear()
 
 
 @on_triton
