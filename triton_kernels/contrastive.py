@@ -89,13 +89,13 @@ def _direction(v, d, ORDER: tl.constexpr):
 def _triplet_forward(
     A, P, N, D, LOSS, rows, n, tiles, a_row, p_row, n_row,
     MARGIN: tl.constexpr, ORDER: tl.constexpr, EPS: tl.constexpr, SWAP: tl.constexpr,
-    SEVERAL: tl.constexpr, WIDE: tl.constexpr, WIDE_COLUMNS: tl.constexpr,
+    SEVERAL: tl.constexpr, WIDE: tl.constexpr,
     ROWS: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     """The distances and the loss of each row."""
     first = tl.program_id(0)
     for tile in range(first, tiles if SEVERAL else first + 1, tl.num_programs(0) if SEVERAL else 1):
-        row, alive, column = tile_of(tile, rows, ROWS, BLOCK, WIDE, WIDE_COLUMNS)
+        row, alive, column = tile_of(tile, rows, ROWS, BLOCK, WIDE, False)
         ap = tl.zeros((ROWS, BLOCK), D.dtype.element_ty)
         an = tl.zeros((ROWS, BLOCK), D.dtype.element_ty)
         pn = tl.zeros((ROWS, BLOCK), D.dtype.element_ty)
@@ -126,13 +126,13 @@ def _triplet_backward(
     DY, A, P, N, D, DA, DP, DN, rows, n, tiles, a_row, p_row, n_row,
     MARGIN: tl.constexpr, ORDER: tl.constexpr, EPS: tl.constexpr, SWAP: tl.constexpr,
     PER_ROW: tl.constexpr, MEAN: tl.constexpr, SEVERAL: tl.constexpr, WIDE: tl.constexpr,
-    WIDE_COLUMNS: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr,
+    ROWS: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     """The gradients that are wanted (else None). For ORDER 0 the row is first walked to count the
     largest."""
     first = tl.program_id(0)
     for tile in range(first, tiles if SEVERAL else first + 1, tl.num_programs(0) if SEVERAL else 1):
-        row, alive, column = tile_of(tile, rows, ROWS, BLOCK, WIDE, WIDE_COLUMNS)
+        row, alive, column = tile_of(tile, rows, ROWS, BLOCK, WIDE, False)
         d_ap = tl.load(D + row, alive, other=1.0)
         d_an = tl.load(D + rows + row, alive, other=1.0)
         d_pn = tl.load(D + 2 * rows + row, alive, other=1.0) if SWAP else d_an
@@ -245,12 +245,12 @@ def _slope(
 @kernel
 def _unit_forward(
     X, Y, R, rows, n, tiles, x_row, EPS: tl.constexpr, SEVERAL: tl.constexpr, LOOP: tl.constexpr,
-    WIDE: tl.constexpr, WIDE_COLUMNS: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr,
+    WIDE: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     """y = x / r and r = max(‖x‖, ε)."""
     first = tl.program_id(0)
     for tile in range(first, tiles if SEVERAL else first + 1, tl.num_programs(0) if SEVERAL else 1):
-        row, alive, column = tile_of(tile, rows, ROWS, BLOCK, WIDE, WIDE_COLUMNS)
+        row, alive, column = tile_of(tile, rows, ROWS, BLOCK, WIDE, False)
         x_start, y_start = X + (row * x_row)[:, None], Y + (row * n)[:, None]
         inside = alive[:, None] & (column < n)
         x = read(x_start, column, inside)
@@ -273,13 +273,13 @@ def _unit_forward(
 @kernel
 def _unit_backward(
     DY, Y, R, DX, rows, n, tiles, dy_row, EPS: tl.constexpr, SEVERAL: tl.constexpr,
-    LOOP: tl.constexpr, WIDE: tl.constexpr, WIDE_COLUMNS: tl.constexpr,
+    LOOP: tl.constexpr, WIDE: tl.constexpr,
     ROWS: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     """dx = (dy - y Σ y dy) / r."""
     first = tl.program_id(0)
     for tile in range(first, tiles if SEVERAL else first + 1, tl.num_programs(0) if SEVERAL else 1):
-        row, alive, column = tile_of(tile, rows, ROWS, BLOCK, WIDE, WIDE_COLUMNS)
+        row, alive, column = tile_of(tile, rows, ROWS, BLOCK, WIDE, False)
         dy_start, y_start = DY + (row * dy_row)[:, None], (row * n)[:, None]
         inside = alive[:, None] & (column < n)
         dy = read(dy_start, column, inside)
@@ -329,7 +329,8 @@ def plan_triplet(
         named |= {"PER_ROW": reduction == NONE, "MEAN": reduction == MEAN}
     kernel = _triplet_forward if reduction is None else _triplet_backward
     layouts = [(s, 1, 1) for s in (*strides, n)]
-    return over_rows(kernel, (rows, n, 1), layouts, dtype, 8, count, **named)
+    live = 64 if n <= 256 else 8  # of more short rows a program ptxas spills a register
+    return over_rows(kernel, (rows, n, 1), layouts, dtype, live, count, **named)
 
 
 def _triplet(
@@ -461,7 +462,8 @@ def plan_unit(
     kernel, given = (_unit_backward, "dy_row") if backward else (_unit_forward, "x_row")
     layouts = [(stride, 1, 1), (n, 1, 1)]
     named = {given: stride, "EPS": eps}
-    return over_rows(kernel, (rows, n, 1), layouts, dtype, 4, count, **named)
+    live = 8 if dtype == torch.float64 else 4
+    return over_rows(kernel, (rows, n, 1), layouts, dtype, live, count, **named)
 
 
 def unit_forward(x: Tensor, eps: float) -> tuple[Tensor, Tensor]:

@@ -316,7 +316,10 @@ def plan(
         named.update(REDUCE=reduction != NONE, ALL=FEW if few else 0)
     else:
         named.update(PER_ROW=reduction == NONE)
-    live = 4 if probabilities or smoothing > 0 else 2
+    live, (outer, n, inner) = 4 if probabilities or smoothing > 0 else 2, shape
+    looped = n > row_kernels.row_config(n, inner, dtype, live).block
+    if looped and (row_kernels.far(outer * n * inner) or named.get("ALL")):
+        live = 4  # an offset of 64 bits takes two registers, the rows' weights some more
     return over_rows(_KERNELS[kernel], shape, [strides], dtype, live, count, **named)
 
 

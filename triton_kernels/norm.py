@@ -40,14 +40,14 @@ def _value(unit, X, WEIGHT, BIAS, column, n, CASTING: tl.constexpr):
 def _forward(
     X, WEIGHT, BIAS, Y, MEAN, RSTD, rows, n, tiles,
     CASTING: tl.constexpr, EPS: tl.constexpr, SEVERAL: tl.constexpr, LOOP: tl.constexpr,
-    WIDE: tl.constexpr, WIDE_COLUMNS: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr,
+    WIDE: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     """μ (where there is a MEAN) and r of each row, then y."""
     dtype: tl.constexpr = tl.float64 if X.dtype.element_ty == tl.float64 else tl.float32
     program = tl.program_id(0)
     last = tiles if SEVERAL else program + 1
     for tile in range(program, last, tl.num_programs(0) if SEVERAL else 1):
-        row, exists, column = tile_of(tile, rows, ROWS, BLOCK, WIDE, WIDE_COLUMNS)
+        row, exists, column = tile_of(tile, rows, ROWS, BLOCK, WIDE, False)
         first, alive = (row * n)[:, None], exists[:, None]
         mean = tl.zeros((ROWS, 1), dtype)
         if LOOP:
@@ -106,7 +106,7 @@ def _gradient(g, unit, rstd, along, total, MEAN):
 def _backward(
     DY, X, WEIGHT, MEAN, RSTD, DX, PARTIAL, rows, n, tiles,
     CASTING: tl.constexpr, NEED_WEIGHT: tl.constexpr, NEED_BIAS: tl.constexpr, LOOP: tl.constexpr,
-    WIDE: tl.constexpr, WIDE_COLUMNS: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr,
+    WIDE: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     """dx; and where there is a PARTIAL, each program's sums of dy x̂ and of dy."""
     dtype: tl.constexpr = tl.float64 if X.dtype.element_ty == tl.float64 else tl.float32
@@ -114,7 +114,7 @@ def _backward(
     dw = tl.zeros((ROWS, BLOCK), dtype)
     db = tl.zeros((ROWS, BLOCK), dtype)
     for tile in range(tl.program_id(0), tiles, tl.num_programs(0)):
-        row, exists, column = tile_of(tile, rows, ROWS, BLOCK, WIDE, WIDE_COLUMNS)
+        row, exists, column = tile_of(tile, rows, ROWS, BLOCK, WIDE, False)
         first, alive = (row * n)[:, None], exists[:, None]
         rstd = tl.load(RSTD + row, exists, other=0.0)[:, None]
         if LOOP:

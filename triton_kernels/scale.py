@@ -17,9 +17,7 @@ PROGRAMS = 16
 
 
 @kernel
-def _scale(
-    G, DY, DX, n, blocks, IN_PLACE: tl.constexpr, ZEROS_STAY: tl.constexpr, BLOCK: tl.constexpr
-):
+def _scale(G, DY, DX, n, blocks, IN_PLACE: tl.constexpr, BLOCK: tl.constexpr):
     """dx = dy g, ``blocks`` blocks a program. In place there is nothing to do where dy is 1."""
     dy = upcast(tl.load(DY))
     first = tl.program_id(0).to(tl.int64) * blocks
@@ -27,37 +25,24 @@ def _scale(
         blocks = tl.where(dy == 1, 0, blocks)
     for block in range(blocks):
         start, offsets, inside = block_of(first + block, n, BLOCK)
-        g = read(G, start, offsets, inside)
-        dx = tl.where(g == 0, g, dy * g) if ZEROS_STAY else dy * g
-        write(DX, start, offsets, inside, dx)
+        write(DX, start, offsets, inside, dy * read(G, start, offsets, inside))
 
 
 @planned
-def plan(n: int, count: int, in_place: bool, zeros_stay: bool) -> Launch:
+def plan(n: int, count: int, in_place: bool) -> Launch:
     """Of ``n`` elements on ``count`` multiprocessors."""
     blocks = max(cdiv(cdiv(n, BLOCK), PROGRAMS * count), 1)
-    return _scale.launch(
-        cdiv(cdiv(n, BLOCK), blocks),
-        n=n,
-        blocks=blocks,
-        IN_PLACE=in_place,
-        ZEROS_STAY=zeros_stay,
-        BLOCK=BLOCK,
-    )
+    programs = cdiv(cdiv(n, BLOCK), blocks)
+    return _scale.launch(programs, n=n, blocks=blocks, IN_PLACE=in_place, BLOCK=BLOCK)
 
 
-def scale(grad: Tensor, dy: Tensor, zeros_stay: bool = False) -> Tensor:
-    """dy g in a new tensor, for a dense ``grad`` of any strides.
-
-    Args:
-        zeros_stay: 0 where g is 0, even if dy is NaN: so is cross-entropy's gradient of a row that
-            is ignored.
-    """
+def scale(grad: Tensor, dy: Tensor) -> Tensor:
+    """dy g in a new tensor, for a dense ``grad`` of any strides."""
     dx = torch.empty_like(grad)
-    plan(grad.numel(), multiprocessors(grad.device), False, zeros_stay)(grad, dy, dx)
+    plan(grad.numel(), multiprocessors(grad.device), False)(grad, dy, dx)
     return dx
 
 
-def scale_(grad: Tensor, dy: Tensor, zeros_stay: bool = False) -> None:
+def scale_(grad: Tensor, dy: Tensor) -> None:
     """dy g over ``grad``, which is dense."""
-    plan(grad.numel(), multiprocessors(grad.device), True, zeros_stay)(grad, dy, grad)
+    plan(grad.numel(), multiprocessors(grad.device), True)(grad, dy, grad)

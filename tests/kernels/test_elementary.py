@@ -13,16 +13,15 @@ from custom_backprop.backends.kernels import kernels
 if why_not("triton", DEVICE) is not None:
     pytest.skip("kernels do not run here", allow_module_level=True)
 
-import triton
 import triton.language as tl
 
-launch = kernels("launch").launch
+kernel = kernels("launch").kernel
 elementary = kernels("elementary")
 
 INF, NAN = float("inf"), float("nan")
 
 
-@triton.jit
+@kernel
 def _apply(X, Y, n, F: tl.constexpr, BLOCK: tl.constexpr):
     offsets = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
     tl.store(Y + offsets, F(tl.load(X + offsets, offsets < n, other=0.0)), offsets < n)
@@ -30,7 +29,8 @@ def _apply(X, Y, n, F: tl.constexpr, BLOCK: tl.constexpr):
 
 def apply(name, x):
     y = torch.empty_like(x)
-    launch(_apply, -(-x.numel() // 4096), x, y, x.numel(), F=getattr(elementary, name), BLOCK=4096)
+    n, function = x.numel(), getattr(elementary, name)
+    _apply.launch(-(-n // 4096), n=n, F=function, BLOCK=4096)(x, y)
     return y
 
 

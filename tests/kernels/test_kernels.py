@@ -183,7 +183,8 @@ def test_reading_ptx():
     }
     assert (
         offline.read_ptx(
-            "atom.global.gpu.acq_rel.add.f32 %f1, [ %rd1 + 0 ], %f2;\nred.global.add.f32 [%rd1], %f1;"
+            "atom.global.gpu.acq_rel.add.f32 %f1, [ %rd1 + 0 ], %f2;\nred.global.add.f32 [%rd1], "
+            "%f1;"
         )["atomics"]
         == 2
     )

@@ -3,6 +3,7 @@ compiled kernel."""
 
 from __future__ import annotations
 
+import copy
 from contextlib import contextmanager
 
 import pytest
@@ -17,25 +18,27 @@ JITFunction = pytest.importorskip("triton.runtime.jit").JITFunction
 pytestmark = pytest.mark.skipif(not interpreting(), reason="these kernels run in the interpreter")
 
 launcher = kernels("launch")
-launch = launcher.launch
+kernel = launcher.kernel
 
 
-@triton.jit
 def _double(X, Y, n, BLOCK: tl.constexpr):
     i = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
     tl.store(Y + i, 2 * tl.load(X + i, i < n).to(tl.float32), i < n)
 
 
-@triton.jit
-def _add(X, Y, Z, n, BLOCK: tl.constexpr):
-    i = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
-    tl.store(Z + i, tl.load(X + i, i < n) + tl.load(Y + i, i < n), i < n)
+DOUBLE = kernel(_double)
 
 
-@triton.jit
+@kernel
 def _powers(X, n, BLOCK: tl.constexpr):
     for i in range(tl.cdiv(n, BLOCK)):
         tl.store(X + i, 1 << i)
+
+
+def launch(of, programs, *args, **named):
+    """``of`` on its tensors and numbers in order."""
+    tensors, numbers = args[: len(of.tensors)], args[len(of.tensors) :]
+    of.launch(programs, **dict(zip(of.numbers, numbers, strict=True)), **named)(*tensors)
 
 
 def test_a_loop_to_a_bound_that_is_no_constant():
@@ -46,42 +49,51 @@ def test_a_loop_to_a_bound_that_is_no_constant():
 
 
 def test_an_empty_grid_returns_early():
-    launch(_double, 0)
+    x = torch.empty(3)
+    launch(DOUBLE, 0, x, x, 3, BLOCK=4)
 
 
 def test_tensors_on_two_devices():
     with pytest.raises(
         RuntimeError, match="_double to be on the same device, but found cpu and meta"
     ):
-        launch(_double, 1, torch.empty(3), torch.empty(3, device="meta"), 3, BLOCK=4)
+        launch(DOUBLE, 1, torch.empty(3), torch.empty(3, device="meta"), 3, BLOCK=4)
 
 
 def test_no_tensor():
     with pytest.raises(RuntimeError, match="without a tensor"):
-        launch(_double, 1, None, None, 3, BLOCK=4)
+        launch(DOUBLE, 1, None, None, 3, BLOCK=4)
 
 
-def test_constexprs_out_of_order():
-    x = torch.empty(3)
+@pytest.mark.parametrize("named", [{}, {"BLOCK": 4, "m": 3}, {"BLOCK": 4, "M": 3}])
+def test_names_that_are_missing_or_are_not_the_kernels(named):
     with pytest.raises(
-        TypeError, match=r"\['BLOCK'\], all of them and in this order, but was given \[\]"
+        TypeError, match=r"_double takes the numbers \['n'\] and all of the constexprs"
     ):
-        launch(_double, 1, x, x, 3)
+        DOUBLE.launch(1, n=3, **named)
+
+
+def test_arguments_out_of_order():
+    def wrong(n, X, BLOCK: tl.constexpr):
+        pass
+
+    with pytest.raises(TypeError, match="tensors come first"):
+        kernel(wrong)
 
 
 def test_the_observer_sees_a_launch_and_meta_tensors_launch_nothing():
     seen = []
     x = torch.empty(5, device="meta")
     with launcher.observed(lambda *call: seen.append(call)):
-        launch(_double, 2, x, x, 5, BLOCK=4, num_warps=8)
-    launch(_double, 2, x, x, 5, BLOCK=4)
-    assert seen == [(_double, 2, (x, x, 5), {"BLOCK": 4}, {"num_warps": 8, "num_stages": 3})]
+        launch(DOUBLE, 2, x, x, 5, BLOCK=4, num_warps=8)
+    launch(DOUBLE, 2, x, x, 5, BLOCK=4)
+    assert seen == [(DOUBLE.jit, 2, (x, x, 5), {"BLOCK": 4}, {"num_warps": 8, "num_stages": 3})]
 
 
 def test_bfloat16_is_rounded_to_nearest():
     x = torch.randn(7).bfloat16()
     y = torch.full((9,), 5.0).bfloat16()
-    launch(_double, 2, x, y, 7, BLOCK=4)
+    launch(DOUBLE, 2, x, y, 7, BLOCK=4)
     torch.testing.assert_close(y, torch.cat([2 * x, y[7:]]), rtol=0, atol=0)
     assert (y[7:] == 5).all()
 
@@ -89,14 +101,17 @@ def test_bfloat16_is_rounded_to_nearest():
 def test_one_bfloat16_storage_under_two_names():
     buffer = torch.randn(12).bfloat16()
     before = buffer.clone()
-    launch(_double, 1, buffer[:4], buffer[8:], 4, BLOCK=4)
+    launch(DOUBLE, 1, buffer[:4], buffer[8:], 4, BLOCK=4)
     torch.testing.assert_close(buffer, torch.cat([before[:8], 2 * before[:4]]), rtol=0, atol=0)
 
 
-def key(*args, kernel=_double, warps=4, stages=3, **constexprs):
-    tensors = sum(a is None or isinstance(a, torch.Tensor) for a in args)
-    key_of, _ = launcher._written_out(tensors, len(args) - tensors, {}, None, ())
-    return launcher._variant(kernel, warps, stages, constexprs), key_of(*args)
+def key(*args, warps=4, stages=3, **constexprs):
+    probe = copy.copy(DOUBLE)
+    count = sum(a is None or isinstance(a, torch.Tensor) for a in args)
+    probe.tensors = [f"T{i}" for i in range(count)]
+    probe.numbers = [f"n{i}" for i in range(len(args) - count)]
+    key_of, _ = probe._generated({}, None, ())
+    return probe.variant(warps, stages, constexprs), key_of(*args)
 
 
 def aligned(dtype=torch.float32):
@@ -132,7 +147,6 @@ def on_gpu(index):
         (key(2, N=4), key(2, N=8)),
         (key(2, N=0.0), key(2, N=-0.0)),
         (key(2, N=0), key(2, N=None)),
-        (key(2), key(2, kernel=_add)),
         (key(on_gpu(0)), key(on_gpu(1))),
         (key(on_gpu(0), on_gpu(0)), key(on_gpu(0), on_gpu(1))),
         (key(2), key(2, warps=8)),
@@ -157,16 +171,23 @@ class _Compiled:
         self.calls.append(args)
 
 
-class _Kernel(JITFunction):
-    """A kernel whose compilation gives a stub."""
+class _Jit(JITFunction):
+    """A function whose compilation gives a stub."""
 
     def __init__(self):
-        super().__init__(_double.fn)
+        super().__init__(_double)
         self.compiled, self.compilations = _Compiled(), []
 
     def run(self, *args, grid, warmup, **kwargs):
         self.compilations.append((args, grid, kwargs))
         return self.compiled
+
+
+def compiling():
+    """A kernel on a GPU, and its function."""
+    of = kernel(_double)
+    of.jit = _Jit()
+    return of, of.jit
 
 
 @pytest.fixture
@@ -191,7 +212,6 @@ def gpus(monkeypatch):
         lambda index: f"stream {index} of {current[0]}",
         raising=False,
     )
-    monkeypatch.setattr(launcher, "_bound", {})
     return seen
 
 
@@ -203,17 +223,15 @@ def test_a_compiled_kernel_gets_the_arguments_that_triton_gives_it(index, guards
 
     And it runs on the GPU of its tensors, not on the current one, which is the first.
     """
-    kernel, x, y = _Kernel(), on_gpu(index), on_gpu(index)
-    launch(kernel, 7, x, y, 48, BLOCK=16, num_warps=8, num_stages=2)
-    assert kernel.compilations == [
-        ((x, y, 48), (7,), {"BLOCK": 16, "num_warps": 8, "num_stages": 2})
-    ]
-    assert not kernel.compiled.calls
+    (of, jit), x, y = compiling(), on_gpu(index), on_gpu(index)
+    launch(of, 7, x, y, 48, BLOCK=16, num_warps=8, num_stages=2)
+    assert jit.compilations == [((x, y, 48), (7,), {"BLOCK": 16, "num_warps": 8, "num_stages": 2})]
+    assert not jit.compiled.calls
     gpus.clear()
-    launch(kernel, 7, x, y, 64, BLOCK=16, num_warps=8, num_stages=2)
-    assert len(kernel.compilations) == 1
+    launch(of, 7, x, y, 64, BLOCK=16, num_warps=8, num_stages=2)
+    assert len(jit.compilations) == 1
     stream = f"stream {index} of {index}"
-    assert kernel.compiled.calls == [
+    assert jit.compiled.calls == [
         (
             7,
             1,
@@ -233,69 +251,72 @@ def test_a_compiled_kernel_gets_the_arguments_that_triton_gives_it(index, guards
     assert gpus == guards
 
 
-def test_a_bound_launcher_that_is_kept(gpus):
-    kernel, x, made = _Kernel(), on_gpu(0), []
+def test_a_plan_is_made_once():
+    made = []
 
-    @launcher.kept
-    def bound(scale, *more):
+    @launcher.planned
+    def plan(scale, *more):
         made.append((scale, *more))
-        return launcher.bind(kernel, 2, 1, BLOCK=16, num_warps=8)
+        return DOUBLE.launch(7, n=48, BLOCK=16)
 
-    for n in (48, 64, 49):
-        bound(0.0)(7, x, x, n)
-    bound(0.0)(0, x, x, 48)
-    assert len(kernel.compilations) == 2
-    assert kernel.compilations[1] == (
-        (x, x, 49),
-        (7,),
-        {"BLOCK": 16, "num_warps": 8, "num_stages": 3},
-    )
-    assert [call[11] for call in kernel.compiled.calls] == [64]
-    assert bound(-0.0) is not bound(0.0)
-    assert bound(1.0, 2.0) is bound(1.0, 2.0)
+    assert plan(0.0) is plan(0.0)
+    assert plan(-0.0) is not plan(0.0)
+    assert plan(1.0, 2.0) is plan(1.0, 2.0)
     assert list(map(str, made)) == ["(0.0,)", "(-0.0,)", "(1.0, 2.0)"]
 
 
+def test_a_number_may_differ_at_every_call(gpus):
+    (of, jit), x = compiling(), on_gpu(0)
+    run = of.launch(7, n=48, BLOCK=16)
+    assert run.programs == 7
+    run(x, x)
+    run(x, x)
+    run(x, x, n=64)
+    run(x, x, n=49)
+    assert [args[2] for args, *_ in jit.compilations] == [48, 49]
+    assert [call[11] for call in jit.compiled.calls] == [48, 64]
+
+
 def test_an_absent_tensor_may_be_there_the_next_time(gpus):
-    kernel, x, odd = _Kernel(), on_gpu(0), aligned()[1:].as_subclass(_OnGpu)
+    (of, jit), x, odd = compiling(), on_gpu(0), aligned()[1:].as_subclass(_OnGpu)
     odd.index = 0
     for y in (None, x, None, odd):
-        launch(kernel, 7, x, y, 64, BLOCK=16)
-    assert [args[1] is None for args, *_ in kernel.compilations] == [True, False, False]
-    assert len(kernel.compiled.calls) == 1
+        launch(of, 7, x, y, 64, BLOCK=16)
+    assert [args[1] is None for args, *_ in jit.compilations] == [True, False, False]
+    assert len(jit.compiled.calls) == 1
 
 
 def test_a_kernel_is_compiled_on_the_gpu_of_its_tensors(gpus):
-    launch(_Kernel(), 1, on_gpu(1), on_gpu(1), 4, BLOCK=16)
+    launch(compiling()[0], 1, on_gpu(1), on_gpu(1), 4, BLOCK=16)
     assert gpus == ["enter 1", "exit 1"]
 
 
 def test_a_compiled_kernel_refuses_tensors_of_two_gpus(gpus):
-    kernel = _Kernel()
-    launch(kernel, 1, on_gpu(0), on_gpu(0), 4, BLOCK=16)
+    of, _ = compiling()
+    launch(of, 1, on_gpu(0), on_gpu(0), 4, BLOCK=16)
     with pytest.raises(RuntimeError, match="same device, but found cuda:0 and cuda:1"):
-        launch(kernel, 1, on_gpu(0), on_gpu(1), 4, BLOCK=16)
+        launch(of, 1, on_gpu(0), on_gpu(1), 4, BLOCK=16)
 
 
 def test_a_profilers_hook_sees_every_launch(gpus):
-    kernel, x = _Kernel(), on_gpu(0)
+    (of, jit), x = compiling(), on_gpu(0)
     hook = triton.knobs.runtime.launch_enter_hook
     hook.add(print)
     try:
         for _ in range(2):
-            launch(kernel, 7, x, x, 64, BLOCK=16)
+            launch(of, 7, x, x, 64, BLOCK=16)
     finally:
         hook.remove(print)
-    assert len(kernel.compilations) == 2
-    assert not kernel.compiled.calls
+    assert len(jit.compilations) == 2
+    assert not jit.compiled.calls
 
 
 def test_an_observer_sees_a_launch_from_the_cache(gpus):
-    kernel, x, seen = _Kernel(), on_gpu(0), []
-    launch(kernel, 7, x, x, 64, BLOCK=16)
+    (of, jit), x, seen = compiling(), on_gpu(0), []
+    launch(of, 7, x, x, 64, BLOCK=16)
     with launcher.observed(lambda *call: seen.append(call)):
-        launch(kernel, 7, x, x, 64, BLOCK=16)
-    assert seen == [(kernel, 7, (x, x, 64), {"BLOCK": 16}, {"num_warps": 4, "num_stages": 3})]
+        launch(of, 7, x, x, 64, BLOCK=16)
+    assert seen == [(jit, 7, (x, x, 64), {"BLOCK": 16}, {"num_warps": 4, "num_stages": 3})]
 
 
 @pytest.mark.parametrize("n", [*range(1, 10), 31, 32, 33, 2**31 - 1, 2**31, 2**40 + 1])

@@ -66,6 +66,8 @@ def _triplet_regimes(make: Make) -> Iterator[Sample]:
             )
             options = {"p": p, "swap": swap, "reduction": "none" if swap else "sum"}
             yield Sample(tensors, options, name=f"{options}")
+    for shape, name in (((2**10, 2**16), "rows in a loop"), ((2**16, 2**15), "offsets in int64")):
+        yield Sample(tuple(make.tensor(*shape) for _ in range(3)), name=name)
 
 
 def info_nce(
@@ -140,6 +142,12 @@ def _nce_samples(make: Make) -> Iterator[Sample]:
 def _nce_regimes(make: Make) -> Iterator[Sample]:
     q, k, n = (make.tensor(rows, 2048) for rows in (256, 256, 512))
     yield Sample((q, k, n), {"reduction": "none"}, name="long vectors, negatives of all, none")
+    pair = make.tensor(2**16, 8), make.tensor(2**16, 8)
+    yield Sample(pair, {"symmetric": True}, name="similarities in int64")
+    pair = make.tensor(2**10, 2**16), make.tensor(2**10, 2**16)
+    yield Sample(pair, name="vectors in a loop")
+    pair = make.tensor(2**16, 2**15), make.tensor(2**16, 2**15)
+    yield Sample(pair, name="vectors in int64")
 
 
 SPECS = [

@@ -67,6 +67,10 @@ def _nll_regimes(make: Make) -> Iterator[Sample]:
     yield Sample(
         (make.tensor(2**16, 2**15), make.index(2**16, high=2**15)), name="offsets in int64"
     )
+    yield Sample(
+        (make.tensor(1, 2**15, 2**16), make.index(1, 2**16, high=2**15)),
+        name="3-D, offsets of classes in int64",
+    )
 
 
 def _samples(make: Make) -> Iterator[Sample]:
@@ -138,6 +142,10 @@ def _regimes(make: Make) -> Iterator[Sample]:
     x, index = make.tensor(2**16, 2**15), make.index(2**16, high=2**15)
     for reduction in ("mean", "none"):
         yield Sample((x, index), {"reduction": reduction}, name=f"offsets in int64, {reduction}")
+    x, index = make.tensor(1, 2**15, 2**16), make.index(1, 2**16, high=2**15)
+    for reduction in ("mean", "none"):
+        options = {"reduction": reduction}
+        yield Sample((x, index), options, name=f"3-D, offsets of classes in int64, {reduction}")
 
 
 def _large(sizes: dict[str, tuple[int, int]]) -> Callable[[Make, str], Sample]:

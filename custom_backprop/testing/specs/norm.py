@@ -83,6 +83,12 @@ def _regimes(make: Make, parameters: int) -> Iterator[Sample]:
     wide = make.tensor(64, 2**17), (2**17,), *(make.tensor(2**17) for _ in range(parameters))
     yield Sample(wide, name="rows in a loop")
     yield Sample((make.tensor(2**16, 2**15), (2**15,)), name="offsets in int64")
+    frozen = make.tensor(256, 256, requires_grad=False)
+    given = frozen, (256,), *(make.tensor(256) for _ in range(parameters))
+    yield Sample(given, name="a frozen input")
+    if parameters > 1:
+        given = make.tensor(64, 2**17), (2**17,), None, make.tensor(2**17)
+        yield Sample(given, name="rows in a loop, a bias alone")
 
 
 SHAPE = {"normalized_shape": (5, 2), "eps": 0.1}
