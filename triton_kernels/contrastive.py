@@ -89,8 +89,8 @@ def _direction(v, d, ORDER: tl.constexpr):
 def _triplet_forward(
     A, P, N, D, LOSS, rows, n, tiles, a_row, p_row, n_row,
     MARGIN: tl.constexpr, ORDER: tl.constexpr, EPS: tl.constexpr, SWAP: tl.constexpr,
-    SEVERAL: tl.constexpr, WIDE: tl.constexpr,
-    ROWS: tl.constexpr, BLOCK: tl.constexpr,
+    SEVERAL: tl.constexpr, LOOP: tl.constexpr, WIDE: tl.constexpr, ROWS: tl.constexpr,
+    BLOCK: tl.constexpr,
 ):  # fmt: skip
     """The distances and the loss of each row."""
     first = tl.program_id(0)
@@ -99,7 +99,7 @@ def _triplet_forward(
         ap = tl.zeros((ROWS, BLOCK), D.dtype.element_ty)
         an = tl.zeros((ROWS, BLOCK), D.dtype.element_ty)
         pn = tl.zeros((ROWS, BLOCK), D.dtype.element_ty)
-        for start in range(0, n, BLOCK):
+        for start in range(0, n if LOOP else BLOCK, BLOCK):
             place = start + column
             inside = alive[:, None] & (place < n)
             a = read(A, (row * a_row)[:, None] + place, inside)
@@ -125,8 +125,8 @@ def _triplet_forward(
 def _triplet_backward(
     DY, A, P, N, D, DA, DP, DN, rows, n, tiles, a_row, p_row, n_row,
     MARGIN: tl.constexpr, ORDER: tl.constexpr, EPS: tl.constexpr, SWAP: tl.constexpr,
-    PER_ROW: tl.constexpr, MEAN: tl.constexpr, SEVERAL: tl.constexpr, WIDE: tl.constexpr,
-    ROWS: tl.constexpr, BLOCK: tl.constexpr,
+    PER_ROW: tl.constexpr, MEAN: tl.constexpr, SEVERAL: tl.constexpr, LOOP: tl.constexpr,
+    WIDE: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     """The gradients that are wanted (else None). For ORDER 0 the row is first walked to count the
     largest."""
@@ -150,7 +150,7 @@ def _triplet_backward(
             ap = tl.zeros((ROWS, BLOCK), d_an.dtype)
             an = tl.zeros((ROWS, BLOCK), d_an.dtype)
             pn = tl.zeros((ROWS, BLOCK), d_an.dtype)
-            for start in range(0, n, BLOCK):
+            for start in range(0, n if LOOP else BLOCK, BLOCK):
                 place = start + column
                 inside = alive[:, None] & (place < n)
                 a = read(a_start, place, inside)
@@ -164,7 +164,7 @@ def _triplet_backward(
             of_an /= tl.sum(an, 1)
             if SWAP:
                 of_pn /= tl.sum(pn, 1)
-        for start in range(0, n, BLOCK):
+        for start in range(0, n if LOOP else BLOCK, BLOCK):
             place = start + column
             inside = alive[:, None] & (place < n)
             a = read(a_start, place, inside)
@@ -329,7 +329,7 @@ def plan_triplet(
         named |= {"PER_ROW": reduction == NONE, "MEAN": reduction == MEAN}
     kernel = _triplet_forward if reduction is None else _triplet_backward
     layouts = [(s, 1, 1) for s in (*strides, n)]
-    live = 64 if n <= 256 else 8  # of more short rows a program ptxas spills a register
+    live = 16 if dtype == torch.float64 else 8
     return over_rows(kernel, (rows, n, 1), layouts, dtype, live, count, **named)
 
 
