@@ -1,9 +1,8 @@
 """``python -m benchmarks.products``: our matrix product against the vendor's, plain and with an
 activation, on a GPU.
 
-With an activation, stock's product is followed by our pass over its result, as where
-``triton_kernels/linear.py`` finds no entry in its table FASTER, which is written from this. In
-``benchmarks/results/products-CARD.md``.
+With an activation, stock's product is followed by our pass over its result, as it is where
+"triton" is not forced. In ``benchmarks/results/products-CARD.md``.
 """
 
 from __future__ import annotations
@@ -21,8 +20,9 @@ from .report import RESULTS, card, machine_of
 
 #: rows, columns and inner size: those of a digits step and its gradients, and of larger layers
 SHAPES = (
-    (128, 1024, 64), (128, 512, 1024), (128, 64, 1024), (512, 1024, 128), (1024, 1024, 1024), (2048, 2048, 2048),
-    (4096, 1024, 4096), (4096, 4096, 1024), (4096, 4096, 4096), (16384, 4096, 4096),
+    (128, 1024, 64), (128, 512, 1024), (128, 64, 1024), (512, 1024, 128), (1024, 1024, 1024),
+    (2048, 2048, 2048), (4096, 1024, 4096), (4096, 4096, 1024), (4096, 4096, 4096),
+    (16384, 4096, 4096),
 )  # fmt: skip
 DTYPES = (torch.bfloat16, torch.float32)
 KINDS = (None, "relu", "gelu")
@@ -35,7 +35,7 @@ def ratio(
     m, n, k = shape
     x, weight = (torch.randn(*s, device="cuda", dtype=dtype) for s in ((m, k), (n, k)))
     bias = torch.randn(n, device="cuda", dtype=dtype)
-    ours, passes = kernels("linear"), kernels("activation")
+    ours, passes = kernels("matmul"), kernels("activation")
 
     def stock() -> object:
         z = torch.nn.functional.linear(x, weight, bias)
@@ -63,15 +63,17 @@ def main() -> int:
     args = parser.parse_args()
     if not torch.cuda.is_available():
         parser.error("this needs a GPU, and none is visible")
+    columns = [f"{str(d)[6:]} {kind or chr(8212)}" for d in DTYPES for kind in KINDS]
     lines = [
         "# Matrix products with a bias: stock / ours, and TFLOP/s of ours",
         "",
         "; ".join(f"{k}: {v}" for k, v in machine_of("cuda").items() if k != "dtype") + ".",
         "",
-        "Rows x columns x inner size; gelu keeps z too. Float32 without TF32. Written by `python -m benchmarks.products`.",
+        "Rows x columns x inner size; gelu stores z too. Float32 without TF32. Written by "
+        "`python -m benchmarks.products`.",
         "",
-        f"| shape | {' | '.join(f'{str(d)[6:]} {kind or chr(8212)}' for d in DTYPES for kind in KINDS)} |",
-        "|---" * (len(DTYPES) * len(KINDS) + 1) + "|",
+        f"| shape | {' | '.join(columns)} |",
+        "|---" * (len(columns) + 1) + "|",
     ]
     for shape in SHAPES:
         cells = [ratio(shape, dtype, kind, args.seconds) for dtype in DTYPES for kind in KINDS]

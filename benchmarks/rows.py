@@ -70,8 +70,8 @@ def main() -> int:
         "",
         "; ".join(f"{k}: {v}" for k, v in machine_of("cuda").items() if k != "dtype") + ".",
         "",
-        "Of the bytes that must move: each input read once, each output and gradient written once. GPU time of CUDA graphs. Written by",
-        "`python -m benchmarks.rows`.",
+        "Of the bytes that must move: each input read once, each output and gradient written once. "
+        "GPU time of CUDA graphs. Written by `python -m benchmarks.rows`.",
         "",
         f"| op | {' | '.join(f'{w // 1024}K' for w in WIDTHS)} |",
         "|---" * (len(WIDTHS) + 1) + "|",

@@ -34,9 +34,15 @@ _TYPES = {
 
 
 @triton.jit
+def _decay(rate, p):
+    """rate θ; 0 without a decay even where θ is infinite or NaN."""
+    return tl.where(rate == 0, 0.0, rate * p)
+
+
+@triton.jit
 def sgd(p, g, m, s1, s2, t, bias_a, bias_b, lr, decay, momentum, dampening, rest_a, undamped, eps,
         NESTEROV: tl.constexpr, STATES: tl.constexpr, FRESH: tl.constexpr):  # fmt: skip
-    g = g + decay * p
+    g = g + _decay(decay, p)
     d = g
     if STATES:
         m = g if FRESH else momentum * m + undamped * g
@@ -47,7 +53,7 @@ def sgd(p, g, m, s1, s2, t, bias_a, bias_b, lr, decay, momentum, dampening, rest
 @triton.jit
 def adagrad(p, g, s, s1, s2, t, bias_a, bias_b, lr, decay, lr_decay, b, rest_a, rest_b, eps,
             FLAG: tl.constexpr, STATES: tl.constexpr, FRESH: tl.constexpr):  # fmt: skip
-    g = g + decay * p
+    g = g + _decay(decay, p)
     s = s + g * g
     return p - lr / (1 + (t - 1) * lr_decay) * g / (tl.sqrt(s) + eps), s, s1, s2
 
@@ -55,7 +61,7 @@ def adagrad(p, g, s, s1, s2, t, bias_a, bias_b, lr, decay, lr_decay, b, rest_a, 
 @triton.jit
 def rmsprop(p, g, v, m, a, t, bias_a, bias_b, lr, decay, alpha, momentum, rest, rest_b, eps,
             CENTERED: tl.constexpr, STATES: tl.constexpr, FRESH: tl.constexpr):  # fmt: skip
-    g = g + decay * p
+    g = g + _decay(decay, p)
     v = alpha * v + rest * g * g
     w = v
     if CENTERED:
@@ -72,9 +78,9 @@ def rmsprop(p, g, v, m, a, t, bias_a, bias_b, lr, decay, alpha, momentum, rest, 
 def adam(p, g, m, v, w, t, bias_a, bias_b, lr, decay, beta1, beta2, rest1, rest2, eps,
          DECOUPLED: tl.constexpr, STATES: tl.constexpr, FRESH: tl.constexpr):  # fmt: skip
     if DECOUPLED:
-        p = p - lr * decay * p
+        p = p - _decay(lr * decay, p)
     else:
-        g = g + decay * p
+        g = g + _decay(decay, p)
     m = m + rest1 * (g - m)
     v = beta2 * v + rest2 * g * g
     w = tl.where((v > w) | (v != v), v, w) if STATES & 4 else v
@@ -86,7 +92,7 @@ def lion(p, g, m, s1, s2, t, bias_a, bias_b, lr, decay, beta1, beta2, rest1, res
          FLAG: tl.constexpr, STATES: tl.constexpr, FRESH: tl.constexpr):  # fmt: skip
     c = m + rest1 * (g - m)
     sign = (c > 0).to(p.dtype) - (c < 0).to(p.dtype)
-    return p - lr * decay * p - lr * sign, m + rest2 * (g - m), s1, s2
+    return p - _decay(lr * decay, p) - lr * sign, m + rest2 * (g - m), s1, s2
 
 
 @triton.jit

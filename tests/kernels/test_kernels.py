@@ -191,7 +191,10 @@ def test_reading_ptx():
 
 
 def test_reading_registers_and_the_stack():
-    line = " Function _copy:\n  REG:32 STACK:{} SHARED:0 LOCAL:{} CONSTANT[0]:380 TEXTURE:0 SURFACE:0 SAMPLER:0\n"
+    line = (
+        " Function _copy:\n  REG:32 STACK:{} SHARED:0 LOCAL:{} CONSTANT[0]:380 TEXTURE:0 SURFACE:0 "
+        "SAMPLER:0\n"
+    )
     assert offline.read_usage(line.format(0, 0)) == {"registers": 32, "spilled": 0}
     assert offline.read_usage(line.format(8, 16)) == {"registers": 32, "spilled": 24}
 
