@@ -1,0 +1,255 @@
+"""Each kernel family one below, at and one above its blocks, on two axes at once, against torch in
+float64; offsets that 32 bits do not hold; results that are no views."""
+
+from __future__ import annotations
+
+from itertools import product
+
+import pytest
+import torch
+import torch.nn.functional as F
+from conftest import DEVICE
+
+from custom_backprop import optim, use_backend
+from custom_backprop.backends import why_not
+from custom_backprop.backends.kernels import kernels
+
+if why_not("triton", DEVICE) is not None:
+    pytest.skip("kernels do not run here", allow_module_level=True)
+
+launch, rows, linear, matmul = map(kernels, ("launch", "rows", "linear", "matmul"))
+DOUBLE = torch.float64
+NONE, MEAN = kernels("loss").NONE, kernels("loss").MEAN
+
+
+def tensor(*shape, dtype=DOUBLE):
+    return torch.randn(shape, dtype=dtype, device=DEVICE)
+
+
+def same(ours, theirs, tolerance=1e-11):
+    torch.testing.assert_close(ours, theirs, rtol=tolerance, atol=tolerance)
+
+
+def around(block):
+    return block - 1, block, block + 1
+
+
+#: (rows, columns) around 32 x 32 and the inner size around 16, and more tiles than a group has
+TILES = [
+    *product(around(32), around(32), around(16)),
+    (2 * 32 + 1, 2 * 32 + 1, 33),
+    (9 * 32, 33, 3),
+]
+
+
+@pytest.mark.parametrize(("m", "n", "k"), TILES)
+def test_products(m, n, k):
+    c = matmul.matmul_config(m, n, DOUBLE)
+    assert (c.block_m, c.block_n, c.block_k) == (32, 32, 16), "sizes of this test"
+    x, y, bias = tensor(k, m).t(), tensor(k, n), tensor(n)
+    out, z = matmul.product(x, y, bias, "tanh", (), True)
+    same(z, x @ y + bias)
+    same(out, torch.tanh(z))
+
+
+#: around 16 rows by 64 columns, and around the rows from which several programs share a column
+COLUMNS = [
+    *product(around(16), around(64)),
+    *product(around(linear.ALONE), (3, 65)),
+    (1000, 4), (1000, 300), (1, 1),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(("m", "n"), COLUMNS)
+def test_columns(m, n):
+    """Each row counts once, whatever range of rows it falls in: rows of the next range, which the
+    last block of this one reaches, are not its own."""
+    dy, y = tensor(m, n), torch.tanh(tensor(m, n))
+    dz, db = linear.columns(dy, y, "tanh", (), True)
+    same(dz, dy * (1 - y * y))
+    same(db, dz.sum(0))
+    same(linear.columns(dy, None, None, (), True)[1], dy.sum(0))
+
+
+@pytest.mark.parametrize(("parts", "n"), [*product(around(128), around(32)), (5, 1), (1, 70)])
+@pytest.mark.parametrize("sums", [1, 2])
+def test_the_second_stage_of_column_sums(parts, n, sums):
+    partial, outs = tensor(sums, parts, n), [tensor(n), tensor(n)]
+    rows.column_sum(partial, outs[0], outs[1] if sums == 2 else None)
+    same(torch.stack(outs[:sums]), partial.sum(1))
+
+
+@pytest.mark.parametrize("parts", [1, 2, *around(64), *around(8192), 20000])
+def test_the_second_stage_of_a_sum(parts):
+    partial, weight, out, total = tensor(parts), tensor(parts).abs(), tensor(), tensor()
+    rows.total(partial, out)
+    same(out, partial.sum())
+    rows.total(partial, out, 7)
+    same(out, partial.sum() / 7)
+    rows.total(partial, out, None, weight, total)
+    same((out, total), (partial.sum() / weight.sum(), weight.sum()))
+
+
+@pytest.mark.parametrize(("dtype", "block"), [(DOUBLE, 512), (torch.float32, 1024)])
+def test_activations(dtype, block):
+    module = kernels("activation")
+    for n in (1, *around(block), *around(2 * block)):
+        x, dy = tensor(n, dtype=dtype), tensor(n, dtype=dtype)
+        y = module.forward("tanh", x)
+        tolerance = 1e-11 if dtype == DOUBLE else 1e-6
+        same(y, torch.tanh(x), tolerance)
+        same(module.backward("tanh", dy, y), dy * (1 - y * y), tolerance)
+        module.forward_("tanh", x)
+        same(x, y, 0)
+
+
+@pytest.mark.parametrize("n", [1, *around(512), *around(1024), 4 * 4 * 1024 * 4 + 1])
+@pytest.mark.parametrize("reduction", [NONE, MEAN])
+def test_losses(n, reduction):
+    """Up to more blocks than programs, which then have several."""
+    loss, x, t = kernels("loss"), tensor(n), tensor(n)
+    expected = F.mse_loss(x, t, reduction="none" if reduction == NONE else "mean")
+    y, dx = loss.forward("mse_loss", x, t, None, None, reduction, reduction == MEAN)
+    same(y, expected)
+    dy = tensor(n) if reduction == NONE else tensor()
+    scaled = dy * 2 * (x - t) / (1 if reduction == NONE else n)
+    same(
+        loss.backward("mse_loss", dy, x, t, None, None, reduction, [True] + 3 * [False])[0], scaled
+    )
+    if reduction == MEAN:
+        same(kernels("scale").scale(dx, dy), scaled)
+
+
+@pytest.mark.parametrize(
+    "shape", [*product(around(4), around(8), around(32)), (3, 130, 1), (1, 1, 1)]
+)
+def test_prelu(shape):
+    prelu, x, weight, dy = kernels("prelu"), tensor(*shape), tensor(shape[1]), tensor(*shape)
+    leaves = x.requires_grad_(), weight.requires_grad_()
+    expected = F.prelu(*leaves)
+    with torch.no_grad():
+        same(prelu.forward(x, weight), expected)
+        ours = prelu.backward(dy, x, weight, True, True)
+    same(ours, torch.autograd.grad(expected, leaves, dy))
+
+
+@pytest.mark.parametrize(("m", "d"), [*product((1, *around(32)), around(16))])
+@pytest.mark.parametrize("symmetric", [False, True])
+def test_info_nce(m, d, symmetric):
+    q, k = tensor(m, d).requires_grad_(), tensor(m, d)
+    s = q @ k.t() / 0.5
+    losses = [F.cross_entropy(v, torch.arange(m, device=DEVICE)) for v in (s, s.t())]
+    expected = sum(losses) / 2 if symmetric else losses[0]
+    with torch.no_grad():
+        loss, G = kernels("contrastive").info_nce(q, k, None, 0.5, symmetric, MEAN, True)
+    same(loss, expected)
+    same(G @ k / m, torch.autograd.grad(expected, q)[0])
+
+
+@pytest.mark.parametrize(
+    ("m", "n"), [*product(around(4), around(512)), (3, 1), (2, 2049), (1, 9000)]
+)
+def test_rows(m, n):
+    """Rows by the tile, and in a loop, of softmax, the norm of vectors and the triplet loss."""
+    x, dy = tensor(m, n).requires_grad_(), tensor(m, n)
+    softmax, contrastive = kernels("softmax"), kernels("contrastive")
+    for y, forward, backward in (
+        (
+            torch.softmax(x, 1),
+            lambda: softmax.forward("softmax", x, 1, None),
+            lambda y: softmax.backward("softmax", dy, y, 1, DOUBLE),
+        ),
+        (
+            F.normalize(x),
+            lambda: contrastive.unit_forward(x, 1e-12)[0],
+            lambda y: contrastive.unit_backward(
+                dy, y, contrastive.unit_forward(x, 1e-12)[1], 1e-12
+            ),
+        ),
+    ):
+        (dx,) = torch.autograd.grad(y, x, dy)
+        with torch.no_grad():
+            same(forward(), y)
+            same(backward(y), dx)
+    p, other = tensor(m, n), tensor(m, n)
+    expected = F.triplet_margin_loss(x, p, other, margin=3.0, swap=True, reduction="none")
+    given = 3.0, 2.0, 1e-6, True, NONE
+    with torch.no_grad():
+        loss, d = contrastive.triplet_forward(x, p, other, *given)
+        same(loss, expected)
+        dy = tensor(m)
+        ours = contrastive.triplet_backward(dy, x, p, other, d, *given, (True, False, False))[0]
+    same(ours, torch.autograd.grad(expected, x, dy)[0])
+
+
+def far_apart(width):
+    """Two rows of float16 further apart than 32 bits reach. What lies between takes no memory, as
+    nobody touches it."""
+    stride = 2**31 + 3
+    buffer = torch.empty(stride + width, dtype=torch.float16, device=DEVICE)
+    x = buffer.as_strided((2, width), (stride, 1))
+    return x.copy_(torch.randn(2, width))
+
+
+@pytest.mark.skipif(DEVICE != "cpu", reason="a GPU's memory is not given page by page")
+def test_offsets_beyond_32_bits():
+    x = far_apart(37)
+    near = x.contiguous()
+    same(
+        kernels("softmax").forward("softmax", x, 1, None),
+        torch.softmax(near.float(), 1).half(),
+        1e-3,
+    )
+    unit = kernels("contrastive").unit_forward
+    same(unit(x, 1e-12)[0], unit(near, 1e-12)[0], 0)
+    y = torch.randn(37, 5).half()
+    same(matmul.product(x, y)[0], matmul.product(near, y)[0], 0)
+    dy = torch.randn(5, 2).half()
+    same(matmul.product(dy, x)[0], matmul.product(dy, near)[0], 0)
+    anchors = [v.expand(2, 37) for v in torch.randn(2, 37).half()]
+    given = 1.0, 2.0, 1e-6, False, NONE
+    triplet = kernels("contrastive").triplet_forward
+    same(triplet(x, *anchors, *given)[0], triplet(near, *anchors, *given)[0], 0)
+
+
+def test_results_are_no_views():
+    """Users write ``loss /= 4`` and ``linear(x).relu_()``."""
+    x, weight, bias, saved = tensor(2, 3, 5), tensor(4, 5), tensor(4), tensor(2, 3, 4)
+    contrastive, softmax = kernels("contrastive"), kernels("softmax")
+    found = []
+    for ours in (False, True):
+        found += (
+            linear.forward(x, weight, bias, ours=ours),
+            linear.forward(x, weight, None, ours=ours),
+        )
+        for name in ("tanh", "gelu"):
+            found += linear.activation_forward(x, weight, bias, name, (), ours=ours)
+        needs = True, True, True
+        found += linear.backward(saved, x, weight, *needs, ours=ours)
+        found += linear.activation_backward(saved, x, weight, saved, "tanh", (), *needs, ours=ours)
+    for dim in range(3):
+        y = softmax.forward("softmax", x, dim, None)
+        found += y, softmax.backward("softmax", x, y, dim, DOUBLE)
+    for reduction in (NONE, MEAN):
+        found += kernels("loss").forward("mse_loss", x, x, None, None, reduction, True)
+        found += contrastive.triplet_forward(x, x, x, 1.0, 2.0, 1e-6, True, reduction)
+        for symmetric in (False, True):
+            given = x[0], x[1], None, 1.0, symmetric, reduction, True
+            found += contrastive.info_nce(*given)
+    found += contrastive.unit_forward(x, 1e-12)
+    found += (
+        kernels("prelu").forward(x, tensor(3)),
+        *kernels("prelu").backward(x, x, tensor(3), True, True),
+    )
+    assert not any(t._is_view() for t in found if t is not None)
+
+
+@pytest.mark.parametrize("name", ["SGD", "Adagrad", "RMSprop", "Adam", "AdamW", "Lion"])
+def test_without_a_decay_an_infinite_parameter_stays_infinite(name):
+    """0 · ∞ is NaN."""
+    p = torch.tensor([float("inf"), 1.0], dtype=DOUBLE, device=DEVICE, requires_grad=True)
+    p.grad = torch.ones_like(p)
+    with use_backend("triton"):
+        getattr(optim, name)([p], lr=0.1, weight_decay=0.0).step()
+    assert p[0] == float("inf")
+    assert p[1] < 1
