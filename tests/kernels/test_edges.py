@@ -183,12 +183,12 @@ def test_rows(m, n):
 
 
 def far_apart(width):
-    """Two rows of float16 further apart than 32 bits reach. What lies between takes no memory, as
-    nobody touches it."""
-    stride = 2**31 + 3
-    buffer = torch.empty(stride + width, dtype=torch.float16, device=DEVICE)
-    x = buffer.as_strided((2, width), (stride, 1))
-    return x.copy_(torch.randn(2, width))
+    """Three rows of float16 whose stride 32 bits hold, but not twice of it. What lies between takes
+    no memory, as nobody touches it."""
+    stride = 2**30 + 3
+    buffer = torch.empty(2 * stride + width, dtype=torch.float16, device=DEVICE)
+    x = buffer.as_strided((3, width), (stride, 1))
+    return x.copy_(torch.randn(3, width))
 
 
 @pytest.mark.skipif(DEVICE != "cpu", reason="a GPU's memory is not given page by page")
@@ -204,9 +204,9 @@ def test_offsets_beyond_32_bits():
     same(unit(x, 1e-12)[0], unit(near, 1e-12)[0], 0)
     y = torch.randn(37, 5).half()
     same(matmul.product(x, y)[0], matmul.product(near, y)[0], 0)
-    dy = torch.randn(5, 2).half()
+    dy = torch.randn(5, 3).half()
     same(matmul.product(dy, x)[0], matmul.product(dy, near)[0], 0)
-    anchors = [v.expand(2, 37) for v in torch.randn(2, 37).half()]
+    anchors = [v.expand(3, 37) for v in torch.randn(2, 37).half()]
     given = 1.0, 2.0, 1e-6, False, NONE
     triplet = kernels("contrastive").triplet_forward
     same(triplet(x, *anchors, *given)[0], triplet(near, *anchors, *given)[0], 0)
