@@ -37,7 +37,7 @@ def matmul_config(m: int, n: int, dtype: torch.dtype, activation: bool = False) 
     if dtype == torch.float32:
         # behind a tile of 64x64 half of the activations spill
         wide = 32 if activation else 64
-        return MatmulConfig(32, 32, 32, 4, 3) if small else MatmulConfig(64, wide, 32, 4, 3)
+        return MatmulConfig(32, 32, 32, 4, 3) if small else MatmulConfig(64, wide, 16, 4, 3)
     if m >= 128 and n >= 128:
         # a 128x128 accumulator is 64 registers a thread at 8 warps
         return MatmulConfig(128, 128, 64, 8, 3)

@@ -47,10 +47,12 @@ def row_config(n: int, inner: int, dtype: torch.dtype, live: int) -> RowConfig:
     # short rows: enough of them for two 128-bit accesses a thread at 4 warps. Side by side: enough
     # to fill a cache line of 128 bytes
     rows = max(min(2048, most) // block, min(next_power_of_2(inner), 128 // dtype.itemsize))
-    if rows * block > most:
-        block = min(most // (2 if side_by_side else 4), LOOPED) // rows
-    # elements a thread: one 128-bit access at least
+    looped = rows * block > most
+    if looped:
+        block = min(most // 4, LOOPED) // rows
+    # elements a thread: one 128-bit access at least. Side by side in a loop there are two places
     a_thread = 16 // (2 if double or side_by_side else 1) // (2 if live > 2 else 1)
+    a_thread = a_thread // 2 if looped and side_by_side else a_thread
     a_thread = max(a_thread, 16 // dtype.itemsize)
     return RowConfig(rows, block, min(max(rows * block // (32 * a_thread), 1), 16))
 
