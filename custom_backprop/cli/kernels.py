@@ -97,7 +97,8 @@ def run(args: argparse.Namespace) -> int:
     faults += [f"{f['op']}: {_label(f)}: {fault}" for f in found for fault in f["faults"]]
     if args.audit:
         faults += [difference for seen in done.values() for difference in seen.differences]
-    for fault in dict.fromkeys(faults):
+    faults = list(dict.fromkeys(faults))
+    for fault in faults:
         print(f"FAULT {fault}")
     kind = "launches" if args.audit else "kernels"
     what = f"{len(found)} {kind} of {len(names) - len(optimizers)} ops"
