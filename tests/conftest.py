@@ -5,7 +5,6 @@ from __future__ import annotations
 
 import importlib
 import os
-import subprocess
 import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -22,11 +21,12 @@ if not torch.cuda.is_available():
 if "PYTEST_XDIST_WORKER" in os.environ:
     torch.set_num_threads(1)  # one process a core: more threads would only get in each other's way
 
+from helpers import DEVICE
+
 import custom_backprop
 from custom_backprop.backends import BACKENDS, why_not
 
 EXAMPLES = Path(__file__).parents[1] / "examples"
-DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
@@ -77,27 +77,3 @@ def example(
     torch.set_num_threads(threads)
     for file in EXAMPLES.glob("*.py"):
         sys.modules.pop(file.stem, None)
-
-
-def assert_is_a_picture(path: Path) -> None:
-    from matplotlib.image import imread
-
-    height, width = imread(path).shape[:2]
-    assert 300 < height < 2000
-    assert 600 < width < 3000
-    assert imread(path).std() > 0.05
-
-
-def python(code: str, **environment: str) -> str:
-    """What a process of its own prints, without the interpreter's setting of these tests."""
-    root = str(Path(custom_backprop.__file__).parents[1])
-    env = (
-        {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
-        | {"PYTHONPATH": root}
-        | environment
-    )
-    done = subprocess.run(
-        [sys.executable, "-c", code], capture_output=True, text=True, env=env, timeout=120
-    )
-    assert done.returncode == 0, done.stderr
-    return done.stdout

@@ -1,5 +1,4 @@
-"""Triplet margin, InfoNCE and the division by the norm: kernels on rows of vectors, and their
-launchers.
+"""Triplet margin and InfoNCE: kernels on rows of vectors, and their launchers.
 
 The sums of a row that is longer than a block are taken lane by lane, and the row is walked again
 for what depends on them. Nothing is summed over rows here: losses leave row by row, in the
@@ -29,7 +28,7 @@ from .launch import (
 )  # fmt: skip
 from .loss import MEAN, NONE
 from .pointwise import BLOCK
-from .rows import lowest, online, online_of_rows, over_rows, read, start_of, tile_of, write
+from .rows import lowest, online, online_of_rows, over_rows, read, rows_of, start_of, tile_of, write
 
 
 @triton.jit
@@ -242,73 +241,6 @@ def _slope(
     write(G, here, inside, tl.where(is_positive, p - 1, p) * SCALE)
 
 
-@kernel
-def _unit_forward(
-    X, Y, R, rows, n, tiles, x_row, EPS: tl.constexpr, SEVERAL: tl.constexpr, LOOP: tl.constexpr,
-    WIDE: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr,
-):  # fmt: skip
-    """y = x / r and r = max(‖x‖, ε)."""
-    first = tl.program_id(0)
-    for tile in range(first, tiles if SEVERAL else first + 1, tl.num_programs(0) if SEVERAL else 1):
-        row, alive, column = tile_of(tile, rows, ROWS, BLOCK, WIDE, False)
-        x_start, y_start = X + (row * x_row)[:, None], Y + (row * n)[:, None]
-        inside = alive[:, None] & (column < n)
-        x = read(x_start, column, inside)
-        square = x * x
-        if LOOP:
-            for start in range(BLOCK, n, BLOCK):
-                more = read(x_start, start + column, alive[:, None] & (start + column < n))
-                square += more * more
-        r = tl.sqrt(tl.sum(square, 1))
-        r = tl.where(r < EPS, EPS, r)
-        tl.store(R + row, r, alive)
-        write(y_start, column, inside, x / r[:, None])
-        if LOOP:
-            for start in range(BLOCK, n, BLOCK):
-                inside = alive[:, None] & (start + column < n)
-                x = read(x_start, start + column, inside)
-                write(y_start, start + column, inside, x / r[:, None])
-
-
-@kernel
-def _unit_backward(
-    DY, Y, R, DX, rows, n, tiles, dy_row, EPS: tl.constexpr, SEVERAL: tl.constexpr,
-    LOOP: tl.constexpr, WIDE: tl.constexpr,
-    ROWS: tl.constexpr, BLOCK: tl.constexpr,
-):  # fmt: skip
-    """dx = (dy - y Σ y dy) / r."""
-    first = tl.program_id(0)
-    for tile in range(first, tiles if SEVERAL else first + 1, tl.num_programs(0) if SEVERAL else 1):
-        row, alive, column = tile_of(tile, rows, ROWS, BLOCK, WIDE, False)
-        dy_start, y_start = DY + (row * dy_row)[:, None], (row * n)[:, None]
-        inside = alive[:, None] & (column < n)
-        dy = read(dy_start, column, inside)
-        y = read(Y + y_start, column, inside)
-        product = dy * y
-        if LOOP:
-            for start in range(BLOCK, n, BLOCK):
-                place = start + column
-                more = alive[:, None] & (place < n)
-                product += read(dy_start, place, more) * read(Y + y_start, place, more)
-        r = tl.load(R + row, alive, other=1.0)
-        along = tl.where(r > EPS, tl.sum(product, 1), 0.0)[:, None]
-        write(DX + y_start, column, inside, (dy - y * along) / r[:, None])
-        if LOOP:
-            for start in range(BLOCK, n, BLOCK):
-                place = start + column
-                inside = alive[:, None] & (place < n)
-                dy = read(dy_start, place, inside)
-                y = read(Y + y_start, place, inside)
-                write(DX + y_start, place, inside, (dy - y * along) / r[:, None])
-
-
-def _rows(t: Tensor) -> Tensor:
-    """(..., D) as rows whose components lie side by side; rows that are one row in memory stay
-    one."""
-    flat = t.reshape(t.shape[:-1].numel(), t.shape[-1])
-    return flat if flat.stride(1) == 1 or flat.shape[1] == 1 else flat.contiguous()
-
-
 def _reduced(loss: Tensor, reduction: int, dtype: torch.dtype) -> Tensor:
     if reduction != NONE:
         loss = loss.mean() if reduction == MEAN else loss.sum()
@@ -338,7 +270,7 @@ def _triplet(
     reduction: int | None,
 ) -> tuple[Launch, list[Tensor]]:  # fmt: skip
     """The launch, and a, p and n as rows."""
-    flat = [_rows(t) for t in of]
+    flat = [rows_of(t) for t in of]
     strides, a = tuple([t.stride(0) for t in flat]), flat[0]
     count = multiprocessors(a.device)
     run = plan_triplet(*a.shape, strides, a.dtype, count, margin, order, eps, swap, reduction)
@@ -452,31 +384,3 @@ def info_nce(
         plan_slope(*s.shape, s.dtype, *options)(s, G, *statistics[:2], *columns)
     loss = (losses[0] + losses[1]) / 2 if symmetric else losses[0]
     return _reduced(loss, reduction, q.dtype), G
-
-
-@planned
-def plan_unit(
-    backward: bool, rows: int, n: int, stride: int, dtype: torch.dtype, count: int, eps: float
-) -> Launch:
-    """Of rows of which x or dy has this stride."""
-    kernel, given = (_unit_backward, "dy_row") if backward else (_unit_forward, "x_row")
-    layouts = [(stride, 1, 1), (n, 1, 1)]
-    named = {given: stride, "EPS": eps}
-    live = 8 if dtype == torch.float64 else 4
-    return over_rows(kernel, (rows, n, 1), layouts, dtype, live, count, **named)
-
-
-def unit_forward(x: Tensor, eps: float) -> tuple[Tensor, Tensor]:
-    """y, contiguous, and r."""
-    flat, count = _rows(x), multiprocessors(x.device)
-    y, r = x.new_empty(x.shape), x.new_empty(x.shape[:-1], dtype=accumulator(x.dtype))
-    plan_unit(False, *flat.shape, flat.stride(0), x.dtype, count, eps)(flat, y, r)
-    return y, r
-
-
-def unit_backward(dy: Tensor, y: Tensor, r: Tensor, eps: float) -> Tensor:
-    """dx, contiguous."""
-    flat, count = _rows(dy), multiprocessors(y.device)
-    dx = y.new_empty(y.shape)
-    plan_unit(True, *flat.shape, flat.stride(0), y.dtype, count, eps)(flat, y.contiguous(), r, dx)
-    return dx

@@ -1,4 +1,4 @@
-"""nll_loss and cross_entropy: kernels on ``rows.py`` and their launchers.
+"""cross_entropy: kernels on ``rows.py`` and their launchers.
 
 x is (N, C) or (N, C, D), reduced over C; a row is one (n, d), its number is n * D + d. Losses of
 rows meet in a partial sum a program and one sum of those: no atomics, the same bits every time.
@@ -15,42 +15,15 @@ import triton.language as tl
 from torch import Tensor
 
 from . import rows as row_kernels
-from .launch import Launch, cdiv, kernel, multiprocessors, planned
+from .launch import Launch, kernel, multiprocessors, planned
+from .nll import MEAN, NONE, class_of, share_of, total_weight, view_of
 from .pointwise import like
-from .rows import (
-    far,
-    lowest,
-    online,
-    online_of_rows,
-    over_rows,
-    read,
-    start_of,
-    tile_of,
-    write,
-)  # fmt: skip
+from .rows import lowest, online, online_of_rows, over_rows, read, start_of, tile_of, write
 
-NONE, MEAN = 0, 1
 GRADIENT, STATISTICS = 1, 2
-
-#: rows a program where only one number of each is read
-PICKED = 512
 
 #: rows whose weights each program adds up for itself, rather than wait for another kernel
 FEW = 1024
-
-
-@triton.jit
-def _class(TARGET, WEIGHT, row, alive, n, ignore_index, dtype: tl.constexpr):
-    """(t, whether it may be read, whether the row counts, w_t): 0 where the row is ignored, NaN
-    where t is no class."""
-    t = tl.load(TARGET + row, alive, other=0)
-    counted = alive & (t != ignore_index)
-    valid = counted & (t >= 0) & (t < n)
-    # not by ``valid``: there triton 3.6 stops where rows lie side by side
-    w = tl.where((t < 0) | (t >= n), float("nan"), 1.0).to(dtype)
-    if WEIGHT is not None:
-        w *= tl.load(WEIGHT + t, valid, other=0.0).to(dtype)
-    return t, valid, counted, tl.where(counted, w, 0.0)
 
 
 @triton.jit
@@ -65,64 +38,6 @@ def _soft(
     if WEIGHT is not None:
         u *= tl.load(WEIGHT + place, place < n, other=0.0).to(dtype)
     return tl.where(inside, u, 0.0)
-
-
-@triton.jit
-def _share(
-    DY, TOTAL, row, alive, rows, PER_ROW: tl.constexpr, MEAN: tl.constexpr, dtype: tl.constexpr
-):
-    """dy_r of each row. Without a TOTAL all rows of a mean weigh 1."""
-    dy = tl.load(DY + row, alive, other=0.0) if PER_ROW else tl.load(DY)
-    dy = tl.full(row.shape, 1, dtype) * dy.to(dtype)
-    if MEAN:
-        dy /= rows if TOTAL is None else tl.load(TOTAL).to(dtype)
-    return dy
-
-
-@kernel
-def _nll(
-    X, TARGET, WEIGHT, LOSS, TOTAL, rows, n, inner, x_outer, x_n, x_inner, ignore_index,
-    REDUCE: tl.constexpr, DOUBLE: tl.constexpr, WIDE: tl.constexpr, ROWS: tl.constexpr,
-):  # fmt: skip
-    """ROWS rows a program: -w_t x_t of each, or their sum, and the sum of w_t."""
-    dtype: tl.constexpr = tl.float64 if DOUBLE else tl.float32
-    program = tl.program_id(0).to(tl.int64 if WIDE else tl.int32)
-    row = program * ROWS + tl.arange(0, ROWS)
-    alive = row < rows
-    t, valid, counted, w = _class(TARGET, WEIGHT, row, alive, n, ignore_index, dtype)
-    if X is not None:
-        start = row // inner * x_outer + row % inner * x_inner
-        x = tl.load(X + start + t * x_n, valid, other=0.0).to(dtype)
-        loss = tl.where(counted, -w * x, 0.0)
-        if REDUCE:
-            tl.store(LOSS + program, tl.sum(loss).to(LOSS.dtype.element_ty))
-        else:
-            tl.store(LOSS + row, loss.to(LOSS.dtype.element_ty), alive)
-    if TOTAL is not None:
-        tl.store(TOTAL + program, tl.sum(w))
-
-
-@kernel
-def _nll_backward(
-    DY, TARGET, WEIGHT, TOTAL, DX, rows, n, inner, tiles, x_outer, x_n, x_inner, ignore_index,
-    MEAN: tl.constexpr, PER_ROW: tl.constexpr, SEVERAL: tl.constexpr, WIDE: tl.constexpr,
-    WIDE_COLUMNS: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr,
-):  # fmt: skip
-    """dx = -w_t dy where c = t, 0 elsewhere. A class out of range makes all of its row NaN."""
-    dtype: tl.constexpr = tl.float64 if DX.dtype.element_ty == tl.float64 else tl.float32
-    first = tl.program_id(0)
-    for tile in range(first, tiles if SEVERAL else first + 1, tl.num_programs(0) if SEVERAL else 1):
-        row, alive, column = tile_of(tile, rows, ROWS, BLOCK, WIDE, WIDE_COLUMNS)
-        t, valid, counted, w = _class(TARGET, WEIGHT, row, alive, n, ignore_index, dtype)
-        dy = _share(DY, TOTAL, row, alive, rows, PER_ROW, MEAN, dtype)
-        hard = tl.where(counted, -w * dy, 0.0)
-        other = tl.where(counted & (valid == 0), hard, 0.0)[:, None]
-        chosen = tl.where(valid, t, -1).to(column.dtype)[:, None]
-        start = DX + start_of(row, inner, x_outer, x_inner)
-        for done in range(0, n, BLOCK):
-            place = done + column
-            dx = tl.where(place == chosen, hard[:, None], other)
-            write(start, place * x_n, alive[:, None] & (place < n), dx)
 
 
 @kernel
@@ -145,7 +60,9 @@ def _forward(
             share /= rows
         elif ALL > 0:
             every = tl.arange(0, ALL)
-            share /= tl.sum(_class(TARGET, WEIGHT, every, every < rows, n, ignore_index, dtype)[3])
+            share /= tl.sum(
+                class_of(TARGET, WEIGHT, every, every < rows, n, ignore_index, dtype)[3]
+            )
         else:
             share /= tl.load(TOTAL).to(dtype)
     losses = tl.zeros((ROWS,), dtype)
@@ -160,7 +77,7 @@ def _forward(
         x_t = tl.zeros((ROWS,), dtype)
         chosen = tl.full((ROWS,), -1, column.dtype)
         if not PROBABILITIES:
-            t, valid, counted, w = _class(TARGET, WEIGHT, row, alive, n, ignore_index, dtype)
+            t, valid, counted, w = class_of(TARGET, WEIGHT, row, alive, n, ignore_index, dtype)
             hard = w * (1 - SMOOTHING)
             x_t = tl.sum(read(X, start + (t * x_n)[:, None], valid[:, None]), 1)
             chosen = tl.where(valid, t, -1).to(column.dtype)
@@ -246,10 +163,10 @@ def _backward(
         hard = tl.zeros((ROWS,), dtype)
         chosen = tl.full((ROWS,), -1, column.dtype)
         if not PROBABILITIES:
-            t, valid, counted, w = _class(TARGET, WEIGHT, row, alive, n, ignore_index, dtype)
+            t, valid, counted, w = class_of(TARGET, WEIGHT, row, alive, n, ignore_index, dtype)
             hard = w * (1 - SMOOTHING)
             chosen = tl.where(valid, t, -1).to(column.dtype)
-        dy = _share(DY, TOTAL, row, alive, rows, PER_ROW, MEAN, dtype)[:, None]
+        dy = share_of(DY, TOTAL, row, alive, rows, PER_ROW, MEAN, dtype)[:, None]
         mass = hard
         if SOFT and DX is not None:
             u = tl.zeros((ROWS, BLOCK), dtype)
@@ -275,17 +192,6 @@ def _backward(
                 write(DTARGET + start, place * x_n, inside, dt)
 
 
-_KERNELS = {"forward": _forward, "backward": _backward, "nll": _nll_backward}
-
-
-def _view(x: Tensor) -> Tensor:
-    """x as (outer, C, inner). Rows whose classes lie further apart than they do themselves are side
-    by side."""
-    if x.dim() == 2 and x.stride(1) > x.stride(0):
-        return x.t().unsqueeze(0)
-    return x.unsqueeze(2) if x.dim() == 2 else x
-
-
 def _dense(x: Tensor) -> Tensor:
     """``x`` in strides that ``empty_like`` preserves: without gaps or overlaps."""
     if x.is_contiguous():
@@ -309,8 +215,7 @@ def plan(
     """A kernel that walks the rows of a dense (outer, C, inner), on ``count`` multiprocessors."""
     named: dict[str, Any] = dict(zip(("x_outer", "x_n", "x_inner"), strides, strict=True))
     named.update(ignore_index=ignore_index, MEAN=reduction == MEAN)
-    if kernel != "nll":
-        named.update(PROBABILITIES=probabilities, SMOOTHING=smoothing)
+    named.update(PROBABILITIES=probabilities, SMOOTHING=smoothing)
     if kernel == "forward":
         few = reduction == MEAN and not probabilities and shape[0] * shape[2] <= FEW
         named.update(REDUCE=reduction != NONE, ALL=FEW if few else 0)
@@ -320,73 +225,15 @@ def plan(
     looped = n > row_kernels.row_config(n, inner, dtype, live).block
     if looped and (row_kernels.far(outer * n * inner) or named.get("ALL")):
         live = 4  # an offset of 64 bits takes two registers, the rows' weights some more
-    return over_rows(_KERNELS[kernel], shape, [strides], dtype, live, count, **named)
-
-
-@planned
-def _plan_nll(
-    shape: tuple[int, ...], strides: tuple[int, ...], rows: int, double: bool, reduction: int,
-    ignore_index: int,
-) -> Launch:  # fmt: skip
-    """The rows of a dense (outer, C, inner); of no x where it has no strides."""
-    extent = sum((size - 1) * s for size, s in zip(shape, strides, strict=False))
-    x_outer, x_n, x_inner = strides or (0, 0, 0)
-    return _nll.launch(
-        cdiv(rows, PICKED), rows=rows, n=shape[1], inner=shape[2], x_outer=x_outer, x_n=x_n,
-        x_inner=x_inner, ignore_index=ignore_index, REDUCE=reduction != NONE, DOUBLE=double,
-        WIDE=far(max(extent, rows)), ROWS=PICKED, num_warps=8 if double else 4,
-    )  # fmt: skip
-
-
-def _total_weight(x: Tensor, target: Tensor, weight: Tensor | None, ignore_index: int) -> Tensor:
-    """Σ w_t over the rows."""
-    v, double = _view(x), x.dtype == torch.float64
-    run = _plan_nll(v.shape, (), target.numel(), double, MEAN, ignore_index)
-    total = row_kernels.partial_sums(x)
-    partial = total if run.programs == 1 else row_kernels.partial_sums(x, run.programs)
-    run(None, target, weight, None, partial)
-    if run.programs != 1:
-        row_kernels.total(partial, total)
-    return total
-
-
-def nll_forward(
-    x: Tensor, target: Tensor, weight: Tensor | None, reduction: int, ignore_index: int
-) -> tuple[Tensor, Tensor]:
-    """The loss, and Σ w_t (for a mean; else any number)."""
-    target = target.contiguous()
-    weight = None if weight is None else weight.contiguous()
-    v, double = _view(x), x.dtype == torch.float64
-    run = _plan_nll(v.shape, v.stride(), target.numel(), double, reduction, ignore_index)
-    total = x.new_empty(())
-    loss = x.new_empty(target.shape if reduction == NONE else ())
-    if reduction == NONE or (reduction != MEAN and run.programs == 1):
-        run(v, target, weight, loss, None)
-        return loss, total
-    partial = row_kernels.partial_sums(x, run.programs)
-    weights = torch.empty_like(partial) if reduction == MEAN else None
-    run(v, target, weight, partial, weights)
-    row_kernels.total(partial, loss, weight=weights, total_weight=total)
-    return loss, total
-
-
-def nll_backward(
-    dy: Tensor,
-    x: Tensor,
-    target: Tensor,
-    weight: Tensor | None,
-    total: Tensor,
-    reduction: int,
-    ignore_index: int,
-) -> Tensor:
-    """dx, contiguous."""
-    dx = x.new_empty(x.shape)
-    v = _view(dx)
-    count = multiprocessors(x.device)
-    run = plan("nll", v.shape, v.stride(), x.dtype, count, False, 0.0, reduction, ignore_index)
-    weight = None if weight is None else weight.contiguous()
-    run(dy.contiguous(), target.contiguous(), weight, total, dx)
-    return dx
+    return over_rows(
+        _forward if kernel == "forward" else _backward,
+        shape,
+        [strides],
+        dtype,
+        live,
+        count,
+        **named,
+    )
 
 
 def _prepare(
@@ -400,7 +247,7 @@ def _prepare(
     weight = None if weight is None else weight.contiguous()
     if probabilities or reduction != MEAN or target.numel() <= few:
         return x, target, weight, None
-    return x, target, weight, _total_weight(x, target, weight, ignore_index)
+    return x, target, weight, total_weight(x, target, weight, ignore_index)
 
 
 def forward(
@@ -422,7 +269,7 @@ def forward(
     if not x.numel():
         nothing = float("nan") if reduction == MEAN else 0.0
         return x.new_full(shape if reduction == NONE else (), nothing), saved
-    v, count = _view(x), multiprocessors(x.device)
+    v, count = view_of(x), multiprocessors(x.device)
     probabilities = target.is_floating_point()
     run = plan(
         "forward", v.shape, v.stride(), x.dtype, count, probabilities, smoothing, reduction,
@@ -447,7 +294,7 @@ def backward(
     x, target, weight, total = _prepare(x, target, weight, reduction, ignore_index, -1)
     dx = torch.empty_like(x) if need_x else None
     dtarget = torch.empty_like(target) if need_target else None
-    v, count = _view(x), multiprocessors(x.device)
+    v, count = view_of(x), multiprocessors(x.device)
     probabilities = target.is_floating_point()
     run = plan(
         "backward", v.shape, v.stride(), x.dtype, count, probabilities, smoothing, reduction,

@@ -109,6 +109,13 @@ def stretched(t: Tensor, dim: int) -> Tensor:
     return t.reshape(t.shape[:dim].numel(), t.shape[dim], t.shape[dim + 1 :].numel())
 
 
+def rows_of(t: Tensor) -> Tensor:
+    """(..., D) as rows whose components lie side by side; rows that are one row in memory stay
+    one."""
+    flat = t.reshape(t.shape[:-1].numel(), t.shape[-1])
+    return flat if flat.stride(1) == 1 or flat.shape[1] == 1 else flat.contiguous()
+
+
 @triton.jit
 def tile_of(
     tile, rows, ROWS: tl.constexpr, BLOCK: tl.constexpr, WIDE: tl.constexpr, COLUMNS: tl.constexpr

@@ -92,7 +92,7 @@ forward = primitive(
     "-> (Tensor loss, Tensor total)",
     formula=formula.nll_forward,
     aten=forward_aten,
-    triton=launcher("cross_entropy", "nll_forward"),
+    triton=launcher("nll", "forward"),
     fake=_fake,
     sharding=_sharding,
 )
@@ -101,7 +101,7 @@ backward = primitive(
     "int ignore_index) -> Tensor",
     formula=formula.nll_backward,
     aten=backward_aten,
-    triton=launcher("cross_entropy", "nll_backward"),
+    triton=launcher("nll", "backward"),
     fake=lambda dy, x, *rest: x.new_empty(x.shape),
     sharding=_backward_sharding,
 )

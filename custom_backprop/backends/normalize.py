@@ -35,14 +35,14 @@ forward = primitive(
     "normalize_forward(Tensor x, float eps) -> (Tensor y, Tensor r)",
     formula=formula.normalize,
     aten=_forward,
-    triton=launcher("contrastive", "unit_forward"),
+    triton=launcher("normalize", "forward"),
     fake=lambda x, eps: (x.new_empty(x.shape), x.new_empty(x.shape[:-1], dtype=wide(x.dtype))),
     sharding=_sharding,
 )
 backward = primitive(
     "normalize_backward(Tensor dy, Tensor y, Tensor r, float eps) -> Tensor",
     formula=_backward,
-    triton=launcher("contrastive", "unit_backward"),
+    triton=launcher("normalize", "backward"),
     fake=lambda dy, y, r, eps: y.new_empty(y.shape),
     sharding=_backward_sharding,
 )

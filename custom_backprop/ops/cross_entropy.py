@@ -46,13 +46,9 @@ _cross_entropy = op(CrossEntropy)
 
 
 def cross_entropy(
-    x: Tensor,
-    target: Tensor,
-    weight: Tensor | None,
-    reduction: int,
-    ignore_index: int,
+    x: Tensor, target: Tensor, weight: Tensor | None, reduction: int, ignore_index: int,
     smoothing: float,
-) -> Tensor:
+) -> Tensor:  # fmt: skip
     """The loss of logits x. A gradient of the weight is not given."""
     makes = NOTHING
     if torch.is_grad_enabled() and (x.requires_grad or target.requires_grad):

@@ -13,7 +13,7 @@ import time
 from pathlib import Path
 
 import pytest
-from conftest import DEVICE
+from helpers import DEVICE
 
 import custom_backprop
 from custom_backprop.__main__ import main

@@ -6,7 +6,7 @@ import json
 import math
 
 import pytest
-from conftest import python
+from helpers import python
 
 from benchmarks import scaling_ranks as ranks
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import sys
 
 import pytest
-from conftest import python
+from helpers import python
 
 import custom_backprop
 

@@ -9,7 +9,7 @@ import sys
 
 import pytest
 import torch
-from conftest import assert_is_a_picture
+from helpers import assert_is_a_picture
 
 SMALL = {
     "vanishing_gradients": ("--epochs", 1, "--depth", 2),

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import assert_is_a_picture
+from helpers import assert_is_a_picture
 
 import custom_backprop
 

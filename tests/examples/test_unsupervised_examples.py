@@ -9,7 +9,7 @@ import sys
 
 import pytest
 import torch
-from conftest import assert_is_a_picture
+from helpers import assert_is_a_picture
 from sklearn.cluster import KMeans
 
 NAMES = ("autoencoder", "contrastive")

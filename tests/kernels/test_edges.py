@@ -8,7 +8,7 @@ from itertools import product
 import pytest
 import torch
 import torch.nn.functional as F
-from conftest import DEVICE
+from helpers import DEVICE
 
 from custom_backprop import optim, use_backend
 from custom_backprop.backends import why_not
@@ -153,6 +153,7 @@ def test_rows(m, n):
     """Rows by the tile, and in a loop, of softmax, the norm of vectors and the triplet loss."""
     x, dy = tensor(m, n).requires_grad_(), tensor(m, n)
     softmax, contrastive = kernels("softmax"), kernels("contrastive")
+    normalize = kernels("normalize")
     for y, forward, backward in (
         (
             torch.softmax(x, 1),
@@ -161,10 +162,8 @@ def test_rows(m, n):
         ),
         (
             F.normalize(x),
-            lambda: contrastive.unit_forward(x, 1e-12)[0],
-            lambda y: contrastive.unit_backward(
-                dy, y, contrastive.unit_forward(x, 1e-12)[1], 1e-12
-            ),
+            lambda: normalize.forward(x, 1e-12)[0],
+            lambda y: normalize.backward(dy, y, normalize.forward(x, 1e-12)[1], 1e-12),
         ),
     ):
         (dx,) = torch.autograd.grad(y, x, dy)
@@ -200,7 +199,7 @@ def test_offsets_beyond_32_bits():
         torch.softmax(near.float(), 1).half(),
         1e-3,
     )
-    unit = kernels("contrastive").unit_forward
+    unit = kernels("normalize").forward
     same(unit(x, 1e-12)[0], unit(near, 1e-12)[0], 0)
     y = torch.randn(37, 5).half()
     same(matmul.product(x, y)[0], matmul.product(near, y)[0], 0)
@@ -216,6 +215,7 @@ def test_results_are_no_views():
     """Users write ``loss /= 4`` and ``linear(x).relu_()``."""
     x, weight, bias, saved = tensor(2, 3, 5), tensor(4, 5), tensor(4), tensor(2, 3, 4)
     contrastive, softmax = kernels("contrastive"), kernels("softmax")
+    normalize = kernels("normalize")
     found = []
     for ours in (False, True):
         found += (
@@ -236,7 +236,7 @@ def test_results_are_no_views():
         for symmetric in (False, True):
             given = x[0], x[1], None, 1.0, symmetric, reduction, True
             found += contrastive.info_nce(*given)
-    found += contrastive.unit_forward(x, 1e-12)
+    found += normalize.forward(x, 1e-12)
     found += (
         kernels("prelu").forward(x, tensor(3)),
         *kernels("prelu").backward(x, x, tensor(3), True, True),

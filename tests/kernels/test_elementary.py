@@ -5,7 +5,7 @@ from __future__ import annotations
 
 import pytest
 import torch
-from conftest import DEVICE
+from helpers import DEVICE
 
 from custom_backprop.backends import why_not
 from custom_backprop.backends.kernels import kernels

@@ -9,7 +9,7 @@ from itertools import chain
 
 import pytest
 import torch
-from conftest import python
+from helpers import python
 
 from custom_backprop.backends import interpreting, selection
 from custom_backprop.testing import Resources, audit, compile_offline, database, offline

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import DEVICE, python
+from helpers import DEVICE, python
 
 from custom_backprop import functional, get_backend, use_backend
 from custom_backprop.backends import BACKENDS, library, selection, why_not

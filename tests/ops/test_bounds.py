@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import DEVICE
+from helpers import DEVICE
 
 import custom_backprop
 from custom_backprop.testing import Make, database

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
-from conftest import DEVICE
+from helpers import DEVICE
 
 from custom_backprop import functional
 from custom_backprop.testing import cases, database

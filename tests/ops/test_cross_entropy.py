@@ -9,7 +9,7 @@ import warnings
 
 import pytest
 import torch
-from conftest import DEVICE
+from helpers import DEVICE
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from strategies import gapped, permuted

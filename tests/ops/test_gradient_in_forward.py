@@ -5,7 +5,7 @@ from __future__ import annotations
 
 import pytest
 import torch
-from conftest import DEVICE
+from helpers import DEVICE
 from torch.utils.checkpoint import checkpoint
 
 from custom_backprop import functional

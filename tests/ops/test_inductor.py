@@ -7,7 +7,7 @@ import shutil
 
 import pytest
 import torch
-from conftest import DEVICE
+from helpers import DEVICE
 
 import custom_backprop
 from custom_backprop import functional, nn

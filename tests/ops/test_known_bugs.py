@@ -16,7 +16,7 @@ import sys
 import pytest
 import torch
 import triton
-from conftest import DEVICE
+from helpers import DEVICE
 
 import custom_backprop
 from custom_backprop import functional, nn
@@ -33,7 +33,7 @@ SPECS = list(database().values())
 F = torch.nn.functional
 each_op = pytest.mark.parametrize("spec", SPECS, ids=str)
 each_loss = pytest.mark.parametrize(
-    "spec", [s for s in SPECS if s.family in ("loss", "cross_entropy")], ids=str
+    "spec", [s for s in SPECS if s.family in ("loss", "nll", "cross_entropy")], ids=str
 )
 
 

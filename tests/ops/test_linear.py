@@ -9,7 +9,7 @@ import pickle
 import pytest
 import torch
 import torch.nn.functional as F
-from conftest import DEVICE
+from helpers import DEVICE
 from torch.nn.utils import parametrizations, prune
 
 from custom_backprop import functional, nn

@@ -11,7 +11,7 @@ from functools import partial
 import pytest
 import torch
 import torch.nn.functional as stock
-from conftest import DEVICE
+from helpers import DEVICE
 from hypothesis import given, settings
 from hypothesis import strategies as st
 

@@ -9,7 +9,7 @@ import warnings
 
 import pytest
 import torch
-from conftest import DEVICE
+from helpers import DEVICE
 
 from custom_backprop.testing import Make, database
 

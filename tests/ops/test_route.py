@@ -6,7 +6,7 @@ import itertools
 
 import pytest
 import torch
-from conftest import DEVICE
+from helpers import DEVICE
 from torch.autograd import forward_ad
 from torch.utils._python_dispatch import TorchDispatchMode
 

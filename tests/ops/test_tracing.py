@@ -6,7 +6,7 @@ import warnings
 
 import pytest
 import torch
-from conftest import DEVICE
+from helpers import DEVICE
 
 import custom_backprop
 from custom_backprop.testing import Make, database

@@ -5,7 +5,7 @@ from __future__ import annotations
 
 import pytest
 import torch
-from conftest import DEVICE
+from helpers import DEVICE
 from torch.autograd import forward_ad
 
 from custom_backprop.testing.case import outputs, weights_for

@@ -4,7 +4,7 @@ machine has."""
 from __future__ import annotations
 
 import pytest
-from conftest import DEVICE
+from helpers import DEVICE
 
 from custom_backprop import functional, nn
 from custom_backprop.testing import CHECKS, Make, check_op, database
