@@ -17,7 +17,7 @@ ROOT = Path(custom_backprop.__file__).parent
 #: functions and files: of an op, and of a loss, which also checks more, and decides whether to make
 #: its gradient in forward
 LIMIT, OF_A_LOSS = (8, 5), (16, 8)
-LOSSES = {"loss", "cross_entropy", "contrastive"}
+LOSSES = {"loss", "nll", "cross_entropy", "contrastive"}
 
 
 def entered(call: Callable[[], Any]) -> list[str]:
