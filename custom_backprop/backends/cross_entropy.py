@@ -117,7 +117,8 @@ def _walk(
     for start in range(0, x.shape[0], step):
         rows = slice(start, start + step)
         z = widen(x[rows])
-        p = softmax(z, 1, False, out=dx[rows] if scratch is None else scratch[: len(z)])  # type: ignore[index]
+        out = dx[rows] if scratch is None else scratch[: len(z)]  # type: ignore[index]
+        p = softmax(z, 1, False, out=out)
         u = q.soft(rows).expand_as(z) if q.is_soft else None
         hard: Any
         index: Any
@@ -161,7 +162,8 @@ def _classes(
 ) -> Tensor:
     """The loss alone, without label smoothing: by stock's two operators, chunk by chunk."""
     if not x.numel() or (x.dtype not in HALF and x.numel() <= 2 * CHUNK):
-        return torch._C._nn.cross_entropy_loss(x, target, weight, reduction, ignore_index)  # type: ignore[arg-type]
+        stock: Any = torch._C._nn.cross_entropy_loss  # its stub takes reduction for a string
+        return stock(x, target, weight, reduction, ignore_index)
     step = _step(x)
     scratch = torch.empty_like(x[:step], dtype=wide(x.dtype))
     parts = []
@@ -258,7 +260,9 @@ def _made(x: Tensor, makes: int) -> Tensor | None:
 def _formula_forward(*args: Any) -> tuple[Tensor, Tensor]:
     x, makes = args[0], args[-1]
     loss, made = formula.forward(*args)
-    return loss, like(made.contiguous(), x) if makes == GRADIENT else made  # type: ignore[return-value]
+    if makes == GRADIENT:
+        made = like(made.contiguous(), x)  # type: ignore[assignment]
+    return loss, made
 
 
 def _formula_backward(*args: Any) -> tuple[Tensor | None, Tensor | None]:

@@ -10,7 +10,8 @@ y = x Wᵀ + b is computed shard by shard:
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from functools import partial
 from math import prod
 from typing import Any
 
@@ -61,6 +62,7 @@ def _activation_forward(
 
 
 def _activation_backward(
+    activations: Mapping[str, Any],
     dy: Tensor,
     x: Tensor,
     weight: Tensor,
@@ -69,7 +71,7 @@ def _activation_backward(
     parameters: Any,
     *needs: bool,
 ) -> tuple[Tensor | None, ...]:
-    return _backward(ATEN[activation].backward(dy, saved, *parameters), x, weight, *needs)
+    return _backward(activations[activation].backward(dy, saved, *parameters), x, weight, *needs)
 
 
 def _traced_forward(
@@ -77,18 +79,6 @@ def _traced_forward(
 ) -> tuple[Tensor, Tensor | None]:
     z, a = _forward(x, weight, bias), ACTIVATIONS[activation]
     return a.value(z, *parameters), None if a.saves_output else z
-
-
-def _traced_backward(
-    dy: Tensor,
-    x: Tensor,
-    weight: Tensor,
-    saved: Tensor,
-    activation: str,
-    parameters: Any,
-    *needs: bool,
-) -> tuple[Tensor | None, ...]:
-    return _backward(ACTIVATIONS[activation].backward(dy, saved, *parameters), x, weight, *needs)
 
 
 def _kernels(name: str) -> Callable[..., Any]:
@@ -101,16 +91,11 @@ def _fake_forward(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
 
 
 def _fake_backward(
-    dy: Tensor,
-    x: Tensor | None,
-    weight: Tensor | None,
-    need_x: bool,
-    need_weight: bool,
-    need_bias: bool,
+    dy: Tensor, x: Any, weight: Any, need_x: bool, need_weight: bool, need_bias: bool
 ) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
     width = dy.shape[-1]
-    dx = dy.new_empty(*dy.shape[:-1], weight.shape[1]) if need_x else None  # type: ignore[union-attr]
-    dw = dy.new_empty(width, x.shape[-1]) if need_weight else None  # type: ignore[union-attr]
+    dx = dy.new_empty(*dy.shape[:-1], weight.shape[1]) if need_x else None
+    dw = dy.new_empty(width, x.shape[-1]) if need_weight else None
     return dx, dw, dy.new_empty(width) if need_bias else None
 
 
@@ -208,12 +193,12 @@ activation_backward = primitive(
     "linear_activation_backward(Tensor dy, Tensor x, Tensor weight, Tensor saved, "
     f"str activation, float[] parameters, {_NEEDS}) -> (Tensor dx, Tensor dw, Tensor db)",
     formula=formula.linear_activation_backward,
-    aten=_activation_backward,
+    aten=partial(_activation_backward, ATEN),
     triton=_kernels("activation_backward"),
     fake=lambda dy, x, weight, saved, activation, parameters, *needs: _fake_backward(
         dy, x, weight, *needs
     ),
-    traced=_traced_backward,
+    traced=partial(_activation_backward, ACTIVATIONS),
     sharding=_activation_backward_sharding,
     flops=_backward_flops,
 )

@@ -119,8 +119,9 @@ def _fake_backward(dy: Tensor, x: Tensor, weight: Tensor | None, *rest: Any) -> 
 
 
 def _dtype_of_rms_norm(x: Tensor, weight: Tensor | None, eps: float, casting: str) -> torch.dtype:
-    promoted = casting == "llama" and weight is not None
-    return torch.promote_types(x.dtype, weight.dtype) if promoted else x.dtype  # type: ignore[union-attr]
+    if casting == "llama" and weight is not None:
+        return torch.promote_types(x.dtype, weight.dtype)
+    return x.dtype
 
 
 layer_norm = primitive(

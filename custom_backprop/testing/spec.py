@@ -10,6 +10,15 @@ from typing import Any
 import torch
 from torch import Tensor
 
+#: the shapes of large samples of elementwise ops
+ELEMENTWISE_SIZES = {
+    "awkward": (131, 257),
+    "small": (64, 64),
+    "medium": (256, 256),
+    "large": (1024, 1024),
+    "huge": (16384, 4096),
+}
+
 
 @dataclass(frozen=True)
 class Sample:

@@ -6,15 +6,13 @@ from typing import Any
 
 import pytest
 import torch
+from helpers import DEVICE
 from torch import Tensor
 from torch.nn import Parameter
 
 import custom_backprop
 from custom_backprop import optim
 from custom_backprop.optim.lion import PlainLion
-
-DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
-
 
 HAS_KERNELS = custom_backprop.backends.why_not("triton", DEVICE) is None
 needs_kernels = pytest.mark.skipif(not HAS_KERNELS, reason="no kernels here")

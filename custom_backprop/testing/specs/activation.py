@@ -11,16 +11,10 @@ import torch.nn.functional as F
 
 from ... import functional, nn
 from ...formulas.activation import ACTIVATIONS
+from ..spec import ELEMENTWISE_SIZES as SIZES
 from ..spec import Make, OpSpec, Sample
 
 SHAPES = ((7,), (3, 5), (2, 1, 4), (), (0, 3))
-SIZES = {
-    "awkward": (131, 257),
-    "small": (64, 64),
-    "medium": (256, 256),
-    "large": (1024, 1024),
-    "huge": (16384, 4096),
-}
 
 
 def _spec(

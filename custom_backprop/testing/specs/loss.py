@@ -11,15 +11,8 @@ from torch import Tensor
 
 from ... import functional, nn
 from ...formulas.loss import LOSSES
+from ..spec import ELEMENTWISE_SIZES as SIZES
 from ..spec import Make, OpSpec, Sample
-
-SIZES = {
-    "awkward": (131, 257),
-    "small": (64, 64),
-    "medium": (256, 256),
-    "large": (1024, 1024),
-    "huge": (16384, 4096),
-}
 
 
 def _spec(
