@@ -27,7 +27,7 @@ from typing import Any
 
 try:
     import torch
-    from common import load, options, plt, save, stop, where, write
+    from common import load, options, plt, save, settings_of, stop, where, write
     from sklearn.cluster import KMeans
     from sklearn.datasets import load_digits
     from sklearn.metrics import normalized_mutual_info_score
@@ -207,17 +207,7 @@ def _descend(x: Tensor, centroids: Tensor) -> tuple[float, Tensor, Tensor]:
 
 def train(all_coders: dict[str, Coder], count: int, args: Namespace) -> None:
     """Trains all four on ``count`` digits, from the checkpoint where there is one."""
-    settings = {
-        "seed": args.seed,
-        "epochs": args.epochs,
-        "device": args.device,
-        "backend": args.backend,
-        "batch": BATCH,
-        "rate": RATE,
-        "iterations": ITERATIONS,
-        "history": HISTORY,
-        "torch": str(torch.__version__),
-    }
+    settings = settings_of(args, batch=BATCH, rate=RATE, iterations=ITERATIONS, history=HISTORY)
     # the only chance left once the weights are drawn
     shuffle = torch.Generator().manual_seed(args.seed)
     done = 0

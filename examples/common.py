@@ -119,6 +119,12 @@ def where(args: argparse.Namespace) -> str:
     return f"on {args.device}, backend {args.backend or 'by device'}"
 
 
+def settings_of(args: argparse.Namespace, **more: Any) -> dict[str, Any]:
+    """What a run must have in common with the checkpoint that it goes on from."""
+    given = {k: v for k, v in vars(args).items() if k not in ("out", "checkpoint")}
+    return given | more | {"torch": str(torch.__version__)}
+
+
 def save(state: dict[str, Any], path: Path) -> None:
     """Writes a checkpoint whole or not at all: an interruption leaves the one before.
 

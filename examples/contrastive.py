@@ -29,7 +29,7 @@ from typing import Any
 try:
     import numpy as np
     import torch
-    from common import options, plt, resume, save, save_epoch, stop, where, write
+    from common import options, plt, resume, save, save_epoch, settings_of, stop, where, write
     from digits import data
     from sklearn.linear_model import LogisticRegression
     from sklearn.neighbors import KNeighborsClassifier
@@ -115,18 +115,9 @@ def learners_of(device: str) -> dict[str, Learner]:
 
 def train(learners: dict[str, Learner], x: Tensor, labels: Tensor, args: Namespace) -> None:
     """Trains both, from the checkpoint where there is one."""
-    settings = {
-        "seed": args.seed,
-        "epochs": args.epochs,
-        "device": args.device,
-        "backend": args.backend,
-        "batch": BATCH,
-        "rate": RATE,
-        "temperature": TEMPERATURE,
-        "margin": MARGIN,
-        "noise": NOISE,
-        "torch": str(torch.__version__),
-    }
+    settings = settings_of(
+        args, batch=BATCH, rate=RATE, temperature=TEMPERATURE, margin=MARGIN, noise=NOISE
+    )
     # the only chance left once the weights are drawn
     chance = torch.Generator().manual_seed(args.seed)
     done = resume(args.checkpoint, settings, learners, chance, args.epochs)

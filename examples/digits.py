@@ -22,7 +22,7 @@ from typing import Any
 
 try:
     import torch
-    from common import options, plt, resume, save, save_epoch, stop, where, write
+    from common import options, plt, resume, save, save_epoch, settings_of, stop, where, write
     from sklearn.datasets import load_digits
     from sklearn.model_selection import train_test_split
     from torch import Tensor
@@ -113,16 +113,7 @@ def train(
 ) -> None:
     """Trains both, from the checkpoint where there is one."""
     x, test_x, y, test_y = parts
-    settings = {
-        "seed": args.seed,
-        "epochs": args.epochs,
-        "device": args.device,
-        "backend": args.backend,
-        "batch": BATCH,
-        "rate": RATE,
-        "momentum": MOMENTUM,
-        "torch": str(torch.__version__),
-    }
+    settings = settings_of(args, batch=BATCH, rate=RATE, momentum=MOMENTUM)
     # the only chance left once the weights are drawn
     shuffle = torch.Generator().manual_seed(args.seed)
     done = resume(args.checkpoint, settings, learners, shuffle, args.epochs)

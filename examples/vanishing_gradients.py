@@ -23,7 +23,7 @@ from typing import Any
 
 try:
     import torch
-    from common import load, options, plt, save, stop, where, write
+    from common import load, options, plt, save, settings_of, stop, where, write
     from digits import data
     from torch import Tensor
     from tqdm import tqdm
@@ -105,11 +105,7 @@ def in_turn(
 ) -> dict[str, Result]:
     """The result of each run by name; those that are complete come from the checkpoint. ``run``
     ticks ``ticks`` times."""
-    settings = (
-        {k: v for k, v in vars(args).items() if k not in ("out", "checkpoint")}
-        | more
-        | {"torch": str(torch.__version__)}
-    )
+    settings = settings_of(args, **more)
     results: dict[str, Result] = {}
     if (state := load(args.checkpoint, settings)) is not None:
         results = state["results"]
