@@ -135,42 +135,6 @@ def test_stock_multiplies_by_a_sixth_in_float32_on_a_gpu(name):
                 torch.testing.assert_close(y, exact, rtol=1e-14, atol=0)
 
 
-AUTOCAST = {
-    **{
-        f"linear and {a}": lambda f, x, w, a=a: activated(f, x, w, a)
-        for a in ("softplus", "relu_squared", "gelu", "tanh")
-    },
-    **{
-        f"l1 {r}": lambda f, x, w, r=r: f.l1_loss(x, x * 0.5, reduction=r, weight=x * x)
-        for r in ("none", "mean", "sum")
-    },
-    **{
-        f"mse {r}": lambda f, x, w, r=r: f.mse_loss(x, x * 0.5, reduction=r, weight=x * x)
-        for r in ("none", "mean")
-    },
-    "prelu": lambda f, x, w: f.prelu(x, w[0, :1]),
-    "softmin": lambda f, x, w: f.softmin(x, -1),
-}
-
-
-def activated(module, x, w, activation):
-    if module is functional:
-        return functional.linear_activation(x, w, None, activation)
-    z = F.linear(x, w)
-    return F.relu(z).square() if activation == "relu_squared" else getattr(F, activation)(z)
-
-
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-@pytest.mark.parametrize("name", AUTOCAST)
-def test_autocast_gives_the_dtypes_of_stock(name, dtype):
-    call = AUTOCAST[name]
-    x, w = (torch.randn(4, 4, device="cuda", dtype=dtype, requires_grad=True) for _ in range(2))
-    with torch.autocast("cuda", torch.bfloat16):
-        ours, theirs = call(functional, x, w), call(F, x, w)
-    assert ours.dtype == theirs.dtype
-    torch.testing.assert_close(ours, theirs, rtol=2e-2, atol=2e-2)
-
-
 def test_a_negative_variance_is_nan():
     x, t = torch.randn(2, 4, device="cuda").unbind()
     v = torch.tensor([1.0, -0.5, 0.0, 2.0], device="cuda", requires_grad=True)

@@ -9,6 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ... import functional, nn
+from ...ops.activation import stock_of
 from ..spec import Make, OpSpec, Sample
 
 SIZES = {
@@ -59,12 +60,7 @@ def linear_activation(
     **parameters: float,
 ) -> Tensor:
     """The same by stock's two calls."""
-    z = F.linear(input, weight, bias)
-    return (
-        F.gelu(z, approximate="tanh")
-        if activation == "gelu_tanh"
-        else getattr(F, activation)(z, **parameters)
-    )
+    return stock_of(activation)(F.linear(input, weight, bias), **parameters)
 
 
 class _Stock(torch.nn.Linear):
