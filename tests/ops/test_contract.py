@@ -6,12 +6,13 @@ import pytest
 import torch
 from helpers import DEVICE
 
-from custom_backprop import functional
-from custom_backprop.testing import cases, database
+from custom_backprop.testing import Make, cases, database
+from custom_backprop.testing.case import Case, outputs
 
+SPECS = list(database().values())
 CASES = [
     pytest.param(spec, i, id=f"{spec}-{i}")
-    for spec in database().values()
+    for spec in SPECS
     for i in range(len(cases(spec, "meta")))
 ]
 
@@ -39,38 +40,41 @@ def test_an_output_may_be_changed_in_place(spec, i, backend):
         torch.testing.assert_close(ours, stock)
 
 
-@pytest.mark.parametrize("shape", [(4, 4), (256, 256)])
-@pytest.mark.parametrize(
-    "name", ["relu", "sigmoid", "tanh", "softmax", "log_softmax", "softsign", "gelu"]
-)
+@pytest.mark.parametrize("spec", SPECS, ids=str)
 class TestGradients:
-    def call(self, name, x):
-        return getattr(functional, name)(x, *([1] if "softmax" in name else []))
+    def case(self, spec):
+        sample = spec.large(Make(DEVICE, torch.float32), "small")
+        return Case(spec.function, spec.reference, sample.args, sample.kwargs)
 
-    def test_is_a_tensor_of_its_own(self, name, shape, backend):
-        x, dy = torch.randn(2, *shape, device=DEVICE).unbind()
-        x.requires_grad_()
-        dy, before = dy.clone(), dy.clone()
-        (dx,) = torch.autograd.grad(self.call(name, x), x, dy)
-        assert dx is not dy
-        assert dx.data_ptr() not in (dy.data_ptr(), x.data_ptr())
+    def test_is_a_tensor_of_its_own(self, spec, backend):
+        case = self.case(spec)
+        leaves = case.leaves
+        (y,) = outputs(case.call(*leaves))
+        dy = torch.randn_like(y)
+        before = dy.clone()
+        grads = torch.autograd.grad(y, leaves, dy)
+        assert not {g.data_ptr() for g in grads} & {t.data_ptr() for t in (dy, *leaves)}
+        assert len({g.data_ptr() for g in grads}) == len(grads)
         assert torch.equal(dy, before)
-        (dx,) = torch.autograd.grad(self.call(name, x).sum(), x)
-        assert not dx.requires_grad
-        assert dx.grad_fn is None
+        for g in torch.autograd.grad(case.call(*leaves).sum(), leaves):
+            assert not g.requires_grad
+            assert g.grad_fn is None
 
-    def test_backward_in_inference_mode(self, name, shape, backend):
+    def test_backward_in_inference_mode(self, spec, backend):
         """As the first that there is, and where a hook switches it on."""
-        x = torch.randn(shape, device=DEVICE, requires_grad=True)
-        expected, w = torch.autograd.grad(self.call(name, x).sum(), x), torch.ones_like(x)
-        y = self.call(name, x)
+        case = self.case(spec)
+        leaves = case.leaves
+        y = case.call(*leaves)
+        w = torch.ones_like(y)
+        expected = torch.autograd.grad(y.sum(), leaves)
+        y = case.call(*leaves)
         with torch.inference_mode():
-            torch.testing.assert_close(torch.autograd.grad(y, x, w), expected)
-        y = self.call(name, x)
+            torch.testing.assert_close(torch.autograd.grad(y, leaves, w), expected)
+        y = case.call(*leaves)
 
         def hook(grad):
             with torch.inference_mode():
                 return grad * 1
 
         y.register_hook(hook)
-        torch.testing.assert_close(torch.autograd.grad(y.sum(), x), expected)
+        torch.testing.assert_close(torch.autograd.grad(y.sum(), leaves), expected)

@@ -17,11 +17,13 @@ from strategies import layouts, tensors
 from custom_backprop import functional, nn, use_backend
 from custom_backprop.backends import BACKENDS, why_not
 from custom_backprop.backends.kernels import kernels
+from custom_backprop.testing import database
 
 INF, NAN = float("inf"), float("nan")
 HERE = [b for b in BACKENDS if why_not(b, DEVICE) is None]
 DTYPES = [torch.float64, torch.float32, torch.bfloat16, torch.float16]
-each = pytest.mark.parametrize("name", ["softmax", "softmin", "log_softmax"])
+SPECS = {s.name: s for s in database().values() if s.family == "softmax"}
+each = pytest.mark.parametrize("name", SPECS)
 #: the widest row in one pass and the first in a loop, backward's and forward's
 WIDTHS = {torch.float64: (4096, 4097, 8192, 8193), torch.float32: (16384, 16385, 32768, 32769)}
 on_triton = pytest.mark.skipif("triton" not in HERE, reason=str(why_not("triton", DEVICE)))
@@ -81,7 +83,7 @@ def test_widths_of_one_row_a_program_and_of_a_loop(n):
     x = torch.randn(2, n, dtype=dtype, device=DEVICE)
     x[0, 0], x[1, -1] = 11, 11
     x = x[:1] if n > 100000 else x
-    for name in ("softmax", "softmin", "log_softmax"):
+    for name in SPECS:
         with use_backend("triton"):
             ours = results(getattr(functional, name), x)
         truth = results(getattr(F, name), x.double())
@@ -252,14 +254,10 @@ def test_implicit_dim(name, shape, module, backend):
     """The dimension that stock takes, with stock's warning, which points at the caller's line."""
     x = torch.randn(shape, dtype=torch.float64, device=DEVICE)
     found = []
-    for functions, modules in ((functional, nn), (F, torch.nn)):
+    for functions, of_module in zip((functional, F), SPECS[name].module[:2], strict=True):
         with warnings.catch_warnings(record=True) as caught:
             warnings.simplefilter("always")
-            call = getattr(
-                modules,
-                {"softmax": "Softmax", "softmin": "Softmin", "log_softmax": "LogSoftmax"}[name],
-            )()
-            y = call(x) if module else getattr(functions, name)(x)
+            y = of_module()(x) if module else getattr(functions, name)(x)
         found.append((y, [(w.category, str(w.message), w.filename) for w in caught]))
     same(found[0][0], found[1][0])
     assert found[0][1] == found[1][1]
