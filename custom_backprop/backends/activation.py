@@ -46,57 +46,52 @@ class Aten(NamedTuple):
 
 
 @rounded_once
-def _softsign(x: Tensor) -> Tensor:
+def _softsign(x):
     d = torch.abs(x).add_(1)
     return torch.div(x, d, out=d)
 
 
 @rounded_once
-def _softsign_backward(dy: Tensor, x: Tensor) -> Tensor:
+def _softsign_backward(dy, x):
     d = torch.abs(x).add_(1)
     return torch.div(dy, d).div_(d)  # the square of d may overflow
 
 
 @rounded_once
-def _tanhshrink(x: Tensor) -> Tensor:
+def _tanhshrink(x):
     t = torch.tanh(x)
     return torch.sub(x, t, out=t)
 
 
 @rounded_once
-def _tanhshrink_backward(dy: Tensor, x: Tensor) -> Tensor:
+def _tanhshrink_backward(dy, x):
     t = torch.tanh(x)
     return t.mul_(t).mul_(dy)
 
 
 @rounded_once
-def _relu_squared(x: Tensor) -> Tensor:
+def _relu_squared(x):
     r = torch.relu(x)
     return r.mul_(r)
-
-
-@rounded_once
-def _relu_squared_backward(dy: Tensor, x: Tensor) -> Tensor:
-    return torch.relu(x).mul_(2).mul_(dy)
 
 
 # Of float64, ATen multiplies by 1/6 rounded to float32: in these on a GPU, in the derivative on a
 # CPU too.
 
 
-def _hardsigmoid(x: Tensor) -> Tensor:
+def _hardsigmoid(x):
     if x.is_cuda and x.dtype == torch.float64:
         return nn.hardtanh(x + 3, 0, 6).div_(6)
     return nn.hardsigmoid(x)
 
 
-def _hardsigmoid_backward(dy: Tensor, x: Tensor) -> Tensor:
+def _hardsigmoid_backward(dy, x):
     if dy.dtype == torch.float64:
         return torch.where((x > -3) & (x < 3), dy / 6, 0.0)
     return aten.hardsigmoid_backward.default(dy, x)
 
 
-def _hardswish(x: Tensor) -> Tensor:
+def _hardswish(x):
     if x.is_cuda and x.dtype == torch.float64:
         return nn.hardtanh(x + 3, 0, 6).mul_(x).div_(6)
     return nn.hardswish(x)
@@ -105,7 +100,7 @@ def _hardswish(x: Tensor) -> Tensor:
 def _over_input(forward: Callable[..., Tensor], in_place: Callable[..., Tensor]) -> Any:
     """``in_place``, or where that is not exact ``forward`` and a copy."""
 
-    def run(x: Tensor) -> Tensor:
+    def run(x):
         exact = x.is_cuda and x.dtype == torch.float64
         return x.copy_(forward(x)) if exact else in_place(x)
 
@@ -130,20 +125,14 @@ ATEN: dict[str, Aten] = {
         aten.leaky_relu_.default,
         same_at_output=lambda negative_slope: negative_slope >= 0,
     ),
-    "elu": Aten(
-        nn.elu,
-        lambda dy, x, alpha: _elu_backward(dy, alpha, 1, 1, False, x),
-        aten.elu_.default,
-    ),
+    "elu": Aten(nn.elu, lambda dy, x, α: _elu_backward(dy, α, 1, 1, False, x), aten.elu_.default),
     "selu": Aten(
         torch.selu,
         lambda dy, x: _elu_backward(dy, SELU_ALPHA, SELU_SCALE, 1, False, x),
         torch.selu_,
     ),
     "celu": Aten(
-        torch.celu,
-        lambda dy, x, alpha: _elu_backward(dy, alpha, 1, 1 / alpha, False, x),
-        torch.celu_,
+        torch.celu, lambda dy, x, α: _elu_backward(dy, α, 1, 1 / α, False, x), torch.celu_
     ),
     "gelu": Aten(nn.gelu, builtin(aten.gelu_backward)),
     "gelu_tanh": Aten(
@@ -181,7 +170,7 @@ ATEN: dict[str, Aten] = {
     ),
     "relu_squared": Aten(
         _relu_squared,
-        _relu_squared_backward,
+        rounded_once(lambda dy, x: torch.relu(x).mul_(2).mul_(dy)),
         stock=lambda x: torch.nn.functional.relu(x).square(),
         float32_on_cuda=True,
     ),
@@ -192,7 +181,7 @@ def _in_strides_of_saved(run: Callable[..., Tensor]) -> Callable[..., Tensor]:
     """As the fake says, and compiled code expects. PyTorch's operators and the formula take the
     strides of dy where those differ."""
 
-    def backward(dy: Tensor, saved: Tensor, *parameters: float) -> Tensor:
+    def backward(dy, saved, *parameters):
         dx = run(dy, saved, *parameters)
         if dx.stride() == saved.stride():
             return dx
@@ -210,10 +199,10 @@ def elementwise(outputs: int, inputs: int) -> Callable[..., Iterable[Sharding]]:
 def _define(a: Activation) -> tuple[Primitive, Primitive]:
     parameters = "".join(f", float {name}" for name in a.parameters)
 
-    def vmap_forward(info: Any, in_dims: Any, x: Tensor, *parameters: float) -> Any:
+    def vmap_forward(info, in_dims, x, *parameters):
         return forward(x.movedim(in_dims[0], 0), *parameters), 0
 
-    def vmap_backward(info: Any, in_dims: Any, dy: Tensor, saved: Tensor, *rest: float) -> Any:
+    def vmap_backward(info, in_dims, dy, saved, *rest):
         return backward(*fold_batch((dy, saved), in_dims[:2], info.batch_size), *rest), 0
 
     forward = primitive(
@@ -238,14 +227,11 @@ def _define(a: Activation) -> tuple[Primitive, Primitive]:
     return forward, backward
 
 
-def _define_in_place(a: Activation) -> Primitive:
-    run = ATEN[a.name].in_place
-    assert run is not None
-
-    def by_aten(x: Tensor, *parameters: float) -> None:
+def _define_in_place(a: Activation, run: Callable[..., Tensor]) -> Primitive:
+    def by_aten(x, *parameters):
         run(x, *parameters)
 
-    def formula(x: Tensor, *parameters: float) -> None:
+    def formula(x, *parameters):
         x.copy_(a.value(x, *parameters))
 
     return primitive(
@@ -262,4 +248,8 @@ def _define_in_place(a: Activation) -> Primitive:
 primitives = {a.name: _define(a) for a in ACTIVATIONS.values()}
 
 #: name -> forward over the input
-in_place = {n: _define_in_place(ACTIVATIONS[n]) for n, by in ATEN.items() if by.in_place}
+in_place = {
+    name: _define_in_place(ACTIVATIONS[name], by.in_place)
+    for name, by in ATEN.items()
+    if by.in_place is not None
+}

@@ -6,18 +6,15 @@ chunk are never seen by memory.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Sequence
 from math import prod
-from typing import Any
 
 import torch
-from torch import Tensor
 
 from ..formulas import contrastive as formula
 from ..formulas.linear import rows
 from ..formulas.loss import MEAN, NONE, SUM, reduced
 from ..formulas.precision import HALF, wide, widen
-from .library import P, R, Sharding, launcher, primitive
+from .library import P, R, launcher, primitive, slices
 
 #: elements of a chunk of differences: 2 MiB of float32, beside which the cost of the calls is small
 CHUNK = 2**19
@@ -25,25 +22,10 @@ CHUNK = 2**19
 SIMILARITIES = 2**20
 
 
-def _chunks(count: int, width: int, size: int) -> Iterator[slice]:
-    """``count`` rows of ``width`` numbers, about ``size`` numbers at a time."""
-    step = max(1, size // max(width, 1))
-    return (slice(i, i + step) for i in range(0, count, step))
-
-
-def _triplet_forward(
-    a: Tensor,
-    p: Tensor,
-    n: Tensor,
-    margin: float,
-    order: float,
-    eps: float,
-    swap: bool,
-    reduction: int,
-) -> tuple[Tensor, Tensor]:
+def _triplet_forward(a, p, n, margin, order, eps, swap, reduction):
     flat = [rows(t) for t in (a, p, n)]
     d = a.new_empty((3 if swap else 2, len(flat[0])), dtype=wide(a.dtype))
-    for part in _chunks(len(flat[0]), flat[0].shape[1], CHUNK):
+    for part in slices(len(flat[0]), flat[0].shape[1], CHUNK):
         a_, p_, n_ = (widen(t[part]) for t in flat)
         for (x, y), out in zip(formula.pairs(a_, p_, n_, swap), d, strict=True):
             out[part] = torch.linalg.vector_norm(torch.sub(x, y).add_(eps), order, dim=-1)
@@ -51,24 +33,12 @@ def _triplet_forward(
     return reduced(formula.hinge(d, margin).clamp_min_(0), reduction).to(a.dtype), d
 
 
-def _triplet_backward(
-    dy: Tensor,
-    a: Tensor,
-    p: Tensor,
-    n: Tensor,
-    d: Tensor,
-    margin: float,
-    order: float,
-    eps: float,
-    swap: bool,
-    reduction: int,
-    needs: Any,
-) -> tuple[Tensor | None, ...]:
+def _triplet_backward(dy, a, p, n, d, margin, order, eps, swap, reduction, needs):
     flat = [rows(t) for t in (a, p, n)]
     grads = [a.new_empty(a.shape) if need else None for need in needs]
     dy = dy.reshape(-1) if reduction == NONE else dy / len(flat[0]) if reduction == MEAN else dy
     d = d.reshape(len(d), -1)
-    for part in _chunks(len(flat[0]), flat[0].shape[1], CHUNK):
+    for part in slices(len(flat[0]), flat[0].shape[1], CHUNK):
         share, which = (dy[part], NONE) if reduction == NONE else (dy, SUM)
         a_, p_, n_ = (t[part] for t in flat)
         if order == 2 and not swap and a.dtype not in HALF:
@@ -83,52 +53,24 @@ def _triplet_backward(
     return tuple(grads)
 
 
-def _euclidean(
-    dy: Tensor, a: Tensor, p: Tensor, n: Tensor, d: Tensor, margin: float, eps: float
-) -> tuple[Tensor, ...]:
+def _euclidean(dy, a, p, n, d, margin, eps):
     """The formula's gradients for p = 2 without swap: what is the same for a row is multiplied
     before it meets the row."""
     of_row = torch.where(d == 0, 0, dy * (formula.hinge(d, margin) >= 0) / d).unsqueeze(2)
-    to_p, to_n = (
-        torch.sub(a, other).add_(eps).mul_(factor)
-        for other, factor in zip((p, n), of_row, strict=True)
-    )
+    to_p, to_n = (torch.sub(a, b).add_(eps).mul_(k) for b, k in zip((p, n), of_row, strict=True))
     return to_p - to_n, to_p.neg_(), to_n
 
 
-def _fake_triplet(
-    a: Tensor,
-    p: Tensor,
-    n: Tensor,
-    margin: float,
-    order: float,
-    eps: float,
-    swap: bool,
-    reduction: int,
-) -> tuple[Tensor, Tensor]:
-    shape = a.shape[:-1]
-    return a.new_empty(shape if reduction == NONE else ()), a.new_empty(
-        (3 if swap else 2, *shape), dtype=wide(a.dtype)
-    )
+def _fake_triplet(a, p, n, margin, order, eps, swap, reduction):
+    d = a.new_empty((3 if swap else 2, *a.shape[:-1]), dtype=wide(a.dtype))
+    return a.new_empty(a.shape[:-1] if reduction == NONE else ()), d
 
 
-def _fake_triplet_backward(dy: Tensor, a: Tensor, *rest: Any) -> tuple[Tensor | None, ...]:
-    return tuple(a.new_empty(a.shape) if need else None for need in rest[-1])
-
-
-def _formula_triplet_backward(*args: Any) -> tuple[Tensor, ...]:
+def _formula_triplet_backward(*args):
     return tuple(g.contiguous() for g in formula.triplet_backward(*args))
 
 
-def _info_nce(
-    q: Tensor,
-    k: Tensor,
-    n: Tensor | None,
-    temperature: float,
-    symmetric: bool,
-    reduction: int,
-    makes_G: bool,
-) -> tuple[Tensor, Tensor]:
+def _info_nce(q, k, n, temperature, symmetric, reduction, makes_G):
     if symmetric:
         return formula.info_nce(q, k, n, temperature, symmetric, reduction, makes_G)
     q_, k_, n_ = widen(q), widen(k), widen(n)
@@ -139,11 +81,10 @@ def _info_nce(
     ).unsqueeze(1)
     G = q.new_empty((count, width) if makes_G else 0)
     losses = q_.new_empty(count)
-    for part in _chunks(count, width, SIMILARITIES):
+    for part in slices(count, width, SIMILARITIES):
         # the keys are everyone's; positives and negatives of one's own are of this chunk
-        keys, negatives = (
-            (k_, None) if n_ is None else (k_[part], n_ if n_.dim() == 2 else n_[part])
-        )
+        keys = k_ if n_ is None else k_[part]
+        negatives = n_ if n_ is None or n_.dim() == 2 else n_[part]
         s, t = formula.logits(q_[part], keys, negatives, temperature), index[part]
         if not makes_G:
             losses[part] = -torch.log_softmax(s, 1).gather(1, t).squeeze(1)
@@ -156,34 +97,26 @@ def _info_nce(
     return reduced(losses, reduction).to(q.dtype), G
 
 
-def _fake_info_nce(
-    q: Tensor,
-    k: Tensor,
-    n: Tensor | None,
-    temperature: float,
-    symmetric: bool,
-    reduction: int,
-    makes_G: bool,
-) -> tuple[Tensor, Tensor]:
+def _fake_info_nce(q, k, n, temperature, symmetric, reduction, makes_G):
     count = len(q)
     shape = (count, count if n is None else 1 + n.shape[-2]) if makes_G else (0,)
     return q.new_empty(count if reduction == NONE else ()), q.new_empty(shape)
 
 
-def _fake_info_nce_backward(dy: Tensor, *tensors_and_options: Any) -> Any:
-    needs = tensors_and_options[-1]
-    pairs = zip(tensors_and_options[:3], needs, strict=True)
+def _fake_backward(dy, *rest):
+    """That of both: a gradient of each of the three vectors that needs one."""
+    pairs = zip(rest[:3], rest[-1], strict=True)
     return tuple(t.new_empty(t.shape) if need else None for t, need in pairs)
 
 
-def _triplet_sharding(a: Tensor, p: Tensor, n: Tensor, *options: Any) -> Iterable[Sharding]:
+def _triplet_sharding(a, p, n, *options):
     """The distances are (2, ...) or (3, ...), for a of shape (..., D)."""
     if (reduction := options[-1]) != MEAN:
         for i in range(a.dim() - 1):
             yield [i if reduction == NONE else P, i + 1], [i] * 3
 
 
-def _triplet_backward_sharding(dy: Tensor, a: Tensor, *rest: Any) -> Iterable[Sharding]:
+def _triplet_backward_sharding(dy, a, *rest):
     *_, reduction, needs = rest
     if reduction != MEAN:
         for i in range(a.dim() - 1):
@@ -191,12 +124,12 @@ def _triplet_backward_sharding(dy: Tensor, a: Tensor, *rest: Any) -> Iterable[Sh
             yield outputs, [i if reduction == NONE else R, *[i] * 3, i + 1]
 
 
-def _info_nce_flops(q: Sequence[int], k: Any, n: Sequence[int] | None, *_: Any) -> int:
+def _info_nce_flops(q, k, n, *_):
     """q kᵀ, or q times the negatives."""
     return 2 * prod(q) * (q[0] if n is None else n[-2])
 
 
-def _info_nce_backward_flops(dy: Any, q: Any, k: Any, n: Any, *rest: Any) -> int:
+def _info_nce_backward_flops(dy, q, k, n, *rest):
     """The same, once a gradient; that of each row's own negatives is no sum."""
     of_queries, of_keys, of_negatives = rest[-1]
     products = of_queries + (of_keys if n is None else of_negatives and len(n) == 2)
@@ -219,7 +152,7 @@ triplet_backward = primitive(
     formula=_formula_triplet_backward,
     aten=_triplet_backward,
     triton=launcher("contrastive", "triplet_backward"),
-    fake=_fake_triplet_backward,
+    fake=_fake_backward,
     sharding=_triplet_backward_sharding,
 )
 info_nce = primitive(
@@ -236,6 +169,6 @@ info_nce_backward = primitive(
     "bool[3] needs) -> (Tensor dq, Tensor dk, Tensor dn)",
     formula=formula.info_nce_backward,
     triton=formula.info_nce_backward,  # three products of matrices, and nothing else
-    fake=_fake_info_nce_backward,
+    fake=_fake_backward,
     flops=_info_nce_backward_flops,
 )

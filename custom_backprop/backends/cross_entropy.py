@@ -7,7 +7,6 @@ no log-probabilities.
 
 from __future__ import annotations
 
-from collections.abc import Iterable
 from typing import Any
 
 import torch
@@ -19,7 +18,7 @@ from ..formulas.loss import MEAN, NONE, SUM
 from ..formulas.nll import along_classes, reduced
 from ..formulas.precision import HALF, wide, widen
 from . import nll
-from .library import P, R, Sharding, empty_if, launcher, primitive
+from .library import P, R, empty_if, launcher, primitive, slices
 
 aten = torch.ops.aten
 
@@ -34,15 +33,7 @@ class _Target:
     """The distribution q of each row: ``hard`` on the class ``index``, and ``soft`` over all (see
     the formula). (N, 1) or (N, 1, D)."""
 
-    def __init__(
-        self,
-        x: Tensor,
-        target: Tensor,
-        weight: Tensor | None,
-        reduction: int,
-        ignore_index: int,
-        smoothing: float,
-    ) -> None:
+    def __init__(self, x, target, weight, reduction, ignore_index, smoothing):
         dtype = wide(x.dtype)
         self.target, self.smoothing = target, smoothing
         self.reduction, self.classes = reduction, x.shape[1]
@@ -60,10 +51,10 @@ class _Target:
             if weight is None
             else torch.where(self.counted, weight.to(dtype)[self.index], 0)
         )
-        self.hard = (1 - smoothing) * w if smoothing > 0 else w
-        self.uniform: Any = (
-            self.counted.to(dtype) * (smoothing / x.shape[1]) if smoothing > 0 else None
-        )
+        self.hard = w
+        if smoothing > 0:
+            self.hard = (1 - smoothing) * w
+            self.uniform = self.counted.to(dtype) * (smoothing / x.shape[1])
         self.total = w.sum() if reduction == MEAN else 1
 
     def shares(self, dy: Tensor) -> Tensor:
@@ -92,36 +83,23 @@ def _check(index: Tensor, x: Tensor) -> None:
                 raise IndexError(f"Target {t} is out of bounds for {x.shape[1]} classes.")
 
 
-def _step(x: Tensor) -> int:
-    """How many of the N make a chunk."""
-    return max(1, CHUNK // max(1, x.shape[1:].numel()))
+def _chunks(x):
+    return slices(len(x), x.shape[1:].numel(), CHUNK)
 
 
-def _walk(
-    x: Tensor,
-    q: _Target,
-    dy: Tensor | None,
-    losses: Tensor | None,
-    statistics: Tensor | None,
-    dx: Tensor | None,
-    dtarget: Tensor | None,
-) -> None:
+def _walk(x, q, dy, losses, statistics, dx, dtarget):
     """Fills what is not None: of each row its loss, m and log Σ e^(x - m), dx and the gradient of
     class probabilities."""
-    dtype = wide(x.dtype)
-    step = _step(x)
-    scratch = torch.empty_like(x[:step], dtype=dtype) if dx is None or dx.dtype != dtype else None
+    over_dx, scratch = dx is not None and dx.dtype == wide(x.dtype), None
     rowwise = dy is not None and dy.dim() > 0 and dy.shape[0] > 1
     by_logarithm = q.is_soft or dtarget is not None
     softmax = aten._log_softmax.out if by_logarithm else aten._softmax.out
-    for start in range(0, x.shape[0], step):
-        rows = slice(start, start + step)
+    for rows in _chunks(x):
         z = widen(x[rows])
-        out = dx[rows] if scratch is None else scratch[: len(z)]  # type: ignore[index]
-        p = softmax(z, 1, False, out=out)
+        if not over_dx:
+            scratch = torch.empty_like(z) if scratch is None else scratch[: len(z)]
+        p = softmax(z, 1, False, out=dx[rows] if over_dx else scratch)
         u = q.soft(rows).expand_as(z) if q.is_soft else None
-        hard: Any
-        index: Any
         hard, index = (None, None) if q.probabilities else (q.hard[rows], q.index[rows])
         if losses is not None:
             # the largest probability of a row is e^0 / Σ e^(x - m): its logarithm is exact where
@@ -134,13 +112,10 @@ def _walk(
                 losses[rows] -= (u * p).sum(1, keepdim=True)
             if statistics is not None:
                 statistics[0, rows], statistics[1, rows] = m.squeeze(1), log_sum.squeeze(1)
-        k: Any = dy[rows] if rowwise else dy  # type: ignore[index]
+        k = dy[rows] if rowwise else dy
         if dtarget is not None:
-            torch.mul(
-                p,
-                k * (q.smoothing - 1) if q.weight is None else k * (q.smoothing - 1) * q.weight,
-                out=dtarget[rows],
-            )
+            slope = k * (q.smoothing - 1)
+            torch.mul(p, slope if q.weight is None else slope * q.weight, out=dtarget[rows])
         if dx is None:
             continue
         if by_logarithm:
@@ -153,28 +128,22 @@ def _walk(
             p.mul_(total if k_hard is None else total + k_hard).sub_(u * k)
         if k_hard is not None:
             p.scatter_add_(1, index, -k_hard)
-        if scratch is not None:
+        if not over_dx:
             dx[rows] = p
 
 
-def _classes(
-    x: Tensor, target: Tensor, weight: Tensor | None, reduction: int, ignore_index: int
-) -> Tensor:
+def _classes(x, target, weight, reduction, ignore_index):
     """The loss alone, without label smoothing: by stock's two operators, chunk by chunk."""
     if not x.numel() or (x.dtype not in HALF and x.numel() <= 2 * CHUNK):
         stock: Any = torch._C._nn.cross_entropy_loss  # its stub takes reduction for a string
         return stock(x, target, weight, reduction, ignore_index)
-    step = _step(x)
-    scratch = torch.empty_like(x[:step], dtype=wide(x.dtype))
-    parts = []
-    for rows in (slice(i, i + step) for i in range(0, x.shape[0], step)):
+    scratch, parts = None, []
+    weight, of_part = widen(weight), NONE if reduction == NONE else SUM
+    for rows in _chunks(x):
         z = widen(x[rows])
-        log_p = aten._log_softmax.out(z, 1, False, out=scratch[: z.shape[0]])
-        parts.append(
-            nll.forward_aten(
-                log_p, target[rows], widen(weight), NONE if reduction == NONE else SUM, ignore_index
-            )
-        )
+        scratch = torch.empty_like(z) if scratch is None else scratch[: len(z)]
+        log_p = aten._log_softmax.out(z, 1, False, out=scratch)
+        parts.append(nll.forward_aten(log_p, target[rows], weight, of_part, ignore_index))
     losses, totals = zip(*parts, strict=True)
     if reduction == NONE:
         return torch.cat(losses).to(x.dtype)
@@ -182,9 +151,7 @@ def _classes(
     return (loss / torch.stack(totals).sum() if reduction == MEAN else loss).to(x.dtype)
 
 
-def _small(
-    x: Tensor, target: Tensor, weight: Tensor | None, reduction: int, ignore_index: int
-) -> tuple[Tensor, Tensor]:
+def _small(x, target, weight, reduction, ignore_index):
     """The loss and its gradient for dy = 1, in stock's own four calls."""
     log_p = torch._log_softmax(x, 1, False)
     loss, total = nll.forward_aten(log_p, target, weight, reduction, ignore_index)
@@ -193,15 +160,7 @@ def _small(
     return loss, torch._log_softmax_backward_data(d, log_p, 1, x.dtype)
 
 
-def _forward(
-    x: Tensor,
-    target: Tensor,
-    weight: Tensor | None,
-    reduction: int,
-    ignore_index: int,
-    smoothing: float,
-    makes: int,
-) -> tuple[Tensor, Tensor | None]:
+def _forward(x, target, weight, reduction, ignore_index, smoothing, makes):
     dense = x.contiguous()
     if smoothing == 0 and not target.is_floating_point():
         if makes == NOTHING:
@@ -222,17 +181,8 @@ def _forward(
 
 
 def _backward(
-    dy: Tensor,
-    x: Tensor,
-    target: Tensor,
-    weight: Tensor | None,
-    statistics: Tensor,
-    reduction: int,
-    ignore_index: int,
-    smoothing: float,
-    need_x: bool,
-    need_target: bool,
-) -> tuple[Tensor | None, Tensor | None]:
+    dy, x, target, weight, statistics, reduction, ignore_index, smoothing, need_x, need_target
+):
     """By the same walk: a softmax of a chunk costs no more than an exponential of it, so the
     statistics are not needed."""
     dense = x.contiguous()
@@ -257,15 +207,13 @@ def _made(x: Tensor, makes: int) -> Tensor | None:
     return empty_if(makes == GRADIENT, x)
 
 
-def _formula_forward(*args: Any) -> tuple[Tensor, Tensor]:
+def _formula_forward(*args):
     x, makes = args[0], args[-1]
     loss, made = formula.forward(*args)
-    if makes == GRADIENT:
-        made = like(made.contiguous(), x)  # type: ignore[assignment]
-    return loss, made
+    return loss, like(made.contiguous(), x) if makes == GRADIENT else made
 
 
-def _formula_backward(*args: Any) -> tuple[Tensor | None, Tensor | None]:
+def _formula_backward(*args):
     _, x, target, *_, need_x, need_target = args
     dx, dtarget = formula.backward(*args)
     return (
@@ -274,39 +222,26 @@ def _formula_backward(*args: Any) -> tuple[Tensor | None, Tensor | None]:
     )
 
 
-def _fake_forward(x: Tensor, target: Tensor, weight: Any, reduction: int, *rest: Any) -> Any:
+def _fake_forward(x, target, weight, reduction, *rest):
     shape = (x.shape[0], *x.shape[2:]) if reduction == NONE else ()
     return x.new_empty(shape), _made(x, rest[-1])
 
 
-def _fake_backward(dy: Tensor, x: Tensor, target: Tensor, *rest: Any) -> Any:
-    *_, need_x, need_target = rest
-    return empty_if(need_x, x), empty_if(need_target, target)
-
-
-def _of_statistics(i: int) -> int:
-    """(2, N, ...)"""
-    return max(i, 1)
-
-
-def _sharding(
-    x: Tensor, target: Tensor, weight: Any, reduction: int, *rest: Any
-) -> Iterable[Sharding]:
+def _sharding(x, target, weight, reduction, *rest):
     if reduction != MEAN:
         for i, t in nll.rows_of(x, target):
-            made = {GRADIENT: i, STATISTICS: _of_statistics(i)}.get(rest[-1], R)
-            yield [nll.of_row(i) if reduction == NONE else P, made], [i, t, R]
+            row = nll.of_row(i)
+            made = {GRADIENT: i, STATISTICS: row + 1}.get(rest[-1], R)
+            yield [row if reduction == NONE else P, made], [i, t, R]
 
 
-def _backward_sharding(
-    dy: Tensor, x: Tensor, target: Tensor, weight: Any, statistics: Tensor, *rest: Any
-) -> Iterable[Sharding]:
+def _backward_sharding(dy, x, target, weight, statistics, *rest):
     reduction, *_, need_x, need_target = rest
     if reduction != MEAN:
         for i, t in nll.rows_of(x, target):
-            dy_is = nll.of_row(i) if reduction == NONE else R
+            row = nll.of_row(i)
             outputs = [i if need_x else R, t if need_target else R]
-            yield outputs, [dy_is, i, t, R, _of_statistics(i)]
+            yield outputs, [row if reduction == NONE else R, i, t, R, row + 1]
 
 
 _TARGET = "Tensor target, Tensor? weight"
@@ -328,7 +263,7 @@ backward = primitive(
     formula=_formula_backward,
     aten=_backward,
     triton=launcher("cross_entropy", "backward"),
-    fake=_fake_backward,
+    fake=lambda dy, x, target, *rest: (empty_if(rest[-2], x), empty_if(rest[-1], target)),
     traced="kernel",
     sharding=_backward_sharding,
 )

@@ -11,7 +11,7 @@ flops, what a compiler sees. No list elsewhere knows its name.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any
 
 import torch
@@ -86,8 +86,9 @@ def primitive(
 ) -> Primitive:
     """Defines one primitive and registers its implementations.
 
-    An implementation may return None for a result that was not asked for; the operator, which must
-    return a tensor, then returns an empty one.
+    An implementation takes the schema's arguments, and their types stand there: a private one, and
+    what it calls with them, is written without annotations. It may return None for a result that
+    was not asked for; the operator, which must return a tensor, then returns an empty one.
 
     Args:
         schema: the operator's schema, without the library's name.
@@ -197,6 +198,12 @@ def fold_batch(
         None if t is None else t.expand(size, *t.shape) if d is None else t.movedim(d, 0)
         for t, d in zip(tensors, in_dims, strict=True)
     ]
+
+
+def slices(count: int, width: int, size: int) -> Iterator[slice]:
+    """``count`` rows of ``width`` numbers each, cut into chunks of about ``size`` numbers."""
+    step = max(1, size // max(width, 1))
+    return (slice(i, i + step) for i in range(0, count, step))
 
 
 def empty_if(needed: bool, t: torch.Tensor) -> torch.Tensor | None:

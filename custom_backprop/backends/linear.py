@@ -10,50 +10,36 @@ y = x Wᵀ + b is computed shard by shard:
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable
 from functools import partial
 from math import prod
 from typing import Any
 
 import torch
-from torch import Tensor
 
 from ..formulas import linear as formula
 from ..formulas.activation import ACTIVATIONS
 from ..formulas.linear import rows
 from .activation import ATEN
 from .kernels import kernels
-from .library import P, Placement, R, Sharding, primitive
+from .library import P, R, primitive
 from .selection import get_backend
 
 _forward = torch.nn.functional.linear
 
 
-def _backward(
-    dy: Tensor,
-    x: Tensor | None,
-    weight: Tensor | None,
-    need_x: bool,
-    need_weight: bool,
-    need_bias: bool,
-) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
+def _backward(dy, x, weight, need_x, need_weight, need_bias):
     flat = dy if dy.dim() == 2 else rows(dy)
-    dx = dw = db = None
+    dx = dw = None
     if need_x:
-        assert weight is not None
         dx = torch.mm(flat, weight)
         dx = dx if flat is dy else dx.view(*dy.shape[:-1], weight.shape[1])
     if need_weight:
-        assert x is not None
         dw = torch.mm(flat.t(), x if x.dim() == 2 else rows(x))
-    if need_bias:
-        db = flat.sum(0)
-    return dx, dw, db
+    return dx, dw, flat.sum(0) if need_bias else None
 
 
-def _activation_forward(
-    x: Tensor, weight: Tensor, bias: Tensor | None, activation: str, parameters: Sequence[float]
-) -> tuple[Tensor, Tensor | None]:
+def _activation_forward(x, weight, bias, activation, parameters):
     z, by = _forward(x, weight, bias), ATEN[activation]
     if not ACTIVATIONS[activation].saves_output:
         return by.forward(z, *parameters), z
@@ -61,22 +47,11 @@ def _activation_forward(
     return by.in_place(z, *parameters), None  # y over z, which then never stands beside it
 
 
-def _activation_backward(
-    activations: Mapping[str, Any],
-    dy: Tensor,
-    x: Tensor,
-    weight: Tensor,
-    saved: Tensor,
-    activation: str,
-    parameters: Any,
-    *needs: bool,
-) -> tuple[Tensor | None, ...]:
+def _activation_backward(activations, dy, x, weight, saved, activation, parameters, *needs):
     return _backward(activations[activation].backward(dy, saved, *parameters), x, weight, *needs)
 
 
-def _traced_forward(
-    x: Tensor, weight: Tensor, bias: Tensor | None, activation: str, parameters: Sequence[float]
-) -> tuple[Tensor, Tensor | None]:
+def _traced_forward(x, weight, bias, activation, parameters):
     z, a = _forward(x, weight, bias), ACTIVATIONS[activation]
     return a.value(z, *parameters), None if a.saves_output else z
 
@@ -86,27 +61,23 @@ def _kernels(name: str) -> Callable[..., Any]:
     return lambda *args: getattr(kernels("linear"), name)(*args, ours=get_backend() == "triton")
 
 
-def _fake_forward(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+def _fake_forward(x, weight, bias):
     return x.new_empty(*x.shape[:-1], weight.shape[0])
 
 
-def _fake_backward(
-    dy: Tensor, x: Any, weight: Any, need_x: bool, need_weight: bool, need_bias: bool
-) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
+def _fake_backward(dy, x, weight, need_x, need_weight, need_bias):
     width = dy.shape[-1]
     dx = dy.new_empty(*dy.shape[:-1], weight.shape[1]) if need_x else None
     dw = dy.new_empty(width, x.shape[-1]) if need_weight else None
     return dx, dw, dy.new_empty(width) if need_bias else None
 
 
-def _fake_activation_forward(
-    x: Tensor, weight: Tensor, bias: Tensor | None, activation: str, parameters: Any
-) -> tuple[Tensor, Tensor | None]:
+def _fake_activation_forward(x, weight, bias, activation, parameters):
     y = _fake_forward(x, weight, bias)
     return y, None if ACTIVATIONS[activation].saves_output else torch.empty_like(y)
 
 
-def _sharding(x: Tensor, weight: Tensor, bias: Tensor | None) -> Iterable[Sharding]:
+def _sharding(x, weight, bias):
     last = x.dim() - 1
     for i in range(last):
         yield [i], [i, R, R]
@@ -114,9 +85,7 @@ def _sharding(x: Tensor, weight: Tensor, bias: Tensor | None) -> Iterable[Shardi
     yield [P], [last, 1, P]
 
 
-def _activation_sharding(
-    x: Tensor, weight: Tensor, bias: Tensor | None, activation: str, parameters: Any
-) -> Iterable[Sharding]:
+def _activation_sharding(x, weight, bias, activation, parameters):
     """Without the inner one: f of a partial sum is no part of f of the sum."""
     saves_z = not ACTIVATIONS[activation].saves_output
     for (y,), inputs in _sharding(x, weight, bias):
@@ -124,11 +93,11 @@ def _activation_sharding(
             yield [y, y if saves_z else R], inputs
 
 
-def _backward_sharding(dy: Tensor, x: Any, weight: Any, *needs: bool) -> Iterable[Sharding]:
+def _backward_sharding(dy, x, weight, *needs):
     last = dy.dim() - 1
     need_x, need_weight, _ = needs
 
-    def one(y: Placement, in_x: Placement, in_w: Placement, *grads: Placement) -> Sharding:
+    def one(y, in_x, in_w, *grads):
         outputs = [g if need else R for g, need in zip(grads, needs, strict=True)]
         return outputs, [y, in_x if need_weight else None, in_w if need_x else None]
 
@@ -137,19 +106,17 @@ def _backward_sharding(dy: Tensor, x: Any, weight: Any, *needs: bool) -> Iterabl
     yield one(R, last, 1, last, 1, R)
 
 
-def _activation_backward_sharding(
-    dy: Tensor, x: Tensor, weight: Tensor, saved: Tensor, *rest: Any
-) -> Iterable[Sharding]:
+def _activation_backward_sharding(dy, x, weight, saved, *rest):
     for outputs, inputs in _backward_sharding(dy, x, weight, *rest[-3:]):
         yield outputs, [*inputs, inputs[0]]
 
 
-def _flops(x: Sequence[int], weight: Sequence[int], *_: Any) -> int:
+def _flops(x, weight, *_):
     """x Wᵀ."""
     return 2 * prod(x) * weight[0]
 
 
-def _backward_flops(dy: Sequence[int], x: Any, weight: Any, *rest: Any) -> int:
+def _backward_flops(dy, x, weight, *rest):
     """dy W and dyᵀ x, those that are needed."""
     need_x, need_weight, _ = rest[-3:]
     return 2 * prod(dy) * ((weight[-1] if need_x else 0) + (x[-1] if need_weight else 0))

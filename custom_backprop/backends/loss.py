@@ -8,10 +8,10 @@ tensors does.
 
 from __future__ import annotations
 
-import functools
 import itertools
 import math
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import torch
@@ -19,18 +19,7 @@ from torch import Tensor
 
 from ..formulas.loss import LOG_0, LOSSES, MEAN, NONE, SUM, Loss, weighted
 from ..formulas.precision import HALF, wide, widen
-from .library import (
-    P,
-    Placement,
-    Primitive,
-    R,
-    Sharding,
-    empty_if,
-    functorch_active,
-    is_traced,
-    launcher,
-    primitive,
-)
+from .library import P, Primitive, R, empty_if, functorch_active, is_traced, launcher, primitive
 
 aten = torch.ops.aten
 
@@ -38,7 +27,7 @@ aten = torch.ops.aten
 CHUNK = 2**19
 
 
-def _l1_loss(x: Tensor, t: Tensor, v: None, k: Tensor, y: Tensor | None, g: Tensor | None) -> None:
+def _l1_loss(x, t, v, k, y, g):
     d = torch.sub(x, t, out=y if g is None else g)
     if y is not None:
         torch.abs(d, out=y)
@@ -46,68 +35,37 @@ def _l1_loss(x: Tensor, t: Tensor, v: None, k: Tensor, y: Tensor | None, g: Tens
         torch.sign(d, out=g).mul_(k)
 
 
-def _binary_cross_entropy(
-    x: Tensor, t: Tensor, v: None, k: Tensor, y: Tensor | None, g: Tensor | None
-) -> None:
+def _binary_cross_entropy(x, t, v, k, y, g):
     if y is not None:
         aten.binary_cross_entropy.out(x, t, None, NONE, out=y)
     if g is not None:
         aten.binary_cross_entropy_backward.grad_input(k, x, t, None, NONE, grad_input=g)
 
 
-def _fused(value: Callable[..., Any], gradient: Callable[..., Any]) -> Callable[..., None]:
-    def fill(
-        x: Tensor,
-        t: Tensor,
-        v: None,
-        k: Tensor,
-        y: Tensor | None,
-        g: Tensor | None,
-        *parameters: float,
-    ) -> None:
-        if y is not None:
-            value(x, t, NONE, *parameters, out=y)
-        if g is not None:
-            gradient(k, x, t, NONE, *parameters, grad_input=g)
-
-    return fill
+def _fused(value, gradient, x, t, v, k, y, g, *parameters):
+    if y is not None:
+        value(x, t, NONE, *parameters, out=y)
+    if g is not None:
+        gradient(k, x, t, NONE, *parameters, grad_input=g)
 
 
-def _binary_cross_entropy_with_logits(
-    x: Tensor, t: Tensor, p: Tensor | None, k: Tensor, y: Tensor | None, g: Tensor | None
-) -> None:
+def _binary_cross_entropy_with_logits(x, t, p, k, y, g):
     if y is not None:  # (1 - t) x - min(x, 0) bears an infinite x, as max(x, 0) - t x does not
         torch.sub(1, t, out=y).mul_(x).sub_(x.clamp_max(0)).add_(x.abs().neg_().exp_().log1p_())
     if g is not None:
         torch.sigmoid(x, out=g).sub_(t).mul_(k)
 
 
-def _kl_div(
-    x: Tensor, t: Tensor, v: None, k: Tensor, y: Tensor | None, g: Tensor | None, log_target: bool
-) -> None:
-    if log_target:
-        e = torch.exp(t, out=g)
-        if y is not None:
-            torch.sub(t, x, out=y).mul_(e)
-        if g is not None:
-            g.mul_(-k)
-        return
+def _kl_div(x, t, v, k, y, g, log_target):
+    p = torch.exp(t, out=g) if log_target else t
     if y is not None:
-        torch.log(t, out=y).clamp_min_(LOG_0).sub_(x).mul_(t)
+        log_p = t if log_target else torch.log(t, out=y).clamp_min_(LOG_0)
+        torch.sub(log_p, x, out=y).mul_(p)
     if g is not None:
-        torch.mul(t, -k, out=g)
+        torch.mul(p, -k, out=g)
 
 
-def _gaussian_nll_loss(
-    x: Tensor,
-    t: Tensor,
-    v: Tensor,
-    k: Tensor,
-    y: Tensor | None,
-    g: Tensor | None,
-    full: bool,
-    eps: float,
-) -> None:
+def _gaussian_nll_loss(x, t, v, k, y, g, full, eps):
     v = v.clamp_min(eps)
     d = x - t
     q = torch.div(d, v, out=g)
@@ -117,17 +75,7 @@ def _gaussian_nll_loss(
         g.mul_(k)
 
 
-def _poisson_nll_loss(
-    x: Tensor,
-    t: Tensor,
-    v: None,
-    k: Tensor,
-    y: Tensor | None,
-    g: Tensor | None,
-    log_input: bool,
-    full: bool,
-    eps: float,
-) -> None:
+def _poisson_nll_loss(x, t, v, k, y, g, log_input, full, eps):
     e = torch.exp(x, out=y if g is None else g)
     if y is not None:
         torch.addcmul(e, t, x, value=-1, out=y)
@@ -137,10 +85,12 @@ def _poisson_nll_loss(
 
 #: name -> writes l into y and k l_x into g (None: not wanted) in fewer passes than the formula
 FILL: dict[str, Callable[..., None]] = {
-    "mse_loss": _fused(aten.mse_loss.out, aten.mse_loss_backward.grad_input),
+    "mse_loss": partial(_fused, aten.mse_loss.out, aten.mse_loss_backward.grad_input),
     "l1_loss": _l1_loss,
-    "smooth_l1_loss": _fused(aten.smooth_l1_loss.out, aten.smooth_l1_loss_backward.grad_input),
-    "huber_loss": _fused(aten.huber_loss.out, aten.huber_loss_backward.out),
+    "smooth_l1_loss": partial(
+        _fused, aten.smooth_l1_loss.out, aten.smooth_l1_loss_backward.grad_input
+    ),
+    "huber_loss": partial(_fused, aten.huber_loss.out, aten.huber_loss_backward.out),
     "binary_cross_entropy": _binary_cross_entropy,
     "binary_cross_entropy_with_logits": _binary_cross_entropy_with_logits,
     "kl_div": _kl_div,
@@ -154,7 +104,7 @@ FILL: dict[str, Callable[..., None]] = {
 ROW, ROWS = 2**7, 2**15
 
 
-def _mse_loss(x: Tensor, t: Tensor, v: None, k: Tensor, y: Tensor | None, g: Tensor | None) -> None:
+def _mse_loss(x, t, v, k, y, g):
     """Where 2 d may overflow and 2 k d does not."""
     if y is not None:
         aten.mse_loss.out(x, t, NONE, out=y)
@@ -162,7 +112,7 @@ def _mse_loss(x: Tensor, t: Tensor, v: None, k: Tensor, y: Tensor | None, g: Ten
         torch.sub(x, t, out=g).mul_(2 * k)
 
 
-def _mse_loss_total(x: Tensor, t: Tensor, v: None, k: float, g: Tensor) -> float:
+def _mse_loss_total(x, t, v, k, g):
     """Reads x and t once: Σ l is the squared norm of the gradient 2 k d that was made of them, over
     4 k², row by row.
 
@@ -183,15 +133,7 @@ def _mse_loss_total(x: Tensor, t: Tensor, v: None, k: float, g: Tensor) -> float
     return squares / (2 * dy.item()) ** 2  # the k that g was multiplied by
 
 
-def _one_by_one(
-    fill: Callable[..., None],
-    x: Tensor,
-    t: Tensor,
-    v: None,
-    k: float,
-    g: Tensor,
-    *parameters: float,
-) -> float:
+def _one_by_one(fill, x, t, v, k, g, *parameters):
     """l stands for a moment where l_x will, and no other memory is touched."""
     dy = x.new_full((), k)
     fill(x, t, v, dy, g, None, *parameters)
@@ -200,9 +142,7 @@ def _one_by_one(
     return total
 
 
-def _binary_cross_entropy_with_logits_total(
-    x: Tensor, t: Tensor, v: None, k: float, g: Tensor
-) -> float:
+def _binary_cross_entropy_with_logits_total(x, t, v, k, g):
     """Σ log(1 + e^-|x|) and Σ (max(x, 0) - t x), neither of which has a negative term, each where
     l_x will stand."""
     total = torch.abs(x, out=g).neg_().exp_().log1p_().sum().item()
@@ -218,7 +158,7 @@ TOTAL: dict[str, Callable[..., float]] = {
     "mse_loss": _mse_loss_total,
     "binary_cross_entropy_with_logits": _binary_cross_entropy_with_logits_total,
 } | {
-    name: functools.partial(_one_by_one, FILL[name])
+    name: partial(_one_by_one, FILL[name])
     for name in ("smooth_l1_loss", "huber_loss", "binary_cross_entropy")
 }
 
@@ -234,9 +174,7 @@ WHOLE: dict[str, Callable[..., Tensor]] = {
 }
 
 
-def _filler(
-    loss: Loss, x: Tensor, v: Tensor | None, w: Tensor | None, parameters: tuple[Any, ...]
-) -> Callable[..., None]:
+def _filler(loss, x, v, w, parameters):
     """Writes w l into y and k w l_x into g: in fewer passes for the plain loss in full precision,
     else by the formula."""
     if _plain(loss, x, v, w, parameters):
@@ -245,16 +183,7 @@ def _filler(
 
     value = _checked(loss, loss.value)  # PyTorch's own operator looks by itself
 
-    def fill(
-        x: Tensor,
-        t: Tensor,
-        v: Tensor | None,
-        w: Tensor | None,
-        k: Tensor,
-        y: Tensor | None,
-        g: Tensor | None,
-        *parameters: Any,
-    ) -> None:
+    def fill(x, t, v, w, k, y, g, *parameters):
         x, t, v, w = map(widen, (x, t, v, w))
         if y is not None:
             y.copy_(weighted(value(x, t, v, *parameters), w))
@@ -264,9 +193,7 @@ def _filler(
     return fill
 
 
-def _plain(
-    loss: Loss, x: Tensor, v: Tensor | None, w: Tensor | None, parameters: tuple[Any, ...]
-) -> bool:
+def _plain(loss, x, v, w, parameters):
     if w is not None or x.dtype in HALF:
         return False
     if loss.name == "binary_cross_entropy_with_logits":
@@ -274,65 +201,46 @@ def _plain(
     return loss.name != "poisson_nll_loss" or parameters[:2] == (True, False)
 
 
-def _chunks(
-    x: Tensor, *others: Tensor | None, size: int | None = None
-) -> Iterable[tuple[Any, ...]]:
-    """The tensors, all of the shape of x, cut alike, CHUNK elements or ``size``; beside them
-    numbers (0-D) and None stay whole."""
-    size = CHUNK if size is None else size
-    tensors = (x, *others)
-    n = x.numel()
+def _chunks(size, x, *others):
+    """The tensors, all of the shape of x, cut alike into chunks of about ``size`` elements; beside
+    them numbers (0-D) and None stay whole."""
+    tensors, n = (x, *others), x.numel()
     if n <= size:
         return (tensors,)
-    cut = [t if t is not None and t.dim() else None for t in tensors]
-    rows = x.shape[0]
-    if all(t is None or t.is_contiguous() for t in cut):
-        cut, rows = [None if t is None else t.view(-1) for t in cut], n
-    step = max(1, size * rows // n)
-    return zip(
-        *(
-            itertools.repeat(t) if c is None else c.split(step)
-            for t, c in zip(tensors, cut, strict=True)
-        ),
-        strict=False,
+    cut = [t for t in tensors if t is not None and t.dim()]
+    flat = all(t.is_contiguous() for t in cut)
+    step = size if flat else max(1, size * x.shape[0] // n)
+    parts = (
+        itertools.repeat(t) if t is None or not t.dim() else (t.view(-1) if flat else t).split(step)
+        for t in tensors
     )
+    return zip(*parts, strict=False)
 
 
-def _forward_aten(loss: Loss) -> Callable[..., tuple[Tensor, Tensor | None]]:
-    def forward(
-        x: Tensor,
-        t: Tensor,
-        v: Tensor | None,
-        w: Tensor | None,
-        reduction: int,
-        make_dx: bool,
-        *parameters: Any,
-    ) -> tuple[Tensor, Tensor | None]:
-        if x.device.type != "cpu":
-            return loss.forward(x, t, v, w, reduction, make_dx, *parameters)
-        n = x.numel()
-        plain = _plain(loss, x, v, w, parameters)
-        if not make_dx and n <= 2 * CHUNK and plain and loss.name in WHOLE:
-            return WHOLE[loss.name](x, t, reduction, *parameters), None
-        dx = torch.empty_like(x) if make_dx else None
-        total, scale = 0.0, 1 / n if reduction == MEAN and n else 1.0
-        if make_dx and reduction != NONE and plain and loss.name in TOTAL:
-            for xs, ts, vs, gs in _chunks(x, t, v, dx, size=2 * CHUNK):  # no scratch beside it
-                total += TOTAL[loss.name](xs, ts, vs, scale, gs, *parameters)
-            return _reduced(x, total, reduction), dx
-        dtype = wide(x.dtype)
-        k = x.new_full((), scale, dtype=dtype)
-        y = torch.empty_like(x) if reduction == NONE else None
-        fill, scratch = _filler(loss, x, v, w, parameters), None
-        for xs, ts, vs, ws, ys, gs in _chunks(x, t, v, w, y, dx if make_dx else None):
-            if y is None and (scratch is None or scratch.shape != xs.shape):
-                scratch = torch.empty_like(xs, dtype=dtype)
-            fill(xs, ts, vs, ws, k, scratch if y is None else ys, gs, *parameters)
-            if scratch is not None:
-                total += scratch.sum().item()
-        return _reduced(x, total, reduction) if y is None else y, dx
-
-    return forward
+def _forward(loss, x, t, v, w, reduction, make_dx, *parameters):
+    if x.device.type != "cpu":
+        return loss.forward(x, t, v, w, reduction, make_dx, *parameters)
+    n = x.numel()
+    plain = _plain(loss, x, v, w, parameters)
+    if not make_dx and n <= 2 * CHUNK and plain and loss.name in WHOLE:
+        return WHOLE[loss.name](x, t, reduction, *parameters), None
+    dx = torch.empty_like(x) if make_dx else None
+    total, scale = 0.0, 1 / n if reduction == MEAN and n else 1.0
+    if make_dx and reduction != NONE and plain and loss.name in TOTAL:
+        for xs, ts, vs, gs in _chunks(2 * CHUNK, x, t, v, dx):  # no scratch beside it
+            total += TOTAL[loss.name](xs, ts, vs, scale, gs, *parameters)
+        return _reduced(x, total, reduction), dx
+    dtype = wide(x.dtype)
+    k = x.new_full((), scale, dtype=dtype)
+    y = torch.empty_like(x) if reduction == NONE else None
+    fill, scratch = _filler(loss, x, v, w, parameters), None
+    for xs, ts, vs, ws, ys, gs in _chunks(CHUNK, x, t, v, w, y, dx):
+        if y is None and (scratch is None or scratch.shape != xs.shape):
+            scratch = torch.empty_like(xs, dtype=dtype)
+        fill(xs, ts, vs, ws, k, scratch if y is None else ys, gs, *parameters)
+        if scratch is not None:
+            total += scratch.sum().item()
+    return _reduced(x, total, reduction) if y is None else y, dx
 
 
 def _reduced(x: Tensor, total: float, reduction: int) -> Tensor:
@@ -344,46 +252,31 @@ def _reduced(x: Tensor, total: float, reduction: int) -> Tensor:
         return x.new_full((), math.copysign(math.inf, total))
 
 
-def _backward_aten(loss: Loss) -> Callable[..., tuple[Tensor | None, ...]]:
-    difference = loss.dt is None
-
-    def backward(
-        dy: Tensor,
-        x: Tensor,
-        t: Tensor,
-        v: Tensor | None,
-        w: Tensor | None,
-        reduction: int,
-        needs: list[bool],
-        *parameters: Any,
-    ) -> tuple[Tensor | None, ...]:
-        if x.device.type != "cpu":
-            return loss.backward(dy, x, t, v, w, reduction, needs, *parameters)
-        need_x, need_t, need_v, need_w = needs
-        k = widen(dy) / x.numel() if reduction == MEAN else widen(dy)
-        dx, dt, *_ = grads = _gradients(x, needs)
-        filled = dx if need_x else dt if need_t and difference else None
-        rest = (False, need_t and not difference, need_v, need_w)
-        fill = _filler(loss, x, v, w, parameters)
-        for xs, ts, vs, ws, ks, gs, *outs in _chunks(
-            x, t, v, w, k, filled, *(g if r else None for g, r in zip(grads, rest, strict=True))
-        ):
-            if gs is not None:
-                fill(xs, ts, vs, ws, ks, None, gs, *parameters)
-            if any(rest):
-                for out, grad in zip(
-                    outs, loss.backward(ks, xs, ts, vs, ws, SUM, rest, *parameters), strict=True
-                ):
-                    if out is not None:
-                        out.copy_(grad)
-        if need_t and filled is not None and difference:
-            torch.neg(filled, out=dt)
-        return grads
-
-    return backward
+def _backward(loss, dy, x, t, v, w, reduction, needs, *parameters):
+    if x.device.type != "cpu":
+        return loss.backward(dy, x, t, v, w, reduction, needs, *parameters)
+    need_x, need_t, *others = needs
+    k = widen(dy) / x.numel() if reduction == MEAN else widen(dy)
+    dx, dt, *_ = grads = _gradients(x, needs)
+    negated = need_t and loss.dt is None
+    filled: Any = dx if need_x else dt if negated else None
+    rest = (False, need_t and not negated, *others)
+    outs = [g if r else None for g, r in zip(grads, rest, strict=True)]
+    fill = _filler(loss, x, v, w, parameters)
+    for xs, ts, vs, ws, ks, gs, *gs_rest in _chunks(CHUNK, x, t, v, w, k, filled, *outs):
+        if gs is not None:
+            fill(xs, ts, vs, ws, ks, None, gs, *parameters)
+        if any(rest):
+            made = loss.backward(ks, xs, ts, vs, ws, SUM, rest, *parameters)
+            for out, grad in zip(gs_rest, made, strict=True):
+                if out is not None:
+                    out.copy_(grad)
+    if negated:
+        torch.neg(filled, out=dt)
+    return grads
 
 
-def _gradients(x: Tensor, needs: Sequence[bool]) -> tuple[Tensor | None, ...]:
+def _gradients(x, needs):
     """Memory for dx, dt, dv and dw, where they are needed."""
     return tuple(empty_if(need, x) for need in needs)
 
@@ -402,19 +295,19 @@ def _checked(loss: Loss, run: Callable[..., Any]) -> Callable[..., Any]:
     if loss.name != "binary_cross_entropy":
         return run
 
-    def checked(x: Tensor, t: Tensor, *rest: Any) -> Any:
+    def checked(x, t, *rest):
         _check_probabilities(x, t)
         return run(x, t, *rest)
 
     return checked
 
 
-def _like(t: Tensor | None, x: Tensor, i: int) -> Placement:
+def _like(t, x, i):
     """Sharded as x, if the tensor is as large there as x."""
     return i if t is not None and t.shape == x.shape else R
 
 
-def _sharding(x: Tensor, *rest: Any) -> Iterable[Sharding]:
+def _sharding(x, *rest):
     """A mean divides by the count of all shards, which no shard knows."""
     *tensors, reduction, make_dx = rest[:5]
     if reduction != MEAN:
@@ -423,19 +316,18 @@ def _sharding(x: Tensor, *rest: Any) -> Iterable[Sharding]:
             yield outputs, [i, *(_like(t, x, i) for t in tensors)]
 
 
-def _backward_sharding(dy: Tensor, x: Tensor, *rest: Any) -> Iterable[Sharding]:
+def _backward_sharding(dy, x, *rest):
     *tensors, reduction, needs = rest[:5]
     if reduction != MEAN:
         for i in range(x.dim()):
             inputs = [i, *(_like(t, x, i) for t in tensors)]
-            grads = [P if lies == R else lies for lies in inputs]
-            outputs = [g if need else R for g, need in zip(grads, needs, strict=True)]
+            grads = zip(inputs, needs, strict=True)
+            outputs = [R if not need else P if lies == R else lies for lies, need in grads]
             yield outputs, [i if reduction == NONE else R, *inputs]
 
 
-def _fake(x: Tensor, t: Tensor, v: Any, w: Any, reduction: int, make_dx: bool, *_: Any) -> Any:
-    loss = torch.empty_like(x) if reduction == NONE else x.new_empty(())
-    return loss, empty_if(make_dx, x)
+def _fake(x, t, v, w, reduction, make_dx, *_):
+    return torch.empty_like(x) if reduction == NONE else x.new_empty(()), empty_if(make_dx, x)
 
 
 def _define(loss: Loss) -> tuple[Primitive, Primitive]:
@@ -444,7 +336,7 @@ def _define(loss: Loss) -> tuple[Primitive, Primitive]:
     forward = primitive(
         f"{loss.name}_forward({tensors}, bool make_dx{parameters}) -> (Tensor loss, Tensor dx)",
         formula=_checked(loss, loss.forward),
-        aten=_forward_aten(loss),
+        aten=partial(_forward, loss),
         triton=_checked(loss, launcher("loss", "forward", loss.name)),
         fake=_fake,
         sharding=_sharding,
@@ -453,7 +345,7 @@ def _define(loss: Loss) -> tuple[Primitive, Primitive]:
         f"{loss.name}_backward(Tensor dy, {tensors}, bool[] needs{parameters}) "
         "-> (Tensor dx, Tensor dt, Tensor dv, Tensor dw)",
         formula=loss.backward,
-        aten=_backward_aten(loss),
+        aten=partial(_backward, loss),
         triton=launcher("loss", "backward", loss.name),
         fake=lambda dy, x, t, v, w, reduction, needs, *parameters: _gradients(x, needs),
         sharding=_backward_sharding,

@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
-from typing import Any
 
 import torch
 from torch import Tensor
 
 from ..formulas import nll as formula
 from ..formulas.loss import MEAN, NONE
-from .library import P, Placement, R, Sharding, builtin, launcher, primitive
+from .library import P, R, builtin, launcher, primitive
 
 aten = torch.ops.aten
 _forward, _backward = builtin(aten.nll_loss_forward), builtin(aten.nll_loss_backward)
@@ -53,35 +52,31 @@ def backward_aten(
     ).squeeze(3)
 
 
-def of_row(i: int) -> Placement:
+def of_row(i: int) -> int:
     """That of one number a row: dimension i of x without that of the classes."""
     return max(i - 1, 0)
 
 
-def rows_of(x: Tensor, target: Tensor) -> Iterable[tuple[int, Placement]]:
+def rows_of(x: Tensor, target: Tensor) -> Iterable[tuple[int, int]]:
     """The dimensions of x but that of the classes, and the target's placement. A mean divides by a
     weight that no shard knows."""
     same = target.dim() == x.dim()
     return ((i, i if same else of_row(i)) for i in range(x.dim()) if i != 1)
 
 
-def _sharding(
-    x: Tensor, target: Tensor, weight: Any, reduction: int, *rest: Any
-) -> Iterable[Sharding]:
+def _sharding(x, target, weight, reduction, *rest):
     if reduction != MEAN:
         for i, t in rows_of(x, target):
             yield [of_row(i) if reduction == NONE else P, P], [i, t, R]
 
 
-def _backward_sharding(
-    dy: Tensor, x: Tensor, target: Tensor, weight: Any, total: Tensor, reduction: int, *rest: Any
-) -> Iterable[Sharding]:
+def _backward_sharding(dy, x, target, weight, total, reduction, *rest):
     if reduction != MEAN:
         for i, t in rows_of(x, target):  # only a mean reads the total
             yield [i], [of_row(i) if reduction == NONE else R, i, t, R, None]
 
 
-def _fake(x: Tensor, target: Tensor, weight: Any, reduction: int, *rest: Any) -> Any:
+def _fake(x, target, weight, reduction, *rest):
     return x.new_empty(target.shape if reduction == NONE else ()), x.new_empty(())
 
 

@@ -2,15 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
-from typing import Any
+from collections.abc import Iterable
 
 import torch
 from torch import Tensor
 
 from ..formulas import prelu as formula
 from ..formulas.precision import widen
-from .library import P, R, Sharding, empty_if, launcher, primitive
+from .library import P, R, empty_if, launcher, primitive
 
 aten = torch.ops.aten
 
@@ -21,9 +20,7 @@ _CHUNK = 2**16
 _SMALL = 2**14
 
 
-def _backward(
-    dy: Tensor, x: Tensor, weight: Tensor, need_x: bool, need_weight: bool
-) -> tuple[Tensor | None, Tensor | None]:
+def _backward(dy, x, weight, need_x, need_weight):
     w = formula.spread(weight, x)
     if need_x and need_weight and x.numel() <= _SMALL:
         dx, dw = aten._prelu_kernel_backward.default(dy, x, w)
@@ -38,32 +35,23 @@ def _backward(
     return dx, torch.stack(sums).sum(0).to(weight.dtype) if need_weight else None
 
 
-def _parts(*tensors: Tensor) -> Iterator[tuple[Tensor, ...]]:
-    """Tensors of one shape in slices of about _CHUNK elements along their first dimension."""
+def _parts(*tensors: Tensor) -> Iterable[tuple[Tensor, ...]]:
+    """Tensors of one shape, cut alike along their first dimension into about _CHUNK elements."""
     numel = tensors[0].numel()
-    if tensors[0].dim() == 0 or numel <= _CHUNK:
-        yield tensors
-        return
-    size = tensors[0].shape[0]
-    step = max(1, _CHUNK * size // numel)
-    for i in range(0, size, step):
-        yield tuple(t[i : i + step] for t in tensors)
+    if numel <= _CHUNK:
+        return (tensors,)
+    step = max(1, _CHUNK * len(tensors[0]) // numel)
+    return zip(*(t.split(step) for t in tensors), strict=True)
 
 
-def _sharding(x: Tensor, weight: Tensor) -> Iterable[Sharding]:
+def _sharding(x, weight):
     return (([i], [i, 0 if i == 1 and weight.numel() > 1 else R]) for i in range(x.dim()))
 
 
-def _backward_sharding(
-    dy: Tensor, x: Tensor, weight: Tensor, need_x: bool, need_weight: bool
-) -> Iterable[Sharding]:
+def _backward_sharding(dy, x, weight, need_x, need_weight):
     for (i,), (_, w) in _sharding(x, weight):
         dw = 0 if w == 0 else P
         yield [i if need_x else R, dw if need_weight else R], [i, i, w]
-
-
-def _fake_backward(dy: Tensor, x: Tensor, weight: Tensor, *needs: bool) -> Any:
-    return empty_if(needs[0], x), empty_if(needs[1], weight)
 
 
 forward = primitive(
@@ -80,6 +68,6 @@ backward = primitive(
     formula=formula.prelu_backward,
     aten=_backward,
     triton=launcher("prelu", "backward"),
-    fake=_fake_backward,
+    fake=lambda dy, x, weight, *needs: (empty_if(needs[0], x), empty_if(needs[1], weight)),
     sharding=_backward_sharding,
 )

@@ -6,7 +6,6 @@ from __future__ import annotations
 import os
 from functools import cache
 from importlib.util import find_spec
-from types import TracebackType
 
 import torch
 
@@ -26,13 +25,9 @@ def why_not(backend: str, device_type: str) -> str | None:
         return None
     if find_spec("triton") is None:
         return "the package triton is not installed"
-    if interpreting():
-        return (
-            None
-            if device_type == "cpu"
-            else "TRITON_INTERPRET=1 makes kernels run in the interpreter, on CPU tensors only"
-        )
-    if device_type == "cpu":
+    if interpreting() and device_type != "cpu":
+        return "TRITON_INTERPRET=1 makes kernels run in the interpreter, on CPU tensors only"
+    if device_type == "cpu" and not interpreting():
         return (
             "Triton kernels need a GPU; set TRITON_INTERPRET=1 before the first import to run them "
             "in the interpreter"
@@ -70,15 +65,12 @@ class use_backend:
     def __init__(self, backend: str | None) -> None:
         global _forced
         if backend is not None and backend not in BACKENDS:
-            raise ValueError(
-                f"unknown backend {backend!r}: choose one of {', '.join(map(repr, BACKENDS))} or "
-                "None"
-            )
-        if (
-            backend == "triton"
-            and (reason := why_not("triton", "cuda" if _has_gpu() else "cpu")) is not None
-        ):
-            raise RuntimeError(f"backend 'triton' cannot run here: {reason}")
+            known = ", ".join(map(repr, BACKENDS))
+            raise ValueError(f"unknown backend {backend!r}: choose one of {known} or None")
+        if backend == "triton":
+            has_gpu = not interpreting() and torch.cuda.is_available()
+            if (reason := why_not("triton", "cuda" if has_gpu else "cpu")) is not None:
+                raise RuntimeError(f"backend 'triton' cannot run here: {reason}")
         self._backend = backend
         self._previous = _forced
         _forced = backend
@@ -86,12 +78,7 @@ class use_backend:
     def __enter__(self) -> use_backend:
         return self
 
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        value: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
+    def __exit__(self, *exception: object) -> None:
         global _forced
         _forced = self._previous
 
@@ -121,7 +108,3 @@ def _kernels_run_on_cuda() -> bool:
     """Found out once: what is installed stays, and the interpreter's setting counts when a kernel
     is decorated."""
     return why_not("triton", "cuda") is None
-
-
-def _has_gpu() -> bool:
-    return not interpreting() and torch.cuda.is_available()

@@ -8,7 +8,6 @@ Results are contiguous, as PyTorch's own are.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -17,19 +16,19 @@ from ..formulas.softmax import SOFTMAXES, Softmax
 from .library import Primitive, Sharding, fold_batch, launcher, primitive
 
 
-def _softmin(x: Tensor, dim: int, dtype: torch.dtype | None) -> Tensor:
+def _softmin(x, dim, dtype):
     return torch.softmax(-x, dim, dtype=dtype)
 
 
-def _softmax_backward(dy: Tensor, y: Tensor, dim: int, dtype: torch.dtype) -> Tensor:
+def _softmax_backward(dy, y, dim, dtype):
     return torch._softmax_backward_data(dy, y, dim, y.dtype).to(dtype)
 
 
-def _softmin_backward(dy: Tensor, y: Tensor, dim: int, dtype: torch.dtype) -> Tensor:
+def _softmin_backward(dy, y, dim, dtype):
     return _softmax_backward(dy, y, dim, dtype).neg_()
 
 
-def _log_softmax_backward(dy: Tensor, y: Tensor, dim: int, dtype: torch.dtype) -> Tensor:
+def _log_softmax_backward(dy, y, dim, dtype):
     return torch._log_softmax_backward_data(dy, y, dim, y.dtype).to(dtype)
 
 
@@ -50,7 +49,7 @@ def stock_of(name: str) -> Callable[..., Tensor]:
 def _other_dimensions(tensors: int) -> Callable[..., Iterable[Sharding]]:
     """Sharded along any dimension but that of the sum."""
 
-    def sharding(x: Tensor, *rest: Any) -> Iterable[Sharding]:
+    def sharding(x, *rest):
         dim = rest[tensors - 1]
         return (([i], [i] * tensors) for i in range(x.dim()) if i != dim)
 
@@ -60,10 +59,10 @@ def _other_dimensions(tensors: int) -> Callable[..., Iterable[Sharding]]:
 def _define(s: Softmax) -> tuple[Primitive, Primitive]:
     by_aten = ATEN[s.name]
 
-    def vmap_forward(info: Any, in_dims: Any, x: Tensor, dim: int, dtype: Any) -> Any:
+    def vmap_forward(info, in_dims, x, dim, dtype):
         return forward(x.movedim(in_dims[0], 0), dim + 1, dtype), 0
 
-    def vmap_backward(info: Any, in_dims: Any, dy: Tensor, y: Tensor, dim: int, dtype: Any) -> Any:
+    def vmap_backward(info, in_dims, dy, y, dim, dtype):
         return backward(*fold_batch((dy, y), in_dims[:2], info.batch_size), dim + 1, dtype), 0
 
     forward = primitive(
