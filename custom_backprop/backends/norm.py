@@ -6,16 +6,12 @@ memory sees one reading of x and dy and one writing of dx.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
-from typing import Any
-
 import torch
-from torch import Tensor
 
 from ..formulas import norm as formula
 from ..formulas.linear import rows
-from ..formulas.precision import HALF, wide, widen
-from .library import P, Placement, R, Sharding, empty_if, launcher, primitive
+from ..formulas.precision import HALF, widen
+from .library import P, R, launcher, primitive
 
 aten = torch.ops.aten
 
@@ -23,54 +19,33 @@ aten = torch.ops.aten
 CHUNK = 2**17
 
 
-def _layer_norm(x: Tensor, weight: Tensor | None, bias: Tensor | None, eps: float) -> Any:
-    if not x.numel() or x.dtype in HALF:  # ATen's statistics would be of x's dtype
-        return formula.layer_norm(x, weight, bias, eps)
-    y, mean, rstd = aten.native_layer_norm.default(x, x.shape[-1:], weight, bias, eps)
-    return y, mean.squeeze(-1), rstd.squeeze(-1)
-
-
-def _layer_norm_backward(
-    dy: Tensor, x: Tensor, weight: Tensor | None, mean: Tensor, rstd: Tensor, *needs: bool
-) -> Any:
-    if not x.numel() or x.dtype in HALF:
-        return formula.layer_norm_backward(dy, x, weight, mean, rstd, *needs)
-    mean, rstd = mean.unsqueeze(-1), rstd.unsqueeze(-1)
-    # of a bias ATen reads whether there is one
-    return aten.native_layer_norm_backward.default(
-        dy, x, x.shape[-1:], mean, rstd, weight, weight if needs[2] else None, needs
-    )
-
-
-def _chunks(*tensors: Tensor) -> Iterator[tuple[Tensor, ...]]:
-    """Tensors of as many rows, cut alike."""
-    return zip(*(t.split(max(1, CHUNK // tensors[0].shape[1])) for t in tensors), strict=True)
-
-
-def _rms_norm(x: Tensor, weight: Tensor | None, eps: float, casting: str) -> tuple[Tensor, Tensor]:
-    w = formula.factor(weight, casting) if casting == "gemma" else weight
-    rounded = casting == "llama" and x.dtype in HALF
-    if not x.numel() or rounded or (w is not None and w.dtype != x.dtype):
-        return formula.rms_norm(x, weight, eps, casting)
+def _forward(x, weight, bias, eps, kind):
+    if not x.numel() or (x.dtype in HALF and kind in ("layer", "llama")):
+        return formula.norm(x, weight, bias, eps, kind)  # ATen's statistics would be of x's dtype
+    if kind == "layer":
+        return aten.native_layer_norm.default(x, x.shape[-1:], weight, bias, eps)
+    w = weight if weight is None or kind != "gemma" else formula.factor(weight, kind)
+    if w is not None and w.dtype != x.dtype:
+        return formula.norm(x, weight, bias, eps, kind)
     y, rstd = aten._fused_rms_norm.default(x, x.shape[-1:], w, eps)
-    return y, rstd.squeeze(-1)
+    return y, None, rstd
 
 
-def _rms_norm_backward(
-    dy: Tensor,
-    x: Tensor,
-    weight: Tensor | None,
-    rstd: Tensor,
-    casting: str,
-    need_x: bool,
-    need_weight: bool,
-) -> tuple[Tensor | None, Tensor | None]:
-    if not x.numel():
-        return formula.rms_norm_backward(dy, x, weight, rstd, casting, need_x, need_weight)
-    n, w = x.shape[-1], formula.factor(weight, casting)
+def _backward(dy, x, weight, mean, rstd, kind, *needs):
+    if not x.numel() or (x.dtype in HALF and kind == "layer"):
+        return formula.norm_backward(dy, x, weight, mean, rstd, kind, *needs)
+    if kind == "layer":
+        has_bias = weight if needs[2] else None  # ATen reads no more of it
+        return aten.native_layer_norm_backward.default(
+            dy, x, x.shape[-1:], mean, rstd, weight, has_bias, needs
+        )
+    need_x, need_weight, _ = needs
+    n, w = x.shape[-1], None if weight is None else formula.factor(weight, kind)
     dx, dw = x.new_empty(x.shape), x.new_zeros(n, dtype=rstd.dtype)
     mean = x.new_full((n,), 1 / n, dtype=rstd.dtype) if w is None else w.to(rstd.dtype) / n
-    for dy_, x_, r, dx_ in _chunks(rows(dy), rows(x), rstd.reshape(-1, 1), rows(dx)):
+    step = max(1, CHUNK // n)
+    chunks = zip(*(rows(t).split(step) for t in (dy, x, rstd, dx)), strict=True)
+    for dy_, x_, r, dx_ in chunks:
         dy_, unit = widen(dy_), torch.mul(widen(x_), r)
         along = dy_ * unit  # Σ g x̂ / n is its product with w / n, and dw its sum over the rows
         if need_weight:
@@ -79,83 +54,33 @@ def _rms_norm_backward(
             c = along.mv(mean).unsqueeze(1)
             g = torch.sub(dy_ if w is None else torch.mul(dy_, w, out=along), unit.mul_(c))
             torch.mul(g, r, out=dx_) if dx.dtype == g.dtype else dx_.copy_(g.mul_(r))
-    dw_ = dw.to(weight.dtype) if need_weight and weight is not None else None
-    return dx if need_x else None, dw_
+    return dx if need_x else None, dw.to(weight.dtype) if need_weight else None, None
 
 
-def _sharding(statistics: int, parameters: int) -> Any:
+def _sharding(x, weight, bias, eps, kind):
     """By rows: a row's sum knows no shard of it."""
-    return lambda x, *rest: (
-        ([i] * (1 + statistics), [i] + [R] * parameters) for i in range(x.dim() - 1)
-    )
+    return (([i, i if kind == "layer" else R, i], [i, R, R]) for i in range(x.dim() - 1))
 
 
-def _backward_sharding(statistics: int) -> Any:
-    def sharding(dy: Tensor, *rest: Any) -> Iterable[Sharding]:
-        needs = [a for a in rest if isinstance(a, bool)]
-        for i in range(dy.dim() - 1):
-            grads: list[Placement] = [i, P, P]
-            outputs = [lies if need else R for lies, need in zip(grads, needs, strict=False)]
-            yield outputs, [i, i, R, *[i] * statistics]
-
-    return sharding
+def _backward_sharding(dy, x, weight, mean, rstd, kind, *needs):
+    for i in range(dy.dim() - 1):
+        grads = [lies if need else R for lies, need in zip((i, P, P), needs, strict=True)]
+        yield grads, [i, i, R, i if kind == "layer" else R, i]
 
 
-def _fake(statistics: int, dtype: Any = lambda x, *rest: x.dtype) -> Any:
-    def fake(x: Tensor, *rest: Any) -> Any:
-        of_row = [x.new_empty(x.shape[:-1], dtype=wide(x.dtype)) for _ in range(statistics)]
-        return x.new_empty(x.shape, dtype=dtype(x, *rest)), *of_row
-
-    return fake
-
-
-def _fake_backward(dy: Tensor, x: Tensor, weight: Tensor | None, *rest: Any) -> Any:
-    needs = [a for a in rest if isinstance(a, bool)]
-    parameters = [
-        empty_if(need, x.new_empty(x.shape[-1:]) if weight is None else weight)
-        for need in needs[1:]
-    ]
-    return x.new_empty(x.shape) if needs[0] else None, *parameters
-
-
-def _dtype_of_rms_norm(x: Tensor, weight: Tensor | None, eps: float, casting: str) -> torch.dtype:
-    if casting == "llama" and weight is not None:
-        return torch.promote_types(x.dtype, weight.dtype)
-    return x.dtype
-
-
-layer_norm = primitive(
-    "layer_norm_forward(Tensor x, Tensor? weight, Tensor? bias, float eps) "
+forward = primitive(
+    "norm_forward(Tensor x, Tensor? weight, Tensor? bias, float eps, str kind) "
     "-> (Tensor y, Tensor mean, Tensor rstd)",
-    formula=formula.layer_norm,
-    aten=_layer_norm,
-    triton=launcher("norm", "layer_norm_forward"),
-    fake=_fake(2),
-    sharding=_sharding(2, 2),
+    formula=formula.norm,
+    aten=_forward,
+    triton=launcher("norm", "forward"),
+    sharding=_sharding,
 )
-layer_norm_backward = primitive(
-    "layer_norm_backward(Tensor dy, Tensor x, Tensor? weight, Tensor mean, Tensor rstd, "
+backward = primitive(
+    "norm_backward(Tensor dy, Tensor x, Tensor? weight, Tensor? mean, Tensor rstd, str kind, "
     "bool need_x, bool need_weight, bool need_bias) -> (Tensor dx, Tensor dw, Tensor db)",
-    formula=formula.layer_norm_backward,
-    aten=_layer_norm_backward,
-    triton=launcher("norm", "layer_norm_backward"),
-    fake=_fake_backward,
-    sharding=_backward_sharding(2),
-)
-rms_norm = primitive(
-    "rms_norm_forward(Tensor x, Tensor? weight, float eps, str casting) -> (Tensor y, Tensor rstd)",
-    formula=formula.rms_norm,
-    aten=_rms_norm,
-    triton=launcher("norm", "rms_norm_forward"),
-    fake=_fake(1, _dtype_of_rms_norm),
-    sharding=_sharding(1, 1),
-)
-rms_norm_backward = primitive(
-    "rms_norm_backward(Tensor dy, Tensor x, Tensor? weight, Tensor rstd, str casting, "
-    "bool need_x, bool need_weight) -> (Tensor dx, Tensor dw)",
-    formula=formula.rms_norm_backward,
-    aten=_rms_norm_backward,
-    triton=launcher("norm", "rms_norm_backward"),
-    fake=_fake_backward,
-    sharding=_backward_sharding(1),
+    formula=formula.norm_backward,
+    aten=_backward,
+    triton=launcher("norm", "backward"),
+    sharding=_backward_sharding,
 )

@@ -40,12 +40,7 @@ def layer_norm(
         NotImplementedError: an input that is not floating-point.
         TypeError: what is no tensor, or a ``normalized_shape`` that is no sequence of ints.
     """
-    eps = eps if type(eps) is float else number("layer_norm", eps)
-    n = _check("layer_norm", input, normalized_shape, weight, bias)
-    if n == 1:
-        return ops.layer_norm(input, weight, bias, eps)
-    flat = [None if t is None else t.flatten() for t in (weight, bias)]
-    return ops.layer_norm(_rows(input, n), *flat, eps).view(input.shape)
+    return _norm("layer_norm", input, normalized_shape, weight, bias, eps, "layer")
 
 
 @overridable
@@ -73,18 +68,10 @@ def rms_norm(
     """
     if casting not in CASTINGS:
         raise ValueError(f"rms_norm: casting must be one of {', '.join(CASTINGS)}, got {casting!r}")
-    n = _check("rms_norm", input, normalized_shape, weight, None)
-    eps = torch.finfo(wide(input.dtype)).eps if eps is None else number("rms_norm", eps)
-    if n == 1:
-        return ops.rms_norm(input, weight, eps, casting)
-    flat = None if weight is None else weight.flatten()
-    return ops.rms_norm(_rows(input, n), flat, eps, casting).view(input.shape)
+    return _norm("rms_norm", input, normalized_shape, weight, None, eps, casting)
 
 
-def _check(
-    name: str, x: Tensor, shape: Sequence[int], weight: Tensor | None, bias: Tensor | None
-) -> int:
-    """How many dimensions a row has."""
+def _norm(name, x, shape, weight, bias, eps, kind):
     if not isinstance(x, Tensor):
         raise TypeError(f"{name}: input must be a Tensor, not {type(x).__name__}")
     if not isinstance(shape, (tuple, list)):
@@ -95,14 +82,16 @@ def _check(
             f"{name}: given normalized_shape={list(shape)}, expected an input of shape "
             f"(..., {', '.join(map(str, shape))}), got {tuple(x.shape)}"
         )
-    if (weight is not None and weight.shape != shape) or (bias is not None and bias.shape != shape):
+    if any(t is not None and t.shape != shape for t in (weight, bias)):
         given = [tuple(t.shape) for t in (weight, bias) if t is not None]
         raise RuntimeError(f"{name}: expected weight and bias of shape {shape}, got {given}")
     if not x.is_floating_point():
         raise NotImplementedError(f"{name} is not implemented for {x.dtype}")
-    return n
-
-
-def _rows(x: Tensor, n: int) -> Tensor:
-    """The last ``n`` dimensions as one, also where one of them is 0."""
-    return x.reshape(*x.shape[:-n], prod(x.shape[-n:]))
+    if type(eps) is not float:
+        default = eps is None and kind != "layer"
+        eps = torch.finfo(wide(x.dtype)).eps if default else number(name, eps)
+    if n == 1:
+        return ops.norm(x, weight, bias, eps, kind)
+    rows = x.reshape(*x.shape[:-n], prod(shape))  # also where one of them is 0
+    flat = [None if t is None else t.flatten() for t in (weight, bias)]
+    return ops.norm(rows, *flat, eps, kind).view(x.shape)

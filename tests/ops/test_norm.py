@@ -89,6 +89,13 @@ def test_bad_calls_raise_what_stock_raises(name, arguments, error):
             getattr(module, name)(*arguments)
 
 
+def test_only_rms_norm_has_a_default_epsilon_by_none():
+    x = torch.randn(2, 8)
+    assert functional.rms_norm(x, (8,), None, None).equal(functional.rms_norm(x, (8,)))
+    with pytest.raises(TypeError):
+        functional.layer_norm(x, (8,), None, None, None)
+
+
 def test_bad_castings():
     with pytest.raises(ValueError, match="casting must be one of torch, llama, gemma"):
         functional.rms_norm(torch.ones(2, 8), (8,), casting="mistral")
