@@ -45,7 +45,7 @@ TITLES = (
     "measured, ms",
     "predicted, ms",
     "predicted / measured",
-    "of it computing, ms",
+    "of which computing, ms",
     "engine, ms",
     "speed-up over one",
 )
