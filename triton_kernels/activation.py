@@ -20,16 +20,6 @@ from .pointwise import like
 
 
 @triton.jit
-def relu(x, A, B):
-    return tl.where(x <= 0, 0.0, x)
-
-
-@triton.jit
-def relu_derivative(y, A, B):
-    return tl.where(y <= 0, 0.0, 1.0).to(y.dtype)
-
-
-@triton.jit
 def hardtanh(x, A, B):
     a, b = constant(A, x), constant(B, x)
     return tl.where(x < a, a, tl.where(x > b, b, x))
@@ -38,16 +28,6 @@ def hardtanh(x, A, B):
 @triton.jit
 def hardtanh_derivative(y, A, B):
     return tl.where((y <= constant(A, y)) | (y >= constant(B, y)), 0.0, 1.0).to(y.dtype)
-
-
-@triton.jit
-def relu6(x, A, B):
-    return hardtanh(x, 0.0, 6.0)
-
-
-@triton.jit
-def relu6_derivative(y, A, B):
-    return hardtanh_derivative(y, 0.0, 6.0)
 
 
 @triton.jit
@@ -72,13 +52,13 @@ def threshold_derivative(x, A, B):
 
 @triton.jit
 def relu_squared(x, A, B):
-    r = relu(x, A, B)
+    r = threshold(x, 0.0, 0.0)
     return r * r
 
 
 @triton.jit
 def relu_squared_derivative(x, A, B):
-    return 2 * relu(x, A, B)
+    return 2 * threshold(x, 0.0, 0.0)
 
 
 @triton.jit
@@ -118,9 +98,8 @@ def gelu(x, A, B):
 
 @triton.jit
 def gelu_derivative(x, A, B):
-    return (
-        0.5 * (1 + tl.erf(x * 0.7071067811865476)) + x * tl.exp(-0.5 * x * x) * 0.3989422804014327
-    )
+    half = 0.5 * (1 + tl.erf(x * 0.7071067811865476))
+    return half + x * tl.exp(-0.5 * x * x) * 0.3989422804014327
 
 
 @triton.jit
@@ -269,38 +248,29 @@ def shrink_derivative(x, A, B):
     return tl.where((x >= -a) & (x <= a), 0.0, 1.0).to(x.dtype)
 
 
-#: name -> (value, derivative of the saved tensor)
-DEVICE_FUNCTIONS = {
-    "relu": (relu, relu_derivative),
-    "relu6": (relu6, relu6_derivative),
-    "leaky_relu": (leaky_relu, leaky_relu_derivative),
-    "elu": (elu, elu_derivative),
-    "selu": (selu, selu_derivative),
-    "celu": (celu, celu_derivative),
-    "gelu": (gelu, gelu_derivative),
-    "gelu_tanh": (gelu_tanh, gelu_tanh_derivative),
-    "silu": (silu, silu_derivative),
-    "mish": (mish, mish_derivative),
-    "sigmoid": (sigmoid, sigmoid_derivative),
-    "logsigmoid": (logsigmoid, logsigmoid_derivative),
-    "hardsigmoid": (hardsigmoid, hardsigmoid_derivative),
-    "hardswish": (hardswish, hardswish_derivative),
-    "hardtanh": (hardtanh, hardtanh_derivative),
-    "tanh": (tanh, tanh_derivative),
-    "tanhshrink": (tanhshrink, tanhshrink_derivative),
-    "softplus": (softplus, softplus_derivative),
-    "softsign": (softsign, softsign_derivative),
-    "softshrink": (softshrink, shrink_derivative),
-    "hardshrink": (hardshrink, shrink_derivative),
+#: name -> (value, derivative of the saved tensor), and A and B where the op has no parameters
+DEVICE_FUNCTIONS: dict[str, tuple[Any, ...]] = {
+    "relu": (threshold, threshold_derivative, 0.0, 0.0),
     "threshold": (threshold, threshold_derivative),
+    "relu6": (hardtanh, hardtanh_derivative, 0.0, 6.0), "hardtanh": (hardtanh, hardtanh_derivative),
+    "leaky_relu": (leaky_relu, leaky_relu_derivative),
     "relu_squared": (relu_squared, relu_squared_derivative),
-}
+    "elu": (elu, elu_derivative), "selu": (selu, selu_derivative), "celu": (celu, celu_derivative),
+    "gelu": (gelu, gelu_derivative), "gelu_tanh": (gelu_tanh, gelu_tanh_derivative),
+    "silu": (silu, silu_derivative), "mish": (mish, mish_derivative),
+    "sigmoid": (sigmoid, sigmoid_derivative), "logsigmoid": (logsigmoid, logsigmoid_derivative),
+    "hardsigmoid": (hardsigmoid, hardsigmoid_derivative),
+    "hardswish": (hardswish, hardswish_derivative), "tanh": (tanh, tanh_derivative),
+    "tanhshrink": (tanhshrink, tanhshrink_derivative),
+    "softplus": (softplus, softplus_derivative), "softsign": (softsign, softsign_derivative),
+    "softshrink": (softshrink, shrink_derivative), "hardshrink": (hardshrink, shrink_derivative),
+}  # fmt: skip
 
 
 def constants(name: str, which: int, parameters: tuple[float, ...]) -> dict[str, Any]:
     """A kernel's F, A and B for the value (``which`` 0) or the derivative (1) of an activation."""
-    a, b = (*parameters, None, None)[:2]
-    return {"F": DEVICE_FUNCTIONS[name][which], "A": a, "B": b}
+    *functions, a, b = (*DEVICE_FUNCTIONS[name], *parameters, None, None)[:4]
+    return {"F": functions[which], "A": a, "B": b}
 
 
 @planned

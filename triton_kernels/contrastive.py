@@ -17,15 +17,7 @@ import triton.language as tl
 from torch import Tensor
 
 from .elementary import exp, upcast
-from .launch import (
-    Launch,
-    accumulator,
-    cdiv,
-    kernel,
-    multiprocessors,
-    next_power_of_2,
-    planned,
-)  # fmt: skip
+from .launch import Launch, accumulator, cdiv, kernel, multiprocessors, next_power_of_2, planned
 from .loss import MEAN, NONE
 from .pointwise import BLOCK
 from .rows import lowest, online, online_of_rows, over_rows, read, rows_of, start_of, tile_of, write
@@ -108,8 +100,7 @@ def _triplet_forward(
             an = _gathered(an, tl.where(inside, a - other + EPS, 0.0), ORDER)
             if SWAP:
                 pn = _gathered(pn, tl.where(inside, p - other + EPS, 0.0), ORDER)
-        d_ap = _norm(ap, ORDER)
-        d_an = _norm(an, ORDER)
+        d_ap, d_an = _norm(ap, ORDER), _norm(an, ORDER)
         tl.store(D + row, d_ap, alive)
         tl.store(D + rows + row, d_an, alive)
         if SWAP:
@@ -255,10 +246,9 @@ def plan_triplet(
     """The distances of rows in these three strides; or, of a loss in some reduction, their
     gradients."""
     named: dict[str, Any] = dict(zip(("a_row", "p_row", "n_row"), strides, strict=True))
-    named |= {"MARGIN": margin, "ORDER": 0.0 if order == math.inf else order, "EPS": eps}
-    named["SWAP"] = swap
+    named.update(MARGIN=margin, ORDER=0.0 if order == math.inf else order, EPS=eps, SWAP=swap)
     if reduction is not None:
-        named |= {"PER_ROW": reduction == NONE, "MEAN": reduction == MEAN}
+        named.update(PER_ROW=reduction == NONE, MEAN=reduction == MEAN)
     kernel = _triplet_forward if reduction is None else _triplet_backward
     layouts = [(s, 1, 1) for s in (*strides, n)]
     live = 16 if dtype == torch.float64 else 8
@@ -278,15 +268,9 @@ def _triplet(
 
 
 def triplet_forward(
-    a: Tensor,
-    p: Tensor,
-    n: Tensor,
-    margin: float,
-    order: float,
-    eps: float,
-    swap: bool,
+    a: Tensor, p: Tensor, n: Tensor, margin: float, order: float, eps: float, swap: bool,
     reduction: int,
-) -> tuple[Tensor, Tensor]:
+) -> tuple[Tensor, Tensor]:  # fmt: skip
     """The loss, and the distances of each row."""
     run, flat = _triplet((a, p, n), margin, order, eps, swap, None)
     d = a.new_empty((3 if swap else 2, *a.shape[:-1]), dtype=accumulator(a.dtype))
@@ -296,18 +280,9 @@ def triplet_forward(
 
 
 def triplet_backward(
-    dy: Tensor,
-    a: Tensor,
-    p: Tensor,
-    n: Tensor,
-    d: Tensor,
-    margin: float,
-    order: float,
-    eps: float,
-    swap: bool,
-    reduction: int,
-    needs: Sequence[bool],
-) -> tuple[Tensor, ...]:
+    dy: Tensor, a: Tensor, p: Tensor, n: Tensor, d: Tensor, margin: float, order: float, eps: float,
+    swap: bool, reduction: int, needs: Sequence[bool],
+) -> tuple[Tensor, ...]:  # fmt: skip
     """da, dp and dn, contiguous; an empty tensor for each that is not needed."""
     run, flat = _triplet((a, p, n), margin, order, eps, swap, reduction)
     grads = [a.new_empty(a.shape) if need else None for need in needs]
@@ -334,9 +309,8 @@ def plan_softmax(
     temperature: float, among_keys: bool,
 ) -> Launch:  # fmt: skip
     """The losses of rows (outer, n, inner)."""
-    named = dict(zip(("s_outer", "s_n", "s_inner"), strides, strict=True))
     options = {"TEMPERATURE": temperature, "AMONG_KEYS": among_keys}
-    return over_rows(_softmax, shape, [strides], dtype, 4, count, **named, **options)
+    return over_rows(_softmax, shape, [strides], dtype, 4, count, **options)
 
 
 @planned
@@ -345,25 +319,17 @@ def plan_slope(
 ) -> Launch:
     """The gradient of (rows, n) similarities."""
     block = min(next_power_of_2(max(n, 1)), BLOCK)
-    tile: dict[str, Any] = {
-        "ROWS": BLOCK // block,
-        "BLOCK": block,
-        "num_warps": 8 if dtype.itemsize == 8 else 4,
-    }
-    programs = cdiv(rows, BLOCK // block) * cdiv(n, block)
-    options: dict[str, Any] = {"TEMPERATURE": temperature, "AMONG_KEYS": among_keys}
-    return _slope.launch(programs, rows=rows, n=n, **options, **tile)
+    return _slope.launch(
+        cdiv(rows, BLOCK // block) * cdiv(n, block), rows=rows, n=n, TEMPERATURE=temperature,
+        AMONG_KEYS=among_keys, ROWS=BLOCK // block, BLOCK=block,
+        num_warps=8 if dtype.itemsize == 8 else 4,
+    )  # fmt: skip
 
 
 def info_nce(
-    q: Tensor,
-    k: Tensor,
-    n: Tensor | None,
-    temperature: float,
-    symmetric: bool,
-    reduction: int,
+    q: Tensor, k: Tensor, n: Tensor | None, temperature: float, symmetric: bool, reduction: int,
     makes_G: bool,
-) -> tuple[Tensor, Tensor]:
+) -> tuple[Tensor, Tensor]:  # fmt: skip
     """The loss, and G if ``makes_G`` (else an empty tensor): over the similarities, where their
     dtype is that of q."""
     s = _similarities(q, k, n)

@@ -7,8 +7,6 @@ Nothing is read by the host. Formulas: ``custom_backprop/formulas/cross_entropy.
 
 from __future__ import annotations
 
-from typing import Any
-
 import torch
 import triton
 import triton.language as tl
@@ -28,13 +26,13 @@ FEW = 1024
 
 @triton.jit
 def _soft(
-    TARGET, WEIGHT, x_n, place, inside, n,
+    TARGET, WEIGHT, s_n, place, inside, n,
     PROBABILITIES: tl.constexpr, SMOOTHING: tl.constexpr, dtype: tl.constexpr,
 ):  # fmt: skip
     """u of a block, 0 outside: the part of the target that is spread over the classes."""
     u = tl.full(place.shape, SMOOTHING, dtype) / n
     if PROBABILITIES:
-        u += tl.load(TARGET + place * x_n, inside, other=0.0).to(dtype) * (1 - SMOOTHING)
+        u += tl.load(TARGET + place * s_n, inside, other=0.0).to(dtype) * (1 - SMOOTHING)
     if WEIGHT is not None:
         u *= tl.load(WEIGHT + place, place < n, other=0.0).to(dtype)
     return tl.where(inside, u, 0.0)
@@ -43,7 +41,7 @@ def _soft(
 @kernel
 def _forward(
     X, TARGET, WEIGHT, TOTAL, LOSS, DX, LARGEST, LOG_SUM,
-    rows, n, inner, tiles, x_outer, x_n, x_inner, ignore_index,
+    rows, n, inner, tiles, s_outer, s_n, s_inner, ignore_index,
     PROBABILITIES: tl.constexpr, SMOOTHING: tl.constexpr, MEAN: tl.constexpr, REDUCE: tl.constexpr,
     ALL: tl.constexpr, SEVERAL: tl.constexpr, LOOP: tl.constexpr, WIDE: tl.constexpr,
     WIDE_COLUMNS: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr,
@@ -60,28 +58,20 @@ def _forward(
             share /= rows
         elif ALL > 0:
             every = tl.arange(0, ALL)
-            share /= tl.sum(
-                class_of(TARGET, WEIGHT, every, every < rows, n, ignore_index, dtype)[3]
-            )
+            of_all = class_of(TARGET, WEIGHT, every, every < rows, n, ignore_index, False, dtype)
+            share /= tl.sum(of_all[2])
         else:
             share /= tl.load(TOTAL).to(dtype)
     losses = tl.zeros((ROWS,), dtype)
     first = tl.program_id(0)
     for tile in range(first, tiles if SEVERAL else first + 1, tl.num_programs(0) if SEVERAL else 1):
         row, alive, column = tile_of(tile, rows, ROWS, BLOCK, WIDE, WIDE_COLUMNS)
-        start = start_of(row, inner, x_outer, x_inner)
+        start = start_of(row, inner, s_outer, s_inner)
         Q = TARGET + start if PROBABILITIES else TARGET
         # what is read row by row, before what takes longest
-        counted = alive
-        hard = tl.zeros((ROWS,), dtype)
-        x_t = tl.zeros((ROWS,), dtype)
-        chosen = tl.full((ROWS,), -1, column.dtype)
-        if not PROBABILITIES:
-            t, valid, counted, w = class_of(TARGET, WEIGHT, row, alive, n, ignore_index, dtype)
-            hard = w * (1 - SMOOTHING)
-            x_t = tl.sum(read(X, start + (t * x_n)[:, None], valid[:, None]), 1)
-            chosen = tl.where(valid, t, -1).to(column.dtype)
-        chosen = chosen[:, None]
+        t, counted, w = class_of(TARGET, WEIGHT, row, alive, n, ignore_index, PROBABILITIES, dtype)
+        hard, chosen = w * (1 - SMOOTHING), t.to(column.dtype)[:, None]
+        x_t = tl.sum(read(X, start + (t * s_n)[:, None], (t >= 0)[:, None]), 1)
         u = tl.zeros((ROWS, BLOCK), dtype)
         if LOOP:
             m = tl.full((ROWS, BLOCK), lowest(dtype), dtype)
@@ -89,19 +79,20 @@ def _forward(
             for done in range(0, n, BLOCK):
                 place = done + column
                 inside = alive[:, None] & (place < n)
-                x = read(X + start, place * x_n, inside, float("-inf"))
+                x = read(X + start, place * s_n, inside, float("-inf"))
                 m, z = online(m, z, x, False)
                 if SOFT:
-                    u += _soft(Q, WEIGHT, x_n, place, inside, n, PROBABILITIES, SMOOTHING, dtype)
+                    u += _soft(Q, WEIGHT, s_n, place, inside, n, PROBABILITIES, SMOOTHING, dtype)
             m, z = online_of_rows(m, z, False)
         else:
             inside = alive[:, None] & (column < n)
-            x = read(X + start, column * x_n, inside, float("-inf"))
+            x = read(X + start, column * s_n, inside, float("-inf"))
             m = tl.maximum(tl.max(x, 1), lowest(dtype))
-            e = tl.exp(x - m[:, None])
+            x -= m[:, None]
+            e = tl.exp(x)
             z = tl.sum(e, 1)
             if SOFT:
-                u = _soft(Q, WEIGHT, x_n, column, inside, n, PROBABILITIES, SMOOTHING, dtype)
+                u = _soft(Q, WEIGHT, s_n, column, inside, n, PROBABILITIES, SMOOTHING, dtype)
         mass = hard + tl.sum(u, 1) if SOFT else hard
         log_z = tl.log(z)
         loss = hard * (log_z - (x_t - m))
@@ -109,29 +100,25 @@ def _forward(
             tl.store(LARGEST + row, m, alive)
             tl.store(LOG_SUM + row, log_z, alive)
         of_p, of_q = (share * mass / z)[:, None], (share * hard)[:, None]
-        if not LOOP:
-            if SOFT:
-                loss -= tl.sum(tl.where(inside, u * (x - m[:, None] - log_z[:, None]), 0.0), 1)
-            if DX is not None:
-                q = tl.where(column == chosen, of_q, 0.0)
-                dx = e * of_p - (q + share * u if SOFT else q)
-                write(DX + start, column * x_n, inside, tl.where(counted[:, None], dx, 0.0))
-        elif SOFT or DX is not None:
+        if SOFT or DX is not None:
             soft_loss = tl.zeros((ROWS, BLOCK), dtype)
-            last = tl.cdiv(n, BLOCK) * BLOCK - BLOCK
-            for back in range(0, n, BLOCK):
+            last = tl.cdiv(n, BLOCK) * BLOCK - BLOCK if LOOP else 0
+            for back in range(0, n if LOOP else BLOCK, BLOCK):
                 place = last - back + column
                 inside = alive[:, None] & (place < n)
-                x = read(X + start, place * x_n, inside) - m[:, None]
+                if LOOP:
+                    x = read(X + start, place * s_n, inside) - m[:, None]
+                    e = tl.exp(x)
                 q = tl.where(place == chosen, of_q, 0.0)
                 if SOFT:
-                    u = _soft(Q, WEIGHT, x_n, place, inside, n, PROBABILITIES, SMOOTHING, dtype)
-                    soft_loss -= tl.where(inside, u * (x - log_z[:, None]), 0.0)
+                    if LOOP:
+                        u = _soft(Q, WEIGHT, s_n, place, inside, n, PROBABILITIES, SMOOTHING, dtype)
+                    soft_loss += tl.where(inside, u * (x - log_z[:, None]), 0.0)
                     q += share * u
                 if DX is not None:
-                    dx = tl.where(counted[:, None], tl.exp(x) * of_p - q, 0.0)
-                    write(DX + start, place * x_n, inside, dx)
-            loss += tl.sum(soft_loss, 1)
+                    dx = tl.where(counted[:, None], e * of_p - q, 0.0)
+                    write(DX + start, place * s_n, inside, dx)
+            loss -= tl.sum(soft_loss, 1)
         loss = tl.where(counted, loss, 0.0)
         if REDUCE:
             losses += loss * share
@@ -144,7 +131,7 @@ def _forward(
 @kernel
 def _backward(
     DY, X, TARGET, WEIGHT, TOTAL, LARGEST, LOG_SUM, DX, DTARGET,
-    rows, n, inner, tiles, x_outer, x_n, x_inner, ignore_index,
+    rows, n, inner, tiles, s_outer, s_n, s_inner, ignore_index,
     PROBABILITIES: tl.constexpr, SMOOTHING: tl.constexpr, MEAN: tl.constexpr, PER_ROW: tl.constexpr,
     SEVERAL: tl.constexpr, WIDE: tl.constexpr, WIDE_COLUMNS: tl.constexpr,
     ROWS: tl.constexpr, BLOCK: tl.constexpr,
@@ -155,17 +142,12 @@ def _backward(
     first = tl.program_id(0)
     for tile in range(first, tiles if SEVERAL else first + 1, tl.num_programs(0) if SEVERAL else 1):
         row, alive, column = tile_of(tile, rows, ROWS, BLOCK, WIDE, WIDE_COLUMNS)
-        start = start_of(row, inner, x_outer, x_inner)
+        start = start_of(row, inner, s_outer, s_inner)
         Q = TARGET + start if PROBABILITIES else TARGET
         m = tl.load(LARGEST + row, alive, other=0.0)[:, None]
         log_z = tl.load(LOG_SUM + row, alive, other=0.0)[:, None]
-        counted = alive
-        hard = tl.zeros((ROWS,), dtype)
-        chosen = tl.full((ROWS,), -1, column.dtype)
-        if not PROBABILITIES:
-            t, valid, counted, w = class_of(TARGET, WEIGHT, row, alive, n, ignore_index, dtype)
-            hard = w * (1 - SMOOTHING)
-            chosen = tl.where(valid, t, -1).to(column.dtype)
+        t, counted, w = class_of(TARGET, WEIGHT, row, alive, n, ignore_index, PROBABILITIES, dtype)
+        hard, chosen = w * (1 - SMOOTHING), t.to(column.dtype)[:, None]
         dy = share_of(DY, TOTAL, row, alive, rows, PER_ROW, MEAN, dtype)[:, None]
         mass = hard
         if SOFT and DX is not None:
@@ -173,23 +155,23 @@ def _backward(
             for done in range(0, n, BLOCK):
                 place = done + column
                 inside = alive[:, None] & (place < n)
-                u += _soft(Q, WEIGHT, x_n, place, inside, n, PROBABILITIES, SMOOTHING, dtype)
+                u += _soft(Q, WEIGHT, s_n, place, inside, n, PROBABILITIES, SMOOTHING, dtype)
             mass += tl.sum(u, 1)
         for done in range(0, n, BLOCK):
             place = done + column
             inside = alive[:, None] & (place < n)
-            log_p = read(X + start, place * x_n, inside) - m - log_z
+            log_p = read(X + start, place * s_n, inside) - m - log_z
             if DX is not None:
-                q = tl.where(place == chosen[:, None], hard[:, None], 0.0)
+                q = tl.where(place == chosen, hard[:, None], 0.0)
                 if SOFT:
-                    q += _soft(Q, WEIGHT, x_n, place, inside, n, PROBABILITIES, SMOOTHING, dtype)
+                    q += _soft(Q, WEIGHT, s_n, place, inside, n, PROBABILITIES, SMOOTHING, dtype)
                 dx = dy * (tl.exp(log_p) * mass[:, None] - q)
-                write(DX + start, place * x_n, inside, tl.where(counted[:, None], dx, 0.0))
+                write(DX + start, place * s_n, inside, tl.where(counted[:, None], dx, 0.0))
             if DTARGET is not None:
                 dt = dy * (SMOOTHING - 1) * log_p
                 if WEIGHT is not None:
                     dt *= tl.load(WEIGHT + place, place < n, other=0.0).to(dtype)
-                write(DTARGET + start, place * x_n, inside, dt)
+                write(DTARGET + start, place * s_n, inside, dt)
 
 
 def _dense(x: Tensor) -> Tensor:
@@ -202,38 +184,24 @@ def _dense(x: Tensor) -> Tensor:
 
 @planned
 def plan(
-    kernel: str,
-    shape: tuple[int, ...],
-    strides: tuple[int, ...],
-    dtype: torch.dtype,
-    count: int,
-    probabilities: bool,
-    smoothing: float,
-    reduction: int,
-    ignore_index: int,
-) -> Launch:
-    """A kernel that walks the rows of a dense (outer, C, inner), on ``count`` multiprocessors."""
-    named: dict[str, Any] = dict(zip(("x_outer", "x_n", "x_inner"), strides, strict=True))
-    named.update(ignore_index=ignore_index, MEAN=reduction == MEAN)
-    named.update(PROBABILITIES=probabilities, SMOOTHING=smoothing)
-    if kernel == "forward":
-        few = reduction == MEAN and not probabilities and shape[0] * shape[2] <= FEW
-        named.update(REDUCE=reduction != NONE, ALL=FEW if few else 0)
-    else:
-        named.update(PER_ROW=reduction == NONE)
-    live, (outer, n, inner) = 4 if probabilities or smoothing > 0 else 2, shape
+    backward: bool, shape: tuple[int, ...], strides: tuple[int, ...], dtype: torch.dtype,
+    count: int, probabilities: bool, reduction: int, ignore_index: int, smoothing: float,
+) -> Launch:  # fmt: skip
+    """Of the rows of a dense (outer, C, inner), on ``count`` multiprocessors."""
+    outer, n, inner = shape
+    named: dict[str, int] = {"PER_ROW": reduction == NONE}
+    if not backward:
+        few = reduction == MEAN and not probabilities and outer * inner <= FEW
+        named = {"REDUCE": reduction != NONE, "ALL": FEW if few else 0}
+    live = 4 if probabilities or smoothing > 0 else 2
     looped = n > row_kernels.row_config(n, inner, dtype, live).block
     if looped and (row_kernels.far(outer * n * inner) or named.get("ALL")):
         live = 4  # an offset of 64 bits takes two registers, the rows' weights some more
     return over_rows(
-        _forward if kernel == "forward" else _backward,
-        shape,
-        [strides],
-        dtype,
-        live,
-        count,
-        **named,
-    )
+        _backward if backward else _forward, shape, [strides], dtype, live, count, **named,
+        ignore_index=ignore_index, MEAN=reduction == MEAN, PROBABILITIES=probabilities,
+        SMOOTHING=smoothing,
+    )  # fmt: skip
 
 
 def _prepare(
@@ -251,14 +219,9 @@ def _prepare(
 
 
 def forward(
-    x: Tensor,
-    target: Tensor,
-    weight: Tensor | None,
-    reduction: int,
-    ignore_index: int,
-    smoothing: float,
-    makes: int,
-) -> tuple[Tensor, Tensor]:
+    x: Tensor, target: Tensor, weight: Tensor | None, reduction: int, ignore_index: int,
+    smoothing: float, makes: int,
+) -> tuple[Tensor, Tensor]:  # fmt: skip
     """The loss, and what it ``makes`` for backward: nothing, dx for a dy of 1, or (m, log Σ
     e^(x-m)) of each row."""
     x, target, weight, total = _prepare(x, target, weight, reduction, ignore_index, FEW)
@@ -269,12 +232,8 @@ def forward(
     if not x.numel():
         nothing = float("nan") if reduction == MEAN else 0.0
         return x.new_full(shape if reduction == NONE else (), nothing), saved
-    v, count = view_of(x), multiprocessors(x.device)
-    probabilities = target.is_floating_point()
-    run = plan(
-        "forward", v.shape, v.stride(), x.dtype, count, probabilities, smoothing, reduction,
-        ignore_index,
-    )  # fmt: skip
+    v, of = view_of(x), (target.is_floating_point(), reduction, ignore_index, smoothing)
+    run = plan(False, v.shape, v.stride(), x.dtype, multiprocessors(x.device), *of)
     loss = x.new_empty(shape if reduction == NONE else ())
     in_one = reduction == NONE or run.programs == 1
     partial = loss if in_one else row_kernels.partial_sums(x, run.programs)
@@ -294,12 +253,8 @@ def backward(
     x, target, weight, total = _prepare(x, target, weight, reduction, ignore_index, -1)
     dx = torch.empty_like(x) if need_x else None
     dtarget = torch.empty_like(target) if need_target else None
-    v, count = view_of(x), multiprocessors(x.device)
-    probabilities = target.is_floating_point()
-    run = plan(
-        "backward", v.shape, v.stride(), x.dtype, count, probabilities, smoothing, reduction,
-        ignore_index,
-    )  # fmt: skip
+    v, of = view_of(x), (target.is_floating_point(), reduction, ignore_index, smoothing)
+    run = plan(True, v.shape, v.stride(), x.dtype, multiprocessors(x.device), *of)
     run(dy.contiguous(), v, target, weight, total, *statistics, DX=dx, DTARGET=dtarget)
     if dtarget is not None and dtarget.stride() != layout.stride():
         dtarget = torch.empty_like(layout).copy_(dtarget)

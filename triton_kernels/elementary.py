@@ -3,9 +3,9 @@ dtype that they are given.
 
 A GPU's own exponential is 2^(x log2 e): the rounding of that product is an error of |x| / 2 units
 of e^x, 1e-6 at x = -30, where the C library's, and so stock's, is exact to a unit. A call of the
-special function unit (exponential, reciprocal) takes as long as eight
-multiplications, and 40 instructions an element are what hides behind the memory of a pass over
-bfloat16: hence the polynomials. float64 takes Triton's functions, which are exact there.
+special function unit (exponential, reciprocal) takes as long as eight multiplications, and 40
+instructions an element are what hides behind the memory of a pass over bfloat16: hence the
+polynomials. float64 takes Triton's functions, which are exact there.
 
 Reduction of the argument after Cody and Waite (Software Manual for the Elementary Functions, 1980).
 The polynomial of tanh is that of Moshier's Cephes library; those of e^r and log(1 + u) are fitted
@@ -82,11 +82,8 @@ def expm1(x):
     if x.dtype == tl.float64:
         e = tl.exp(x)
         far = (e < 0.5) | (e > 2)
-        return tl.where(
-            e == 1,
-            x,
-            tl.where(far, e - 1, (e - 1) * (x / tl.log(tl.where(far | (e == 1), 0.75, e)))),
-        )
+        near = (e - 1) * (x / tl.log(tl.where(far | (e == 1), 0.75, e)))
+        return tl.where(e == 1, x, tl.where(far, e - 1, near))
     k, r = _reduced(tl.where(x < -104, -104.0, tl.where(x > 89, 89.0, x)), 12582912.0)
     s = tl.exp2(k - 1)
     return 2 * ((s - 0.5) + s * _expm1_near_0(r))
@@ -138,9 +135,8 @@ def tanh(x):
     else:
         e = _exp_minus_roughly(2 * u)
         z = u * u
-        p = (
-            (-5.70498872745e-3 * z + 2.06390887954e-2) * z - 5.37397155531e-2
-        ) * z + 1.33314422036e-1
-        near = u + u * z * (p * z - 3.33332819422e-1)
+        p = (-5.70498872745e-3 * z + 2.06390887954e-2) * z - 5.37397155531e-2
+        p = (p * z + 1.33314422036e-1) * z - 3.33332819422e-1
+        near = u + u * z * p
     t = tl.where(u < 0.625, near, 1 - 2 * e / (1 + e))
     return tl.where(x < 0, -t, t)

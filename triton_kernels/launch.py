@@ -76,7 +76,8 @@ class Kernel:
             )
         variant = self.variant(num_warps, num_stages, constants)
         if variant not in self._bound:
-            self._bound[variant] = self._bind(num_warps, num_stages, constants)
+            options = {"num_warps": num_warps, "num_stages": num_stages}
+            self._bound[variant] = self._bind(options, constants)
         return Launch(self._bound[variant], programs, **named)
 
     def variant(self, num_warps: int, num_stages: int, constants: dict[str, Any]) -> Any:
@@ -85,12 +86,8 @@ class Kernel:
         values = [id(c) if type(c) is JITFunction else c or repr(c) for c in constants.values()]
         return num_warps, num_stages, *values
 
-    def _bind(
-        self, num_warps: int, num_stages: int, constants: dict[str, Any]
-    ) -> Callable[..., None]:
-        options = {"num_warps": num_warps, "num_stages": num_stages}
-        jit = self.jit
-        interpreted = not isinstance(jit, JITFunction)
+    def _bind(self, options: dict[str, int], constants: dict[str, Any]) -> Callable[..., None]:
+        jit, interpreted = self.jit, not isinstance(self.jit, JITFunction)
         compiled: dict[tuple[Any, ...], Any] = {}
 
         def by_triton(programs: int, *args: Any) -> None:
@@ -101,7 +98,7 @@ class Kernel:
             device = self._device(args)
             given = args
             if interpreted and device.type != "meta":
-                args = _in_float32(args)
+                args = tuple(map(_in_float32, args))
             for observer in _observers[-1:]:
                 observer(jit, programs, args, constants, options)
             if device.type == "meta":
@@ -137,11 +134,9 @@ class Kernel:
         return devices[0]
 
     def _generated(
-        self,
-        compiled: dict[tuple[Any, ...], Any],
-        by_triton: Callable[..., None],
+        self, compiled: dict[tuple[Any, ...], Any], by_triton: Callable[..., None],
         constants: tuple[Any, ...],
-    ) -> tuple[Callable[..., tuple[Any, ...]], Callable[..., None]]:
+    ) -> tuple[Callable[..., tuple[Any, ...]], Callable[..., None]]:  # fmt: skip
         """The key of some arguments, and a launch of them, written out argument by argument: a loop
         over them would take twice as long.
 
@@ -181,14 +176,11 @@ def bound(_programs, {args}):
                   {passed}, *_constants)
 """
         space: dict[str, Any] = {
-            "_get": compiled.get,
-            "_observers": _observers,
-            "_runtime": knobs.runtime,
-            "_by_triton": by_triton,
-            "_constants": constants,
+            "_get": compiled.get, "_observers": _observers, "_runtime": knobs.runtime,
+            "_by_triton": by_triton, "_constants": constants,
             "_device": getattr(torch._C, "_cuda_getDevice", lambda: None),
             "_stream": getattr(torch._C, "_cuda_getCurrentRawStream", None),
-        }
+        }  # fmt: skip
         exec(source, space)
         return space["key_of"], space["bound"]
 
@@ -228,19 +220,16 @@ def _take_arrays_of_one_element_as_integers() -> None:
         interpreter._patch_lang_tensor = patched
 
 
-def _in_float32(args: tuple[Any, ...]) -> tuple[Any, ...]:
-    """bfloat16 tensors in float32, storage and strides alike.
+def _in_float32(a: Any) -> Any:
+    """A bfloat16 tensor in float32, storage and strides alike.
 
     Triton's interpreter stores bfloat16 as bit patterns (triton issues 4972 and 11584): it
     truncates where a GPU rounds to nearest, and maximum and dot see integers. A kernel that
     computes in float32 and rounds at its stores, as ours do, gives the GPU's numbers this way.
     """
-    return tuple(
-        _storage(a).float().as_strided(a.size(), a.stride(), a.storage_offset())
-        if _is_bfloat16(a)
-        else a
-        for a in args
-    )
+    if not _is_bfloat16(a):
+        return a
+    return _storage(a).float().as_strided(a.size(), a.stride(), a.storage_offset())
 
 
 def _round_back(given: tuple[Any, ...], computed: tuple[Any, ...]) -> None:

@@ -76,12 +76,9 @@ def plan(
 
 
 def columns(
-    dy: Tensor,
-    saved: Tensor | None,
-    activation: str | None,
-    parameters: tuple[float, ...],
+    dy: Tensor, saved: Tensor | None, activation: str | None, parameters: tuple[float, ...],
     need_bias: bool,
-) -> tuple[Tensor, Tensor | None]:
+) -> tuple[Tensor, Tensor | None]:  # fmt: skip
     """(dz, db) of dy (m, n) in one pass: dz = dy f'(saved), db = Σ_rows dz (None unless it is
     needed). Without an activation dz is dy."""
     m, n = dy.shape
@@ -132,19 +129,14 @@ def forward(x: Tensor, weight: Tensor, bias: Tensor | None, *, ours: bool) -> Te
 
 
 def backward(
-    dy: Tensor,
-    x: Tensor | None,
-    weight: Tensor | None,
-    need_x: bool,
-    need_weight: bool,
-    need_bias: bool,
-    *,
-    ours: bool,
-) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
+    dy: Tensor, x: Tensor | None, weight: Tensor | None, need_x: bool, need_weight: bool,
+    need_bias: bool, *, ours: bool,
+) -> tuple[Tensor | None, Tensor | None, Tensor | None]:  # fmt: skip
     """dx = dy W, dW = dyᵀ x, db = Σ_rows dy; None for each that is not needed."""
     flat = _rows_of(dy)
     db = columns(flat, None, None, (), True)[1] if need_bias else None
-    return *_gradients(flat, x, weight, need_x, need_weight, ours, dy.shape[:-1]), db
+    needed = x if need_weight else None, weight if need_x else None
+    return *_gradients(flat, *needed, ours, dy.shape[:-1]), db
 
 
 def activation_forward(
@@ -169,20 +161,17 @@ def activation_backward(
     """dz and db in one pass, then dx = dz W and dW = dzᵀ x; None for each that is not needed."""
     saved = _rows_of(saved).contiguous()
     dz, db = columns(_rows_of(dy), saved, activation, tuple(parameters), need_bias)
-    return *_gradients(dz, x, weight, need_x, need_weight, ours, x.shape[:-1]), db
+    needed = x if need_weight else None, weight if need_x else None
+    return *_gradients(dz, *needed, ours, x.shape[:-1]), db
 
 
 def _gradients(
-    dz: Tensor, x: Tensor | None, weight: Tensor | None, need_x: bool, need_weight: bool,
-    ours: bool, leading: Sequence[int],
-) -> tuple[Tensor | None, Tensor | None]:  # fmt: skip
-    """dx, whose ``leading`` dimensions are given, and dW. dx needs the weight, dW the input."""
-    dx = dw = None
-    if need_x:
-        assert weight is not None
-        dx = _product(dz, weight, ours, (*leading, weight.shape[1]))
-    if need_weight:
-        assert x is not None
-        flat = _rows_of(x)
-        dw = _product(dz.t(), flat, ours, (dz.shape[1], flat.shape[1]))
-    return dx, dw
+    dz: Tensor, x: Tensor | None, weight: Tensor | None, ours: bool, leading: Sequence[int]
+) -> tuple[Tensor | None, Tensor | None]:
+    """dx, whose ``leading`` dimensions are given, where there is a weight; dW where there is an
+    x."""
+    dx = None if weight is None else _product(dz, weight, ours, (*leading, weight.shape[1]))
+    if x is None:
+        return dx, None
+    flat = _rows_of(x)
+    return dx, _product(dz.t(), flat, ours, (dz.shape[1], flat.shape[1]))

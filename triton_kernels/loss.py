@@ -106,11 +106,8 @@ def positive(x):
 
 @triton.jit
 def binary_cross_entropy_with_logits(x, t, p, A, B, C):
-    return (
-        p * t * positive(-x)
-        + (1 - t) * positive(x)
-        + (1 + (p - 1) * t) * log1p_positive(exp_minus(tl.abs(x)))
-    )
+    loss = p * t * positive(-x) + (1 - t) * positive(x)
+    return loss + (1 + (p - 1) * t) * log1p_positive(exp_minus(tl.abs(x)))
 
 
 @triton.jit
@@ -173,9 +170,8 @@ def poisson_nll_loss(x, t, v, LOG_INPUT, FULL, EPS):
     loss = exp(x) - t * x if LOG_INPUT else x - t * tl.log(x + EPS)
     if FULL:
         many = tl.where(t > 1, t, 1.0)
-        loss += tl.where(
-            t <= 1, 0.0, many * tl.log(many) - t + 0.5 * tl.log(6.283185307179586 * many)
-        )
+        stirling = many * tl.log(many) - t + 0.5 * tl.log(6.283185307179586 * many)
+        loss += tl.where(t <= 1, 0.0, stirling)
     return loss
 
 
@@ -301,15 +297,9 @@ def plan_backward(
 
 
 def forward(
-    name: str,
-    x: Tensor,
-    t: Tensor,
-    v: Tensor | None,
-    w: Tensor | None,
-    reduction: int,
-    make_dx: bool,
-    *parameters: Any,
-) -> tuple[Tensor, Tensor]:
+    name: str, x: Tensor, t: Tensor, v: Tensor | None, w: Tensor | None, reduction: int,
+    make_dx: bool, *parameters: Any,
+) -> tuple[Tensor, Tensor]:  # fmt: skip
     """The loss, and dx for dy = 1 if ``make_dx`` (else an empty tensor). x, t, v, w: one shape and
     dtype, any strides."""
     n = x.numel()
@@ -330,16 +320,9 @@ def forward(
 
 
 def backward(
-    name: str,
-    dy: Tensor,
-    x: Tensor,
-    t: Tensor,
-    v: Tensor | None,
-    w: Tensor | None,
-    reduction: int,
-    needs: list[bool],
-    *parameters: Any,
-) -> tuple[Tensor, ...]:
+    name: str, dy: Tensor, x: Tensor, t: Tensor, v: Tensor | None, w: Tensor | None, reduction: int,
+    needs: list[bool], *parameters: Any,
+) -> tuple[Tensor, ...]:  # fmt: skip
     """dx, dt, dv and dw in the strides of x; an empty tensor for each that is not needed."""
     grads = [torch.empty_like(x) if need else None for need in needs]
     layout = next(g for g in grads if g is not None)

@@ -4,7 +4,6 @@ of strides."""
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
 
 import torch
 import triton.language as tl
@@ -15,33 +14,22 @@ from .elementary import upcast
 from .launch import Launch, cdiv, kernel, planned
 
 
-@dataclass(frozen=True)
-class MatmulConfig:
-    """Tile sizes and the launch options of a product."""
-
-    block_m: int
-    block_n: int
-    block_k: int
-    num_warps: int
-    num_stages: int
-
-
-def matmul_config(m: int, n: int, dtype: torch.dtype, activation: bool = False) -> MatmulConfig:
-    """By shape and dtype, and by whether an activation follows, so that every rank of a run takes
-    the same."""
+def matmul_config(m: int, n: int, dtype: torch.dtype, activation: bool = False) -> tuple[int, ...]:
+    """(M, N, K, warps, stages) by shape and dtype, and by whether an activation follows, so that
+    every rank of a run takes the same."""
     small = min(m, n) < 64
     if dtype == torch.float64:
         # larger tiles of 64-bit operands spill, as do two stages with triton 3.6 on sm_100, and elu
         # at 4 warps
-        return MatmulConfig(32, 32, 16, 8, 1)
+        return (32, 32, 16, 8, 1)
     if dtype == torch.float32:
         # behind a tile of 64x64 half of the activations spill
         wide = 32 if activation else 64
-        return MatmulConfig(32, 32, 32, 4, 3) if small else MatmulConfig(64, wide, 16, 4, 3)
+        return (32, 32, 32, 4, 3) if small else (64, wide, 16, 4, 3)
     if m >= 128 and n >= 128:
         # a 128x128 accumulator is 64 registers a thread at 8 warps
-        return MatmulConfig(128, 128, 64, 8, 3)
-    return MatmulConfig(32, 32, 64, 4, 3) if small else MatmulConfig(64, 64, 64, 4, 3)
+        return (128, 128, 64, 8, 3)
+    return (32, 32, 64, 4, 3) if small else (64, 64, 64, 4, 3)
 
 
 @kernel
@@ -96,25 +84,19 @@ def plan(
     activation: str | None, *parameters: float,
 ) -> Launch:  # fmt: skip
     """The product of (m, k) and (k, n) in these four strides."""
-    c = matmul_config(m, n, dtype, activation is not None)
+    M, N, K, warps, stages = matmul_config(m, n, dtype, activation is not None)
     function = dict.fromkeys("FAB") if activation is None else constants(activation, 0, parameters)
     named = dict(zip(("x_row", "x_inner", "y_inner", "y_column"), strides, strict=True))
     return _product.launch(
-        cdiv(m, c.block_m) * cdiv(n, c.block_n), m=m, n=n, k=k, **named, **function, PRECISION=tf32,
-        M=c.block_m, N=c.block_n, K=c.block_k, GROUP=8,
-        num_warps=c.num_warps, num_stages=c.num_stages,
+        cdiv(m, M) * cdiv(n, N), m=m, n=n, k=k, **named, **function, PRECISION=tf32, M=M, N=N, K=K,
+        GROUP=8, num_warps=warps, num_stages=stages,
     )  # fmt: skip
 
 
 def product(
-    x: Tensor,
-    y: Tensor,
-    bias: Tensor | None = None,
-    activation: str | None = None,
-    parameters: tuple[float, ...] = (),
-    keep_z: bool = False,
-    shape: Sequence[int] | None = None,
-) -> tuple[Tensor, Tensor | None]:
+    x: Tensor, y: Tensor, bias: Tensor | None = None, activation: str | None = None,
+    parameters: tuple[float, ...] = (), keep_z: bool = False, shape: Sequence[int] | None = None,
+) -> tuple[Tensor, Tensor | None]:  # fmt: skip
     """(f(x y + bias), z) for x (m, k) and y (k, n) of any strides.
 
     Args:

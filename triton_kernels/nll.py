@@ -23,17 +23,22 @@ PICKED = 512
 
 
 @triton.jit
-def class_of(TARGET, WEIGHT, row, alive, n, ignore_index, dtype: tl.constexpr):
-    """(t, whether it may be read, whether the row counts, w_t): 0 where the row is ignored, NaN
-    where t is no class."""
-    t = tl.load(TARGET + row, alive, other=0)
-    counted = alive & (t != ignore_index)
-    valid = counted & (t >= 0) & (t < n)
-    # not by ``valid``: there triton 3.6 stops where rows lie side by side
-    w = tl.where((t < 0) | (t >= n), float("nan"), 1.0).to(dtype)
-    if WEIGHT is not None:
-        w *= tl.load(WEIGHT + t, valid, other=0.0).to(dtype)
-    return t, valid, counted, tl.where(counted, w, 0.0)
+def class_of(
+    TARGET, WEIGHT, row, alive, n, ignore_index, PROBABILITIES: tl.constexpr, dtype: tl.constexpr
+):
+    """(t, or -1 where there is no class to read; whether the row counts; w_t): 0 where the row is
+    ignored, NaN where t is no class. With PROBABILITIES every row counts and has no class."""
+    t, counted, w = tl.full(row.shape, -1, tl.int64), alive, tl.zeros(row.shape, dtype)
+    if not PROBABILITIES:
+        t = tl.load(TARGET + row, alive, other=0)
+        counted = alive & (t != ignore_index)
+        valid = counted & (t >= 0) & (t < n)
+        # not by ``valid``: there triton 3.6 stops where rows lie side by side
+        w = tl.where((t < 0) | (t >= n), float("nan"), 1.0).to(dtype)
+        if WEIGHT is not None:
+            w *= tl.load(WEIGHT + t, valid, other=0.0).to(dtype)
+        t, w = tl.where(valid, t, -1), tl.where(counted, w, 0.0)
+    return t, counted, w
 
 
 @triton.jit
@@ -50,7 +55,7 @@ def share_of(
 
 @kernel
 def _forward(
-    X, TARGET, WEIGHT, LOSS, TOTAL, rows, n, inner, x_outer, x_n, x_inner, ignore_index,
+    X, TARGET, WEIGHT, LOSS, TOTAL, rows, n, inner, s_outer, s_n, s_inner, ignore_index,
     REDUCE: tl.constexpr, DOUBLE: tl.constexpr, WIDE: tl.constexpr, ROWS: tl.constexpr,
 ):  # fmt: skip
     """ROWS rows a program: -w_t x_t of each, or their sum, and the sum of w_t."""
@@ -58,10 +63,10 @@ def _forward(
     program = tl.program_id(0).to(tl.int64 if WIDE else tl.int32)
     row = program * ROWS + tl.arange(0, ROWS)
     alive = row < rows
-    t, valid, counted, w = class_of(TARGET, WEIGHT, row, alive, n, ignore_index, dtype)
+    t, counted, w = class_of(TARGET, WEIGHT, row, alive, n, ignore_index, False, dtype)
     if X is not None:
-        start = row // inner * x_outer + row % inner * x_inner
-        x = tl.load(X + start + t * x_n, valid, other=0.0).to(dtype)
+        start = row // inner * s_outer + row % inner * s_inner
+        x = tl.load(X + start + t * s_n, t >= 0, other=0.0).to(dtype)
         loss = tl.where(counted, -w * x, 0.0)
         if REDUCE:
             tl.store(LOSS + program, tl.sum(loss).to(LOSS.dtype.element_ty))
@@ -73,7 +78,7 @@ def _forward(
 
 @kernel
 def _backward(
-    DY, TARGET, WEIGHT, TOTAL, DX, rows, n, inner, tiles, x_outer, x_n, x_inner, ignore_index,
+    DY, TARGET, WEIGHT, TOTAL, DX, rows, n, inner, tiles, s_outer, s_n, s_inner, ignore_index,
     MEAN: tl.constexpr, PER_ROW: tl.constexpr, SEVERAL: tl.constexpr, WIDE: tl.constexpr,
     WIDE_COLUMNS: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
@@ -82,16 +87,16 @@ def _backward(
     first = tl.program_id(0)
     for tile in range(first, tiles if SEVERAL else first + 1, tl.num_programs(0) if SEVERAL else 1):
         row, alive, column = tile_of(tile, rows, ROWS, BLOCK, WIDE, WIDE_COLUMNS)
-        t, valid, counted, w = class_of(TARGET, WEIGHT, row, alive, n, ignore_index, dtype)
+        t, counted, w = class_of(TARGET, WEIGHT, row, alive, n, ignore_index, False, dtype)
         dy = share_of(DY, TOTAL, row, alive, rows, PER_ROW, MEAN, dtype)
         hard = tl.where(counted, -w * dy, 0.0)
-        other = tl.where(counted & (valid == 0), hard, 0.0)[:, None]
-        chosen = tl.where(valid, t, -1).to(column.dtype)[:, None]
-        start = DX + start_of(row, inner, x_outer, x_inner)
+        other = tl.where(counted & (t < 0), hard, 0.0)[:, None]
+        chosen = t.to(column.dtype)[:, None]
+        start = DX + start_of(row, inner, s_outer, s_inner)
         for done in range(0, n, BLOCK):
             place = done + column
             dx = tl.where(place == chosen, hard[:, None], other)
-            write(start, place * x_n, alive[:, None] & (place < n), dx)
+            write(start, place * s_n, alive[:, None] & (place < n), dx)
 
 
 def view_of(x: Tensor) -> Tensor:
@@ -108,11 +113,11 @@ def plan_forward(
     ignore_index: int,
 ) -> Launch:  # fmt: skip
     """The rows of a dense (outer, C, inner); of no x where it has no strides."""
-    extent = sum((size - 1) * s for size, s in zip(shape, strides, strict=False))
-    x_outer, x_n, x_inner = strides or (0, 0, 0)
+    s_outer, s_n, s_inner = strides = strides or (0, 0, 0)
+    extent = sum((size - 1) * s for size, s in zip(shape, strides, strict=True))
     return _forward.launch(
-        cdiv(rows, PICKED), rows=rows, n=shape[1], inner=shape[2], x_outer=x_outer, x_n=x_n,
-        x_inner=x_inner, ignore_index=ignore_index, REDUCE=reduction != NONE, DOUBLE=double,
+        cdiv(rows, PICKED), rows=rows, n=shape[1], inner=shape[2], s_outer=s_outer, s_n=s_n,
+        s_inner=s_inner, ignore_index=ignore_index, REDUCE=reduction != NONE, DOUBLE=double,
         WIDE=far(max(extent, rows)), ROWS=PICKED, num_warps=8 if double else 4,
     )  # fmt: skip
 
@@ -123,9 +128,8 @@ def plan_backward(
     reduction: int, ignore_index: int,
 ) -> Launch:  # fmt: skip
     """The rows of a dense (outer, C, inner), on ``count`` multiprocessors."""
-    named = dict(zip(("x_outer", "x_n", "x_inner"), strides, strict=True))
     return over_rows(
-        _backward, shape, [strides], dtype, 2, count, **named, ignore_index=ignore_index,
+        _backward, shape, [strides], dtype, 2, count, ignore_index=ignore_index,
         MEAN=reduction == MEAN, PER_ROW=reduction == NONE,
     )  # fmt: skip
 
@@ -163,18 +167,12 @@ def forward(
 
 
 def backward(
-    dy: Tensor,
-    x: Tensor,
-    target: Tensor,
-    weight: Tensor | None,
-    total: Tensor,
-    reduction: int,
+    dy: Tensor, x: Tensor, target: Tensor, weight: Tensor | None, total: Tensor, reduction: int,
     ignore_index: int,
-) -> Tensor:
+) -> Tensor:  # fmt: skip
     """dx, contiguous."""
     dx = x.new_empty(x.shape)
-    v = view_of(dx)
-    count = multiprocessors(x.device)
+    v, count = view_of(dx), multiprocessors(x.device)
     run = plan_backward(v.shape, v.stride(), x.dtype, count, reduction, ignore_index)
     weight = None if weight is None else weight.contiguous()
     run(dy.contiguous(), target.contiguous(), weight, total, dx)

@@ -25,12 +25,7 @@ from .launch import Launch, accumulator, cdiv, kernel, planned
 
 BLOCK, ROUNDS = 1024, 4
 
-_TYPES = {
-    torch.float64: tl.float64,
-    torch.float32: tl.float32,
-    torch.float16: tl.float16,
-    torch.bfloat16: tl.bfloat16,
-}
+_TYPES = {getattr(torch, t): getattr(tl, t) for t in ("float64", "float32", "float16", "bfloat16")}
 
 
 @triton.jit
@@ -232,14 +227,8 @@ class Table:
             first.append(len(which))
             which += [i] * cdiv(p.numel(), BLOCK * ROUNDS)
         state = next((s[0].dtype for s in states if s is not None), accumulator(params[0].dtype))
-        self._layout = (
-            params[0].dtype,
-            state,
-            sum(2**i for i, s in enumerate(states) if s is not None),
-            masters is not None,
-            ROUNDS,
-            BLOCK,
-        )
+        present = sum(2**i for i, s in enumerate(states) if s is not None)
+        self._layout = params[0].dtype, state, present, masters is not None, ROUNDS, BLOCK
         self.programs = len(which)
         absent = [0] * self.tensors
         rows = [[p.numel() for p in params], first]
@@ -257,9 +246,8 @@ class Table:
     def _sent(self, values: list[Any], dtype: torch.dtype) -> Tensor:
         """Values on the device, without waiting for it. Pinned memory is freed only when the copy
         is done."""
-        on_host = torch.tensor(
-            values, dtype=dtype, device="cpu", pin_memory=self.device.type == "cuda"
-        )
+        pinned = self.device.type == "cuda"
+        on_host = torch.tensor(values, dtype=dtype, device="cpu", pin_memory=pinned)
         return on_host.to(self.device, non_blocking=True)
 
     def see(self, grads: list[Tensor]) -> bool:
@@ -296,17 +284,10 @@ def plan(
 
 
 def update(
-    rule: str,
-    table: Table,
-    grads: list[Tensor],
-    steps: Tensor | None,
-    hyper: dict[str, Any],
-    *,
-    scale: Tensor | None = None,
-    found_inf: Tensor | None = None,
-    fresh: bool = False,
+    rule: str, table: Table, grads: list[Tensor], steps: Tensor | None, hyper: dict[str, Any], *,
+    scale: Tensor | None = None, found_inf: Tensor | None = None, fresh: bool = False,
     seed: int | None = None,
-) -> None:
+) -> None:  # fmt: skip
     """One step of ``rule`` for all tensors of a table, in place.
 
     Args:
@@ -328,15 +309,8 @@ def update(
     _, first, second, flag = _RULES[rule]
     a, b = hyper["betas"] if first == "betas" else (hyper[first], hyper.get(second, 0.0))
     log_a, log_b = (_logarithm(a), _logarithm(b)) if rule == "adam" else (0.0, 0.0)
-    flags = (
-        bool(hyper.get(flag, False)),
-        fresh,
-        bool(hyper["maximize"]),
-        seed is not None,
-        table.see(grads),
-    )
-    run = table.plan(rule, grads[0].dtype, *flags)
-    run(
+    flags = bool(hyper.get(flag, False)), fresh, bool(hyper["maximize"]), seed is not None
+    table.plan(rule, grads[0].dtype, *flags, table.see(grads))(
         table.table, table.which, steps, scale, found_inf, tensors=table.tensors,
         seed=(seed or 0) | 1 | 2**40, lr=hyper["lr"], decay=hyper["weight_decay"], a=a, b=b,
         eps=hyper.get("eps", 0.0), log_a=log_a, log_b=log_b,

@@ -64,20 +64,15 @@ def far(extent: int) -> bool:
 
 
 def over_rows(
-    kernel: Kernel,
-    shape: tuple[int, ...],
-    strides: Sequence[tuple[int, ...]],
-    dtype: torch.dtype,
-    live: int,
-    count: int,
-    **named: Any,
-) -> Launch:
+    kernel: Kernel, shape: tuple[int, ...], strides: Sequence[tuple[int, ...]], dtype: torch.dtype,
+    live: int, count: int, **named: Any,
+) -> Launch:  # fmt: skip
     """The launch of a kernel that walks rows: its programs, and those of the numbers and constexprs
     below that it has.
 
     Args:
         shape: (outer, n, inner).
-        strides: of each layout that is read or written.
+        strides: of each layout that is read or written; the first are s_outer, s_n and s_inner.
         live: see :func:`row_config`.
         count: multiprocessors.
         named: the kernel's own numbers and constexprs.
@@ -94,19 +89,12 @@ def over_rows(
     programs = min(tiles, RESIDENT * count) if several else tiles
     shared = {
         "rows": outer * inner, "n": n, "inner": inner, "tiles": tiles,
+        **dict(zip(("s_outer", "s_n", "s_inner"), strides[0], strict=True)),
         "SEVERAL": several, "LOOP": n > block, "WIDE": far(extent), "WIDE_COLUMNS": far(columns),
         "ROWS": c.rows, "BLOCK": block,
     }  # fmt: skip
     taken = {k: v for k, v in shared.items() if k in kernel.numbers + kernel.constexprs}
     return kernel.launch(programs, num_warps=c.num_warps, **taken, **named)
-
-
-def stretched(t: Tensor, dim: int) -> Tensor:
-    """``t`` as (outer, n, inner), rows along ``dim``; copied where its strides allow no such
-    view."""
-    if t.dim() == 2 and dim == 1:
-        return t.unsqueeze(2)
-    return t.reshape(t.shape[:dim].numel(), t.shape[dim], t.shape[dim + 1 :].numel())
 
 
 def rows_of(t: Tensor) -> Tensor:
@@ -173,9 +161,7 @@ def online_of_rows(m, z, EXACT: tl.constexpr):
 
 
 @kernel
-def _total(
-    PARTIAL, WEIGHT, OUT, TOTAL, parts, n, MEAN: tl.constexpr, BLOCK: tl.constexpr
-):  # fmt: skip
+def _total(PARTIAL, WEIGHT, OUT, TOTAL, parts, n, MEAN: tl.constexpr, BLOCK: tl.constexpr):
     """Σ partial by one program; of a mean over n, or over Σ weight, which goes to TOTAL."""
     offsets = tl.arange(0, BLOCK)
     sums = tl.zeros((BLOCK,), PARTIAL.dtype.element_ty)
@@ -203,21 +189,16 @@ def _plan_total(parts: int, n: int | None) -> Launch:
 
 
 def total(
-    partial: Tensor,
-    out: Tensor,
-    n: int | None = None,
-    weight: Tensor | None = None,
+    partial: Tensor, out: Tensor, n: int | None = None, weight: Tensor | None = None,
     total_weight: Tensor | None = None,
-) -> None:
+) -> None:  # fmt: skip
     """The second stage of a sum: Σ partial in ``out``; over ``n`` for a mean, or over Σ ``weight``,
     which is stored too."""
     _plan_total(partial.numel(), n)(partial, weight, out, total_weight)
 
 
 @kernel
-def _column_sum(
-    PARTIAL, OUT, SECOND, parts, n, ROWS: tl.constexpr, COLUMNS: tl.constexpr
-):  # fmt: skip
+def _column_sum(PARTIAL, OUT, SECOND, parts, n, ROWS: tl.constexpr, COLUMNS: tl.constexpr):
     """Σ over the parts of (parts, n), COLUMNS columns a program; then those of a SECOND sum."""
     tiles = tl.cdiv(n, COLUMNS)
     which, tile = tl.program_id(0) // tiles, tl.program_id(0) % tiles

@@ -11,17 +11,7 @@ import triton.language as tl
 from torch import Tensor
 
 from .launch import Launch, kernel, multiprocessors, planned
-from .rows import (
-    lowest,
-    online,
-    online_of_rows,
-    over_rows,
-    read,
-    start_of,
-    stretched,
-    tile_of,
-    write,
-)  # fmt: skip
+from .rows import lowest, online, online_of_rows, over_rows, read, start_of, tile_of, write
 
 
 @triton.jit
@@ -41,7 +31,7 @@ def _value(x, m, z, LOG: tl.constexpr):
 
 @kernel
 def _forward(
-    X, Y, rows, n, inner, tiles, x_outer, x_n, x_inner,
+    X, Y, rows, n, inner, tiles, s_outer, s_n, s_inner,
     LOG: tl.constexpr, NEGATE: tl.constexpr, SEVERAL: tl.constexpr, LOOP: tl.constexpr,
     WIDE: tl.constexpr, WIDE_COLUMNS: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
@@ -50,7 +40,7 @@ def _forward(
     first = tl.program_id(0)
     for tile in range(first, tiles if SEVERAL else first + 1, tl.num_programs(0) if SEVERAL else 1):
         row, alive, column = tile_of(tile, rows, ROWS, BLOCK, WIDE, WIDE_COLUMNS)
-        x_start = X + start_of(row, inner, x_outer, x_inner)
+        x_start = X + start_of(row, inner, s_outer, s_inner)
         y_start = Y + start_of(row, inner, n * inner, 1)
         alive = alive[:, None]
         if LOOP:
@@ -58,21 +48,20 @@ def _forward(
             z = tl.zeros((ROWS, BLOCK), dtype)
             for start in range(0, n, BLOCK):
                 place = start + column
-                x = _input(x_start, place * x_n, alive & (place < n), Y, NEGATE)
+                x = _input(x_start, place * s_n, alive & (place < n), Y, NEGATE)
                 m, z = online(m, z, x, False)
             m, z = online_of_rows(m, z, False)
-            last = tl.cdiv(n, BLOCK) * BLOCK - BLOCK
-            for back in range(0, n, BLOCK):
-                place = last - back + column
-                inside = alive & (place < n)
-                x = _input(x_start, place * x_n, inside, Y, NEGATE)
-                write(y_start, place * inner, inside, _value(x, m[:, None], z[:, None], LOG))
         else:
-            inside = alive & (column < n)
-            x = _input(x_start, column * x_n, inside, Y, NEGATE)
-            m = tl.max(x, 1)[:, None]
-            z = tl.sum(tl.exp(x - m), 1)[:, None]
-            write(y_start, column * inner, inside, _value(x, m, z, LOG))
+            x = _input(x_start, column * s_n, alive & (column < n), Y, NEGATE)
+            m = tl.max(x, 1)
+            z = tl.sum(tl.exp(x - m[:, None]), 1)
+        last = tl.cdiv(n, BLOCK) * BLOCK - BLOCK if LOOP else 0
+        for back in range(0, n if LOOP else BLOCK, BLOCK):
+            place = last - back + column
+            inside = alive & (place < n)
+            if LOOP:
+                x = _input(x_start, place * s_n, inside, Y, NEGATE)
+            write(y_start, place * inner, inside, _value(x, m[:, None], z[:, None], LOG))
 
 
 @triton.jit
@@ -84,7 +73,7 @@ def _gradient(dy, y, total, LOG: tl.constexpr, NEGATE: tl.constexpr):
 
 @kernel
 def _backward(
-    DY, Y, DX, rows, n, inner, tiles, dy_outer, dy_n, dy_inner,
+    DY, Y, DX, rows, n, inner, tiles, s_outer, s_n, s_inner,
     LOG: tl.constexpr, NEGATE: tl.constexpr, SEVERAL: tl.constexpr, LOOP: tl.constexpr,
     WIDE: tl.constexpr, WIDE_COLUMNS: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
@@ -93,7 +82,7 @@ def _backward(
     first = tl.program_id(0)
     for tile in range(first, tiles if SEVERAL else first + 1, tl.num_programs(0) if SEVERAL else 1):
         row, alive, column = tile_of(tile, rows, ROWS, BLOCK, WIDE, WIDE_COLUMNS)
-        dy_start = DY + start_of(row, inner, dy_outer, dy_inner)
+        dy_start = DY + start_of(row, inner, s_outer, s_inner)
         y_start = start_of(row, inner, n * inner, 1)
         alive = alive[:, None]
         if LOOP:
@@ -101,47 +90,45 @@ def _backward(
             for start in range(0, n, BLOCK):
                 place = start + column
                 inside = alive & (place < n)
-                dy = read(dy_start, place * dy_n, inside)
+                dy = read(dy_start, place * s_n, inside)
                 total += dy if LOG else dy * read(Y + y_start, place * inner, inside)
-            total = tl.sum(total, 1)[:, None]
-            last = tl.cdiv(n, BLOCK) * BLOCK - BLOCK
-            for back in range(0, n, BLOCK):
-                place = last - back + column
-                inside = alive & (place < n)
-                dy = read(dy_start, place * dy_n, inside)
-                y = read(Y + y_start, place * inner, inside)
-                write(DX + y_start, place * inner, inside, _gradient(dy, y, total, LOG, NEGATE))
         else:
             inside = alive & (column < n)
-            dy = read(dy_start, column * dy_n, inside)
+            dy = read(dy_start, column * s_n, inside)
             y = read(Y + y_start, column * inner, inside)
-            total = tl.sum(dy if LOG else dy * y, 1)[:, None]
-            write(DX + y_start, column * inner, inside, _gradient(dy, y, total, LOG, NEGATE))
+            total = dy if LOG else dy * y
+        total = tl.sum(total, 1)[:, None]
+        last = tl.cdiv(n, BLOCK) * BLOCK - BLOCK if LOOP else 0
+        for back in range(0, n if LOOP else BLOCK, BLOCK):
+            place = last - back + column
+            inside = alive & (place < n)
+            if LOOP:
+                dy = read(dy_start, place * s_n, inside)
+                y = read(Y + y_start, place * inner, inside)
+            write(DX + y_start, place * inner, inside, _gradient(dy, y, total, LOG, NEGATE))
 
 
 @planned
 def plan(
-    backward: bool,
-    name: str,
-    shape: tuple[int, ...],
-    strides: tuple[int, ...],
-    dtype: torch.dtype,
+    backward: bool, name: str, shape: tuple[int, ...], strides: tuple[int, ...], dtype: torch.dtype,
     count: int,
-) -> Launch:
+) -> Launch:  # fmt: skip
     """Of rows (outer, n, inner), of which x or dy has these strides, on ``count``
     multiprocessors."""
     _, n, inner = shape
     both = [strides, (n * inner, inner, 1)]
-    operand = "dy" if backward else "x"
-    numbers = {f"{operand}_{of}": s for of, s in zip(("outer", "n", "inner"), strides, strict=True)}
-    kernel = _backward if backward else _forward
-    named = {"LOG": name == "log_softmax", "NEGATE": name == "softmin", **numbers}
-    return over_rows(kernel, shape, both, dtype, 2 if backward else 1, count, **named)
+    kernel, live = (_backward, 2) if backward else (_forward, 1)
+    named = {"LOG": name == "log_softmax", "NEGATE": name == "softmin"}
+    return over_rows(kernel, shape, both, dtype, live, count, **named)
 
 
 def _view(t: Tensor, dim: int) -> Tensor:
-    """``t`` as (outer, n, inner), copied where its memory runs along outer."""
-    v = stretched(t, dim)
+    """``t`` as (outer, n, inner), copied where its strides allow no such view, or where its memory
+    runs along outer."""
+    if t.dim() == 2 and dim == 1:
+        v = t.unsqueeze(2)
+    else:
+        v = t.reshape(t.shape[:dim].numel(), t.shape[dim], t.shape[dim + 1 :].numel())
     return v.contiguous() if v.shape[2] == 1 and v.stride(1) > max(v.stride(0), 1) else v
 
 
