@@ -69,7 +69,7 @@ def _backward_sharding(dy, x, weight, mean, rstd, kind, *needs):
 
 
 forward = primitive(
-    "norm_forward(Tensor x, Tensor? weight, Tensor? bias, float eps, str kind) "
+    "layer_norm_forward(Tensor x, Tensor? weight, Tensor? bias, float eps, str kind) "
     "-> (Tensor y, Tensor mean, Tensor rstd)",
     formula=formula.norm,
     aten=_forward,
@@ -77,7 +77,7 @@ forward = primitive(
     sharding=_sharding,
 )
 backward = primitive(
-    "norm_backward(Tensor dy, Tensor x, Tensor? weight, Tensor? mean, Tensor rstd, str kind, "
+    "layer_norm_backward(Tensor dy, Tensor x, Tensor? weight, Tensor? mean, Tensor rstd, str kind, "
     "bool need_x, bool need_weight, bool need_bias) -> (Tensor dx, Tensor dw, Tensor db)",
     formula=formula.norm_backward,
     aten=_backward,

@@ -9,18 +9,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..formulas.precision import rounded_once
+from ..formulas import scale as formula
 from .library import R, Sharding, launcher, primitive
-
-
-@rounded_once
-def _formula(grad: Tensor, dy: Tensor) -> Tensor:
-    """dx = dy g, with a dy of one element."""
-    return grad * dy
-
-
-def _formula_(grad: Tensor, dy: Tensor) -> None:
-    grad.copy_(_formula(grad, dy))
 
 
 def _aten_(grad: Tensor, dy: Tensor) -> None:
@@ -42,7 +32,7 @@ def _sharding(grad: Tensor, dy: Tensor) -> Iterable[Sharding]:
 
 scale = primitive(
     "scale(Tensor grad, Tensor dy) -> Tensor",
-    formula=_formula,
+    formula=formula.scale,
     aten=torch.mul,
     triton=launcher("scale", "scale"),
     fake=lambda grad, dy: torch.empty_like(grad),
@@ -51,7 +41,7 @@ scale = primitive(
 )
 scale_ = primitive(
     "scale_(Tensor(a!) grad, Tensor dy) -> ()",
-    formula=_formula_,
+    formula=formula.scale_,
     aten=_aten_,
     triton=launcher("scale", "scale_"),
     fake=lambda grad, dy: None,

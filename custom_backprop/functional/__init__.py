@@ -15,6 +15,8 @@ from .nll import *
 from .nll import __all__ as _nll
 from .norm import *
 from .norm import __all__ as _norm
+from .normalize import *
+from .normalize import __all__ as _normalize
 from .prelu import *
 from .prelu import __all__ as _prelu
 from .softmax import *
@@ -28,6 +30,7 @@ __all__ = [
     *_loss,
     *_nll,
     *_norm,
+    *_normalize,
     *_prelu,
     *_softmax,
 ]
