@@ -20,7 +20,7 @@ DIRECTIONS = ("forward", "forward+backward")
 
 @dataclass(frozen=True)
 class Pair:
-    """Ours and stock, on the same inputs. Each takes what ``prepare`` made for that call."""
+    """Ours and stock, on the same inputs. ``prepare`` makes the arguments of one call."""
 
     ours: Callable[..., Any]
     stock: Callable[..., Any]
@@ -28,12 +28,11 @@ class Pair:
 
 
 class _RestOfNetwork(torch.autograd.Function):
-    """A number whose gradients with respect to the outputs of a layer are given. It refers to
-    neither those outputs nor, after backward, to these gradients.
+    """A scalar whose gradients with respect to the outputs of a layer are given. It keeps no
+    reference to those outputs nor, after backward, to these gradients.
 
-    In a network nothing refers to a layer's output any more when the layer's backward runs, and
-    only that backward refers to the gradient that the next layer has just made. The caller of
-    autograd.grad would refer to both.
+    It is so in a network: when the backward of a layer runs, nothing else refers to its output or
+    to the incoming gradient, so both can be freed. The caller of autograd.grad would refer to both.
     """
 
     @staticmethod
@@ -49,9 +48,9 @@ class _RestOfNetwork(torch.autograd.Function):
 
 
 def pair(spec: OpSpec, size: str, direction: str, device: str = "cpu") -> Pair:
-    """Both calls of one op, in float32, in bfloat16 of the size "huge".
+    """Both calls of one op, in float32, or in bfloat16 for the size "huge".
 
-    A loss is followed by a gradient of 1, as in training; another op by random ones, new for each
+    The gradient of a loss is 1, as in training. Other ops get random gradients, new ones for each
     call.
     """
     sample = spec.large(

@@ -1,9 +1,9 @@
 """``python -m benchmarks.growth``: how the time of forward + backward grows with depth, width,
 batch and length of the sequence.
 
-One table, one plot of four panels and the figures, in ``benchmarks/results/growth.{md,png,json}``.
-Each slope is that of log(time) by log(size), by least squares over the upper half of the sizes: 1
-is linear, 2 quadratic.
+It writes a table, a plot of four panels and the figures to
+``benchmarks/results/growth.{md,png,json}``. Each slope is that of log(time) over log(size), by
+least squares over the upper half of the sizes: 1 is linear, 2 quadratic.
 """
 
 from __future__ import annotations
@@ -86,21 +86,21 @@ AXES = (
     ),
 )
 
-ABOUT = """Forward + backward: the fastest of rounds, each of which times every size, stock and
-ours, once; on a CPU in processor time, in which other programs have no part but by the caches they
-share; on a GPU of recorded calls (CUDA graphs). Slopes by least squares over the upper half of the
-sizes: 1 is linear, 2 quadratic. Flops and bytes are counts (`custom_backprop.cost`, stock). Written
-by `python -m benchmarks.growth`."""
+ABOUT = """Times are those of forward + backward. Each round times every size, stock and ours, once;
+the fastest round counts. On a CPU it is CPU time, which other programs change only through shared
+caches; on a GPU it is the time of CUDA graphs. Slopes are by least squares over the upper half of
+the sizes: 1 is linear, 2 quadratic. Flops and bytes are counts (`custom_backprop.cost`, stock).
+Written by `python -m benchmarks.growth`."""
 
 #: what is fitted, and the heading of its column
 FIGURES = {"stock": "time, stock", "ours": "time, ours", "flops": "flops", "saved": "bytes saved"}
 
 
 def slope(sizes: Sequence[float], values: Sequence[float]) -> float:
-    """Of log(value) by log(size), by least squares over the upper half of the sizes, which
-    ascend."""
+    """The slope of log(value) over log(size), by least squares over the upper half of the sizes,
+    which are in ascending order."""
     half = len(sizes) // 2
-    x, y = ([math.log(v) for v in numbers[half:]] for numbers in (sizes, values))
+    x, y = ([math.log(v) for v in those[half:]] for those in (sizes, values))
     mean_x, mean_y = sum(x) / len(x), sum(y) / len(y)
     return sum((a - mean_x) * (b - mean_y) for a, b in zip(x, y, strict=True)) / sum(
         (a - mean_x) ** 2 for a in x
@@ -108,15 +108,15 @@ def slope(sizes: Sequence[float], values: Sequence[float]) -> float:
 
 
 def slopes(rows: list[dict[str, Any]]) -> dict[str, float]:
-    """The slope of each figure, of the rows of one axis."""
+    """The slope of each figure, for the rows of one axis."""
     return {
         figure: slope([r["size"] for r in rows], [r[figure] for r in rows]) for figure in FIGURES
     }
 
 
 def measured(axis: Axis, device: str, seconds: float) -> list[dict[str, Any]]:
-    """One row a size: what a step costs by count, and its seconds, stock and ours: the fastest of
-    rounds that each time every size."""
+    """One row per size: the counted cost of a step, and its seconds, stock and ours: the fastest of
+    several rounds, each of which times every size."""
     rows: list[dict[str, Any]] = []
     timers: list[tuple[dict[str, Any], str, Timer]] = []
     timer_of: Callable[[Callable[[], None]], Timer] = Recorded if device == "cuda" else on_processor
@@ -148,7 +148,7 @@ def measured(axis: Axis, device: str, seconds: float) -> list[dict[str, Any]]:
 
 
 def on_processor(run: Callable[[], None]) -> Timer:
-    """Of one call, in processor time: what other programs take is not in it."""
+    """Times one call in CPU time, which does not include other programs."""
 
     def timer(calls: int) -> float:
         start = time.process_time()

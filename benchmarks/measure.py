@@ -1,5 +1,5 @@
-"""Ratios, not times: both calls in turns in one process, so that the machine's drift meets both
-alike."""
+"""Ratios, not times: both calls take turns in one process, so if the machine becomes slower, both
+do."""
 
 from __future__ import annotations
 
@@ -14,14 +14,14 @@ from typing import Any
 import torch
 
 Prepare = Callable[[], tuple[Any, ...]]
-#: calls -> seconds a call
+#: number of calls -> seconds per call
 Timer = Callable[[int], float]
 
 
 @dataclass(frozen=True)
 class Comparison:
-    """Seconds a call (medians), and the ratio stock / ours: the median, and the quartiles, over the
-    pairs. Above 1 we win."""
+    """Seconds per call (medians), and the ratio stock / ours: the median over the pairs, and the
+    quartiles. Above 1 ours is faster."""
 
     ours: float
     stock: float
@@ -38,12 +38,12 @@ def compare(
     prepare: Prepare = tuple,
     host: bool = False,
 ) -> Comparison:
-    """Times both for about ``seconds`` in all, at least seven pairs, each turn of a pair long
-    enough for the clock.
+    """Times both for about ``seconds`` in total, in at least seven pairs. Each turn of a pair is
+    long enough for the clock.
 
-    ``prepare`` makes the arguments of each call, outside of what is timed. On a GPU the device's
-    time is taken, of recorded calls, which the host has no part in; with ``host``, and where a call
-    waits for the GPU, the time until calls made one after the other have all run.
+    ``prepare`` makes the arguments of each call; this is not timed. On a GPU it is the time of a
+    CUDA graph, without the host's. With ``host``, and if a call waits for the GPU, it is the time
+    until all of several calls in a row have run.
     """
     both = ours, stock
     if device != "cuda":
@@ -69,12 +69,12 @@ def compare(
 
 
 def reuse_freed_memory() -> bool:
-    """Makes the C library reuse what is freed, as PyTorch's allocator on a GPU does; False where it
-    is not glibc.
+    """Makes the C library reuse freed memory, as PyTorch's allocator on a GPU does. Returns False
+    if it is not glibc.
 
-    By default glibc returns a large block to the system, or does not, depending on what else lies
-    in the heap at that moment. A call whose blocks are returned pays for each page again, several
-    times the arithmetic: the ratio then tells whose luck that was.
+    By default glibc sometimes returns a large block to the system, depending on what else is in the
+    heap at that moment. A call whose blocks are returned has page faults again, which take several
+    times as long as the arithmetic. The ratio then depends on chance.
     """
     trim_threshold, mmap_max = -1, -4  # M_TRIM_THRESHOLD, M_MMAP_MAX of malloc.h
     mallopt = getattr(ctypes.CDLL(None), "mallopt", None)
@@ -94,7 +94,7 @@ def _clocked(call: Callable[..., Any], prepare: Prepare, calls: int) -> float:
 
 
 def _finished(call: Callable[..., Any], prepare: Prepare, calls: int) -> float:
-    """The same until the GPU has finished them."""
+    """The same, until the GPU has finished."""
     given = [prepare() for _ in range(calls)]
     torch.cuda.synchronize()
     start = time.perf_counter()
@@ -106,7 +106,7 @@ def _finished(call: Callable[..., Any], prepare: Prepare, calls: int) -> float:
 
 def waits(call: Callable[..., Any], prepare: Prepare) -> bool:
     """Whether the host waits for the GPU, as in stock's gaussian_nll_loss. Such a call cannot be
-    recorded, and the attempt would leave torch's random numbers unusable."""
+    recorded, and the attempt would break torch's random number generator."""
     call(*prepare())
     torch.cuda.synchronize()
     torch.cuda.set_sync_debug_mode("error")
@@ -120,8 +120,8 @@ def waits(call: Callable[..., Any], prepare: Prepare) -> bool:
 
 
 class Recorded:
-    """A timer of a CUDA graph, by events: many calls in it if they are short. Inputs of a few
-    megabytes are still in the L2 cache."""
+    """Times a CUDA graph by events. The graph has many calls if they are short. Inputs of a few
+    megabytes are then in the L2 cache."""
 
     def __init__(self, call: Callable[..., Any], prepare: Prepare = tuple) -> None:
         stream = torch.cuda.Stream()
@@ -132,7 +132,7 @@ class Recorded:
             self._count = max(1, min(20, int(1e-3 / _finished(call, prepare, 3))))
         torch.cuda.current_stream().wait_stream(stream)
         given = [prepare() for _ in range(self._count)]
-        # the graph reads these again; a call may empty a list that it is given
+        # every replay reads these, and a call may empty a list that it is given
         self._read = [list(a) if isinstance(a, list) else a for args in given for a in args]
         self._graph = torch.cuda.CUDAGraph()
         with torch.cuda.graph(self._graph):
@@ -142,7 +142,7 @@ class Recorded:
     def __call__(self, calls: int) -> float:
         start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
         times = max(1, calls // self._count)
-        self._graph.replay()  # the first event then meets a GPU at work
+        self._graph.replay()  # so that the GPU is busy at the first event
         start.record()
         for _ in range(times):
             self._graph.replay()

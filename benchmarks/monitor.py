@@ -1,10 +1,10 @@
 """``python -m benchmarks.monitor``: what ``custom_backprop.monitor.GradientMonitor`` adds to a
 training step at its default interval.
 
-One step in ``every`` is measured, and the difference it makes drowns in the noise of a window. So
-every step is measured here, against plain steps in turns, by the processor's time (on a GPU by the
-clock), and what that adds is divided by ``every``; to it comes what a step that is only counted
-costs, timed alone.
+The monitor measures one step in ``every``, and the difference between windows would be lost in the
+noise. So here it measures every step, and these take turns with plain steps. Both are timed in CPU
+time (on a GPU by the clock). The difference is divided by ``every``. The cost of a step that is
+only counted, timed alone, is added.
 """
 
 from __future__ import annotations
@@ -54,8 +54,8 @@ def _loss(model: nn.Module, x: torch.Tensor) -> Callable[[], torch.Tensor]:
 def overhead(
     make: Callable[[str], tuple[nn.Module, Callable[[], torch.Tensor]]], device: str, pairs: int
 ) -> tuple[float, ...]:
-    """Seconds of a plain step; what a measured one adds, and what the monitor adds at its default
-    interval, as parts of it."""
+    """Seconds of a plain step; then what a measured step adds, and what the monitor adds at its
+    default interval, both as a fraction of a plain step."""
     torch.manual_seed(0)
     model, loss = make(device)
     optimizer = torch.optim.SGD(model.parameters(), lr=0.01, momentum=0.9)
@@ -79,7 +79,7 @@ def overhead(
             watched.append(steps(monitor))
         plain.append(steps(None))
         if i == 0:
-            plain, watched = [], []  # the first are warm-up
+            plain, watched = [], []  # the first ones warm up
     step = statistics.median(plain)
     measured = statistics.median(w / p - 1 for w, p in zip(watched, plain, strict=True))
     idle = GradientMonitor(model, every=10**9)

@@ -1,7 +1,7 @@
 """``python -m benchmarks.optim``: one step of each optimizer against torch's three variants, as
 ratios torch / ours.
 
-Parameters are of float32: 100 of 64x64, 10 of 1M elements, and the 6 of a digits-sized network.
+Parameters are float32: 100 of 64x64, 10 of 1M elements, and the 6 of a network for the digits.
 """
 
 from __future__ import annotations
@@ -47,7 +47,7 @@ VARIANTS: dict[str, dict[str, bool]] = {
 def stepper(
     kind: Any, shapes: list[tuple[int, ...]], device: str, clip: float | None = None, **kwargs: Any
 ) -> Callable[[], None]:
-    """A step on gradients that stay as they are; with ``clip``, torch's clipping before it."""
+    """A step on gradients that do not change; with ``clip``, after torch's clipping."""
     params = [torch.nn.Parameter(torch.randn(s, device=device)) for s in shapes]
     for p in params:
         p.grad = torch.randn_like(p)
@@ -66,7 +66,7 @@ def main() -> int:
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--seconds", type=float, default=1.0, help="for each ratio")
     args = parser.parse_args()
-    print(f"# torch / ours on {args.device}: above 1 we win\n")
+    print(f"# torch / ours on {args.device}: above 1 ours is faster\n")
     print("; ".join(f"{k}: {v}" for k, v in machine_of(args.device).items()) + ".\n")
     print(f"| optimizer | parameters | ours, us | {' | '.join(VARIANTS)} |")
     print("|---" * (len(VARIANTS) + 3) + "|")

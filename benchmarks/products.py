@@ -1,8 +1,8 @@
 """``python -m benchmarks.products``: our matrix product against the vendor's, plain and with an
 activation, on a GPU.
 
-With an activation, stock's product is followed by our pass over its result, as it is where
-"triton" is not forced. In ``benchmarks/results/products-CARD.md``.
+With an activation, stock's product is followed by our pass over its result, as in an ordinary call,
+where "triton" is not forced. Writes ``benchmarks/results/products-CARD.md``.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from custom_backprop.backends.kernels import kernels
 from .measure import compare
 from .report import RESULTS, card, machine_of
 
-#: rows, columns and inner size: those of a digits step and its gradients, and of larger layers
+#: rows, columns and inner size, as in a step on the digits and its gradients, and in larger layers
 SHAPES = (
     (128, 1024, 64), (128, 512, 1024), (128, 64, 1024), (512, 1024, 128), (1024, 1024, 1024),
     (2048, 2048, 2048), (4096, 1024, 4096), (4096, 4096, 1024), (4096, 4096, 4096),
@@ -31,7 +31,7 @@ KINDS = (None, "relu", "gelu")
 def ratio(
     shape: tuple[int, int, int], dtype: torch.dtype, activation: str | None, seconds: float
 ) -> str:
-    """Stock / ours, and the arithmetic of ours, in TFLOP/s."""
+    """Stock / ours, and in parentheses the TFLOP/s of ours."""
     m, n, k = shape
     x, weight = (torch.randn(*s, device="cuda", dtype=dtype) for s in ((m, k), (n, k)))
     bias = torch.randn(n, device="cuda", dtype=dtype)
@@ -69,7 +69,7 @@ def main() -> int:
         "",
         "; ".join(f"{k}: {v}" for k, v in machine_of("cuda").items() if k != "dtype") + ".",
         "",
-        "Rows x columns x inner size; gelu stores z too. Float32 without TF32. Written by "
+        "Rows x columns x inner size; gelu also stores z. Float32 without TF32. Written by "
         "`python -m benchmarks.products`.",
         "",
         f"| shape | {' | '.join(columns)} |",

@@ -1,9 +1,9 @@
-"""``python -m benchmarks.report``: the table of ratios stock / ours, as Markdown, JSON and a plot,
-in ``benchmarks/results/``.
+"""``python -m benchmarks.report`` writes the table of ratios stock / ours, as Markdown, JSON and a
+plot, to ``benchmarks/results/``.
 
-On a CPU two tables are worth having: ``cpu``, with the allocator as users have it, where a pass
-that needs new memory pays for its pages; and, by ``--allocator kept``, ``cpu-kept``, where freed
-memory is reused: the arithmetic alone.
+On a CPU there are two tables. ``cpu`` uses the default allocator, as users do, so new memory costs
+page faults. ``cpu-kept``, by ``--allocator kept``, reuses freed memory and so shows the arithmetic
+alone.
 """
 
 from __future__ import annotations
@@ -31,14 +31,15 @@ from .training import HIDDEN, training_step
 
 RESULTS = Path(__file__).parent / "results"
 
-ABOUT = """Each ratio is the median over pairs of turns, ours and stock alternating in one process.
-Memory: peak of forward + backward at the {largest} size, the incoming gradient included, beyond the
+ABOUT = """Ours and stock take turns in one process. Each ratio is the median over the pairs.
+Memory: peak of forward + backward at the {largest} size, with the incoming gradient, without the
 inputs. Written by `python -m benchmarks.report`."""
 
 ON_A_GPU = """
-Small: calls one after the other, until the GPU has finished them, so that the host's time counts.
-The others: the GPU's own time, of CUDA graphs. Medium and large inputs are in the L2 cache, as the
-last layer would leave them. Huge is of bfloat16 and larger than it; in brackets ours, in us."""
+Small: calls one after the other, until the GPU has finished them, so the host's time counts. Other
+sizes: the GPU's own time, of CUDA graphs. Medium and large inputs are in the L2 cache, as they are
+after the layer before. Huge inputs are bfloat16 and larger than the cache; in parentheses the time
+of ours in us."""
 
 
 def main() -> int:
@@ -47,21 +48,21 @@ def main() -> int:
         "ops",
         nargs="*",
         metavar="OP",
-        help="an op, or a family that is no op, all its ops; default: all",
+        help="an op, or a family for all its ops; default: all",
     )
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument(
         "--sizes",
         nargs="+",
         choices=(*SIZES, HUGE),
-        help="default: all, without a GPU all but the last",
+        help="default: all; without a GPU, all but the last",
     )
     parser.add_argument("--seconds", type=float, default=1.0, help="for each ratio")
     parser.add_argument(
         "--allocator",
         choices=("default", "kept"),
         default="default",
-        help="on a CPU: as it is, or reusing what is freed",
+        help="on a CPU: the default one, or one that reuses freed memory",
     )
     parser.add_argument("--out", type=Path, default=RESULTS, metavar="DIR")
     args = parser.parse_args()
@@ -88,7 +89,7 @@ def main() -> int:
     machine = machine_of(args.device)
     if reused:
         machine["allocator"] = (
-            "the C library's, which reuses what is freed (no page faults after the first call)"
+            "the C library's, reusing freed memory (no page faults after the first call)"
         )
     (args.out / f"{name}.json").write_text(
         json.dumps({"machine": machine, "rows": rows}, indent=1) + "\n"
@@ -107,7 +108,7 @@ def _row(spec: OpSpec, size: str, direction: str, device: str, seconds: float) -
     row = {"op": spec.name, "family": spec.family, "size": size, "direction": direction}
     try:
         return row | _measured(spec, size, direction, device, seconds)
-    except RuntimeError as error:  # of memory, say, hours after the first row
+    except RuntimeError as error:  # such as out of memory, hours after the first row
         print(f"{spec.name} {size} {direction}: {error}", file=sys.stderr)
         return row | {"error": str(error)}
 
@@ -147,7 +148,7 @@ def _training(device: str, hidden: tuple[int, int], seconds: float) -> dict[str,
 
 
 def card() -> str:
-    """The GPU's name as part of a file's."""
+    """The GPU's name, as used in names of files."""
     return torch.cuda.get_device_name().lower().replace(" ", "-")
 
 
@@ -172,7 +173,7 @@ def _markdown(machine: dict[str, Any], rows: list[dict[str, Any]], name: str) ->
     sizes = [s for s in (*SIZES, HUGE) if any(r["size"] == s for r in rows)]
     largest = sizes[-1]
     lines = [
-        f"# Stock / ours on {name}: above 1 we win",
+        f"# Stock / ours on {name}: above 1 ours is faster",
         "",
         "; ".join(f"{k}: {v}" for k, v in machine.items()) + ".",
         "",
@@ -227,7 +228,7 @@ def _plot(rows: list[dict[str, Any]], file: Path) -> None:
         )
     axes.axhline(1, color="black", linewidth=0.8)
     axes.set_xticks([i + 0.2 for i in range(len(ops))], ops, rotation=90)
-    axes.set_ylabel("stock / ours (above 1 we win)")
+    axes.set_ylabel("stock / ours (above 1 ours is faster)")
     axes.set_title(f"{size} size, {'bfloat16' if size == HUGE else 'float32'}")
     axes.legend()
     figure.savefig(file, dpi=110)

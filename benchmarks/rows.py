@@ -1,8 +1,8 @@
-"""``python -m benchmarks.rows``: softmax and cross-entropy of rows from 1K to 256K numbers on a
-GPU, in bytes a second.
+"""``python -m benchmarks.rows``: softmax and cross-entropy of rows from 1K to 256K elements on a
+GPU, in bytes per second.
 
-The bytes are those that must move: each input read once, each output and gradient written once. In
-``benchmarks/results/rows-CARD.md``.
+The bytes are the least possible: each input is read once, each output and gradient written once.
+Writes ``benchmarks/results/rows-CARD.md``.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ ELEMENTS = 2**26
 def calls(
     name: str, width: int, direction: str, function: Callable[..., Tensor]
 ) -> Callable[[], object]:
-    """The op on ``ELEMENTS`` random numbers in bfloat16, in rows of ``width``."""
+    """The op on ``ELEMENTS`` random elements in bfloat16, in rows of ``width``."""
     rows = ELEMENTS // width
     x = torch.randn(
         rows, width, device="cuda", dtype=torch.bfloat16, requires_grad=direction != "forward"
@@ -44,7 +44,7 @@ def calls(
     return lambda: torch.autograd.grad(function(x, -1), x, dy)
 
 
-#: tensors that must be read or written
+#: how many tensors must be read or written
 TRAFFIC = {
     ("softmax", "forward"): 2, ("softmax", "forward+backward"): 5,
     ("log_softmax", "forward"): 2, ("log_softmax", "forward+backward"): 5,
@@ -66,12 +66,12 @@ def main() -> int:
     if not torch.cuda.is_available():
         parser.error("this needs a GPU, and none is visible")
     lines = [
-        f"# Rows of bfloat16, {ELEMENTS // 2**20}M numbers in all: TB/s ours / stock",
+        f"# Rows of bfloat16, {ELEMENTS // 2**20}M elements in total: TB/s ours / stock",
         "",
         "; ".join(f"{k}: {v}" for k, v in machine_of("cuda").items() if k != "dtype") + ".",
         "",
-        "Of the bytes that must move: each input read once, each output and gradient written once. "
-        "GPU time of CUDA graphs. Written by `python -m benchmarks.rows`.",
+        "Counted are the fewest bytes possible: each input is read once, each output and gradient "
+        "written once. GPU time of CUDA graphs. Written by `python -m benchmarks.rows`.",
         "",
         f"| op | {' | '.join(f'{w // 1024}K' for w in WIDTHS)} |",
         "|---" * (len(WIDTHS) + 1) + "|",

@@ -1,11 +1,11 @@
 """``python -m benchmarks.scaling_ranks``: the model of docs/scaling.md against 1, 2 and 4 processes
-of this machine.
+on this machine.
 
-Latency and bandwidth are fitted to small messages of two processes. With them, with the time that
-the same processes take to compute without talking, and with what DDP, FSDP2 or tensor parallelism
-costs one process, the model predicts larger collectives and whole training steps, which are
-measured too. ``--table`` prints instead what it says of 8 to 1024 GPUs. The figures of
-docs/scaling.md come from both.
+Latency and bandwidth are fitted to small messages between two processes. The model predicts larger
+collectives and whole training steps from these, from the time that the same processes need to
+compute without communication, and from what DDP, FSDP2 or tensor parallelism costs one process. All
+of them are measured, too. ``--table`` prints the model's predictions for 8 to 1024 GPUs instead.
+The figures of docs/scaling.md come from both.
 """
 
 from __future__ import annotations
@@ -35,9 +35,9 @@ import custom_backprop.distributed  # noqa: F401 (for its sharding rules)
 from custom_backprop import nn
 
 RESULTS = Path(__file__).parent / "results"
-WIDTH, LAYERS, ROWS = 512, 4, 256  # of the network, and of the batch of all ranks together
+WIDTH, LAYERS, ROWS = 512, 4, 256  # of the network; rows of all ranks together
 FITTED, CHECKED = (1 << 10, 1 << 13, 1 << 16, 1 << 18, 1 << 20), (1 << 22, 1 << 24)  # bytes
-TURN, ALL_TURNS = 0.02, 1.0  # seconds that a turn of calls lasts, and all turns of one call
+TURN, ALL_TURNS = 0.02, 1.0  # seconds of one turn of calls, and of all turns of one call
 
 TITLES = (
     "",
@@ -50,32 +50,32 @@ TITLES = (
     "speed-up over one",
 )
 
-#: of the names that torch 2.13 gave to both
+#: torch 2.13 renamed both
 GATHER = getattr(dist, "all_gather_single", dist.all_gather_into_tensor)
 REDUCE_SCATTER = getattr(dist, "reduce_scatter_single", dist.reduce_scatter_tensor)
 
 
 @dataclass(frozen=True)
 class Link:
-    """Between neighbours of a ring: seconds a message, and bytes a second."""
+    """Between neighbours of a ring: seconds per message, and bytes per second."""
 
     latency: float
     bandwidth: float
 
     def pass_on(self, size: float, n: int) -> float:
-        """All-gather, or reduce-scatter, of ``size`` bytes in all: n - 1 turns, in each a message
-        of size / n."""
+        """All-gather, or reduce-scatter, of ``size`` bytes in total: n - 1 rounds, with a message
+        of size / n in each."""
         return (n - 1) * (self.latency + size / n / self.bandwidth)
 
     def all_reduce(self, size: float, n: int) -> float:
-        """A reduce-scatter and an all-gather; or, where that is quicker, down and up a tree."""
+        """A reduce-scatter and an all-gather; or, if that is faster, down and up a tree."""
         tree = 2 * np.log2(n) * self.latency + 2 * size / self.bandwidth
         return float(min(2 * self.pass_on(size, n), tree)) if n > 1 else 0.0
 
 
 def network(width: int = WIDTH) -> torch.nn.Sequential:
-    """Alternately WIDTH -> width -> WIDTH: with a smaller width, what one rank of a tensor-parallel
-    network holds."""
+    """Alternately WIDTH -> width -> WIDTH. With a smaller width, it is one rank's part of a
+    tensor-parallel network."""
     torch.manual_seed(0)
     ends = [(WIDTH, width), (width, WIDTH)] * (LAYERS // 2)
     return torch.nn.Sequential(*(nn.LinearActivation(i, o, activation="relu") for i, o in ends))
@@ -109,8 +109,9 @@ def parallel(strategy: str, mesh: DeviceMesh) -> torch.nn.Module:
 
 
 def seconds(*runs: Callable[[], Any]) -> list[float]:
-    """Of a call of each, all ranks at once and the calls in turns: the quickest of many short
-    rounds, in each the slowest rank. What else the machine does only adds."""
+    """Seconds of a call of each. The calls take turns, and all ranks run at once. In each of many
+    short rounds the slowest rank counts; of all rounds the fastest one does, since whatever else
+    the machine does only adds time."""
     for run in runs:
         run()
     start = time.perf_counter()
@@ -134,7 +135,7 @@ def seconds(*runs: Callable[[], Any]) -> list[float]:
 
 
 def measure(rank: int, n: int, folder: str) -> None:
-    """What n ranks take, written down by the first."""
+    """Times n ranks. The first one writes the result to a file."""
     torch.set_num_threads(1)
     dist.init_process_group(
         "gloo", init_method=f"file://{folder}/store-{n}", rank=rank, world_size=n
@@ -162,12 +163,12 @@ def measure(rank: int, n: int, folder: str) -> None:
 
 
 def fit(times: dict[int, float], turns: int) -> Link:
-    """Of two ranks: least squares, relative errors, of t = turns (latency + size / 2 / bandwidth),
-    neither of the two below 0."""
+    """Fits t = turns (latency + size / 2 / bandwidth) to the times of two ranks, by least squares
+    of relative errors. Neither latency nor bandwidth is below 0."""
     sizes, taken = (np.array(v) for v in zip(*times.items(), strict=True))
     terms = turns * np.stack([np.ones_like(taken), sizes / 2], axis=1) / taken[:, None]
     both, *_ = np.linalg.lstsq(terms, np.ones_like(taken), rcond=None)
-    if both.min() < 0:  # the best is then at an edge, where one of them is 0
+    if both.min() < 0:  # the best fit is then at an edge, where one of them is 0
         edges = np.diag(terms.sum(0) / (terms**2).sum(0))
         both = min(edges, key=lambda e: float(((terms @ e - 1) ** 2).sum()))
     latency, inverse = map(float, both)
@@ -175,8 +176,8 @@ def fit(times: dict[int, float], turns: int) -> Link:
 
 
 def collective(name: str, links: dict[str, Link], size: float, n: int) -> float:
-    """Of n processes of this machine. Their link is a core that copies: more processes than cores
-    share it."""
+    """Seconds for n processes on this machine. Their link is a core that copies: processes share it
+    if there are more of them than cores."""
     alone = (
         links[name].all_reduce(size, n) if name == "all_reduce" else links[name].pass_on(size, n)
     )
@@ -184,9 +185,9 @@ def collective(name: str, links: dict[str, Link], size: float, n: int) -> float:
 
 
 def communication(strategy: str, links: dict[str, Link], n: int) -> float:
-    """Of a step, seconds. DDP: one all-reduce of the gradients. FSDP2: of each layer two gathers
-    and a reduce-scatter. Tensor parallel: an all-reduce of activations for each pair of layers
-    forward, and backward but for the first, whose input asks for no gradient."""
+    """Seconds of communication in a step. DDP: one all-reduce of the gradients. FSDP2: two gathers
+    and a reduce-scatter for each layer. Tensor parallel: an all-reduce of activations for each pair
+    of layers in forward, and in backward except for the first, whose input needs no gradient."""
     layer = 4 * WIDTH * (WIDTH + 1)
     if strategy == "ddp":
         return collective("all_reduce", links, LAYERS * layer, n)
@@ -253,7 +254,7 @@ def report(result: dict[str, Any]) -> str:
     alone = 1e3 * result["one"]["compute"]["ddp"]
     lines = [
         f"{result['machine']}; all processes on the same cores.",
-        f"Fitted to 1 KiB to 1 MiB of two processes: {fitted}.",
+        f"Fitted to messages of 1 KiB to 1 MiB between two processes: {fitted}.",
         f"A step of one process: {one}; without an engine {alone:.1f} ms.",
         "",
         f"| {' | '.join(TITLES)} |",
@@ -272,13 +273,13 @@ def report(result: dict[str, Any]) -> str:
 
 
 def table() -> str:
-    """A step of a transformer of 7e9 parameters, 32 layers of width 4096, 8192 tokens a GPU, in
-    bf16 with AdamW in float32."""
+    """A step of a transformer with 7e9 parameters, 32 layers of width 4096 and 8192 tokens per GPU,
+    in bf16 with AdamW in float32."""
     parameters, layers, width, tokens = 7e9, 32, 4096, 8192
     inside, between = Link(5e-6, 350e9), Link(15e-6, 45e9)
     compute, size = 6 * parameters * tokens / 400e12, 2 * parameters
     lines = [
-        "| GPUs | DDP | FSDP2 | FSDP2 + TP 8 | memory a GPU: DDP, FSDP2, FSDP2 + TP 8 |",
+        "| GPUs | DDP | FSDP2 | FSDP2 + TP 8 | memory per GPU: DDP, FSDP2, FSDP2 + TP 8 |",
         "|---|---|---|---|---|",
     ]
     for n in (8, 32, 128, 512, 1024):
@@ -289,7 +290,7 @@ def table() -> str:
         tensor = 4 * layers * inside.all_reduce(
             2 * width * 8 * tokens, 8
         ) + 3 * layers * between.pass_on(size / 8 / layers, groups)
-        # 34 bytes a feature, where attention saves no scores
+        # 34 bytes per feature, if attention does not save its scores
         activations = 34 * tokens * width * layers
         memory = [
             16 * parameters + activations,
@@ -302,9 +303,9 @@ def table() -> str:
 
 
 def _computing(compute: float, communicate: float) -> str:
-    """Both times, and the share of computing where all communication is hidden, or none."""
-    hidden, shown = max(compute, communicate), compute + communicate
-    return f"{compute:.2f} + {communicate:.2f} s ({compute / hidden:.0%}, {compute / shown:.0%})"
+    """Both times, and the share of computing if they overlap completely, or not at all."""
+    least, most = max(compute, communicate), compute + communicate
+    return f"{compute:.2f} + {communicate:.2f} s ({compute / least:.0%}, {compute / most:.0%})"
 
 
 def main() -> None:
@@ -314,7 +315,7 @@ def main() -> None:
         formatter_class=argparse.RawTextHelpFormatter,
     )
     parser.add_argument(
-        "--table", action="store_true", help="what the model says of many GPUs; measures nothing"
+        "--table", action="store_true", help="print the predictions for many GPUs; measures nothing"
     )
     parser.add_argument("--out", type=Path, default=RESULTS, metavar="DIR")
     args = parser.parse_args()

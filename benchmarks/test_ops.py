@@ -1,4 +1,4 @@
-"""``python -m pytest benchmarks``: every op, ours and stock side by side in one group."""
+"""``python -m pytest benchmarks``: every op, with ours and stock in one group."""
 
 from __future__ import annotations
 

@@ -1,5 +1,5 @@
-"""One training step on digits: 64 -> 1024 -> 512 -> 10 as in the example, or smaller, batch 128,
-cross-entropy, SGD."""
+"""One training step on the digits: 64 -> 1024 -> 512 -> 10 as in the example, or smaller, with a
+batch of 128, cross-entropy and SGD."""
 
 from __future__ import annotations
 
@@ -9,16 +9,16 @@ import torch
 
 from custom_backprop import nn, optim
 
-#: units of the two inner layers: those of the example, and some so few that the host's calls take
-#: as long as the arithmetic
+#: units of the two inner layers: as in the example, and so few that the calls take as long as the
+#: arithmetic
 HIDDEN = ((1024, 512), (256, 128))
 
 
 def training_step(
     ours: bool, device: str = "cpu", hidden: tuple[int, int] = HIDDEN[0]
 ) -> Callable[[], None]:
-    """Forward, loss, backward and update, with our layers, loss and optimizer or stock's, from one
-    seed."""
+    """Forward, loss, backward and update, with our layers, loss and optimizer, or with stock's,
+    from the same seed."""
     generator = torch.Generator().manual_seed(0)
     x = torch.rand(128, 64, generator=generator).to(device)
     target = torch.randint(0, 10, (128,), generator=generator).to(device)

@@ -1,20 +1,21 @@
-"""Handwritten digits squeezed through 2 and 16 numbers and back, by our layers; then sorted into
-ten clusters. No label is learned from.
+"""Handwritten digits compressed to 2 and 16 numbers and back, with our layers, and then sorted into
+ten clusters. Training uses no labels.
 
-1797 scans of 8 x 8 pixels (scikit-learn's load_digits), less their mean. Four autoencoders learn to
-give back what they are given, by the mean squared error: two linear ones, 64 -> k -> 64, whose best
-is known (the k-dimensional space of principal component analysis: the largest angle between the two
-spaces is printed), by L-BFGS in float64; and two with a layer of tanh on either side, by Adam on
-batches.
+The data are 1797 scans of 8 x 8 pixels (scikit-learn's load_digits), minus their mean. Four
+autoencoders learn to reproduce their input, by the mean squared error. Two are linear, 64 -> k ->
+64, and are trained by L-BFGS in float64. Their optimum is known: the k-dimensional subspace of
+principal component analysis. The example prints the largest angle between the two subspaces. Two
+more have a layer with tanh on either side and are trained by Adam on batches.
 
-Then k-means on the codes, trained by the gradient of its own loss: J = Σ ‖x - c‖² over each code's
-nearest centroid c has ∂J/∂c = 2 Σ (c - x) over the n codes nearest to c, and second derivative 2n,
-so that Newton's step moves c to their mean: Lloyd's algorithm is gradient descent of rate 1/2n
-(Bottou and Bengio, 1995). Clusters and digits are compared by their mutual information, normalised.
+Then k-means runs on the codes, trained by the gradient of its own loss. The loss J = Σ ‖x - c‖²,
+where c is the centroid nearest to x, has ∂J/∂c = 2 Σ (c - x) over the n codes nearest to c, and the
+second derivative 2n. So Newton's step moves c to their mean: Lloyd's algorithm is gradient descent
+with the rate 1/2n (Bottou and Bengio, 1995). Clusters and digits are compared by their normalised
+mutual information.
 
-Each epoch ends with a checkpoint. After Ctrl-C the same command goes on from the last one, to the
-very weights of a run that was not interrupted. A finished run leaves its weights and its
-pictures, and no checkpoint: the same command then starts anew.
+Each epoch ends with a checkpoint. After Ctrl-C the same command continues from the last one and
+ends with exactly the weights of an uninterrupted run. A finished run leaves its weights and its
+pictures but no checkpoint, so the same command then starts again.
 """
 
 from __future__ import annotations
@@ -45,8 +46,8 @@ CLUSTERS, STARTS, MOST_STEPS = 10, 10, 300
 
 
 class Autoencoder(torch.nn.Module):
-    """64 -> ``code`` -> 64, by two linear maps or with layers of ``hidden`` units around the
-    code."""
+    """64 -> ``code`` -> 64, with one linear layer on either side, or with layers of ``hidden``
+    units around the code."""
 
     def __init__(self, code: int, *hidden: int) -> None:
         super().__init__()
@@ -57,7 +58,7 @@ class Autoencoder(torch.nn.Module):
 
 
 def _layers(*sizes: int) -> torch.nn.Sequential:
-    """Linear layers, all but the last followed by tanh. Their data have mean 0; alone, a layer
+    """Linear layers, all but the last followed by tanh. The data have mean 0, so a single layer
     needs no bias."""
     *inner, last = pairwise(sizes)
     hidden = [nn.LinearActivation(*size, activation="tanh") for size in inner]
@@ -65,12 +66,12 @@ def _layers(*sizes: int) -> torch.nn.Sequential:
 
 
 class Coder:
-    """An autoencoder in training: batch by batch by Adam, or, if it is linear, on all digits at
-    once by L-BFGS.
+    """An autoencoder in training: by Adam on batches, or, if it is linear, by L-BFGS on all digits
+    at once.
 
-    Of the digits x = QR a linear one sees no more than their covariance, RᵀR / n: its loss on them
-    is that on the 64 rows of R, scaled. It starts from digits, W of orthonormal rows that they span
-    and V = Wᵀ: what a start puts where the digits hardly vary is slow to go.
+    With x = QR, the loss of a linear one depends only on the covariance of the digits, RᵀR / n: it
+    is the loss on the 64 rows of R, scaled. W starts with orthonormal rows in the span of some
+    digits, and V = Wᵀ. Components along which the digits hardly vary would take long to disappear.
     """
 
     def __init__(self, code: int, hidden: tuple[int, ...], x: Tensor) -> None:
@@ -96,10 +97,10 @@ class Coder:
                 line_search_fn="strong_wolfe",
             )
         )
-        self.history: list[float] = []  # the loss, one entry an epoch
+        self.history: list[float] = []  # the loss of each epoch
 
     def epoch(self, order: Tensor) -> None:
-        """Goes through the digits once, in ``order``; or ITERATIONS steps of L-BFGS."""
+        """Goes through the digits once, in ``order``, or takes ITERATIONS steps of L-BFGS."""
         for batch in self.x[order.to(self.x.device)].split(self.batch) if self.batch else [self.x]:
 
             def closure(batch: Tensor = batch) -> Tensor:
@@ -136,15 +137,15 @@ def coders(x: Tensor) -> dict[str, Coder]:
 
 
 def data(device: str) -> tuple[Tensor, Tensor, Tensor]:
-    """The pixels in float64, between 0 and 1, less their mean; the mean; and the labels, to judge
-    by."""
+    """The pixels in float64, between 0 and 1, minus their mean; the mean; and the labels, for the
+    evaluation."""
     pixels, labels = load_digits(return_X_y=True)
     x = torch.from_numpy(pixels).to(device) / 16
     return x - x.mean(dim=0), x.mean(dim=0), torch.from_numpy(labels)
 
 
 def angle_to_principal_components(model: Autoencoder, x: Tensor) -> float:
-    """The sine of the largest angle between the space that a linear autoencoder gives back and that
+    """The sine of the largest angle between the subspace of a linear autoencoder's outputs and that
     of x's first principal components."""
     ours = torch.linalg.qr(next(model.decode.parameters()).detach())[0]
     principal = torch.linalg.svd(x, full_matrices=False)[2][: ours.shape[1]].t()
@@ -171,18 +172,19 @@ class SquaredDistances(torch.autograd.Function):
 
 
 def _counts(nearest: Tensor, centroids: Tensor) -> Tensor:
-    """n of each centroid, to be broadcast along its components."""
+    """n for each centroid, in a shape that broadcasts along its components."""
     return torch.bincount(nearest, minlength=len(centroids)).to(centroids.dtype).unsqueeze(1)
 
 
 def k_means(x: Tensor, generator: torch.Generator) -> tuple[float, Tensor, Tensor]:
-    """The least loss of STARTS starts, its centroids, and the nearest of them to each row."""
+    """The lowest loss of STARTS runs, its centroids, and the index of the nearest one to each
+    row."""
     return min((_descend(x, c) for c in _starts(x, generator)), key=lambda found: found[0])
 
 
 def _starts(x: Tensor, generator: torch.Generator) -> Iterator[Tensor]:
-    """CLUSTERS rows of x, each drawn in proportion to its squared distance from those before
-    (Arthur and Vassilvitskii, 2007)."""
+    """CLUSTERS rows of x, each drawn with a probability proportional to its squared distance from
+    those drawn before (Arthur and Vassilvitskii, 2007)."""
     for _ in range(STARTS):
         chosen = torch.randint(len(x), (1,), generator=generator)
         while len(chosen) < CLUSTERS:
@@ -206,9 +208,9 @@ def _descend(x: Tensor, centroids: Tensor) -> tuple[float, Tensor, Tensor]:
 
 
 def train(all_coders: dict[str, Coder], count: int, args: Namespace) -> None:
-    """Trains all four on ``count`` digits, from the checkpoint where there is one."""
+    """Trains all four on ``count`` digits, from the checkpoint if there is one."""
     settings = settings_of(args, batch=BATCH, rate=RATE, iterations=ITERATIONS, history=HISTORY)
-    # the only chance left once the weights are drawn
+    # after the weights are drawn, nothing else is random
     shuffle = torch.Generator().manual_seed(args.seed)
     done = 0
     if (state := load(args.checkpoint, settings)) is not None:
@@ -216,7 +218,7 @@ def train(all_coders: dict[str, Coder], count: int, args: Namespace) -> None:
         shuffle.set_state(state["shuffle"])
         for name, coder in all_coders.items():
             coder.load_state_dict(state["coders"][name])
-        print(f"going on after epoch {done} of {args.epochs}, from {args.checkpoint}")
+        print(f"continuing after epoch {done} of {args.epochs}, from {args.checkpoint}")
 
     each = len(all_coders)
     with tqdm(
@@ -251,7 +253,7 @@ def draw_codes(
     labels: Tensor,
     args: Namespace,
 ) -> None:
-    """The codes of two numbers, coloured by digit, and the centroids."""
+    """The two-dimensional codes, coloured by digit, and the centroids."""
     flat = {name: z for name, z in codes.items() if z.shape[1] == 2}
     figure, axes = plt.subplots(1, len(flat), figsize=(5.5 * len(flat), 4.6))
     for plot, (name, z) in zip(axes, flat.items(), strict=True):
@@ -276,7 +278,7 @@ def draw_codes(
 
 
 def draw_digits(rows: dict[str, Tensor], labels: Tensor, args: Namespace) -> None:
-    """One of each digit, as it is and as each autoencoder gives it back."""
+    """One of each digit, as it is and as each autoencoder reproduces it."""
     chosen = [int((labels == digit).nonzero()[0]) for digit in range(10)]
     figure, axes = plt.subplots(len(rows), 10, figsize=(9, 0.95 * len(rows)))
     for line, (name, images) in zip(axes, rows.items(), strict=True):

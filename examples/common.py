@@ -1,4 +1,4 @@
-"""What the examples share: their options, their checkpoints and the look of their pictures."""
+"""What the examples share: their options, their checkpoints and the style of their pictures."""
 
 from __future__ import annotations
 
@@ -19,8 +19,8 @@ from matplotlib.figure import Figure
 
 
 def _interpret_on_a_cpu() -> None:
-    """Asks for Triton's interpreter where the command line forces kernels on a CPU. Triton reads
-    this when it is imported, so it comes before custom_backprop."""
+    """Sets up Triton's interpreter if the command line forces kernels on a CPU. Triton reads the
+    variable when it is imported, so this runs before custom_backprop is imported."""
     early = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
     early.add_argument("--backend")
     early.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
@@ -61,15 +61,15 @@ def at_least(least: int) -> Callable[[str], int]:
 
 
 #: what to do with a checkpoint that cannot be used
-ANEW = "delete it, or name another folder by --out, to start anew"
+REMEDY = "delete it, or name another folder by --out, to start again"
 
 
 def options(name: str, description: str | None, **own: int | tuple[str, ...]) -> argparse.Namespace:
     """The command line of the example ``name``: --out, --device, --backend and --seed, and its
-    ``own``, each the default of a count or a tuple of choices.
+    ``own`` options, each of them the default of a count, or a tuple of choices.
 
-    Makes the output folder, sets the backend, and limits torch to one thread: matrices as small as
-    these gain nothing from a second one, and lose much where the cores are busy.
+    Creates the output folder, sets the backend, and limits torch to one thread: a second one does
+    not help with such small matrices, and costs much if the cores are busy.
     """
     parser = argparse.ArgumentParser(
         description=description, formatter_class=argparse.RawDescriptionHelpFormatter
@@ -104,11 +104,11 @@ def options(name: str, description: str | None, **own: int | tuple[str, ...]) ->
         parser.add_argument(f"--{option}", help="default: %(default)s", **kind)
     args = parser.parse_args()
     try:
-        torch.zeros((), device=args.device).item()  # meta, which has no values, refuses
+        torch.zeros((), device=args.device).item()  # raises on meta, which has no values
         custom_backprop.use_backend(args.backend)
         args.out.mkdir(parents=True, exist_ok=True)
-        TemporaryFile(dir=args.out).close()  # refuses now, not after the first epoch
-    # torch raises AssertionError for cuda where it is built without
+        TemporaryFile(dir=args.out).close()  # raises now, not after the first epoch
+    # torch raises AssertionError for cuda if it was built without it
     except (AssertionError, OSError, RuntimeError, ValueError) as error:
         parser.error(str(error))
     torch.set_num_threads(1)
@@ -120,16 +120,16 @@ def where(args: argparse.Namespace) -> str:
 
 
 def settings_of(args: argparse.Namespace, **more: Any) -> dict[str, Any]:
-    """What a run must have in common with the checkpoint that it goes on from."""
+    """What a run must have in common with the checkpoint that it continues from."""
     given = {k: v for k, v in vars(args).items() if k not in ("out", "checkpoint")}
     return given | more | {"torch": str(torch.__version__)}
 
 
 def save(state: dict[str, Any], path: Path) -> None:
-    """Writes a checkpoint whole or not at all: an interruption leaves the one before.
+    """Writes a complete checkpoint, or none: after an interruption the one before is still there.
 
-    After what torch writes and reads stands its SHA-256: torch would take a damaged file's numbers
-    as they are.
+    The SHA-256 follows what torch writes, because torch would load wrong values from a damaged file
+    without an error.
     """
     temporary = path.with_name(path.name + ".tmp")
     torch.save(state, temporary)
@@ -139,20 +139,20 @@ def save(state: dict[str, Any], path: Path) -> None:
 
 
 def load(path: Path, settings: dict[str, Any]) -> dict[str, Any] | None:
-    """The checkpoint at ``path``, or None if there is none. Ends the program if it is damaged or of
-    other settings."""
+    """The checkpoint at ``path``, or None if there is none. Ends the program if the checkpoint is
+    damaged or has other settings."""
     if not path.exists():
         return None
     try:
         content = path.read_bytes()
         state = torch.load(io.BytesIO(content), weights_only=True)
         saved = dict(state["settings"])
-    except Exception as error:  # whatever a damaged file makes the reader raise
-        sys.exit(f"cannot read the checkpoint {path} ({type(error).__name__}): {ANEW}")
+    except Exception as error:  # a damaged file may cause any of them
+        sys.exit(f"cannot read the checkpoint {path} ({type(error).__name__}): {REMEDY}")
     if sha256(content[:-32]).digest() != content[-32:]:
         sys.exit(
             f"cannot use the checkpoint {path}: it is damaged, "
-            f"its checksum is not that of its content; {ANEW}"
+            f"its checksum is not that of its content; {REMEDY}"
         )
     if changed := [
         f"{k} {saved.get(k)!r}, now {settings.get(k)!r}"
@@ -161,7 +161,7 @@ def load(path: Path, settings: dict[str, Any]) -> dict[str, Any] | None:
     ]:
         sys.exit(
             f"the checkpoint {path} is of a run with other settings ({'; '.join(changed)}): "
-            f"repeat those; or {ANEW}"
+            f"repeat those; or {REMEDY}"
         )
     return state
 
@@ -173,14 +173,14 @@ def resume(
     chance: torch.Generator,
     epochs: int,
 ) -> int:
-    """How many epochs are done. Puts learners and ``chance`` back to where the checkpoint at
-    ``path``, if there is one, left them."""
+    """How many epochs are done. Restores the learners and ``chance`` from the checkpoint at
+    ``path``, if there is one."""
     if (state := load(path, settings)) is None:
         return 0
     chance.set_state(state["chance"])
     for name, learner in learners.items():
         learner.load_state_dict(state["learners"][name])
-    print(f"going on after epoch {state['epoch']} of {epochs}, from {path}")
+    print(f"continuing after epoch {state['epoch']} of {epochs}, from {path}")
     return state["epoch"]
 
 
@@ -202,15 +202,15 @@ def save_epoch(
 def stop(
     checkpoint: Path, complete: str = "the last whole epoch is", of: str = "epoch"
 ) -> NoReturn:
-    """Ends an interrupted run, and says how to go on."""
-    saved = f"{complete} saved in {checkpoint}; the same command goes on from there"
+    """Ends an interrupted run, and says how to continue it."""
+    saved = f"{complete} saved in {checkpoint}; the same command continues from there"
     nothing = f"no {of} is complete yet, nothing is saved"
     print("\ninterrupted:", saved if checkpoint.exists() else nothing, file=sys.stderr)
     sys.exit(130)
 
 
 def write(figure: Figure, path: Path) -> None:
-    """Writes a picture and says so."""
+    """Writes a picture and prints its path."""
     figure.savefig(path)
     plt.close(figure)
     print(f"wrote {path}")

@@ -1,23 +1,23 @@
-"""Handwritten digits told apart before anyone says what they are: two losses that compare vectors,
-from our formulas.
+"""Representations of handwritten digits, learned by two losses that compare vectors, with our
+formulas.
 
-1797 scans of 8 x 8 pixels (scikit-learn's load_digits), of which a fifth is the test. Two
-encoders of one shape, 64 -> 256 -> 64:
+The data are 1797 scans of 8 x 8 pixels (scikit-learn's load_digits); a fifth is the test set. Two
+encoders have the same shape, 64 -> 256 -> 64:
 
-InfoNCE sees no label. Each digit is shown twice, shifted by up to one pixel and with noise, and its
-two views must find each other among those of all other digits of the batch (van den Oord et al.,
-2018, symmetric as in CLIP). It compares what one more linear layer makes of a representation, which
-is thrown away after training (Chen et al., 2020).
-Triplet margin sees labels: a view of a digit must lie nearer to one of its own class than to one of
-another, by a margin.
+InfoNCE uses no labels. It gets two views of each digit, shifted by up to one pixel and with noise.
+The two must find each other among the views of all other digits in the batch (van den Oord et al.,
+2018, symmetric as in CLIP). The loss compares the output of one more linear layer, which is dropped
+after training (Chen et al., 2020).
+Triplet margin uses labels: a view of a digit must be nearer to one of its own class than to one of
+another class, by a margin.
 
-Then the representations are judged with the pixels beside them: how many test digits are of the
-class of their five nearest neighbours among the others, and of the class that a linear probe reads
-from them, given all labels or five of each class.
+Then the representations are compared with the plain pixels: in how many test digits the class is
+that of the five nearest neighbours among the training digits, and how many a linear probe
+classifies correctly, given all labels or five per class.
 
-Each epoch ends with a checkpoint. After Ctrl-C the same command goes on from the last one, to the
-very weights of a run that was not interrupted. A finished run leaves its weights and its
-picture, and no checkpoint: the same command then starts anew.
+Each epoch ends with a checkpoint. After Ctrl-C the same command continues from the last one and
+ends with exactly the weights of an uninterrupted run. A finished run leaves its weights and its
+picture but no checkpoint, so the same command then starts again.
 """
 
 from __future__ import annotations
@@ -48,7 +48,7 @@ NEIGHBOURS, FEW = 5, 5
 
 
 def view(x: Tensor, generator: torch.Generator) -> Tensor:
-    """Each digit shifted by -1, 0 or 1 pixel either way, and noise upon it."""
+    """Each digit shifted by -1, 0 or 1 pixel in both directions, with noise added."""
     images = torch.nn.functional.pad(x.view(-1, 8, 8), (1, 1, 1, 1))
     down, right = torch.randint(3, (2, len(x), 1), generator=generator).to(x.device)
     pixel = torch.arange(8, device=x.device)
@@ -58,7 +58,8 @@ def view(x: Tensor, generator: torch.Generator) -> Tensor:
 
 
 def partners(labels: Tensor, same: bool, generator: torch.Generator) -> Tensor:
-    """For each digit of a batch one that is of its class, or is not; itself where there is none."""
+    """For each digit of a batch, another one of its class, or of another class; itself if there is
+    none."""
     fits = (labels.unsqueeze(1) == labels) if same else (labels.unsqueeze(1) != labels)
     fits = fits & ~torch.eye(len(labels), dtype=torch.bool)
     alone = ~fits.any(dim=1, keepdim=True)
@@ -68,7 +69,7 @@ def partners(labels: Tensor, same: bool, generator: torch.Generator) -> Tensor:
 
 
 class Learner:
-    """An encoder in training. ``head`` is what only the loss sees of its representation."""
+    """An encoder in training. Only the loss uses ``head``."""
 
     def __init__(self, loss: torch.nn.Module, head: torch.nn.Module, device: str) -> None:
         self.encoder = torch.nn.Sequential(
@@ -78,7 +79,7 @@ class Learner:
         self.optimizer = torch.optim.Adam(
             [*self.encoder.parameters(), *self.head.parameters()], lr=RATE
         )
-        self.history: list[float] = []  # the loss, one entry an epoch
+        self.history: list[float] = []  # the loss of each epoch
 
     def step(self, views: list[Tensor]) -> Tensor:
         """Forward, backward, update. Returns the loss."""
@@ -90,7 +91,7 @@ class Learner:
 
     @torch.no_grad()
     def represent(self, x: Tensor) -> Tensor:
-        """What the encoder makes of digits as they are, of length 1."""
+        """The representations of unchanged digits, normalised to length 1."""
         return torch.nn.functional.normalize(self.encoder(x))
 
     def state_dict(self) -> dict[str, Any]:
@@ -114,11 +115,11 @@ def learners_of(device: str) -> dict[str, Learner]:
 
 
 def train(learners: dict[str, Learner], x: Tensor, labels: Tensor, args: Namespace) -> None:
-    """Trains both, from the checkpoint where there is one."""
+    """Trains both, from the checkpoint if there is one."""
     settings = settings_of(
         args, batch=BATCH, rate=RATE, temperature=TEMPERATURE, margin=MARGIN, noise=NOISE
     )
-    # the only chance left once the weights are drawn
+    # after the weights are drawn, nothing else is random
     chance = torch.Generator().manual_seed(args.seed)
     done = resume(args.checkpoint, settings, learners, chance, args.epochs)
     batches = -(-len(x) // BATCH)
@@ -155,10 +156,11 @@ def train(learners: dict[str, Learner], x: Tensor, labels: Tensor, args: Namespa
 def judge(
     z: np.ndarray, labels: np.ndarray, test_z: np.ndarray, test_labels: np.ndarray
 ) -> tuple[float, ...]:
-    """Test accuracy of the nearest neighbours and of a linear probe, given all labels; and of both
-    given FEW of each class."""
+    """Test accuracy of the nearest neighbours and of a linear probe, given all labels, and of both
+    given FEW labels per class."""
     few = np.concatenate([np.flatnonzero(labels == digit)[:FEW] for digit in range(10)])
-    scale = z.std(axis=0).mean()  # so that the probe's regularisation weighs the same on each
+    # so that the regularisation of the probe has the same effect on each
+    scale = z.std(axis=0).mean()
     found = []
     for rows in (np.arange(len(z)), few):
         for reader in (

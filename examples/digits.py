@@ -1,15 +1,15 @@
-"""Handwritten digits, learned with our layers, loss and optimizer and with stock PyTorch's: one
-seed, one loop, the same batches.
+"""Handwritten digits, learned with our layers, loss and optimizer, and with stock PyTorch's: with
+the same seed, in the same loop, on the same batches.
 
-1797 scans of 8 x 8 pixels (scikit-learn's load_digits), of which a fifth is the test; 64 -> 1024 ->
-512 -> 10 units, ReLU, cross-entropy, SGD with momentum, float32. On a CPU both end with the same
-weights. Where sums are taken in another order (--backend formula, a GPU), training itself lets
-the rounding grow: a relative 1e-7 at the start becomes 1e-2 or more by the end, also of stock
-against stock.
+The data are 1797 scans of 8 x 8 pixels (scikit-learn's load_digits); a fifth is the test set. The
+network has 64 -> 1024 -> 512 -> 10 units, ReLU, cross-entropy and SGD with momentum, in float32. On
+a CPU both end with the same weights. If sums are computed in another order (--backend formula, a
+GPU), training amplifies the rounding: a relative difference of 1e-7 at the start becomes 1e-2 or
+more by the end, also between two runs of stock.
 
-Each epoch ends with a checkpoint. After Ctrl-C the same command goes on from the last one, to the
-very weights of a run that was not interrupted. A finished run leaves its weights and its
-picture, and no checkpoint: the same command then starts anew.
+Each epoch ends with a checkpoint. After Ctrl-C the same command continues from the last one and
+ends with exactly the weights of an uninterrupted run. A finished run leaves its weights and its
+picture but no checkpoint, so the same command then starts again.
 """
 
 from __future__ import annotations
@@ -55,16 +55,16 @@ def stock_model(first: int = 1024, second: int = 512) -> torch.nn.Module:
 
 
 class Learner:
-    """A model in training: its loss, its optimizer, and what is told of it."""
+    """A model in training: its loss, its optimizer, and what is recorded."""
 
     def __init__(
         self, model: torch.nn.Module, loss: torch.nn.Module, sgd: type[torch.optim.SGD], device: str
     ) -> None:
         self.model, self.loss, self.device = model.to(device), loss, device
-        # fused=False rounds as a plain loop over the parameters does, which is stock's default
+        # fused=False rounds like a plain loop over the parameters, which is stock's default
         self.optimizer = sgd(self.model.parameters(), lr=RATE, momentum=MOMENTUM, fused=False)
         self.seconds = 0.0
-        # one entry an epoch
+        # one entry per epoch
         self.history: dict[str, list[Any]] = {"loss": [], "accuracy": [], "norms": []}
 
     def step(self, x: Tensor, y: Tensor) -> Tensor:
@@ -80,7 +80,7 @@ class Learner:
         return loss.detach()
 
     def gradient_norms(self) -> Tensor:
-        """Of the weight of each layer, after a step."""
+        """The norm for the weight of each layer, after a step."""
         return torch.stack(
             [p.grad.norm() for p in self.model.parameters() if p.grad is not None and p.dim() == 2]
         )
@@ -100,7 +100,7 @@ class Learner:
 
 
 def data(seed: int, device: str) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """x to learn from, x of the test, y to learn from, y of the test. The pixels lie in [0, 1]."""
+    """x for training, x for the test, y for training, y for the test. Pixels are in [0, 1]."""
     pixels, labels = load_digits(return_X_y=True)
     parts = train_test_split(
         pixels.astype("float32") / 16, labels, test_size=0.2, stratify=labels, random_state=seed
@@ -111,10 +111,10 @@ def data(seed: int, device: str) -> tuple[Tensor, Tensor, Tensor, Tensor]:
 def train(
     learners: dict[str, Learner], parts: tuple[Tensor, Tensor, Tensor, Tensor], args: Namespace
 ) -> None:
-    """Trains both, from the checkpoint where there is one."""
+    """Trains both, from the checkpoint if there is one."""
     x, test_x, y, test_y = parts
     settings = settings_of(args, batch=BATCH, rate=RATE, momentum=MOMENTUM)
-    # the only chance left once the weights are drawn
+    # after the weights are drawn, nothing else is random
     shuffle = torch.Generator().manual_seed(args.seed)
     done = resume(args.checkpoint, settings, learners, shuffle, args.epochs)
     batches = -(-len(x) // BATCH)
@@ -130,7 +130,7 @@ def train(
             norms: dict[str, list[Tensor]] = {name: [] for name in learners}
             for i, batch in enumerate(torch.randperm(len(x), generator=shuffle).split(BATCH)):
                 inputs, targets = x[batch.to(x.device)], y[batch.to(x.device)]
-                # they take turns in going first, so that neither gets the warmer cache
+                # each goes first in turn, so that neither always gets the warmer cache
                 for name in sorted(learners, reverse=i % 2 == 0):
                     losses[name].append(learners[name].step(inputs, targets))
                     norms[name].append(learners[name].gradient_norms())
@@ -150,7 +150,7 @@ def train(
 
 
 def step_memory(learner: Learner, x: Tensor, y: Tensor) -> int:
-    """Peak bytes of one training step, of a copy."""
+    """Peak bytes of one training step of a copy."""
     twin = copy.deepcopy(learner)
 
     def step() -> None:
@@ -161,8 +161,8 @@ def step_memory(learner: Learner, x: Tensor, y: Tensor) -> int:
 
 
 def draw(learners: dict[str, Learner], args: Namespace) -> None:
-    """Loss, accuracy and gradient norms by epoch: stock broad and pale, ours thin and dark upon
-    it."""
+    """Loss, accuracy and gradient norms by epoch: stock broad and pale, ours thin and dark on
+    top."""
     figure, (loss, accuracy, norms) = plt.subplots(1, 3, figsize=(12, 3.8))
     epochs = range(1, args.epochs + 1)
     looks: dict[str, dict[str, Any]] = {

@@ -1,20 +1,21 @@
-"""Handwritten digits, learned by many processes with our layers and PyTorch's own engine.
+"""Handwritten digits, learned by many processes with our layers and PyTorch's DDP or FSDP2.
 
     torchrun --standalone --nproc-per-node 4 --max-restarts 2 \\
         examples/distributed.py --strategy fsdp2
 
---strategy ddp: each rank holds the whole model, and gradients are averaged. fsdp2: each rank holds
-a part of every parameter, gradient and momentum. gloo on a CPU, NCCL on GPUs; without torchrun, one
-process. Every batch is dealt out to the ranks as DistributedSampler deals, and cut further by
---accumulate, so that any number of processes computes the gradient of one: the loss is the same but
-for rounding.
+With --strategy ddp each rank has the whole model, and gradients are averaged. With fsdp2 each rank
+has a part of every parameter, gradient and momentum. The backend is gloo on a CPU and NCCL on GPUs.
+Without torchrun there is one process. Every batch is divided among the ranks as by
+DistributedSampler, and into --accumulate parts, so any number of processes computes the same
+gradient as one: the losses differ only by rounding.
 
-Every --interval steps the ranks write a checkpoint, each its own part, under a name that it bears
-only when it is whole. When a rank dies, torchrun's agent starts all of them again, and they go on
-from the last one; so does the same command after all have died, with any number of processes and
-either strategy. A finished run leaves its weights and its picture, and no checkpoint: the same
-command then starts anew. On several machines set TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1 (PyTorch
-issue 135712), and let --out be on a disk that all of them see.
+Every --interval steps the ranks write a checkpoint, each its own part. It gets its final name only
+when it is complete. When a rank dies, torchrun's agent restarts all of them, and they continue from
+the last checkpoint. If all have died, the same command continues from it, with any number of
+processes and either strategy. A finished run leaves its weights and its picture but no checkpoint,
+so the same command then starts again. On several machines set
+TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1 (PyTorch issue 135712), and choose an --out on a disk that all
+of them share.
 """
 
 from __future__ import annotations
@@ -35,7 +36,7 @@ try:
     import torch
     import torch.distributed as dist
     import torch.distributed.checkpoint as dcp
-    from common import ANEW, options, plt, save, stop, write
+    from common import REMEDY, options, plt, save, stop, write
     from digits import MOMENTUM, RATE, data, our_model
     from torch import Tensor
     from torch.distributed.checkpoint.state_dict import (
@@ -53,28 +54,28 @@ try:
 except ImportError as error:
     sys.exit(f"{error}; the examples need: pip install -e '.[demo]'")
 
-BATCH = 128  # of all ranks together
+BATCH = 128  # rows of all ranks together
 CHECKSUMS = "checksums.json"
 
 
 def join(device: str) -> DeviceMesh:
-    """All ranks in one row: those of torchrun, or this process alone."""
+    """A mesh of one dimension: all ranks of torchrun, or this process alone."""
     backend = "cpu:gloo,cuda:nccl" if device.startswith("cuda") else "gloo"
     if not dist.is_torchelastic_launched():
         dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1)
     elif os.environ["GROUP_WORLD_SIZE"] == "1":
         # the agent's store outlives the ranks: under the old names a restarted rank may find a dead
-        # one's address, and wait for it
+        # rank's address, and wait for it
         store, rank, ranks = next(dist.rendezvous("env://"))
         store = dist.PrefixStore(os.environ["TORCHELASTIC_RESTART_COUNT"], store)
         dist.init_process_group(backend, store=store, rank=rank, world_size=ranks)
-    else:  # machines need not agree on the count of restarts
+    else:  # the number of restarts may differ between machines
         dist.init_process_group(backend)
     return init_device_mesh(torch.device(device).type, (dist.get_world_size(),))
 
 
 def spread(model: torch.nn.Module, strategy: str, mesh: DeviceMesh) -> torch.nn.Module:
-    """The model on the ranks of the mesh, all of which have drawn the same weights."""
+    """The model on the ranks of the mesh. All of them drew the same weights."""
     if strategy == "ddp":
         return DistributedDataParallel(model, device_mesh=mesh)
     for layer in model.children():
@@ -84,8 +85,8 @@ def spread(model: torch.nn.Module, strategy: str, mesh: DeviceMesh) -> torch.nn.
 
 
 def syncing(model: torch.nn.Module, last: bool) -> AbstractContextManager[Any]:
-    """Gradients travel in the backward of a step's last part; before, they add up where they
-    are."""
+    """Ranks exchange gradients in the backward of a step's last part. Before that, each rank adds
+    up its own."""
     if isinstance(model, FSDPModule):
         model.set_requires_gradient_sync(last)
         return nullcontext()
@@ -93,7 +94,8 @@ def syncing(model: torch.nn.Module, last: bool) -> AbstractContextManager[Any]:
 
 
 def checksums(folder: Path) -> dict[str, str]:
-    """Of each file of a checkpoint: torch would take a damaged one's numbers as they are."""
+    """One for each file of a checkpoint: torch would load wrong values from a damaged file without
+    an error."""
     return {
         p.name: sha256(p.read_bytes()).hexdigest()
         for p in sorted(folder.iterdir())
@@ -102,7 +104,7 @@ def checksums(folder: Path) -> dict[str, str]:
 
 
 def refuse(message: str) -> NoReturn:
-    """Ends every rank; one says why."""
+    """Ends every rank. One of them says why."""
     sys.exit(message if dist.get_rank() == 0 else 1)
 
 
@@ -113,10 +115,10 @@ class Learner:
         self.model, self.settings = model, settings
         self.loss = nn.CrossEntropyLoss(reduction="sum")
         self.optimizer = torch.optim.SGD(model.parameters(), lr=RATE, momentum=MOMENTUM)
-        self.losses: list[float] = []  # one a step, of all ranks
+        self.losses: list[float] = []  # one per step, of all ranks
 
     def step(self, x: Tensor, y: Tensor, parts: int) -> Tensor:
-        """One update by a batch, of which this rank takes its share in ``parts``. Returns the
+        """One update by a batch. This rank computes its share of it, in ``parts``. Returns the
         share's part of the mean loss."""
         rank, ranks = dist.get_rank(), dist.get_world_size()
         self.optimizer.zero_grad()
@@ -145,8 +147,8 @@ class Learner:
         }
 
     def save(self, folder: Path) -> None:
-        """A checkpoint of this step in the folder, which then holds no other. Called by every
-        rank."""
+        """Writes a checkpoint of this step to the folder and deletes the others. Every rank calls
+        it."""
         whole = folder / f"step-{len(self.losses):06d}"
         dcp.save(self.state_dict(), checkpoint_id=folder / "unfinished")
         if dist.get_rank() == 0:
@@ -159,7 +161,7 @@ class Learner:
                     shutil.rmtree(other)
 
     def load(self, folder: Path) -> Path | None:
-        """Goes back to the folder's last checkpoint, if there is one. Called by every rank."""
+        """Loads the folder's last checkpoint, if there is one. Every rank calls it."""
         checkpoint = max(folder.glob("step-*"), default=None)
         dist.barrier()  # all have looked
         if dist.get_rank() == 0:
@@ -174,12 +176,14 @@ class Learner:
             ):
                 raise ValueError("a checksum is not that of its file")
             dcp.load(state, checkpoint_id=checkpoint)
-        except Exception as error:  # whatever a damaged file makes the reader raise
+        except Exception as error:  # a damaged file may cause any of them
             why = f"{type(error).__name__}: {str(error).splitlines()[0]}"
-            refuse(f"cannot read the checkpoint {checkpoint} ({why}): {ANEW}")
+            refuse(f"cannot read the checkpoint {checkpoint} ({why}): {REMEDY}")
         if state["settings"] != self.settings:
             given = f"the settings {state['settings']}, not {self.settings}"
-            refuse(f"the checkpoint {checkpoint} is of a run with {given}: repeat those; or {ANEW}")
+            refuse(
+                f"the checkpoint {checkpoint} is of a run with {given}: repeat those; or {REMEDY}"
+            )
         set_state_dict(
             self.model,
             self.optimizer,
@@ -191,8 +195,8 @@ class Learner:
 
 
 def batches(count: int, seed: int, epochs: int) -> Iterator[Tensor]:
-    """The rows of each batch. Every epoch's order follows from its number, so a run goes on at any
-    step without a saved order."""
+    """The rows of each batch. The order of an epoch depends only on its number, so a run can
+    continue at any step without a saved order."""
     for epoch in range(epochs):
         yield from torch.randperm(
             count, generator=torch.Generator().manual_seed(seed + epoch)
@@ -200,10 +204,10 @@ def batches(count: int, seed: int, epochs: int) -> Iterator[Tensor]:
 
 
 def train(learner: Learner, x: Tensor, y: Tensor, args: Namespace) -> None:
-    """Trains from the last checkpoint, where there is one, to the end."""
+    """Trains to the end, from the last checkpoint if there is one."""
     first = dist.get_rank() == 0
     if (checkpoint := learner.load(args.checkpoints)) is not None and first:
-        print(f"going on after step {len(learner.losses)}, from {checkpoint}", flush=True)
+        print(f"continuing after step {len(learner.losses)}, from {checkpoint}", flush=True)
     steps = list(batches(len(x), args.seed, args.epochs))
     since: list[Tensor] = []
     start = len(learner.losses)
@@ -248,7 +252,7 @@ def main() -> None:
 
 
 def learn(args: Namespace, mesh: DeviceMesh) -> None:
-    """What a rank does between joining the others and leaving them."""
+    """What a rank does after it joins the others and before it leaves them."""
     first = dist.get_rank() == 0
     x, test_x, y, test_y = data(args.seed, args.device)
     torch.manual_seed(args.seed)
@@ -284,12 +288,12 @@ def learn(args: Namespace, mesh: DeviceMesh) -> None:
 
 
 def run(program: Callable[[], None]) -> NoReturn:
-    """``program``, and the end of the process, without that of the interpreter.
+    """Runs ``program``, then ends the process without the interpreter's own shutdown.
 
-    What still refers to a group, as DTensor's caches and a failed run do, lets gloo's threads live
-    on after ``destroy_process_group``. Such a thread that lets go of a tensor while the interpreter
-    ends aborts the process: "terminate called without an active exception" (PyTorch issue 190489).
-    After a failure the group is not even destroyed, since that may wait for ranks that are gone.
+    DTensor's caches, or a failed run, may still refer to a group, so gloo's threads live on after
+    ``destroy_process_group``. If such a thread releases a tensor while the interpreter shuts down,
+    it aborts the process: "terminate called without an active exception" (PyTorch issue 190489).
+    After a failure the group is not destroyed at all, because that may wait for dead ranks.
     """
     code: Any = 0
     try:

@@ -1,16 +1,16 @@
-"""A recurrent loop whose gradient explodes, and three ways to clip it: by its norm, value by value,
-and by the weights.
+"""A recurrent network whose gradient explodes, and three kinds of clipping: of the gradient's norm,
+of its values, and of the weights.
 
-The digits are read two pixels at a time, 32 times through the same layer:
+It reads the digits two pixels at a time, in 32 steps through the same layer:
 
     h_t = relu(W h_{t-1} + U x_t),    ∂L/∂h_t = J_{t+1}ᵀ ... J_32ᵀ ∂L/∂h_32,    J_k = diag(relu') W,
 
-close to a power of one matrix. With weights 1.2 times Kaiming's each pass lengthens the gradient by
-about as much, the 32 of them some thousandfold, and one step of descent throws the weights away.
-Clipping the norm, g <- g min(1, c / ‖g‖), keeps the direction; clipping values, g_i <- min(max(g_i,
--c), c), does not; clipping weights bounds W itself, and with it every power of it.
+which is close to a power of one matrix. With weights 1.2 times Kaiming's, the gradient grows by
+about that factor in each step, and some thousandfold in 32. One step of SGD then destroys the
+weights. Clipping the norm, g <- g min(1, c / ‖g‖), preserves the direction. Clipping values, g_i <-
+min(max(g_i, -c), c), does not. Clipping weights bounds W itself, and so every power of it.
 
-Each run that is complete is saved: after Ctrl-C the same command goes on with the next.
+Each complete run is saved: after Ctrl-C the same command continues with the next one.
 """
 
 from __future__ import annotations
@@ -40,7 +40,7 @@ CLIPPINGS = ("nothing", "norm clipping", "value clipping", "weight clipping")
 
 
 class Loop(torch.nn.Module):
-    """x (n, 64) -> logits (n, 10), by one layer used again and again."""
+    """x (n, 64) -> logits (n, 10), by one layer that is used in every step."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -76,8 +76,8 @@ def learn(
     args: Namespace,
     tick: Callable[[], object],
 ) -> Result:
-    """Trains the loop with one clipping. Returns what its monitor saw, the loss of every step, and
-    the test accuracy."""
+    """Trains the network with one kind of clipping. Returns what its monitor saw, the loss of every
+    step, and the test accuracy."""
     x, test_x, y, test_y = parts
     torch.manual_seed(args.seed)
     model = Loop().to(x.device)
@@ -118,7 +118,7 @@ def draw(
     results: dict[str, Any],
     args: Namespace,
 ) -> None:
-    """The gradient through time; its norm and the loss, step by step, with each clipping."""
+    """The gradient through time; its norm and the loss by step, for each kind of clipping."""
     figure, (time, norms, losses) = plt.subplots(1, 3, figsize=(13, 3.8))
     time.plot(range(1, len(back) + 1), back, "k.-")
     time.set(

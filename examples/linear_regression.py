@@ -1,4 +1,4 @@
-"""Gradient descent on a line, three ways: the equations in NumPy, our layers, stock torch.
+"""Gradient descent on a line, three times: the equations in NumPy, our layers, stock torch.
 
     ŷ = W x + b,    L = 1/n Σ (ŷ - y)²
 
@@ -50,7 +50,7 @@ def by_torch(
     steps: int,
     device: str,
 ) -> np.ndarray:
-    """The same with a layer and a loss, ours or stock's: their backward is what differs."""
+    """The same with a layer and a loss, ours or stock's. Only their backward differs."""
     layer.load_state_dict({"weight": torch.from_numpy(W), "bias": torch.from_numpy(b)})
     layer.to(device)
     inputs, targets = torch.from_numpy(x).to(device), torch.from_numpy(y).to(device)
@@ -65,7 +65,7 @@ def by_torch(
 
 
 def draw(x: np.ndarray, y: np.ndarray, paths: dict[str, np.ndarray], args: Namespace) -> None:
-    """The fitted line through the points; the three losses, one upon another."""
+    """The fitted line through the points; the three losses in one plot."""
     figure, (left, right) = plt.subplots(1, 2, figsize=(9, 3.8))
     W, b = paths["ours"][-1]
     ends = np.array([x.min(), x.max()])

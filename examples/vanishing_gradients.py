@@ -1,17 +1,17 @@
-"""Why a deep network does not learn, and what helps: twenty layers of 64 units on the digits, three
-activations, six ways to start.
+"""Why a deep network does not learn, and what helps: twenty layers of 64 units on the digits, with
+three activations and six starts.
 
 The gradient at a layer is a product of the Jacobians of all layers after it,
 
     ∂L/∂z_l = J_{l+1}ᵀ ... J_Lᵀ ∂L/∂z_L,    J_k = W_k diag(f'(z_{k-1})),
 
-so it shrinks by the typical length of a Jacobian at every layer. Sigmoid (f' <= 1/4), tanh and ReLU
-start from small weights (deviation 0.05), from Xavier's (1/√n), from Kaiming's (√(2/n)), from
-LSUV's (unit variance measured layer by layer), and from small weights with batch normalisation, or
-with the gradient's norm clipped to 1.
+so it shrinks at every layer by the factor by which a typical Jacobian shortens a vector. Sigmoid
+(f' <= 1/4), tanh and ReLU start from small weights (standard deviation 0.05), from Xavier's (1/√n),
+from Kaiming's (√(2/n)), from LSUV's (unit variance, measured layer by layer), and from small
+weights with batch normalisation, or with the norm of the gradient clipped to 1.
 
-Each network that is complete is saved: after Ctrl-C the same command goes on with the next. A
-finished run leaves its picture and its table, and no checkpoint.
+Each complete network is saved: after Ctrl-C the same command continues with the next one. A
+finished run leaves its picture and its table but no checkpoint.
 """
 
 from __future__ import annotations
@@ -38,7 +38,7 @@ except ImportError as error:
 WIDTH, BATCH, RATE, MOMENTUM, SMALL, READINGS = 64, 64, 0.01, 0.9, 0.05, 24
 ACTIVATIONS = {"sigmoid": nn.Sigmoid, "tanh": nn.Tanh, "relu": nn.ReLU}
 STARTS = ("small", "Xavier", "Kaiming", "LSUV", "small + norm", "small + clip")
-TRAINS = 0.9  # the test accuracy from which on a network counts as trained
+TRAINS = 0.9  # a network with at least this test accuracy counts as trained
 
 Result = dict[str, Any]
 
@@ -103,13 +103,13 @@ def in_turn(
     args: Namespace,
     **more: Any,
 ) -> dict[str, Result]:
-    """The result of each run by name; those that are complete come from the checkpoint. ``run``
-    ticks ``ticks`` times."""
+    """The result of each run by name. Complete ones come from the checkpoint. ``run`` advances the
+    progress bar ``ticks`` times."""
     settings = settings_of(args, **more)
     results: dict[str, Result] = {}
     if (state := load(args.checkpoint, settings)) is not None:
         results = state["results"]
-        print(f"going on after {len(results)} of {len(names)}, from {args.checkpoint}")
+        print(f"continuing after {len(results)} of {len(names)}, from {args.checkpoint}")
     try:
         with tqdm(
             total=ticks * len(names),
@@ -139,8 +139,8 @@ def kinds(history: list[Reading]) -> str:
 
 
 def draw(monitors: dict[str, GradientMonitor], results: dict[str, Result], args: Namespace) -> None:
-    """A heat map for each network: its layers from the input down to the loss, the steps from left
-    to right."""
+    """A heat map for each network: layers from the input at the top to the loss, steps from left to
+    right."""
     figure, grid = plt.subplots(len(ACTIVATIONS), len(STARTS), figsize=(15, 7.5), sharex=True)
     for axes, (name, monitor) in zip(grid.flat, monitors.items(), strict=True):
         mesh = monitor.draw(axes, vmin=-10, vmax=1)
@@ -156,7 +156,7 @@ def main() -> None:
     args = options("vanishing_gradients", __doc__, epochs=12, depth=20)
     args.checkpoint = args.out / "checkpoint.pt"
     x, test_x, y, test_y = data(args.seed, args.device)
-    # every start but the small ones counts on inputs of unit variance
+    # every start except the small weights assumes inputs of unit variance
     mean, deviation = x.mean(), x.std()
     parts = (x - mean) / deviation, (test_x - mean) / deviation, y, test_y
     networks = {

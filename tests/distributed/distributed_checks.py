@@ -262,7 +262,7 @@ def check_checkpoint(mesh):
             )
         dist.barrier()
         with pytest.raises(
-            SystemExit, match="cannot read .*step-000003.*to start anew$" if RANK == 0 else "^1$"
+            SystemExit, match="cannot read .*step-000003.*to start again$" if RANK == 0 else "^1$"
         ):
             learner(strategy, dtype, mesh).load(folder)
 

@@ -108,7 +108,7 @@ def test_killed_and_restarted(monkeypatch, tmp_path):
         output = output_of(agent)
     assert "found step-000004 unfinished" in output
     assert not re.search("an interpreter ended beside.*gloo|terminate called", output)
-    assert re.findall(r"^going on after step (\d+)", output, re.MULTILINE) == ["4"]
+    assert re.findall(r"^continuing after step (\d+)", output, re.MULTILINE) == ["4"]
     weights = [
         torch.load(tmp_path / name / "weights.pt", weights_only=True)
         for name in ("killed", "alone")

@@ -107,7 +107,7 @@ def test_an_interrupted_run_goes_on_to_the_same_bits(name, example, tmp_path, mo
     with pytest.raises(SystemExit, match="other settings"):
         main(*SMALL[name], "--seed", 5, "--out", tmp_path / "stopped")
     main(*SMALL[name], "--out", tmp_path / "stopped")
-    assert "going on after 2 of" in capsys.readouterr().out
+    assert "continuing after 2 of" in capsys.readouterr().out
     whole = len(calls) - 3
     main(*SMALL[name], "--out", tmp_path / "whole")
     assert len(calls) - 3 - whole == whole + 2, "the finished ones were not trained again"

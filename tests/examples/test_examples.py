@@ -154,10 +154,10 @@ def test_an_interrupted_run_goes_on_to_the_same_bits(tmp_path, example):
         check=False,
     )
     assert stopped.returncode == 130, stopped.stderr
-    assert "the same command goes on" in stopped.stderr
+    assert "the same command continues" in stopped.stderr
     assert torch.load(tmp_path / "stopped" / "checkpoint.pt")["epoch"] == 2
     resumed = run("digits", *options, tmp_path / "stopped", cwd=tmp_path)
-    assert "going on after epoch 2 of 6" in resumed.stdout
+    assert "continuing after epoch 2 of 6" in resumed.stdout
 
     _, main = example("digits")
     main(*options, tmp_path / "whole")
@@ -197,7 +197,7 @@ def test_digits_refuses_a_checkpoint_it_cannot_go_on_from(content, message, exam
     with pytest.raises(SystemExit, match=message) as error:
         main("--epochs", 2)
     assert str(path) in str(error.value)
-    assert "delete it, or name another folder by --out, to start anew" in str(error.value)
+    assert "delete it, or name another folder by --out, to start again" in str(error.value)
     assert path.exists(), "it is the user's to delete"
 
 
@@ -212,7 +212,7 @@ def test_a_damaged_checkpoint_is_noticed_wherever_the_damage_is(example, tmp_pat
     ]
     for content in [*flipped, *(whole[:i] for i in range(0, len(whole), 50)), whole[:-1]]:
         path.write_bytes(content)
-        with pytest.raises(SystemExit, match=r"checkpoint\.pt.*to start anew$"):
+        with pytest.raises(SystemExit, match=r"checkpoint\.pt.*to start again$"):
             common.load(path, settings)
 
 
@@ -234,7 +234,7 @@ def test_digits_does_not_go_on_from_damaged_weights(damage, example, monkeypatch
     content = bytearray(path.read_bytes())
     content[len(content) // 2] ^= 16
     path.write_bytes(content if damage == "flipped byte" else content[: len(content) // 2])
-    with pytest.raises(SystemExit, match=r"cannot (use|read) the checkpoint .*to start anew$"):
+    with pytest.raises(SystemExit, match=r"cannot (use|read) the checkpoint .*to start again$"):
         main("--epochs", 2)
 
 

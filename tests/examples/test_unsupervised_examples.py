@@ -1,5 +1,5 @@
 """The examples that learn without labels: what they find is right, what they write is there, and an
-interrupted run goes on."""
+interrupted run continues."""
 
 from __future__ import annotations
 
@@ -130,9 +130,9 @@ def test_an_interrupted_run_goes_on_to_the_same_bits(name, example, tmp_path, ca
     with pytest.raises(SystemExit) as error:
         main("--epochs", 3, "--seed", 3)
     assert error.value.code == 130
-    assert "the same command goes on" in capsys.readouterr().err
+    assert "the same command continues" in capsys.readouterr().err
     main("--epochs", 3, "--seed", 3)
-    assert "going on after epoch 2 of 3" in capsys.readouterr().out
+    assert "continuing after epoch 2 of 3" in capsys.readouterr().out
     resumed = torch.load(tmp_path / "weights.pt")
     for model, weights in whole.items():
         for key, value in weights.items():
