@@ -267,8 +267,11 @@ DEVICE_FUNCTIONS: dict[str, tuple[Any, ...]] = {
 }  # fmt: skip
 
 
-def constants(name: str, which: int, parameters: tuple[float, ...]) -> dict[str, Any]:
-    """A kernel's F, A and B for the value (``which`` 0) or the derivative (1) of an activation."""
+def constants(name: str | None, which: int, parameters: tuple[float, ...]) -> dict[str, Any]:
+    """A kernel's F, A and B for the value (``which`` 0) or the derivative (1) of an activation;
+    each None where there is none."""
+    if name is None:
+        return {"F": None, "A": None, "B": None}
     *functions, a, b = (*DEVICE_FUNCTIONS[name], *parameters, None, None)[:4]
     return {"F": functions[which], "A": a, "B": b}
 

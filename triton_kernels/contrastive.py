@@ -255,16 +255,11 @@ def plan_triplet(
     return over_rows(kernel, (rows, n, 1), layouts, dtype, live, count, **named)
 
 
-def _triplet(
-    of: Sequence[Tensor], margin: float, order: float, eps: float, swap: bool,
-    reduction: int | None,
-) -> tuple[Launch, list[Tensor]]:  # fmt: skip
+def _triplet(*of: Tensor, options: tuple[Any, ...]) -> tuple[Launch, list[Tensor]]:
     """The launch, and a, p and n as rows."""
     flat = [rows_of(t) for t in of]
     strides, a = tuple([t.stride(0) for t in flat]), flat[0]
-    count = multiprocessors(a.device)
-    run = plan_triplet(*a.shape, strides, a.dtype, count, margin, order, eps, swap, reduction)
-    return run, flat
+    return plan_triplet(*a.shape, strides, a.dtype, multiprocessors(a.device), *options), flat
 
 
 def triplet_forward(
@@ -272,7 +267,7 @@ def triplet_forward(
     reduction: int,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
     """The loss, and the distances of each row."""
-    run, flat = _triplet((a, p, n), margin, order, eps, swap, None)
+    run, flat = _triplet(a, p, n, options=(margin, order, eps, swap, None))
     d = a.new_empty((3 if swap else 2, *a.shape[:-1]), dtype=accumulator(a.dtype))
     loss = a.new_empty(a.shape[:-1], dtype=d.dtype)
     run(*flat, d, loss)
@@ -284,7 +279,7 @@ def triplet_backward(
     swap: bool, reduction: int, needs: Sequence[bool],
 ) -> tuple[Tensor, ...]:  # fmt: skip
     """da, dp and dn, contiguous; an empty tensor for each that is not needed."""
-    run, flat = _triplet((a, p, n), margin, order, eps, swap, reduction)
+    run, flat = _triplet(a, p, n, options=(margin, order, eps, swap, reduction))
     grads = [a.new_empty(a.shape) if need else None for need in needs]
     run(dy.contiguous(), *flat, d, *grads)
     return tuple(a.new_empty(0) if g is None else g for g in grads)

@@ -13,9 +13,7 @@ import torch
 import triton.language as tl
 from torch import Tensor
 
-from .activation import constants
-from .activation import forward as activation_forward_pass
-from .activation import forward_ as activation_over
+from . import activation as activations
 from .launch import Launch, cdiv, kernel, multiprocessors, planned
 from .matmul import product
 from .rows import column_sum, partial_sums, read, write
@@ -67,10 +65,9 @@ def plan(
     block_m, block_n = 16, 64 if double else 128
     tiles = cdiv(n, block_n)
     parts = 1 if m <= ALONE else min(cdiv(m, block_m), cdiv(8 * count, tiles))
-    function = dict.fromkeys("FAB") if activation is None else constants(activation, 1, parameters)
     run = _columns.launch(
-        parts * tiles, m=m, n=n, rows=cdiv(m, parts), NEED_BIAS=need_bias, **function, M=block_m,
-        N=block_n,
+        parts * tiles, m=m, n=n, rows=cdiv(m, parts), NEED_BIAS=need_bias, M=block_m, N=block_n,
+        **activations.constants(activation, 1, parameters),
     )  # fmt: skip
     return run, parts
 
@@ -149,8 +146,8 @@ def activation_forward(
         return product(_rows_of(x), weight.t(), bias, activation, tuple(parameters), keep_z, shape)
     z = _vendors(x, weight, bias)
     if keep_z:
-        return activation_forward_pass(activation, z, *parameters), z
-    activation_over(activation, z, *parameters)
+        return activations.forward(activation, z, *parameters), z
+    activations.forward_(activation, z, *parameters)
     return z, None
 
 

@@ -195,9 +195,8 @@ DEVICE_FUNCTIONS = {
     "l1_loss": (l1_loss, l1_loss_dx, None, None),
     "smooth_l1_loss": (smooth_l1_loss, smooth_l1_loss_dx, None, None),
     "huber_loss": (huber_loss, huber_loss_dx, None, None),
-    "binary_cross_entropy": (
-        binary_cross_entropy, binary_cross_entropy_dx, binary_cross_entropy_dt, None,
-    ),
+    "binary_cross_entropy":
+        (binary_cross_entropy, binary_cross_entropy_dx, binary_cross_entropy_dt, None),
     "binary_cross_entropy_with_logits": (
         binary_cross_entropy_with_logits, binary_cross_entropy_with_logits_dx,
         binary_cross_entropy_with_logits_dt, None,

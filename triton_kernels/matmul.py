@@ -85,11 +85,10 @@ def plan(
 ) -> Launch:  # fmt: skip
     """The product of (m, k) and (k, n) in these four strides."""
     M, N, K, warps, stages = matmul_config(m, n, dtype, activation is not None)
-    function = dict.fromkeys("FAB") if activation is None else constants(activation, 0, parameters)
     named = dict(zip(("x_row", "x_inner", "y_inner", "y_column"), strides, strict=True))
     return _product.launch(
-        cdiv(m, M) * cdiv(n, N), m=m, n=n, k=k, **named, **function, PRECISION=tf32, M=M, N=N, K=K,
-        GROUP=8, num_warps=warps, num_stages=stages,
+        cdiv(m, M) * cdiv(n, N), m=m, n=n, k=k, **named, **constants(activation, 0, parameters),
+        PRECISION=tf32, M=M, N=N, K=K, GROUP=8, num_warps=warps, num_stages=stages,
     )  # fmt: skip
 
 

@@ -156,13 +156,12 @@ def forward(
     run = plan_forward(v.shape, v.stride(), target.numel(), double, reduction, ignore_index)
     total = x.new_empty(())
     loss = x.new_empty(target.shape if reduction == NONE else ())
-    if reduction == NONE or (reduction != MEAN and run.programs == 1):
-        run(v, target, weight, loss, None)
-        return loss, total
-    partial = row_kernels.partial_sums(x, run.programs)
+    in_one = reduction == NONE or (reduction != MEAN and run.programs == 1)
+    partial = loss if in_one else row_kernels.partial_sums(x, run.programs)
     weights = torch.empty_like(partial) if reduction == MEAN else None
     run(v, target, weight, partial, weights)
-    row_kernels.total(partial, loss, weight=weights, total_weight=total)
+    if not in_one:
+        row_kernels.total(partial, loss, weight=weights, total_weight=total)
     return loss, total
 
 

@@ -323,14 +323,9 @@ def _logarithm(value: float) -> float:
 
 def _in_float32(rule: str, table: Table, grads: list[Tensor], *args: Any, **kwargs: Any) -> None:
     """The same on float32 copies, rounded back."""
-    wide = Table(
-        [p.float() for p in table.params],
-        [s and [t.float() for t in s] for s in table.states],
-        table.masters,
-    )
+    states = [s and [t.float() for t in s] for s in table.states]
+    wide = Table([p.float() for p in table.params], states, table.masters)
     update(rule, wide, [g.float() for g in grads], *args, **kwargs)
-    for ours, theirs in zip(
-        [table.params, *table.states], [wide.params, *wide.states], strict=True
-    ):
+    for ours, theirs in zip([table.params, *table.states], [wide.params, *states], strict=True):
         if ours is not None and theirs is not None:
             torch._foreach_copy_(ours, theirs)

@@ -23,19 +23,13 @@ def _input(X, place, inside, Y, NEGATE: tl.constexpr):
     return -x if NEGATE else x
 
 
-@triton.jit
-def _value(x, m, z, LOG: tl.constexpr):
-    """y of x, with m = max x and z = Σ e^(x-m)."""
-    return x - m - tl.log(z) if LOG else tl.exp(x - m) / z
-
-
 @kernel
 def _forward(
     X, Y, rows, n, inner, tiles, s_outer, s_n, s_inner,
     LOG: tl.constexpr, NEGATE: tl.constexpr, SEVERAL: tl.constexpr, LOOP: tl.constexpr,
     WIDE: tl.constexpr, WIDE_COLUMNS: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
-    """A row's m and z, then y."""
+    """A row's m = max x and z = Σ e^(x-m), then y."""
     dtype: tl.constexpr = tl.float64 if Y.dtype.element_ty == tl.float64 else tl.float32
     first = tl.program_id(0)
     for tile in range(first, tiles if SEVERAL else first + 1, tl.num_programs(0) if SEVERAL else 1):
@@ -61,14 +55,9 @@ def _forward(
             inside = alive & (place < n)
             if LOOP:
                 x = _input(x_start, place * s_n, inside, Y, NEGATE)
-            write(y_start, place * inner, inside, _value(x, m[:, None], z[:, None], LOG))
-
-
-@triton.jit
-def _gradient(dy, y, total, LOG: tl.constexpr, NEGATE: tl.constexpr):
-    """dx, with total = Σ dy of a log-softmax, else Σ y dy."""
-    dx = dy - tl.exp(y) * total if LOG else y * (dy - total)
-    return -dx if NEGATE else dx
+            x -= m[:, None]
+            y = x - tl.log(z[:, None]) if LOG else tl.exp(x) / z[:, None]
+            write(y_start, place * inner, inside, y)
 
 
 @kernel
@@ -77,7 +66,7 @@ def _backward(
     LOG: tl.constexpr, NEGATE: tl.constexpr, SEVERAL: tl.constexpr, LOOP: tl.constexpr,
     WIDE: tl.constexpr, WIDE_COLUMNS: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
-    """A row's sum, then dx."""
+    """A row's Σ dy of a log-softmax, else Σ y dy; then dx."""
     dtype: tl.constexpr = tl.float64 if Y.dtype.element_ty == tl.float64 else tl.float32
     first = tl.program_id(0)
     for tile in range(first, tiles if SEVERAL else first + 1, tl.num_programs(0) if SEVERAL else 1):
@@ -105,7 +94,8 @@ def _backward(
             if LOOP:
                 dy = read(dy_start, place * s_n, inside)
                 y = read(Y + y_start, place * inner, inside)
-            write(DX + y_start, place * inner, inside, _gradient(dy, y, total, LOG, NEGATE))
+            dx = dy - tl.exp(y) * total if LOG else y * (dy - total)
+            write(DX + y_start, place * inner, inside, -dx if NEGATE else dx)
 
 
 @planned
