@@ -270,6 +270,30 @@ def test_compiled_for_a_gpu_that_is_not_here(tmp_path):
     assert printed == 2 * ["True [] *fp32, *fp32, i32", "False [] *fp32, *fp32, i32", "True"]
 
 
+READ_ONCE = """
+import torch
+from custom_backprop import functional
+from custom_backprop.testing import offline
+
+x = torch.empty(512, 1024, device="meta", requires_grad=True)
+for function in (functional.rms_norm, functional.normalize):
+    def call():
+        y = function(x, (1024,)) if function is functional.rms_norm else function(x)
+        torch.autograd.grad(y, x, torch.empty_like(y))
+
+    for launch, r in zip(offline.launches(call), offline.compile_calls([call], "sm_90")):
+        elements = launch.constexprs["ROWS"] * launch.constexprs["BLOCK"]
+        print(r.kernel, 4 * 32 * r.num_warps * r.wide_loads // elements)
+"""
+
+
+def test_a_row_that_fits_a_block_is_read_once():
+    """Both loops of such a kernel read it in its source; the compiler keeps what the first read."""
+    assert python(READ_ONCE).splitlines() == [
+        "norm._forward 1", "norm._backward 2", "normalize._forward 1", "normalize._backward 2",
+    ]  # fmt: skip
+
+
 def test_both_sides_of_every_branch_are_compiled(monkeypatch):
     """What the interpreter alone runs may not compile: 1 / p of the maximum norm, which is kept as
     p = 0, did not."""
