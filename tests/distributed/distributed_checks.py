@@ -589,6 +589,7 @@ def cases_of_placements():
             yield f"{name}, sum", by("sum", name), (x, t), both, P, both
     yield "layer_norm", layer_norm, (x, slopes, b), [S(0), R, R], S(0), [S(0), P, P]
     yield "rms_norm", rms_norm, (x, slopes), [S(0), R], S(0), [S(0), P]
+    yield "normalize", functional.normalize, (x,), [S(0)], S(0), [S(0)]
     yield "prelu, rows", functional.prelu, (x, slopes), [S(0), R], S(0), [S(0), P]
     yield "prelu, channels", functional.prelu, (x, slopes), [S(1), S(0)], S(1), [S(1), S(0)]
     for name in ("cross_entropy", "nll_loss"):
@@ -606,6 +607,11 @@ def cases_of_placements():
     )
 
 
+def weights_like(y):
+    """The same on every rank, and no two alike."""
+    return torch.linspace(-1, 2, y.numel()).view(y.shape)
+
+
 def check_placements(mesh):
     """What each op makes of shards: where its output and its gradients lie. Nothing is sent."""
     for name, function, tensors, placements, of_output, of_gradients in cases_of_placements():
@@ -613,16 +619,16 @@ def check_placements(mesh):
         leaves = [t.requires_grad_() for t in inputs if t.is_floating_point()]
         with CommDebugMode() as sent:
             y = function(*inputs)
-            dy = torch.ones_like(y)
-            if of_output.is_partial():  # the gradient of a sum is every rank's
-                dy = DTensor.from_local(torch.ones_like(y.to_local()), mesh, [Replicate()])
-            y.backward(dy)
+            dy = weights_like(torch.empty(y.shape))
+            # the gradient of a sum is every rank's
+            of_dy = Replicate() if of_output.is_partial() else of_output
+            y.backward(distribute_tensor(dy, mesh, [of_dy], src_data_rank=None))
         assert y.placements == (of_output,), name
         assert [leaf.grad.placements[0] for leaf in leaves] == of_gradients, name
         assert sent.get_total_counts() == 0, name
         stock = [t.detach().clone().requires_grad_(t.is_floating_point()) for t in tensors]
         expected = function(*stock)
-        expected.sum().backward()
+        expected.backward(dy)
         assert_close(whole(y), expected, msg=name)
         for leaf, t in zip(leaves, (t for t in stock if t.requires_grad), strict=True):
             assert_close(whole(leaf.grad), t.grad, msg=name)
