@@ -1,4 +1,4 @@
-"""The benchmarks run: they are not part of the suite, so one of each kind is."""
+"""The benchmarks run. They are not part of the tests, so one of each kind runs here."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ import torch
 
 from custom_backprop.testing import database
 
-sys.path.append(str(Path(__file__).parents[2]))  # where the benchmarks are, which no one installs
+sys.path.append(str(Path(__file__).parents[2]))  # the benchmarks are not installed
 benchmarks = importlib.import_module("benchmarks.test_ops")
 
 
@@ -23,7 +23,7 @@ def test_an_op_is_timed(benchmark, direction, which):
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="a GPU is here")
 @pytest.mark.parametrize("name", ["rows", "products"])
-def test_what_needs_a_gpu_says_so(name, monkeypatch, capsys):
+def test_benchmarks_that_need_a_gpu_say_so(name, monkeypatch, capsys):
     module = importlib.import_module(f"benchmarks.{name}")
     monkeypatch.setattr(sys, "argv", [name])
     with pytest.raises(SystemExit, match="2"):
@@ -31,7 +31,7 @@ def test_what_needs_a_gpu_says_so(name, monkeypatch, capsys):
     assert "needs a GPU" in capsys.readouterr().err
 
 
-def test_a_row_that_fails_is_one_row(monkeypatch, capsys):
+def test_an_op_that_fails_costs_one_row(monkeypatch, capsys):
     def fails(*_):
         raise RuntimeError("out of something")
 

@@ -1,4 +1,4 @@
-"""The command line, as its user meets it."""
+"""The command line, as a user sees it."""
 
 from __future__ import annotations
 
@@ -42,7 +42,7 @@ def run(*arguments: str) -> subprocess.CompletedProcess[str]:
 
 @pytest.fixture
 def planted(monkeypatch):
-    """``planted(result)``: what every worker answers."""
+    """``planted(result)`` sets what every worker returns."""
 
     def plant(result):
         for command in (check, kernels):
@@ -114,7 +114,7 @@ def test_info(capsys):
         ([], list(database())),
     ],
 )
-def test_a_name_means_that_op_alone_and_a_family_all_its_ops(wanted, chosen):
+def test_a_name_selects_one_op_and_a_family_all_of_its_ops(wanted, chosen):
     assert sorted(work.select(wanted)) == sorted(chosen)
     assert set(chosen) <= database().keys()
 
@@ -276,7 +276,7 @@ def test_an_interrupt_ends_the_workers_and_prints_what_is_done(tmp_path):
         )
     try:
         deadline = time.monotonic() + 120
-        while "1/3" not in errors.read_text():  # the bar: the first op is done, another has begun
+        while "1/3" not in errors.read_text():  # the progress bar: one op is done, the next began
             assert process.poll() is None, errors.read_text()
             assert time.monotonic() < deadline, errors.read_text()
             time.sleep(0.05)
@@ -292,7 +292,7 @@ def test_an_interrupt_ends_the_workers_and_prints_what_is_done(tmp_path):
 
 
 def dies_or_answers(name, marks):
-    """Work for a process; ``marks`` is where it notes that it began."""
+    """Work for a process, which creates a file in ``marks`` when it begins."""
     Path(marks, f"{name}-{os.getpid()}").touch()
     if name == "dies":
         os._exit(9)
@@ -300,7 +300,7 @@ def dies_or_answers(name, marks):
 
 
 @pytest.mark.parametrize("jobs", [1, 2])
-def test_a_process_that_dies_condemns_its_own_op(jobs, tmp_path):
+def test_a_process_that_dies_fails_only_its_own_op(jobs, tmp_path):
     names = ["a", "b", "dies", "c", "d", "e"]
     found = work.in_processes(dies_or_answers, [(n, str(tmp_path)) for n in names], jobs)
     assert [n for n, _ in found] == names
@@ -313,7 +313,7 @@ def test_a_process_that_dies_condemns_its_own_op(jobs, tmp_path):
 
 
 @pytest.mark.parametrize("command", ["check", pytest.param("kernels", marks=needs_triton)])
-def test_what_is_missing_was_interrupted(command, monkeypatch, capsys):
+def test_an_op_without_a_result_was_interrupted(command, monkeypatch, capsys):
     monkeypatch.setattr(
         {"check": check, "kernels": kernels}[command],
         "in_processes",
@@ -343,7 +343,7 @@ def test_no_launch_exits_with_1(arguments, nothing, fault, planted, capsys):
     assert fault in capsys.readouterr().out
 
 
-def test_what_was_skipped_says_so_in_its_row(planted, capsys):
+def test_a_skipped_check_says_so_in_its_row(planted, capsys):
     planted(Report("relu", [Result("compile", "skipped", "Inductor"), Result("forward", "pass")]))
     assert main(["check", "relu", "--backend", "aten"]) == 0
     row = next(line for line in capsys.readouterr().out.splitlines() if line.startswith("relu"))

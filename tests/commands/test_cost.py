@@ -1,4 +1,4 @@
-"""What a step costs, against counts by hand and against torch's own counter."""
+"""The cost of a step, against counts by hand and against torch's own counter."""
 
 from __future__ import annotations
 
@@ -90,12 +90,12 @@ def test_no_activation_of_ours_saves_more_than_stocks(activation):
     report = cost(mlp(activation()), batch())
     of_input = (
         B * HIDDEN * FLOAT if activation is nn.Tanhshrink else 0
-    )  # saves tanh x, as stock does, rather than compute it again
+    )  # saves tanh x, as stock does, instead of computing it again
     assert 0 < report.ours.total.saved_bytes <= report.stock.total.saved_bytes + of_input
 
 
 class Forked(nn.Module):
-    """One result read by two layers, one of them twice."""
+    """Two layers use one result, one of them twice."""
 
     def __init__(self):
         super().__init__()
@@ -176,7 +176,7 @@ def test_a_checkpoint_trades_saved_bytes_for_a_second_forward():
     assert plain.total.saved_bytes - again.total.saved_bytes == B * HIDDEN * FLOAT
 
 
-def test_the_graph_of_a_reentrant_checkpoint_is_nobodys():
+def test_the_graph_of_a_reentrant_checkpoint_belongs_to_no_layer():
     x = batch(requires_grad=True)
     plain, again = measure(Checkpointed(), x), measure(Checkpointed(True), x)
     bodies = [plain[name] for name in ("body.0", "body.2")]
@@ -209,11 +209,11 @@ class Filled(nn.Module):
         return torch.zeros_like(x, requires_grad=True)
 
 
-def test_what_is_only_written_is_not_read():
+def test_an_output_that_is_only_written_is_not_read():
     assert measure(Filled(), batch()).total.forward_bytes == (1 + 2 + 1) * B * IN * FLOAT
 
 
-def test_an_operator_that_could_be_written_with_others_is_one():
+def test_a_composite_operator_counts_as_one():
     for device in ("cpu", "meta"):
         report = cost(mlp(nn.SiLU()).to(device), batch().to(device))
         assert (
@@ -223,7 +223,7 @@ def test_an_operator_that_could_be_written_with_others_is_one():
         )
 
 
-def test_what_is_written_in_place_is_read_and_written():
+def test_a_tensor_changed_in_place_is_read_and_written():
     found = measure(nn.Sequential(nn.Linear(IN, HIDDEN), nn.ReLU(inplace=True)).double(), batch())
     assert found["1"].forward_bytes == 2 * B * HIDDEN * FLOAT
 
@@ -287,7 +287,7 @@ def test_a_primitive_has_the_flops_of_what_aten_runs_in_its_place(name, monkeypa
     for case in cases(spec):
         if (
             max(a.dim() for a in case.leaves) > 1
-        ):  # a product with a vector is none that torch's counter knows
+        ):  # torch's counter does not know products with a vector
             beneath = flops()
             with monkeypatch.context() as patched:
                 patched.setattr(engine, "_beneath", lambda func, args: None)
@@ -315,7 +315,7 @@ def test_the_model_stays_as_it_is():
     assert {type(m).__module__.split(".")[0] for m in model.modules()} == {"torch"}
 
 
-def test_what_cannot_be_measured():
+def test_models_that_cannot_be_measured():
     with pytest.raises(TypeError, match=r"expected a torch.nn.Module, got function"):
         cost(lambda x: x, batch())
     with pytest.raises(ValueError, match="no output requires grad"):
@@ -389,7 +389,7 @@ def module(tmp_path, monkeypatch):
     ("name", "options", "flops"),
     [("net", [], 60), ("net", ["--batch", "4"], 80), ("fixed", [], 60)],
 )
-def test_a_callable_of_the_users(module, name, options, flops, tmp_path):
+def test_a_callable_of_the_user(module, name, options, flops, tmp_path):
     assert (
         main(
             [

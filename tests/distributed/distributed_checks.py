@@ -1,8 +1,8 @@
-"""What the ranks of tests/distributed/test_distributed.py run: python distributed_checks.py FOLDER
-RANKS... starts so many, for each number in turn.
+"""What the ranks of tests/distributed/test_distributed.py run: ``python distributed_checks.py
+FOLDER RANKS...`` starts that many ranks, for each number in turn.
 
-They are forks of one process, so that all share its imports. On the first rank, a check that passes
-prints its name.
+They are forks of one process, so they share its imports. The first rank prints the name of each
+check that passes.
 """
 
 from __future__ import annotations
@@ -83,7 +83,7 @@ def batches(dtype):
 
 
 def run(learner, steps, dtype):
-    """The losses of those steps, of all ranks together."""
+    """The losses of those steps, over all ranks."""
     losses = torch.stack([learner.step(x, y, PARTS) for x, y in list(batches(dtype))[steps]])
     dist.all_reduce(losses)
     learner.losses += losses.tolist()
@@ -99,7 +99,7 @@ def weights(model):
 
 
 def one_process(dtype):
-    """Stock torch, the batch in one piece: losses and weights."""
+    """Stock torch with the whole batch in one process: losses and weights."""
     model, losses = stock_model().to(dtype), []
     optimizer = torch.optim.SGD(model.parameters(), lr=example.RATE, momentum=example.MOMENTUM)
     for x, y in batches(dtype):
@@ -137,20 +137,20 @@ OPTIMIZERS = {
     "AdamW": {"lr": 0.01},
     "Lion": {"lr": 0.01},
 }
-NORM = 0.05  # far below that of any step's gradient
+NORM = 0.05  # far below the norm of any step's gradient
 
 
 def backward(model, x, y, rows=slice(None)):
-    """This rank's rows of the mean loss; the ranks' gradients are averaged."""
+    """Backward of the mean loss over this rank's rows. The ranks' gradients are averaged."""
     ranks = 1 if rows == slice(None) else RANKS
     loss = F.cross_entropy(model(x[rows]), y[rows], reduction="sum")
     (loss * ranks / len(x)).backward()
 
 
 def check_clipping(mesh):
-    """``max_grad_norm`` is compared with the norm of all gradients on all ranks, as torch's
-    ``clip_grad_norm_`` is in one process. A norm of this rank's shards clips by another factor on
-    each rank."""
+    """``max_grad_norm`` bounds the norm of all gradients on all ranks, as torch's
+    ``clip_grad_norm_`` does in one process. The norm of each rank's own shards would clip by a
+    different factor on each rank."""
     assert OPTIMIZERS.keys() == set(optim.__all__)
     for name, options in OPTIMIZERS.items():
         kind = getattr(optim, name)
@@ -175,7 +175,7 @@ def check_clipping(mesh):
 
 
 def check_accumulation(mesh):
-    """Gradients travel once a step, not once a part."""
+    """Ranks exchange gradients once per step, not once per part."""
     (x, y), *_ = batches(torch.float64)
     buckets = []
 
@@ -220,7 +220,7 @@ def check_checkpoint(mesh):
         dist.barrier()
         run(first, after, dtype)
 
-        if RANK == 0:  # as a rank leaves it that was killed while writing
+        if RANK == 0:  # as left by a rank that was killed while writing
             (folder / "unfinished").mkdir()
             (folder / "unfinished" / "__0_0.distcp").write_bytes(b"half")
         dist.barrier()
@@ -232,7 +232,7 @@ def check_checkpoint(mesh):
         if strategy == "fsdp2" or RANKS == 2:
             assert same.losses == first.losses
             assert all(map(torch.equal, weights(same.model), weights(first.model)))
-        else:  # DDP reorders its buckets after the first step, and so the terms of longer sums
+        else:  # DDP reorders its buckets after the first step, and so sums in another order
             assert_close(weights(same.model), weights(first.model), rtol=0, atol=1e-14)
         assert not (folder / "unfinished").exists()
 
@@ -243,7 +243,7 @@ def check_checkpoint(mesh):
         alone = our_model().to(dtype)  # on another number of processes: one
         optimizer = torch.optim.SGD(alone.parameters(), lr=example.RATE, momentum=example.MOMENTUM)
         model_state, optimizer_state = get_state_dict(alone, optimizer)
-        with quiet():  # torch says that it loads in one process: that is asked for
+        with quiet():  # torch warns that it loads in one process, as intended
             dcp.load(
                 {"model": model_state, "optimizer": optimizer_state},
                 checkpoint_id=folder / "step-000003",
@@ -272,7 +272,7 @@ def flipped(content):
 
 
 def assert_same_network(ours, stock, x, atol=1e-12, of_rank=slice(None)):
-    """Outputs and all gradients. ``of_rank``: the rows that this rank computes."""
+    """Compares outputs and all gradients. ``of_rank``: the rows that this rank computes."""
     ours_x, stock_x = (x.clone().requires_grad_() for _ in range(2))
     factor = torch.sin(torch.arange(len(x) * 5, dtype=x.dtype)).reshape(len(x), 5)
     y, expected = ours(ours_x[of_rank]), stock(stock_x)
@@ -294,13 +294,13 @@ def check_tensor_parallel(mesh):
     for kinds in styles:
         ours = our_model().double()
         plan = {
-            # local outputs would have to be equally wide
+            # local outputs would have to have equal widths
             "0": kinds[0](input_layouts=Replicate(), use_local_output=False),
             "1": kinds[1](use_local_output=False),
             "2": kinds[2](output_layouts=Replicate()),
         }
         assert_same_network(parallelize_module(ours, mesh, plan), stock_model().double(), x)
-    if RANKS == 4:  # both: the batch over one dimension of the mesh, the layers over the other
+    if RANKS == 4:  # the batch over one dimension of the mesh, the layers over the other
         grid = init_device_mesh("cpu", (2, 2), mesh_dim_names=("data", "tensor"))
         plan = {
             "0": ColwiseParallel(use_local_output=False),
@@ -321,8 +321,8 @@ def check_tensor_parallel(mesh):
 
 
 def placements_of(args):
-    """What to try on a sample: every tensor replicated; or sharded along dimension i, those that
-    have the first one's size there."""
+    """The placements to try on a sample: every tensor replicated; or, for each dimension i, those
+    tensors sharded along i whose size there is that of the first."""
     tensors = [a for a in args if isinstance(a, torch.Tensor)]
     yield [Replicate()] * len(tensors)
     for i in range(tensors[0].dim()):
@@ -331,10 +331,10 @@ def placements_of(args):
 
 
 def check_ops_of_the_database(mesh):
-    """Each op on DTensors is right, both derivatives included, or raises and names the way out."""
+    """Each op on DTensors is right, as are both derivatives, or raises and says what to do."""
     followed, refused = set(), set()
     for name, spec in database().items():
-        enough = {"activation": 1, "loss": 2}.get(spec.family)  # these follow one rule
+        enough = {"activation": 1, "loss": 2}.get(spec.family)  # all of them have the same rule
         for sample in list(spec.samples(Make("cpu", torch.float64)))[:enough]:
             tensors = [a for a in sample.args if isinstance(a, torch.Tensor)]
             if not tensors or any(isinstance(v, torch.Tensor) for v in sample.kwargs.values()):
@@ -343,9 +343,9 @@ def check_ops_of_the_database(mesh):
                 label = f"{name} {sample.name} {[tuple(t.shape) for t in tensors]} {placements}"
                 refusal = None
                 try:
-                    with quiet():  # of shapes that broadcast
+                    with quiet():  # about shapes that broadcast
                         off = difference(spec, sample, placements, mesh)
-                # ours, or torch's of an operator that comes before the op
+                # raised by ours, or by an operator of torch before it
                 except (NotImplementedError, RuntimeError) as raised:
                     refusal = str(raised)
                 if refusal is not None:
@@ -362,8 +362,8 @@ def check_ops_of_the_database(mesh):
 
 
 def difference(spec, sample, placements, mesh):
-    """The largest error of output, gradients and gradients of a penalty on these, computed on
-    DTensors. What is sharded has a gradient that is sharded alike."""
+    """The largest error of the output, its gradients and the gradients of a penalty on them,
+    computed on DTensors. The gradient of a sharded tensor is sharded in the same way."""
     given = iter(placements)
     ours, stock = [], []
     for a in sample.args:
@@ -392,7 +392,7 @@ def difference(spec, sample, placements, mesh):
 
 
 def error(mine, theirs):
-    """The largest relative one. A NaN, or an infinity, is right where the reference has it too, and
+    """The largest relative error. NaN and infinity must be where the reference has them, and
     nowhere else."""
     assert mine.shape == theirs.shape
     if not mine.numel():
@@ -404,8 +404,8 @@ def error(mine, theirs):
 
 
 def derivatives(y, args, spread, twice=True):
-    """The output, its gradients by a plain backward and, ``twice``, by one that makes a graph, with
-    the gradients of a penalty on them."""
+    """The output and its gradients by a plain backward. With ``twice``, also by one that makes a
+    graph, and the gradients of a penalty on those."""
     leaves = [a for a in args if isinstance(a, torch.Tensor) and a.requires_grad]
     if not leaves:
         return [y]
@@ -424,8 +424,8 @@ def derivatives(y, args, spread, twice=True):
 
 
 def check_second_derivatives_of_classes(mesh):
-    """Of cross_entropy and nll_loss: what their formulas make for themselves, such as the numbers
-    of the classes, meets DTensors."""
+    """The formulas of cross_entropy and nll_loss create tensors of their own, such as the indices
+    of the classes, and combine them with DTensors."""
     for shape in ((6, 4), (4, 5, 3)):
         x, weight = (
             torch.randn(shape, dtype=torch.float64),
@@ -509,7 +509,7 @@ def check_vocabulary_parallel(mesh):
 
 
 def mesh_part(classes):
-    """This rank's classes, as DTensor shards them."""
+    """The classes that DTensor gives to this rank."""
     share = -(-classes // RANKS)
     return slice(RANK * share, min(classes, (RANK + 1) * share))
 
@@ -556,7 +556,8 @@ def check_edges_of_vocabulary_parallel(mesh):
 
 
 def cases_of_placements():
-    """Name, function, inputs: their placements -> that of the output, those of the gradients."""
+    """Name, function, inputs, their placements; then that of the output, and those of the
+    gradients."""
     R, P, S = Replicate(), Partial(), Shard
     x, t, classes = torch.randn(4, 8), torch.rand(4, 8), torch.randint(8, (4,))
     W, b, slopes = torch.randn(8, 8), torch.randn(8), torch.rand(8)
@@ -608,19 +609,19 @@ def cases_of_placements():
 
 
 def weights_like(y):
-    """The same on every rank, and no two alike."""
+    """The same on every rank, with no two elements alike."""
     return torch.linspace(-1, 2, y.numel()).view(y.shape)
 
 
 def check_placements(mesh):
-    """What each op makes of shards: where its output and its gradients lie. Nothing is sent."""
+    """The placements of the output and the gradients of each op. Nothing is sent."""
     for name, function, tensors, placements, of_output, of_gradients in cases_of_placements():
         inputs = [distribute_tensor(t, mesh, [p]) for t, p in zip(tensors, placements, strict=True)]
         leaves = [t.requires_grad_() for t in inputs if t.is_floating_point()]
         with CommDebugMode() as sent:
             y = function(*inputs)
             dy = weights_like(torch.empty(y.shape))
-            # the gradient of a sum is every rank's
+            # every rank has the gradient of a sum
             of_dy = Replicate() if of_output.is_partial() else of_output
             y.backward(distribute_tensor(dy, mesh, [of_dy], src_data_rank=None))
         assert y.placements == (of_output,), name
@@ -652,7 +653,7 @@ def check_partial_sums_are_summed(mesh):
 
 
 def check_nan(mesh):
-    """A NaN is its row's, on the rank that has it, and no other's."""
+    """A NaN affects its row, on the rank that has it, and nothing else."""
     x = torch.randn(4, 6, dtype=torch.float64)
     x[1, 2], x[3, 0] = torch.nan, torch.inf
     for name in ("softmax", "log_softmax"):
@@ -671,7 +672,7 @@ def check_nan(mesh):
 
 
 def check_refusals(mesh):
-    """What would have to be gathered is refused, and the message names the way out."""
+    """If a tensor would have to be gathered, the op raises and says what to do."""
     x = torch.randn(4, 6, dtype=torch.float64)
     d, target = distribute_tensor(x, mesh, [Shard(1)]), torch.zeros(4, dtype=torch.int64)
     with pytest.raises(NotImplementedError, match="full_tensor"):

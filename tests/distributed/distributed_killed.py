@@ -1,5 +1,4 @@
-"""examples/distributed.py, of which rank 1 dies once: killed while the second checkpoint is being
-written."""
+"""Runs examples/distributed.py. Rank 1 is killed once, while it writes the second checkpoint."""
 
 from __future__ import annotations
 
@@ -35,7 +34,8 @@ if os.environ["RANK"] == "1":
 
 @atexit.register
 def tell():
-    """Of what may abort an interpreter that ends: it runs where one does."""
+    """Prints gloo's threads, which may abort the interpreter's shutdown. It runs only if there is
+    such a shutdown."""
     threads = {p.read_text().strip() for p in Path("/proc/self/task").glob("*/comm")}
     print("an interpreter ended beside", *(t for t in threads if "gloo" in t), flush=True)
 

@@ -1,4 +1,4 @@
-"""Many processes, real ones, over gloo. What each rank checks stands in distributed_checks.py."""
+"""Several real processes over gloo. What each rank checks is in distributed_checks.py."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ import torch.distributed as dist
 import custom_backprop
 
 TESTS = Path(__file__).parent
-SECONDS = 300  # after which a launch is taken for hung
+SECONDS = 300  # a launch that takes longer counts as hung
 
 pytestmark = pytest.mark.skipif(
     not dist.is_available() or not dist.is_gloo_available(), reason="torch was built without gloo"
@@ -27,8 +27,8 @@ pytestmark = pytest.mark.skipif(
 
 @contextmanager
 def started(*command):
-    """A process without what tests/conftest.py sets for Triton. It does not outlive the block, nor
-    do its children."""
+    """A process without the settings for Triton of tests/conftest.py. Neither it nor its children
+    outlive the block."""
     path = os.pathsep.join(filter(None, [str(TESTS.parents[1]), os.environ.get("PYTHONPATH")]))
     environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
     environment |= {
@@ -59,7 +59,7 @@ def output_of(process):
     return output
 
 
-#: written out, so that one which is lost is missed
+#: written out, so that the test notices a check that is gone
 CHECKS = {
     "training",
     "clipping",
@@ -87,8 +87,8 @@ def test_two_and_four_ranks(tmp_path):
 
 
 def test_killed_and_restarted(monkeypatch, tmp_path):
-    """A rank dies while the second checkpoint is being written: the agent starts all again, and
-    they go on from the first."""
+    """A rank dies while it writes the second checkpoint: the agent restarts all ranks, and they
+    continue from the first one."""
     options = "--epochs", "1", "--interval", "4", "--device", "cpu"
     torchrun = (
         "-m",
@@ -121,7 +121,7 @@ def test_killed_and_restarted(monkeypatch, tmp_path):
         ]
 
 
-def test_an_interrupt_is_told_in_one_line(example, monkeypatch, tmp_path, capsys):
+def test_an_interrupt_is_reported_in_one_line(example, monkeypatch, tmp_path, capsys):
     module, main = example("distributed")
     step, steps = module.Learner.step, []
 

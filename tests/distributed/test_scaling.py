@@ -1,4 +1,4 @@
-"""The communication model of docs/scaling.md, by hand."""
+"""The communication model of docs/scaling.md against calculations by hand."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ def test_the_fit_finds_latency_and_bandwidth(turns):
 @pytest.mark.parametrize(
     "times", [{s: 1e-4 * (1 - s / 1e8) for s in SIZES}, {s: 1e-9 * s - 1e-7 for s in SIZES}]
 )
-def test_neither_is_below_zero(times):
+def test_latency_and_bandwidth_are_not_negative(times):
     link = ranks.fit(times, 1)
     assert link.latency >= 0
     assert link.bandwidth > 0
@@ -35,7 +35,7 @@ def test_collectives_of_a_ring_and_a_tree():
     assert link.all_reduce(4e6, 4) == pytest.approx(2 * link.pass_on(4e6, 4))
     assert link.all_reduce(8.0, 1024) == pytest.approx(
         2 * 10 * 1e-5 + 16 / 1e9
-    )  # a tree: 10 turns down and up in place of 2046
+    )  # a tree: 10 rounds down and 10 up instead of 2046
     assert link.all_reduce(4e6, 1) == 0
 
 
@@ -49,9 +49,9 @@ def test_processes_share_the_cores_that_copy(monkeypatch):
 
 
 def test_what_a_step_sends():
-    """DDP every gradient once, FSDP2 every layer three times, tensor parallelism activations
-    between layers."""
-    link = ranks.Link(0.0, 1.0)  # seconds are bytes that pass one link
+    """DDP sends every gradient once, FSDP2 every layer three times, tensor parallelism the
+    activations between layers."""
+    link = ranks.Link(0.0, 1.0)  # so that seconds equal the bytes that pass one link
     links = dict.fromkeys(("all_reduce", "all_gather", "reduce_scatter"), link)
     parameters = 4 * ranks.LAYERS * ranks.WIDTH * (ranks.WIDTH + 1)
     assert ranks.communication("ddp", links, 2) == pytest.approx(parameters)

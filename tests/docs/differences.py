@@ -1,5 +1,6 @@
-"""The table of docs/differences.md: the inputs that stock lets be changed in place between forward
-and backward, and ours does not. Found by doing it, to every tensor of every sample of the database.
+"""The table of docs/differences.md: the inputs that may be changed in place between forward and
+backward with stock, but not with ours. It is found by changing every tensor of every sample of the
+database.
 
 ``python tests/docs/differences.py --write`` writes the table into the page.
 """
@@ -22,19 +23,20 @@ from custom_backprop.testing.case import outputs
 PAGE = Path(__file__).parents[2] / "docs" / "differences.md"
 START, END = "<!-- the table of inputs -->\n\n", "\n<!-- its end -->"
 
-#: the gradients, or None where autograd raised
+#: the gradients, or None if autograd raised
 Gradients = list[Tensor | None] | None
 
 
 def gradients_after_change(function: Callable[..., Any], sample: Sample, which: Any) -> Gradients:
-    """Backward of a call, after its argument ``which`` was changed in place; None: no argument."""
+    """The gradients of a call after its argument ``which`` was changed in place. None changes no
+    argument."""
     given = {**dict(enumerate(sample.args)), **sample.kwargs}
     leaves = {
         name: t.detach().clone().requires_grad_(t.requires_grad)
         for name, t in given.items()
         if isinstance(t, Tensor)
     }
-    # none is a leaf, which autograd would not let be changed
+    # no leaves, which autograd does not allow to be changed
     call = given | {n: t * 1 if t.requires_grad else t for n, t in leaves.items()}
     positional = [call[i] for i in range(len(sample.args))]
     results = outputs(function(*positional, **{k: call[k] for k in sample.kwargs}))
@@ -54,7 +56,7 @@ def gradients_after_change(function: Callable[..., Any], sample: Sample, which: 
         return None
 
 
-#: the ops that PyTorch has too, and its own functions
+#: PyTorch's own function of each op that it has too
 STOCK: dict[str, Callable[..., Any]] = {
     name: getattr(torch.nn.functional, name)
     for name in database()
@@ -63,8 +65,8 @@ STOCK: dict[str, Callable[..., Any]] = {
 
 
 def changes(spec: OpSpec) -> Iterator[tuple[str, str, Gradients, Gradients, Gradients]]:
-    """For each sample and each tensor that it has: the sample's name, the argument's, and the
-    gradients after the change of stock and of ours, and of ours without it."""
+    """For each sample and each of its tensors: the names of the sample and of the argument, the
+    gradients of stock and of ours after the change, and those of ours without the change."""
     names = list(inspect.signature(spec.function).parameters)
     for sample in spec.samples(Make("cpu", torch.float64)):
         tensors = [i for i, a in enumerate(sample.args) if isinstance(a, Tensor)]
@@ -74,7 +76,7 @@ def changes(spec: OpSpec) -> Iterator[tuple[str, str, Gradients, Gradients, Grad
                 warnings.simplefilter("ignore")
                 try:
                     stock = gradients_after_change(STOCK[spec.name], sample, which)
-                except TypeError:  # an argument of ours that stock does not have
+                except TypeError:  # stock has no such argument
                     stock = None
                 ours = gradients_after_change(spec.function, sample, which)
                 unchanged = gradients_after_change(spec.function, sample, None)
@@ -101,7 +103,7 @@ def table() -> str:
 
 
 def shown() -> str:
-    """The table that the page has."""
+    """The table in the page."""
     return PAGE.read_text(encoding="utf-8").split(START)[1].split(END)[0]
 
 

@@ -1,9 +1,8 @@
-"""The code that a page shows, and whether a shown output is what was printed.
+"""Reads the code that a page shows, and compares the output that it shows with what was printed.
 
-A block of text that follows a block of Python, or a command, is what that prints. Words are
-compared exactly, white space aside; whole numbers exactly; decimals to one in the last digit shown,
-since processors add in different orders; after ``~`` a number need only be right within a factor of
-ten.
+A block of text after a block of Python, or after a command, is its output. Words must be equal,
+except for white space, and so must whole numbers. Decimals may differ by one in the last digit
+shown, since processors add in different orders. A number after ``~`` may differ by a factor of ten.
 """
 
 from __future__ import annotations
@@ -42,7 +41,7 @@ def commands(page: str) -> list[Shown]:
 
 
 def script(blocks: list[Shown]) -> str:
-    """One program of all blocks, which says where the output of each ends."""
+    """One program made of all blocks. It prints a mark after the output of each."""
     return "\n".join(f"{b.code}\nprint({_END.format(i)!r})\n" for i, b in enumerate(blocks))
 
 
@@ -56,7 +55,7 @@ def outputs(printed: str, count: int) -> list[str]:
 
 
 def agree(shown: str, printed: str) -> bool:
-    """Whether ``printed`` may be shown as ``shown``."""
+    """Whether ``printed`` agrees with what the page shows."""
     mine, theirs = (_NUMBER.split(" ".join(text.split())) for text in (shown, printed))
     return len(mine) == len(theirs) and all(
         _close(a, b) if i % 2 else a == b for i, (a, b) in enumerate(zip(mine, theirs, strict=True))

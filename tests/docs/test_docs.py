@@ -1,5 +1,5 @@
-"""The code in the README and in the docs runs, in the order in which it is read, and prints what
-the page shows; the table of ops is the database's."""
+"""The code in the README and in the docs runs, from top to bottom, and prints what the page shows.
+The table of ops agrees with the database."""
 
 from __future__ import annotations
 
@@ -42,7 +42,7 @@ def printed_by(*arguments: str) -> str:
 @pytest.mark.parametrize("page", PAGES, ids=lambda p: p.name)
 def test_blocks_run_and_print_what_is_shown(page, tmp_path):
     blocks = python_blocks(page.read_text(encoding="utf-8"))
-    program = tmp_path / "page.py"  # a file: triton reads the source of its kernels
+    program = tmp_path / "page.py"  # a file, since triton reads the source of its kernels
     program.write_text(script(blocks), encoding="utf-8")
     found = outputs(printed_by(str(program)), len(blocks))
     for block, output in zip(blocks, found, strict=True):
@@ -112,7 +112,7 @@ def test_links_lead_somewhere(page):
 
 @pytest.mark.parametrize("page", ALL, ids=lambda p: p.name)
 def test_lines_are_short(page):
-    """100 columns at most; tables, pictures, lone links and shown outputs aside."""
+    """At most 100 columns, except for tables, pictures, lone links and outputs."""
     text = re.sub(r"```(text)?\n.*?```", "", page.read_text(encoding="utf-8"), flags=re.DOTALL)
     long = [line for line in text.split("\n") if len(line) > 100 and line[0] not in "|!["]
     assert long == []

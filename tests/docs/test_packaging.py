@@ -43,7 +43,7 @@ def output_of(command, **options) -> str:
 
 @pytest.fixture(scope="module")
 def source(tmp_path_factory) -> Path:
-    """A copy: a build leaves folders behind."""
+    """A copy, since a build leaves folders behind."""
     folder = tmp_path_factory.mktemp("source")
     for part in PARTS:
         copy = shutil.copytree if (ROOT / part).is_dir() else shutil.copy
@@ -64,7 +64,7 @@ def wheel(source, tmp_path_factory) -> Path:
 
 @pytest.fixture(scope="module")
 def editable(source, tmp_path_factory) -> Path:
-    """The interpreter of a fresh environment that holds an editable install and nothing else."""
+    """The interpreter of a fresh environment with an editable install and nothing else."""
     wheel = built("build_editable", source, tmp_path_factory.mktemp("editable"))
     folder = tmp_path_factory.mktemp("environment")
     output_of([sys.executable, "-m", "venv", "--without-pip", folder])
@@ -75,7 +75,7 @@ def editable(source, tmp_path_factory) -> Path:
 
 @pytest.fixture
 def stranger(tmp_path) -> Path:
-    """A folder with a package of the other project's name, which must never be met."""
+    """A folder with a package of the other project's name, which must never be imported."""
     package = tmp_path / "stranger" / "triton_kernels"
     package.mkdir(parents=True)
     (package / "__init__.py").write_text("raise RuntimeError('the wrong triton_kernels')")
@@ -83,15 +83,15 @@ def stranger(tmp_path) -> Path:
 
 
 def kernel_file(stranger: Path, root: Path, python: Path | str = sys.executable) -> Path:
-    """Where the kernels come from in a fresh interpreter that has ``root`` on its path, behind a
-    package of the other project's name."""
+    """The file that the kernels are imported from in a fresh interpreter. Its path has ``root``,
+    after a package of the other project's name."""
     path = os.pathsep.join([str(stranger), str(root)])
     environment = {**os.environ, "PYTHONPATH": path, "TRITON_INTERPRET": "1"}
     command = [python, "-W", "error", "-c", USES_A_KERNEL]
     return Path(output_of(command, env=environment, cwd=stranger).strip())
 
 
-def test_wheel_holds_one_top_level_module(wheel):
+def test_wheel_has_one_top_level_module(wheel):
     names = zipfile.ZipFile(wheel).namelist()
     top = {n.split("/")[0] for n in names}
     assert {t for t in top if not t.endswith(".dist-info")} == {"custom_backprop"}
@@ -134,7 +134,7 @@ def test_an_editable_install_finds_its_own_kernels(editable, source, stranger):
 
 
 def test_an_editable_install_is_one_plain_path(editable, source):
-    """Type checkers and editors run no import hooks: they read the lines that are paths."""
+    """Type checkers and editors do not run import hooks. They only read lines that are paths."""
     (file,) = editable.parents[1].glob("lib/*/site-packages/*.pth")
     assert file.read_text().split("\n") == [str(source), ""]
     assert (source / "custom_backprop" / "py.typed").exists()

@@ -25,7 +25,7 @@ def batch(n=33, width=16):
 
 
 def train(model, monitor=None, steps=3, rate=0.05, loss=None, optimizer=None):
-    """Some steps on one batch. Returns the readings."""
+    """Takes some steps on one batch. Returns the readings."""
     x, y = batch()
     optimizer = optimizer or torch.optim.SGD(model.parameters(), rate)
     readings = []

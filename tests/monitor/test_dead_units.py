@@ -1,4 +1,4 @@
-"""Units that are dead, and units that nobody asked."""
+"""Dead units, and units that are not dead but get no gradient."""
 
 from __future__ import annotations
 
@@ -18,8 +18,8 @@ from custom_backprop.nn import LinearActivation
 
 @pytest.mark.parametrize("bias", [True, False])
 def test_dead_layer(bias):
-    """All of layer 2 is off. Without biases layer 4 gets no gradient either: its input is 0. The
-    blame is layer 2's."""
+    """All units of layer 2 are off. Without biases layer 4 gets no gradient either, since its input
+    is 0. Layer 2 is the cause."""
     model = nn.Sequential(
         *(m for _ in range(4) for m in (nn.Linear(16, 16, bias=bias), nn.ReLU())), nn.Linear(16, 5)
     )
@@ -53,8 +53,8 @@ def test_a_unit_is_alive_if_any_step_of_the_window_reaches_it():
     assert reading[monitor.names[0]].dead == 0.5
 
 
-def test_silence_from_the_input_on():
-    """Zeros in, through a module without parameters and a layer without a bias."""
+def test_an_input_of_zeros():
+    """The input is zero, and passes a module without parameters and a layer without a bias."""
     model = nn.Sequential(nn.Flatten(), nn.Linear(16, 16, bias=False), nn.ReLU(), nn.Linear(16, 5))
     monitor = GradientMonitor(model, every=1)
     cross_entropy(model(torch.zeros(9, 16)), torch.randint(0, 5, (9,))).backward()
@@ -66,7 +66,7 @@ def test_silence_from_the_input_on():
 
 
 class Functional(nn.Module):
-    """Three layers, with an activation that no hook sees."""
+    """Three layers with an activation that no hook can see."""
 
     def __init__(self, activation, out=50):
         super().__init__()
@@ -91,7 +91,7 @@ def sequential(activation=nn.ReLU):
 
 
 class LinearReLU(nn.Linear):
-    """A layer of somebody's own that has its activation in it."""
+    """A user's own layer that includes its activation."""
 
     def forward(self, x):
         return F.relu(super().forward(x))
@@ -121,7 +121,7 @@ NETWORKS = {
 
 
 def one_asks(loss):
-    """A hinge that all samples satisfy but the first."""
+    """A hinge loss that is zero for all samples except the first."""
 
     def ranking(y):
         target = (y[:, 0] - y[:, 1]).detach().sign()
@@ -149,7 +149,7 @@ def unasked(layer):
 
 @pytest.mark.parametrize("loss", ["ranking", "embedding", "margin"])
 @pytest.mark.parametrize("network", NETWORKS)
-def test_a_loss_that_asks_one_sample_kills_nobody(network, loss):
+def test_a_loss_of_one_sample_leaves_no_unit_dead(network, loss):
     model, x = NETWORKS[network](), torch.randn(64, 16)
     monitor = GradientMonitor(model, every=1)
     for step in range(3):
@@ -158,7 +158,7 @@ def test_a_loss_that_asks_one_sample_kills_nobody(network, loss):
         (one_asks(loss)(y) if step == 2 else F.cross_entropy(y, torch.arange(64) % 50)).backward()
         verdicts = monitor.step().verdicts
         assert not [v for v in verdicts if v.kind == "dead units"]
-    if network != "normalised":  # whose batch statistics carry the gradient to every sample
+    if network != "normalised":  # batch statistics pass the gradient on to every sample
         assert max(unasked(model[i]) for i in (0, 2, 4)) > 0.3, "the gradients alone look dead"
 
 
@@ -181,8 +181,8 @@ def test_a_dead_layer_is_named_under_any_loss(network, loss):
 @pytest.mark.parametrize("conv", [nn.Conv1d, nn.Conv2d, nn.Conv3d])
 @pytest.mark.parametrize("batched", [True, False])
 def test_dead_channels(conv, batched):
-    """Of eight, six, while nothing arrives at any; the units stand in the second dimension, or in
-    the first."""
+    """Six of eight are dead, and none gets a gradient. Units are the second dimension, or the
+    first."""
     dims = {nn.Conv1d: 1, nn.Conv2d: 2, nn.Conv3d: 3}[conv]
     model = nn.Sequential(conv(2, 8, 3), nn.ReLU(), conv(8, 3, 1))
     with torch.no_grad():
@@ -194,7 +194,7 @@ def test_dead_channels(conv, batched):
 
 
 class Adapter(nn.Module):
-    """LoRA: a frozen layer, and two beside it, of which the second is zero at the start."""
+    """LoRA: a frozen layer with two layers beside it. The second of them starts at zero."""
 
     def __init__(self, inputs, outputs):
         super().__init__()
@@ -207,8 +207,8 @@ class Adapter(nn.Module):
 
 
 def test_layers_before_a_zero_one_are_not_dead():
-    """LoRA's start, and a head that starts at zero: nothing arrives yet. The sample is one, of one
-    sign, as tokens with a mean are."""
+    """With LoRA, or a head that starts at zero, no gradient passes at first. There is one sample,
+    all of one sign, as tokens with a mean."""
     adapted = nn.Sequential(Adapter(16, 16), nn.ReLU(), Adapter(16, 5))
     nn.init.uniform_(adapted[0].down.weight, -1, 0)
     headed = nn.Sequential(
@@ -225,7 +225,8 @@ def test_layers_before_a_zero_one_are_not_dead():
 
 
 def negative_heads(join):
-    """Two heads under a hinge; no output of the first is ever positive, and nothing acts on it."""
+    """Two heads under a hinge loss. The first one's outputs are never positive, and no activation
+    follows it."""
     model = nn.ModuleDict(
         {"body": nn.Linear(16, 16), "first": nn.Linear(16, 20), "second": nn.Linear(16, 20)}
     )
@@ -245,7 +246,7 @@ def negative_heads(join):
 
 
 @pytest.mark.parametrize("join", [lambda a, b: {"first": a, "rest": [b]}, lambda a, b: (a, b)])
-def test_a_head_that_is_not_asked(join):
+def test_a_head_without_a_gradient(join):
     model = negative_heads(join)
     monitor = GradientMonitor(model, every=1)
     first, second = tree_leaves(model(torch.randn(33, 16)))
@@ -255,7 +256,7 @@ def test_a_head_that_is_not_asked(join):
 
 
 def test_a_head_that_is_called_by_itself():
-    """The model as a whole is never called: what it returns is what its last layer returns."""
+    """The model itself is never called: its output is that of its last layer."""
     model = negative_heads(lambda a, b: (a, b))
     monitor = GradientMonitor(model, every=1)
     one_asks("margin")(model.parts.first(model.parts.body(torch.randn(33, 16)))).backward()
@@ -264,8 +265,8 @@ def test_a_head_that_is_called_by_itself():
 
 
 def test_a_unit_is_silent_in_a_whole_window():
-    """Its output moves in the first step alone. A checkpoint between the two knows of it; the next
-    window does not."""
+    """Its output changes in the first step only. A checkpoint between the steps remembers this, and
+    the next window forgets it."""
     model = nn.Sequential(nn.Linear(3, 4, bias=False), nn.Linear(4, 2))
     nn.init.zeros_(model[1].weight)
 
@@ -283,9 +284,9 @@ def test_a_unit_is_silent_in_a_whole_window():
     assert [r["0"].dead for r in step(torch.zeros(5, 3), whole, restored)] == [1, 1]
 
 
-def test_a_checkpoint_knows_what_met_no_activation():
-    """The first layer, whose output is never positive, went straight into the second; the rest of
-    the window leaves it out."""
+def test_a_checkpoint_remembers_layers_without_an_activation():
+    """The output of the first layer, which is never positive, went straight into the second. The
+    rest of the window does not use it."""
     model = nn.Sequential(nn.Linear(3, 4, bias=False), nn.Linear(4, 2))
     nn.init.zeros_(model[1].weight)
     nn.init.uniform_(model[0].weight, -1, 0)
@@ -298,7 +299,7 @@ def test_a_checkpoint_knows_what_met_no_activation():
     assert [monitor.step()["0"].dead for monitor in (whole, restored)] == [0, 0]
 
 
-def test_compiled_layers_are_judged_when_their_gradients_stay_away():
+def test_compiled_layers_are_judged_when_their_gradients_are_missing():
     model = sequential()
     with torch.no_grad():
         model[2].bias.fill_(-100)

@@ -1,5 +1,5 @@
-"""Initialisation: the gains are the integrals, the table is what is computed, and unit variance
-comes out of twenty layers."""
+"""Initialisation: the gains equal the integrals, the table agrees with the computation, and the
+variance is one after twenty layers."""
 
 from __future__ import annotations
 
@@ -28,28 +28,28 @@ def network(activation, depth=DEPTH, width=WIDTH):
 
 
 def second_moment(model, n=128):
-    """Of the last layer's output, mean over fresh inputs."""
+    """The second moment of the last layer's output, the mean over fresh inputs."""
     with torch.no_grad():
         return model(torch.randn(n, model[0].in_features)).square().mean().item()
 
 
 def bound(slope):
-    """By how much the variance may be off after twenty layers: chance in one layer (some 12 % at
-    this width), multiplied by the slope."""
+    """By what factor the variance may be off after twenty layers: the random error of one layer
+    (about 12 % at this width), multiplied by the slope."""
     return 1.35 if slope < 0.6 else 2.0 if slope < 0.95 else 4.0 if slope <= 1.0 else 12.0
 
 
 @pytest.mark.parametrize("method", ["kaiming", "xavier", "orthogonal"])
 @pytest.mark.parametrize("activation", DEEP)
-def test_variance_is_kept_through_twenty_layers(activation, method):
+def test_variance_is_preserved_through_twenty_layers(activation, method):
     moment = second_moment(init_for(network(activation), activation, method))
     limit = bound(propagation(activation).slope)
     assert 1 / limit < moment < limit
 
 
 @pytest.mark.parametrize("activation", [n for n in NAMES if propagation(n).slope < 1.3])
-def test_lsuv_keeps_it_for_the_others_too(activation):
-    """On the very batch exactly; on fresh inputs nearly."""
+def test_lsuv_preserves_it_for_the_others_too(activation):
+    """Exactly for the same batch, and nearly for fresh inputs."""
     x, model = torch.randn(128, WIDTH), network(activation)
     assert init_for(model, activation, "lsuv", batch=x) is model
     with torch.no_grad():
@@ -57,9 +57,8 @@ def test_lsuv_keeps_it_for_the_others_too(activation):
     assert 0.3 < second_moment(model) < 3
 
 
-def test_wrong_gains_fail_this():
-    """The bounds are no formality: torch's gain for tanh's neighbours, and none at all, leave
-    them."""
+def test_wrong_gains_exceed_the_bounds():
+    """Slightly wrong gains exceed the bounds."""
     model = init_for(network("relu"), "relu")
     for layer in model:
         layer.weight.data.mul_(0.9)
@@ -82,7 +81,7 @@ def test_gain_of_parameters():
 
 @pytest.mark.parametrize("activation", ["tanh", "sigmoid", "gelu", "softsign"])
 def test_integrals_against_samples(activation):
-    """E f², E f'² and the change of E f² with the variance, by four million samples and
+    """E f², E f'² and the change of E f² with the variance, against four million samples and
     autograd."""
     z = torch.randn(4_000_000, dtype=torch.float64, requires_grad=True)
     f = getattr(custom_backprop.functional, activation)
@@ -99,7 +98,7 @@ def test_integrals_against_samples(activation):
     assert found.slope == pytest.approx((up - down) / 0.02 / square, rel=1e-2)
 
 
-def test_the_table_is_what_is_computed():
+def test_the_table_agrees_with_the_computation():
     rows = re.findall(
         r"^(\w+) +(\d\.\d{4}) +(\d\.\d{4}) +(\d\.\d{4})$",
         custom_backprop.init.__doc__,
@@ -110,8 +109,8 @@ def test_the_table_is_what_is_computed():
         assert [float(v) for v in values] == pytest.approx(propagation(name), abs=5.1e-5)
 
 
-def test_gradients_lose_what_the_table_says():
-    """Sigmoid's b a layer: no initialisation helps."""
+def test_gradients_shrink_as_the_table_says():
+    """By sigmoid's b in every layer: no initialisation helps."""
     model = init_for(network("sigmoid"), "sigmoid")
     model(torch.randn(128, WIDTH)).sum(dim=1).mean().backward()
     norms = [layer.bias.grad.norm().item() for layer in model]
@@ -125,7 +124,7 @@ def test_gradients_lose_what_the_table_says():
     [("kaiming", (1 / 50) ** 0.5), ("xavier", (2 / 250) ** 0.5), ("orthogonal", (1 / 50) ** 0.5)],
 )
 def test_deviation_of_a_rectangle(method, deviation):
-    """50 -> 200 -> 50, the second with tanh's gain."""
+    """50 -> 200 -> 50; the second layer has tanh's gain."""
     model = nn.Sequential(nn.Linear(50, 200), nn.Tanh(), nn.Linear(200, 50))
     init_for(model, "tanh", method)
     assert model[0].weight.std().item() == pytest.approx(deviation, rel=0.05)
@@ -139,7 +138,7 @@ def test_deviation_of_a_rectangle(method, deviation):
 @pytest.mark.parametrize("method", ["kaiming", "xavier", "orthogonal"])
 @pytest.mark.parametrize(("groups", "out"), [(1, 128), (4, 128), (64, 64), (64, 192)])
 def test_variance_of_grouped_convolutions(method, groups, out):
-    """Forward and backward, measured. The fans are those of one group; circular padding: every
+    """Measured, forward and backward. The fans are those of one group. With circular padding every
     pixel has all its neighbours."""
     pad = {"padding": 1, "padding_mode": "circular", "bias": False}
     model = nn.Sequential(nn.Conv2d(2, 64, 3, **pad), nn.Conv2d(64, out, 3, groups=groups, **pad))
@@ -185,8 +184,8 @@ def test_half_precision(method, dtype):
 
 
 class Tied(nn.Module):
-    """Two modules with one weight, one of them under two names, and called in another order than
-    they are registered in."""
+    """Two modules that share a weight. One of them has two names, and they are called in another
+    order than they are registered in."""
 
     def __init__(self):
         super().__init__()
@@ -200,7 +199,7 @@ class Tied(nn.Module):
 
 @pytest.mark.parametrize("method", ["kaiming", "xavier", "orthogonal"])
 def test_shared_weights_are_drawn_once(method):
-    """As if the others were not there: the same values, and the gain of the first."""
+    """With the same values as if the other uses were not there, and with the gain of the first."""
     alone, tied = nn.Sequential(nn.Linear(64, 64), nn.Linear(64, 64)), Tied()
     for model in (alone, tied):
         init_for(model, "tanh", method, generator=torch.Generator().manual_seed(3))
@@ -223,7 +222,7 @@ def test_lsuv_scales_a_shared_weight_at_its_first_use():
         assert model.twin(torch.tanh(first)).std().item() == pytest.approx(1, rel=1e-4)
 
 
-def test_convolutions_and_what_is_left_alone():
+def test_convolutions_and_what_is_not_changed():
     model = nn.Sequential(
         nn.Conv2d(3, 24, 3),
         nn.BatchNorm2d(24),
@@ -252,7 +251,7 @@ def test_convolutions_and_what_is_left_alone():
     assert not [h for m in model.modules() for h in m._forward_pre_hooks]
 
 
-def test_activations_that_no_gain_carries():
+def test_activations_without_a_stable_gain():
     assert set(NAMES) - set(DEEP) == {
         "silu",
         "hardswish",

@@ -1,4 +1,4 @@
-"""What is measured is what torch computes, and nothing else is counted or changed."""
+"""The monitor measures what torch computes, and counts and changes nothing else."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ def test_statistics_are_torchs(dtype):
         optimizer.zero_grad()
         z = x
         for module in model:
-            z = module(z)  # not the model's own call: the modules' hooks see it
+            z = module(z)  # not a call of the model, but the modules' hooks see it
             if module is model[1]:
                 outputs.append(z.detach().double().flatten())
         cross_entropy(z, y).backward()
@@ -69,7 +69,7 @@ def test_statistics_are_torchs(dtype):
 
 
 def test_a_vanished_gradient_has_a_norm():
-    """1e-30 squared is too small for float32."""
+    """The square of 1e-30 is too small for float32."""
     model = nn.Linear(3, 2)
     monitor = GradientMonitor(model, every=1)
     (model(torch.ones(1, 3)).sum() * 1e-30).backward()
@@ -88,8 +88,8 @@ def test_a_bad_step_does_not_spoil_the_window():
 
 
 def test_windows_and_hooks():
-    """Measured are the last step of a window and others evenly before it; hooks stand in those
-    alone."""
+    """The last step of a window is measured, and others at equal distances before it. Only these
+    have hooks."""
     model = network()
     monitor = GradientMonitor(model, every=7, measure=2)
     standing, read = [], []
@@ -260,7 +260,7 @@ def test_an_output_without_statistics_is_left_out(output):
 
 
 def test_parameters_that_are_no_rows_of_the_output():
-    """A linear layer with LoRA's two matrices beside its frozen weight."""
+    """A linear layer with LoRA's two matrices next to its frozen weight."""
 
     class Adapted(nn.Linear):
         def __init__(self):

@@ -1,4 +1,4 @@
-"""Each threshold of a verdict from both sides, and the halves of the history."""
+"""Each threshold of a verdict, from both sides, and the two halves of the history."""
 
 from __future__ import annotations
 
@@ -14,8 +14,8 @@ from custom_backprop.monitor import (
 
 
 def reading(norm=1.0, norms=(0.5, 0.5), update=None, dead=None, std=1.0):
-    """Layers "0", "1", ... with these gradients; ``dead`` and ``std`` are those of layer 0, of all
-    others 0 and 1."""
+    """Layers "0", "1", ... with these gradients. ``dead`` and ``std`` are those of layer 0; all
+    others have 0 and 1."""
     layers = [
         Layer(
             str(i),
@@ -46,13 +46,13 @@ def test_a_surge(times, said):
 
 
 @pytest.mark.parametrize(("before", "said"), [(3, []), (4, [("exploding", "0")])])
-def test_a_surge_is_none_at_the_start_of_a_run(before, said):
+def test_the_start_of_a_run_has_no_surge(before, said):
     assert kinds(judge(reading(200), [reading()] * before)) == said
 
 
 @pytest.mark.parametrize("length", [4, 5, 6])
-def test_a_surge_is_measured_at_the_most_of_the_older_half(length):
-    """One past reading was as large: 200 is news unless that was in the older half."""
+def test_a_surge_is_measured_against_the_maximum_of_the_older_half(length):
+    """One past reading was as large. 200 is a surge unless that reading is in the older half."""
     for index in range(length):
         history = [reading(100.0 if i == index else 1.0) for i in range(length)]
         assert bool(judge(reading(200), history)) is (index >= length // 2), index
@@ -60,13 +60,13 @@ def test_a_surge_is_measured_at_the_most_of_the_older_half(length):
 
 @pytest.mark.parametrize(("part", "said"), [(1.1e-3, []), (0.9e-3, [("vanishing", "0")])])
 def test_a_lost_part(part, said):
-    """Of the layer's own past, 0.4; the network's total fell too, and does not count."""
+    """The layer's own past share was 0.4. That the network's total fell, too, does not count."""
     history = [reading(10.0, (4.0, 9.0))] * 4
     assert kinds(judge(reading(1.0, (0.4 * part, 0.02), dead=0.0), history)) == said
 
 
 @pytest.mark.parametrize("length", [5, 6, 7])
-def test_a_lost_part_is_measured_at_the_median_of_the_older_half(length):
+def test_a_lost_part_is_measured_against_the_median_of_the_older_half(length):
     half = length // 2
     old, new = [reading(norms=(0.5, 0.5))] * half, [reading(norms=(1e-4, 0.5))] * (length - half)
     now = reading(norms=(1.1e-4, 0.011))
@@ -75,7 +75,7 @@ def test_a_lost_part_is_measured_at_the_median_of_the_older_half(length):
 
 
 def test_one_odd_reading_is_no_past():
-    """Of three: most of the older half had next to nothing."""
+    """One of three: most of the older half had almost no gradient."""
     history = [reading(norms=(n, 0.5)) for n in (1e-4, 0.5, 1e-4, 0.5, 0.5, 0.5)]
     assert judge(reading(norms=(1.1e-4, 0.011)), history) == []
 
@@ -123,8 +123,8 @@ def test_most_units_dead(dead, said):
 
 @pytest.mark.parametrize(("dead", "said"), [(0.34, []), (0.36, [("dead units", "0")])])
 def test_units_that_died(dead, said):
-    """A quarter more than once; when that was does not matter, nor that a layer was frozen
-    before."""
+    """A quarter more than at some earlier time, whenever that was. It does not matter that a layer
+    was frozen before."""
     for index in range(5):
         history = [reading(dead=0.1 if i == index else 0.6) for i in range(5)]
         assert kinds(judge(reading(dead=dead), history)) == said
@@ -132,7 +132,7 @@ def test_units_that_died(dead, said):
 
 
 @pytest.mark.parametrize(("before", "said"), [(2, []), (3, [("dead units", "0")])])
-def test_gradients_alone_must_say_it_four_times(before, said):
+def test_gradients_alone_must_show_it_four_times(before, said):
     def silent(dead=0.9):
         return reading(dead=dead, std=None)
 
@@ -155,12 +155,12 @@ def beneath(norm, rest, normalised, dead=0.9):
     return kinds(judge(Reading(1, 1.0, None, layers), [], normalised))
 
 
-def test_what_rounding_leaves_beneath_a_normalisation():
+def test_rounding_errors_before_a_normalisation():
     assert beneath(0.9e-4, 1.0, {"1"}) == []
     assert beneath(1.1e-4, 1.0, {"1"}) == [("dead units", "0")]
     assert beneath(0.9e-4, 1.0, set()) == [("dead units", "0")]
 
 
-def test_what_lies_beneath_a_rounded_gradient_is_rounding_too():
+def test_layers_before_a_rounded_gradient_are_rounding_too():
     assert beneath(0.9e-5, 1e-9, {"3"}) == []
     assert beneath(1.1e-5, 1e-9, {"3"}) == [("dead units", "0")]

@@ -18,7 +18,7 @@ from custom_backprop.monitor import (
 
 
 def test_accumulation():
-    """The gradient is the sum's, the activations are those of all passes."""
+    """The gradient is that of the sum, the activations are those of all passes."""
     model, (x, y) = network(), batch(32)
     monitor = GradientMonitor(model, every=1)
     cross_entropy(model(x), y).backward()
@@ -36,7 +36,7 @@ def test_accumulation():
 
 @pytest.mark.parametrize("unscale", [True, False])
 def test_grad_scaler(unscale):
-    """Gradients are measured without the scale, whoever takes it off."""
+    """Gradients are measured without the scale, whoever removes it."""
     model, (x, y) = network(), batch()
     optimizer = torch.optim.SGD(model.parameters(), 0.05)
     scaler = torch.amp.GradScaler("cpu", init_scale=2.0**12)
@@ -57,7 +57,7 @@ def test_grad_scaler(unscale):
         assert not reading.verdicts
 
 
-def test_a_step_that_the_scaler_skips_is_no_trouble_but_many_are():
+def test_one_step_that_the_scaler_skips_is_fine_but_many_are_not():
     model, (x, y) = network(), batch()
     optimizer = torch.optim.SGD(model.parameters(), 0.05)
     scaler = torch.amp.GradScaler("cpu", init_scale=2.0**4, growth_interval=1000)
@@ -107,7 +107,7 @@ def test_compiled():
 
 
 def test_a_compiled_function_around_the_model():
-    """The monitor does not know of it: the hooks leave nothing behind where they are traced."""
+    """The monitor does not know about it: traced hooks have no effect."""
     model = network()
     monitor = GradientMonitor(model, every=1)
     x, y = batch()
@@ -168,7 +168,7 @@ def distributed(rank, folder, results):
 
 @pytest.mark.skipif(not dist.is_available(), reason="torch was built without torch.distributed")
 def test_ddp_and_fsdp2_read_what_one_process_reads(tmp_path):
-    """After the all-reduce, on shards that are not even, alike on every rank; written once."""
+    """After the all-reduce, on uneven shards, and equal on every rank. Only one writes them."""
     torch.multiprocessing.spawn(distributed, (str(tmp_path), None), nprocs=2)
     ranks = [torch.load(tmp_path / f"{rank}.pt") for rank in range(2)]
     torch.manual_seed(0)
@@ -202,7 +202,7 @@ def test_ddp_and_fsdp2_read_what_one_process_reads(tmp_path):
         assert len((tmp_path / f"{kind}.jsonl").read_text().splitlines()) == 1
 
 
-def test_a_checkpoint_goes_on_to_the_same_readings(tmp_path):
+def test_a_run_from_a_checkpoint_has_the_same_readings(tmp_path):
     def monitors(model):
         return GradientMonitor(model, every=4, measure=4, updates=False)
 

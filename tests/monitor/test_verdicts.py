@@ -1,4 +1,4 @@
-"""Planted troubles are named with their layer; healthy networks get no verdict."""
+"""Planted faults are reported with their layer. Healthy networks get no verdict."""
 
 from __future__ import annotations
 
@@ -34,8 +34,8 @@ def test_vanishing(activation):
 
 
 def test_vanishing_without_biases_shows_in_the_activations():
-    """There the norms of all layers' gradients are equally small: ‖dW_l‖ = ‖δ_l‖ ‖a_{l-1}‖, one
-    shrinks as the other grows."""
+    """There the gradients of all layers have equally small norms: ‖dW_l‖ = ‖δ_l‖ ‖a_{l-1}‖, and one
+    factor shrinks as the other grows."""
     model = nn.Sequential(*(nn.Linear(16, 16, bias=False) for _ in range(12)))
     for p in model.parameters():
         nn.init.normal_(p, std=0.05)
@@ -98,7 +98,7 @@ def test_nan_begins_in_forward():
 def test_nan_begins_in_backward(activations):
     class Root(nn.Module):
         def forward(self, x):
-            return (x * 0).sqrt() + x  # 0 forward, 0 · ∞ backward
+            return (x * 0).sqrt() + x  # 0 in forward, 0 · ∞ in backward
 
     model = network()
     model[3] = Root()
@@ -121,8 +121,8 @@ def test_nan_begins_in_backward(activations):
     ],
 )
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_a_zero_that_is_right_is_no_trouble(last, dtype):
-    """The sum of a normalised output is always the same: its gradient is zero, or rounding."""
+def test_a_gradient_that_should_be_zero_gets_no_verdict(last, dtype):
+    """The sum of a normalised output is constant: its gradient is zero, or a rounding error."""
     model = nn.Sequential(*network(nn.Tanh, depth=4), last()).to(dtype)
     x = torch.randn(32, 16, dtype=dtype)
     monitor = GradientMonitor(model, every=1)
@@ -134,8 +134,8 @@ def test_a_zero_that_is_right_is_no_trouble(last, dtype):
         assert not reading.verdicts
 
 
-def test_rounding_beneath_a_normalisation_is_not_called_dead_units():
-    """Batch after batch another part of the units has a gradient that rounds to nothing."""
+def test_rounding_before_a_normalisation_is_not_reported_as_dead_units():
+    """In every batch the gradient of another part of the units rounds to zero."""
     for seed in range(8):
         torch.manual_seed(seed)
         model = init_for(nn.Sequential(*network(nn.ReLU, depth=2), nn.LayerNorm(5)), "relu")
@@ -174,7 +174,7 @@ def test_layers_are_judged_in_the_order_of_forward():
     assert [(v.kind, v.layer) for v in verdicts] == [("vanishing", "layers.11")]
 
 
-def test_a_checkpoint_that_calls_in_backward_does_not_turn_the_order():
+def test_a_checkpoint_that_recomputes_in_backward_does_not_change_the_order():
     class Blocks(nn.Module):
         def __init__(self):
             super().__init__()
@@ -203,8 +203,8 @@ def test_a_checkpoint_that_calls_in_backward_does_not_turn_the_order():
     [(nn.ReLU, None), (nn.Tanh, None), (nn.GELU, nn.LayerNorm), (nn.Sigmoid, nn.BatchNorm1d)],
 )
 def test_healthy_networks_get_no_verdict(activation, normalise):
-    """From the start until the loss is nearly nothing, where gradients have fallen by decades and
-    rightly."""
+    """From the start until the loss is almost zero, where gradients have fallen by decades for a
+    good reason."""
     model = network(activation, depth=6, width=64, normalise=normalise)
     if normalise is None:
         init_for(model, activation.__name__.lower())

@@ -507,7 +507,7 @@ def test_a_sum_beyond_the_dtype_is_infinite(name, backend):
 
 
 @pytest.mark.parametrize("name", LOSSES)
-def test_the_default_device_has_no_part(name):
+def test_the_default_device_does_not_matter(name):
     args = inputs(name, 2**16, dtype=torch.float32)
     expected = torch.autograd.grad(getattr(functional, name)(*args), args[0])
     with torch.device("meta"):

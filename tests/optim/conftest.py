@@ -1,4 +1,4 @@
-"""Blocks and pieces so small that the tensors of these tests take several."""
+"""Blocks and pieces so small that the tensors of these tests need several."""
 
 from __future__ import annotations
 
@@ -14,4 +14,4 @@ def _small_blocks(monkeypatch: pytest.MonkeyPatch) -> None:
     if HAS_KERNELS:
         monkeypatch.setattr(kernels("optim"), "BLOCK", 32)
         monkeypatch.setattr(kernels("optim"), "ROUNDS", 2)
-    monkeypatch.setattr(pieces, "PIECE", 64)  # whole vectors, as the true size
+    monkeypatch.setattr(pieces, "PIECE", 64)  # a multiple of a vector, as the real size

@@ -16,8 +16,8 @@ from custom_backprop.optim.lion import PlainLion
 
 HAS_KERNELS = custom_backprop.backends.why_not("triton", DEVICE) is None
 needs_kernels = pytest.mark.skipif(not HAS_KERNELS, reason="no kernels here")
-#: awkward: no element, one, a scalar, an odd few, rows, another order of memory, more than one
-#: block and more than one piece
+#: awkward ones: no element, one, a scalar, an odd number, rows, another memory layout, more than
+#: one block and more than one piece
 SHAPES = [(0,), (1,), (), (7,), (3, 5), (2, 3, 2, 2), (150,)]
 
 
@@ -69,7 +69,7 @@ OPTIONS: list[tuple[str, dict[str, Any]]] = [
 NAMES = list(dict.fromkeys(name for name, _ in OPTIONS))
 
 
-#: one set of options of each that has every state
+#: one set of options for each, with which it has every state
 FULL = dict(OPTIONS)
 
 
@@ -103,7 +103,7 @@ def parameters(
 
 
 def give_gradients(params: list[Parameter], step: int, skip: bool = True) -> None:
-    """Gradients that depend on the parameters; now and then one has none."""
+    """Gradients that depend on the parameters. Now and then a parameter has none."""
     generator = torch.Generator().manual_seed(step)
     for i, p in enumerate(params):
         noise = torch.randn(p.shape, generator=generator, dtype=torch.float64).to(p.device, p.dtype)
@@ -121,7 +121,7 @@ def train(optimizer: Any, params: list[Parameter], steps: range | int, skip: boo
 
 
 def assert_equal(mine: Any, theirs: Any, tolerance: float = 1e-12) -> None:
-    """Parameters or optimizers' states agree."""
+    """Asserts that parameters or states of optimizers are equal."""
     if isinstance(mine, Tensor):
         mine, theirs = mine.detach(), theirs.detach()
         assert mine.shape == theirs.shape

@@ -27,9 +27,9 @@ from custom_backprop.optim import signature
 
 
 @every_optimizer
-def test_parameters_and_gradients_may_change_place_and_strides(name: str) -> None:
-    """``p.data = ...``, gradients zeroed and not dropped, transposed ones (which torch's fused
-    kernels misread), a group losing a member."""
+def test_parameters_and_gradients_may_change_address_and_strides(name: str) -> None:
+    """``p.data = ...``, gradients that are set to zero and not dropped, transposed ones (which
+    torch's fused kernels misread), and a group that loses a member."""
     mine, theirs = (
         parameters(shapes=[(4, 6), (5,), (30,)]),
         parameters(shapes=[(4, 6), (5,), (30,)]),
@@ -53,7 +53,7 @@ def test_parameters_and_gradients_may_change_place_and_strides(name: str) -> Non
 
 
 @every_optimizer
-def test_of_a_size_of_1_any_stride_is_as_good_as_another(
+def test_the_stride_of_a_dimension_of_size_1_does_not_matter(
     name: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     mine, theirs = parameters(shapes=[(5, 1), (4,)]), parameters(shapes=[(5, 1), (4,)])
@@ -71,7 +71,7 @@ def test_of_a_size_of_1_any_stride_is_as_good_as_another(
 
 @every_optimizer
 def test_gradients_stored_negated(name: str, backend: str, device: str) -> None:
-    """As ``z.conj().imag`` is: the sign is a bit of the tensor."""
+    """As ``z.conj().imag``: the sign is a bit of the tensor."""
     mine, theirs = parameters(device, shapes=[(5,)]), parameters(device, shapes=[(5,)])
     our, their = ours(name)(mine, **FULL[name]), stock(name)(theirs, **FULL[name])
     for step in range(5):
@@ -84,8 +84,8 @@ def test_gradients_stored_negated(name: str, backend: str, device: str) -> None:
 
 
 @every_optimizer
-def test_a_parameter_goes_to_another_place_and_back(name: str) -> None:
-    """What depends on the address is made, for the clipping, while it is away."""
+def test_a_parameter_moves_to_another_address_and_back(name: str) -> None:
+    """While it is away, what depends on its address is computed, for the clipping."""
     (mine,), (theirs,) = parameters(shapes=[(5,)]), parameters(shapes=[(5,)])
     our, their = ours(name)([mine], **FULL[name]), stock(name)([theirs], **FULL[name])
     home, other = mine.data, mine.data.clone()
@@ -106,8 +106,7 @@ def test_a_parameter_goes_to_another_place_and_back(name: str) -> None:
 
 @every_optimizer
 def test_gradients_that_come_and_go(name: str) -> None:
-    """Each pattern is planned once, and no state moves for it: to plan takes longer than many
-    steps."""
+    """Each pattern is planned once, since planning takes longer than many steps. No state moves."""
     planned: list[int] = []
 
     class Counted(ours(name)):  # type: ignore[misc]
@@ -130,8 +129,8 @@ def test_gradients_that_come_and_go(name: str) -> None:
 
 @every_optimizer
 def test_a_parameter_of_another_shape_at_the_same_address(name: str) -> None:
-    """Transposed it is updated as torch does; cut, its old state does not fit, and nothing beyond
-    it is read."""
+    """A transposed one is updated as by torch. If it is shorter, the old state does not fit, and
+    nothing is read out of bounds."""
     mine, theirs = parameters(shapes=[(4, 4)]), parameters(shapes=[(4, 4)])
     loop = {} if name == "Lion" else {"foreach": False}
     our, their = ours(name)(mine, **FULL[name]), stock(name)(theirs, **loop, **FULL[name])
@@ -150,8 +149,8 @@ def test_a_parameter_of_another_shape_at_the_same_address(name: str) -> None:
             optimizer.step()
 
 
-def test_flags_changed_on_the_way(backend: str, device: str) -> None:
-    """Which a compiled kernel has built in."""
+def test_flags_changed_between_steps(backend: str, device: str) -> None:
+    """They are constants of the compiled kernel."""
     mine, theirs = parameters(device, shapes=[(5,)]), parameters(device, shapes=[(5,)])
     our, their = (
         kind(p, lr=0.1, momentum=0.9) for kind, p in ((optim.SGD, mine), (torch.optim.SGD, theirs))
@@ -183,8 +182,8 @@ ANOTHER: dict[str, Any] = {
 def test_data_replaced_under_a_parameter_or_its_gradient(
     name: str, of: str, what: str, guarded: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """``.data = ...`` leaves no trace but the tensor itself. Where torch fails, so do we, at the
-    same step."""
+    """``.data = ...`` leaves no trace except the tensor itself. Where torch fails, ours fails at
+    the same step."""
     if not guarded:
         monkeypatch.setattr(signature, "guard", lambda tensors: None)
     loop = {} if name == "Lion" else {"foreach": False}
@@ -219,10 +218,10 @@ def test_data_replaced_under_a_parameter_or_its_gradient(
         ("Lion", {"betas": (0.9, 0.99)}, {"betas": [0.5, 0.9]}),
     ],
 )
-def test_hyperparameters_changed_on_the_way(
+def test_hyperparameters_changed_between_steps(
     name: str, before: dict[str, Any], after: dict[str, Any]
 ) -> None:
-    """Those that decide which state there is, and what a JSON file makes of a pair."""
+    """Those that decide which states exist, and pairs that a JSON file turned into lists."""
     mine, theirs = parameters(), parameters()
     loop = {} if name == "Lion" else {"foreach": False}
     our, their = ours(name)(mine, lr=0.01, **before), stock(name)(theirs, lr=0.01, **loop, **before)
@@ -240,7 +239,7 @@ def test_hyperparameters_changed_on_the_way(
 def test_the_backend_may_change_between_two_steps(
     name: str, device: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """And what runs is the one that is forced."""
+    """The forced backend is the one that runs."""
     launched: list[str] = []
     launch = kernels("optim").update
     monkeypatch.setattr(
@@ -261,8 +260,8 @@ def test_the_backend_may_change_between_two_steps(
 
 
 @pytest.mark.parametrize("name", ["Adam", "AdamW", "RMSprop"])
-def test_capturable_may_be_asked_for_between_two_steps(name: str) -> None:
-    """From there on the step is torch's, which refuses it on a CPU."""
+def test_capturable_may_be_set_between_two_steps(name: str) -> None:
+    """From then on torch takes the step, and raises on a CPU."""
     params = parameters(shapes=[(3,)])
     optimizer = ours(name)(params, **FULL[name])
     train(optimizer, params, 2, skip=False)
@@ -273,7 +272,7 @@ def test_capturable_may_be_asked_for_between_two_steps(name: str) -> None:
 
 @every_optimizer
 def test_a_parameter_joins_later(name: str, backend: str, device: str) -> None:
-    """Its count of steps is another, and lies elsewhere than those of the many that were there."""
+    """Its number of steps is different, and so is where it is stored."""
     shapes: list[tuple[int, ...]] = [(3,)] * 10
     mine, theirs = parameters(device, shapes=shapes), parameters(device, shapes=shapes)
     our, their = ours(name)(mine, **FULL[name]), stock(name)(theirs, **FULL[name])

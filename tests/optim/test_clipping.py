@@ -1,4 +1,4 @@
-"""Clipping: inside a step, by torch's own functions before it, and of the weights."""
+"""Clipping: of gradients, inside a step or before it by torch's own functions, and of weights."""
 
 from __future__ import annotations
 
@@ -81,7 +81,7 @@ def test_clip_weights_of_one_tensor_or_none() -> None:
 
 
 @pytest.mark.parametrize("value", [-1.0, math.nan])
-def test_clip_weights_refuses_a_range_that_is_none(value: float) -> None:
+def test_clip_weights_raises_on_an_empty_range(value: float) -> None:
     weight = torch.ones(2)
     with pytest.raises(ValueError, match="clip_value"):
         utils.clip_weights_(weight, value)

@@ -33,8 +33,8 @@ from custom_backprop import optim
 def test_grad_scaler_and_an_infinity(
     name: str, dtype: torch.dtype, backend: str, device: str
 ) -> None:
-    """A step of scaled gradients is that of the gradients; a step with an infinity leaves
-    parameters and state alone."""
+    """A step on scaled gradients equals one on the gradients. A step with an infinity does not
+    change parameters or states."""
     scaler = torch.amp.GradScaler(device, init_scale=1024.0)
     scaler.scale(torch.zeros((), device=device))
     mine, theirs = parameters(device, dtype, [(5,)]), parameters(device, dtype, [(5,)])
@@ -60,7 +60,7 @@ def test_grad_scaler_and_an_infinity(
 
 @pytest.mark.skipif(DEVICE != "cuda", reason="asks a GPU")
 def test_on_a_gpu_torch_scales_no_bfloat16_gradients() -> None:
-    """pytorch issue 127176. Once it does, the test above can ask for them there too."""
+    """pytorch issue 127176. Once it does, the test above can include them on a GPU, too."""
     with pytest.raises(NotImplementedError, match="BFloat16"):
         torch._amp_foreach_non_finite_check_and_unscale_(
             [torch.ones(1, dtype=torch.bfloat16, device=DEVICE)],
@@ -73,7 +73,7 @@ def test_on_a_gpu_torch_scales_no_bfloat16_gradients() -> None:
 def test_a_bucket_on_a_cpu_reads_the_infinity_that_a_gpu_found(
     name: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """The kernels read it themselves, but parameters may lie on both."""
+    """The kernels read it themselves, but parameters may be on both devices."""
     monkeypatch.setattr(optim.optimizer.MultiTensor, "_reads", lambda self, found: False)
     params = parameters()
     optimizer = ours(name)(params, **FULL[name])
@@ -115,7 +115,7 @@ def test_grad_scaler_after_unscale(name: str) -> None:
 @pytest.mark.parametrize("backend", ["formula", pytest.param("triton", marks=needs_kernels)])
 @every_optimizer
 def test_an_infinity_skips_what_torch_updates_too(name: str, backend: str, device: str) -> None:
-    """Beside it a bucket, by whatever reads the infinity."""
+    """Next to a bucket, whichever of them reads the infinity."""
     params = parameters(device, shapes=[(4, 6), (5,)])
     optimizer = ours(name)(params, **FULL[name])
     with custom_backprop.use_backend(backend):

@@ -1,4 +1,4 @@
-"""What a step costs on the host beside its arithmetic: threads, questions, hooks and profilers."""
+"""What a step does on the host besides its arithmetic: threads, checks, hooks and profilers."""
 
 from __future__ import annotations
 
@@ -83,11 +83,11 @@ def test_small_tensors_without_threads_give_the_same_bits(
     monkeypatch.setattr(optim.sgd, "by_one_thread", counted)
     alone = trained(name, kwargs, shapes)
     assert all(map(torch.equal, shared, alone))
-    if len(set(shapes)) == 1:  # among others, it is for each optimizer to say
+    if len(set(shapes)) == 1:  # with other shapes, each optimizer decides
         assert calls
 
 
-def test_threads_are_given_back(two_threads: None) -> None:
+def test_the_number_of_threads_is_restored(two_threads: None) -> None:
     if threads.openmp_setter() is None:
         pytest.skip("ATen's threads are not OpenMP's here")
     seen: list[int] = []
@@ -99,7 +99,7 @@ def test_threads_are_given_back(two_threads: None) -> None:
     assert torch.get_num_threads() == 2
 
 
-def test_other_threads_keep_theirs(two_threads: None) -> None:
+def test_other_threads_are_not_affected(two_threads: None) -> None:
     seen: list[int] = []
 
     def look() -> None:
@@ -111,7 +111,7 @@ def test_other_threads_keep_theirs(two_threads: None) -> None:
     assert seen == [2]
 
 
-def test_without_openmp_the_kernel_is_called_as_ever(
+def test_without_openmp_the_kernel_is_called_as_usual(
     monkeypatch: pytest.MonkeyPatch, two_threads: None
 ) -> None:
     monkeypatch.setattr(threads, "openmp_setter", lambda: None)
@@ -127,7 +127,7 @@ def one_step(optimizer: torch.optim.Optimizer) -> None:
     optimizer.step()
 
 
-def test_hooks_given_and_taken_away_between_steps() -> None:
+def test_hooks_added_and_removed_between_steps() -> None:
     seen: list[str] = []
     optimizer = optim.SGD([Parameter(torch.zeros(2))], lr=1.0)
     registrations = {
@@ -192,7 +192,7 @@ def test_a_profiler_sees_step_and_zero_grad_by_name() -> None:
 
 
 def test_an_execution_trace_sees_step_by_name(tmp_path: Path) -> None:
-    """As does whatever else PyTorch calls back for what runs: it need not be known to Python."""
+    """As does every other observer of PyTorch, even one that Python does not know about."""
     optimizer = optim.AdamW([Parameter(torch.zeros(2))])
     trace = torch.profiler.ExecutionTraceObserver().register_callback(str(tmp_path / "trace.json"))
     trace.start()
@@ -205,7 +205,7 @@ def test_an_execution_trace_sees_step_by_name(tmp_path: Path) -> None:
     assert "Optimizer.zero_grad#AdamW.zero_grad" in written
 
 
-def test_without_a_name_in_torchs_library_python_says_who_looks(
+def test_without_the_symbol_in_torchs_library_python_finds_the_observers(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     if sys.platform == "linux":
@@ -260,7 +260,7 @@ def test_zero_grad_and_step_compiled() -> None:
 
 
 def looks(monkeypatch: pytest.MonkeyPatch) -> list[int]:
-    """Grows by one each time that a bucket looks at its gradients in Python."""
+    """Counts how often a bucket looks at its gradients in Python."""
     seen: list[int] = []
     look = signature.Signature.inspected
     monkeypatch.setattr(
@@ -274,14 +274,14 @@ def looks(monkeypatch: pytest.MonkeyPatch) -> list[int]:
 def test_the_look_at_the_gradients_is_torchs_own_from_the_third_step_on(
     name: str, guarded: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Twice a change of autocast or inference mode is looked at in Python, for each of two orders
-    of memory; the update is the same."""
+    """A change of autocast or inference mode is checked twice in Python, for each of two memory
+    layouts. The update is the same."""
     if not guarded:
         monkeypatch.setattr(signature, "guard", lambda tensors: None)
     seen = looks(monkeypatch)
     mine, theirs = parameters(), parameters()
     our, their = ours(name)(mine, **FULL[name]), stock(name)(theirs, **FULL[name])
-    if guarded and torch.__version__ < "2.16":  # those for which it was tried
+    if guarded and torch.__version__ < "2.16":  # the versions tested
         assert guard([torch.ones(1)]) is not None
     quick = guarded and guard([torch.ones(1)]) is not None
     for context in (
@@ -303,8 +303,8 @@ def test_the_look_at_the_gradients_is_torchs_own_from_the_third_step_on(
 
 @needs_kernels
 def test_a_gradient_at_an_odd_address(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Is seen as such, while it is there: the kernel would read 16 bytes at once. Addresses that
-    have not changed are not sent again."""
+    """Is noticed while it is there: the kernel would read 16 bytes at once. Addresses that have not
+    changed are not sent again."""
     params, home = [torch.zeros(8, device=DEVICE) for _ in range(2)], torch.zeros(17, device=DEVICE)
     even, odd = [home[:8], home[8:16]], [home[:8], home[9:]]
     table = kernels("optim").Table(params, [None, None, None], None)

@@ -1,4 +1,4 @@
-"""Half-precision parameters that are updated in float32, with a float32 copy or without."""
+"""Half-precision parameters that are updated in float32, with or without a float32 copy."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ from custom_backprop.nn.utils import clip_weights_
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
 @every_optimizer
 def test_master_weights(name: str, dtype: torch.dtype, backend: str, device: str) -> None:
-    """Half-precision parameters follow a float32 run on the same gradients, and so after a
+    """Half-precision parameters follow a float32 run on the same gradients, also after a
     checkpoint."""
     shapes = [(5,), (2, 3)]
     half, full = (
@@ -56,8 +56,8 @@ def test_master_weights(name: str, dtype: torch.dtype, backend: str, device: str
             assert_equal(our.state_dict(), saved, 0.0)
 
 
-def test_masters_follow_what_others_write(backend: str, device: str) -> None:
-    """Weight clipping after each step, and a model loaded anew: the next step starts from there."""
+def test_masters_follow_changes_to_the_parameters(backend: str, device: str) -> None:
+    """After weight clipping, or after a model is loaded again, the next step starts from there."""
     (p,) = parameters(device, torch.bfloat16, [(5,)])
     optimizer = ours("SGD")([p], lr=1.0, master_weights=True)
     for _ in range(4):
@@ -86,8 +86,8 @@ WIDE: list[dict[str, Any]] = [{"master_weights": True}, {"bf16_stochastic_round"
 def test_gradients_and_states_in_another_order_of_memory(
     name: str, kwargs: dict[str, Any], backend: str, device: str
 ) -> None:
-    """A transposed gradient, and a checkpoint of a model in another memory format, are what they
-    are by index."""
+    """A transposed gradient, or a checkpoint of a model in another memory format: only the index of
+    an element counts."""
 
     def run(transposed: bool) -> tuple[Tensor, dict[str, Tensor]]:
         torch.manual_seed(0)
@@ -134,7 +134,7 @@ REFUSED: dict[str, tuple[Any, str]] = {
         if w != "capturable" or n in ("RMSprop", "Adam", "AdamW")
     ],
 )
-def test_what_torchs_own_update_would_leave_out_is_refused(
+def test_options_that_torchs_own_update_would_ignore_raise(
     name: str, what: str, kwargs: dict[str, Any]
 ) -> None:
     (p,), (make, match) = parameters(dtype=torch.bfloat16, shapes=[(6, 4)]), REFUSED[what]
@@ -155,7 +155,7 @@ def test_what_torchs_own_update_would_leave_out_is_refused(
     assert torch.equal(p, before)
     if "support" not in match:
         assert str(refused.value).startswith(f"{next(iter(kwargs))}=True does not go with ")
-    full = Parameter(p.detach().float())  # of what is asked for, a float32 parameter needs nothing
+    full = Parameter(p.detach().float())  # a float32 parameter needs no master copy
     full.grad = torch.ones_like(full)
     if what != "capturable":
         ours(name)([full], **kwargs, **FULL[name]).step()
@@ -163,10 +163,10 @@ def test_what_torchs_own_update_would_leave_out_is_refused(
 
 @pytest.mark.parametrize("kwargs", WIDE, ids=lambda k: next(iter(k)))
 @every_optimizer
-def test_hyperparameters_out_of_a_graph(
+def test_hyperparameters_from_a_graph(
     name: str, kwargs: dict[str, Any], backend: str, device: str
 ) -> None:
-    """Their values are read, on whatever device."""
+    """Their values are read, on any device."""
 
     def run(lr: Any) -> Tensor:
         torch.manual_seed(0)
@@ -179,8 +179,8 @@ def test_hyperparameters_out_of_a_graph(
     assert_equal(run(torch.tensor(0.25, device=device, requires_grad=True)), run(0.25), 0.0)
 
 
-def test_where_aten_has_no_update_of_ours_the_formula_keeps_masters() -> None:
-    """On a device that is no CPU; here none at all."""
+def test_where_aten_has_no_update_of_ours_the_formula_updates_masters() -> None:
+    """On a device other than a CPU; here, on a device without data."""
     p = Parameter(torch.empty(3, dtype=torch.bfloat16, device="meta"))
     p.grad = torch.empty_like(p)
     optimizer = optim.SGD([p], lr=0.1, momentum=0.9, master_weights=True)

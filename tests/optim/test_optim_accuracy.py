@@ -33,7 +33,7 @@ def state_of(optimizer: Any, params: list[Any]) -> list[list[torch.Tensor]]:
 def test_averages_of_very_many_gradients_lose_no_digits(
     name: str, kwargs: dict[str, Any], backend: str, device: str
 ) -> None:
-    """Taken in float32, 1 - β and 1 - βᵗ would be off by 3e-3 here."""
+    """Computed in float32, 1 - β and 1 - βᵗ would be off by 3e-3 here."""
     mine, exact = parameters(device, torch.float32, SHAPES), parameters(device, shapes=SHAPES)
     for p in (*mine, *exact):
         p.detach().zero_()
@@ -56,8 +56,8 @@ def test_averages_of_very_many_gradients_lose_no_digits(
 def test_half_precision_is_computed_in_float32_and_rounded_once(
     name: str, dtype: torch.dtype, clip: float | None, backend: str, device: str
 ) -> None:
-    """State too. Against one step of torch's from the same values, to half a spacing; by ATen,
-    which rounds more often, to a few."""
+    """State, too. Compared with one step of torch's from the same values, to half a spacing; with
+    ATen, which rounds more often, to a few."""
     half = parameters(device, dtype, SHAPES)
     our = ours(name)(half, max_grad_norm=clip, **FULL[name])
     train(our, half, 1, skip=False)
@@ -108,11 +108,11 @@ def test_the_norm_of_half_precision_gradients_is_computed_in_float32(
 def test_gradients_of_another_dtype_than_the_parameters(
     of: torch.dtype, its: torch.dtype, kwargs: dict[str, bool], backend: str, device: str
 ) -> None:
-    """Narrow ones are widened, wide ones are not rounded first."""
+    """Narrower gradients are widened, and wider ones are not rounded first."""
     (p,), (exact,) = parameters(device, of, [(40,)]), parameters(device, torch.float32, [(40,)])
     exact.data = p.detach().float()
     our, their = ours("AdamW")([p], lr=0.1, **kwargs), stock("AdamW")([exact], lr=0.1)
-    refused = backend == "aten" and its != torch.float32  # by torch, whose update it is
+    refused = backend == "aten" and its != torch.float32  # by torch's own update
     for step in range(3):
         give_gradients([exact], step, skip=False)
         exact.grad = exact.grad.to(its).float()  # type: ignore[union-attr]

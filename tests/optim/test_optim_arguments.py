@@ -1,4 +1,4 @@
-"""What the constructors take and refuse."""
+"""What the constructors accept, and when they raise."""
 
 from __future__ import annotations
 
@@ -78,7 +78,7 @@ def test_own_arguments(name: str) -> None:
 
 
 @pytest.mark.parametrize("name", ["SGD", "Adagrad", "RMSprop", "Adam", "Lion"])
-def test_defaults_of_the_formulas_are_the_optimizers(name: str) -> None:
+def test_formulas_and_optimizers_have_the_same_defaults(name: str) -> None:
     constructor = inspect.signature(ours(name)).parameters
     formula = inspect.signature(getattr(formulas, name.lower())).parameters
     given = {n: p.default for n, p in formula.items() if p.kind is p.KEYWORD_ONLY}

@@ -1,4 +1,4 @@
-"""State: checkpoints, copies, and what users do to it between steps."""
+"""State: checkpoints, copies, and changes by the user between steps."""
 
 from __future__ import annotations
 
@@ -75,8 +75,8 @@ def test_pickle_and_deepcopy(name: str) -> None:
         assert_equal(its, mine)
 
 
-def makes_state_anew(name: str) -> bool:
-    """torch 2.11's Adagrad makes state in its constructor alone."""
+def creates_missing_state(name: str) -> bool:
+    """torch 2.11's Adagrad creates state only in its constructor."""
     params = parameters()
     optimizer = stock(name)(params, **FULL[name])
     optimizer.state.clear()
@@ -88,10 +88,10 @@ def makes_state_anew(name: str) -> bool:
 
 
 @every_optimizer
-def test_state_taken_away_replaced_or_cleared_is_noticed(name: str) -> None:
+def test_removed_replaced_or_cleared_state_is_noticed(name: str) -> None:
     mine, theirs = parameters(), parameters()
     our, their = ours(name)(mine, **FULL[name]), stock(name)(theirs, **FULL[name])
-    without_state = nullcontext() if makes_state_anew(name) else pytest.raises(KeyError)
+    without_state = nullcontext() if creates_missing_state(name) else pytest.raises(KeyError)
     for part in range(4):
         for optimizer, params in ((our, mine), (their, theirs)):
             for step in range(3):
@@ -101,7 +101,7 @@ def test_state_taken_away_replaced_or_cleared_is_noticed(name: str) -> None:
             if part == 0:  # one state tensor replaced
                 key = next(k for k in optimizer.state[params[3]] if k != "step")
                 optimizer.state[params[3]][key] = torch.full_like(params[3], 0.5)
-            elif part == 1:  # all state of one parameter forgotten
+            elif part == 1:  # all state of one parameter removed
                 optimizer.state[params[4]] = {}
             else:
                 optimizer.state.clear()
@@ -111,7 +111,7 @@ def test_state_taken_away_replaced_or_cleared_is_noticed(name: str) -> None:
 @pytest.mark.parametrize("kwargs", [{"master_weights": True}, {"bf16_stochastic_round": True}])
 @every_optimizer
 def test_float32_state_is_loaded_as_a_copy(name: str, kwargs: dict[str, bool]) -> None:
-    """What is loaded may be the state of an optimizer that goes on."""
+    """The loaded state may belong to an optimizer that continues."""
     params, others = parameters(dtype=torch.bfloat16), parameters(dtype=torch.bfloat16)
     source, loaded = (ours(name)(p, **kwargs, **FULL[name]) for p in (params, others))
     train(source, params, 2)
@@ -127,7 +127,7 @@ def test_float32_state_is_loaded_as_a_copy(name: str, kwargs: dict[str, bool]) -
         assert_equal({**new, "step": 0}, {**old, "step": 0}, 0.0)  # torch shares the count
 
 
-def test_what_a_hook_makes_of_a_checkpoint_is_loaded() -> None:
+def test_a_hook_may_change_the_checkpoint_that_is_loaded() -> None:
     (p,) = parameters(dtype=torch.bfloat16, shapes=[(5,)])
     optimizer = ours("SGD")([p], master_weights=True, **FULL["SGD"])
     train(optimizer, [p], 1)

@@ -1,4 +1,4 @@
-"""Steps: the results of torch.optim, on every backend."""
+"""Steps give the results of torch.optim on every backend."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ from custom_backprop.optim.signature import guard
 def test_many_steps_are_torchs(
     name: str, kwargs: dict[str, Any], backend: str, device: str
 ) -> None:
-    """A hundred, but for the interpreter, which is slow; more of its blocks below."""
+    """A hundred steps; fewer in the interpreter, which is slow."""
     slow = backend == "triton" and device == "cpu"
     shapes, steps = ([(5,)], 12) if slow else (SHAPES, 100)
     mine, theirs = parameters(device, shapes=shapes), parameters(device, shapes=shapes)
@@ -50,7 +50,7 @@ def test_many_steps_are_torchs(
 def test_awkward_shapes(name: str, kwargs: dict[str, Any], backend: str, device: str) -> None:
     mine, theirs = parameters(device), parameters(device)
     our, their = ours(name)(mine, **kwargs), stock(name)(theirs, **kwargs)
-    train(our, mine, range(1, 3))  # the first without a gradient for one of them
+    train(our, mine, range(1, 3))  # in the first step, one of them has no gradient
     train(their, theirs, range(1, 3))
     assert_equal(mine, theirs)
     assert_equal(our.state_dict(), their.state_dict())
@@ -72,7 +72,7 @@ def test_sgd_gives_the_bits_of_torchs_loop(kwargs: dict[str, Any], dtype: torch.
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
 @pytest.mark.parametrize("fused", [None, True])
 def test_sgd_in_half_precision_is_torchs_loop(fused: bool | None, dtype: torch.dtype) -> None:
-    """torch's fused kernel leaves whole vectors of such parameters as they are."""
+    """torch's fused kernel does not change whole vectors of such parameters."""
     shapes: list[tuple[int, ...]] = [(5, 3), (1000,)]
     mine, theirs = parameters(dtype=dtype, shapes=shapes), parameters(dtype=dtype, shapes=shapes)
     train(optim.SGD(mine, fused=fused, **FULL["SGD"]), mine, 7)
@@ -154,14 +154,14 @@ def test_flags_of_torchs_variants_are_accepted(name: str, flag: str) -> None:
         for optimizer, params in ((our, mine), (their, theirs)):
             give_gradients(
                 params, step, skip=False
-            )  # torch's fused SGD fails on a gradient that is absent at the first step only
+            )  # torch's fused SGD fails if a gradient is missing in the first step only
             optimizer.step()
     assert_equal(mine, theirs, 1e-6)
     assert our.state_dict()["param_groups"] == their.state_dict()["param_groups"]
 
 
 @every_optimizer
-def test_the_default_device_has_no_part(name: str, backend: str, device: str) -> None:
+def test_the_default_device_does_not_matter(name: str, backend: str, device: str) -> None:
     shapes: list[tuple[int, ...]] = [(5,), (3, 5)]
     mine, theirs = parameters(device, shapes=shapes), parameters(device, shapes=shapes)
     for params, where in ((mine, "meta"), (theirs, device)):
@@ -183,7 +183,7 @@ def test_no_gradient_at_all(name: str) -> None:
 
 @every_optimizer
 def test_two_parameters_of_one_gradient(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Torch's own look never says yes to them: it is asked once."""
+    """Torch's own check never accepts them, so it is called once."""
     made: list[int] = []
     monkeypatch.setattr(signature, "guard", lambda tensors: made.append(1) or guard(tensors))
     mine, theirs = parameters(shapes=[(5,), (5,)]), parameters(shapes=[(5,), (5,)])

@@ -1,4 +1,4 @@
-"""Rounding to bfloat16 at random, in the formula and in steps: unbiased, harmless, seeded."""
+"""Stochastic rounding to bfloat16, in the formula and in steps: unbiased, harmless, seeded."""
 
 from __future__ import annotations
 
@@ -22,8 +22,8 @@ from custom_backprop.formulas import optim as formulas
 
 @every_optimizer
 def test_updates_too_small_for_bfloat16_are_not_lost(name: str, backend: str, device: str) -> None:
-    """Many parameters of 1 pulled down by far less than a spacing: all of them stay when rounded to
-    nearest, on average none does."""
+    """Many parameters of 1 are reduced by far less than a spacing. Rounded to nearest, none of them
+    would change; on average, all do."""
     n, steps = (4096, 4) if backend != "triton" or device != "cpu" else (64, 4)
     kwargs: dict[str, Any] = (
         {"lr": 2.0**-11}
@@ -53,14 +53,14 @@ def test_updates_too_small_for_bfloat16_are_not_lost(name: str, backend: str, de
 SPECIAL = [0.0, -0.0, 1.0, -3.5, math.inf, -math.inf, math.nan, 2.0**-133]
 
 
-def test_the_formula_leaves_what_bfloat16_can_represent() -> None:
+def test_the_formula_does_not_change_what_bfloat16_can_represent() -> None:
     x = torch.tensor(SPECIAL)
     noise = torch.full(x.shape, 0xFFFF, dtype=torch.int32)
     assert_equal(formulas.stochastically_rounded(x, noise), x.bfloat16(), 0.0)
 
 
 def test_the_formula_rounds_by_the_noise() -> None:
-    """Three tenths of the way to the next number, seven tenths of the noise are too small."""
+    """At three tenths of a spacing, seven tenths of the noise are too small to round up."""
     noise = torch.arange(65536, dtype=torch.int32)
     x = torch.full(noise.shape, 1 + 0.3 * 2.0**-7)
     rounded = formulas.stochastically_rounded(x, noise)
@@ -70,16 +70,16 @@ def test_the_formula_rounds_by_the_noise() -> None:
 
 
 def nans_of_all_ones(n: int) -> Tensor:
-    """A carry out of the lower half of their bits would make them 0."""
+    """NaNs that a carry from the lower half of their bits would turn into 0."""
     return torch.full((n,), 0x7FFFFFFF, dtype=torch.int32).view(torch.float32)
 
 
-def test_the_formula_leaves_nan_whatever_its_bits() -> None:
+def test_the_formula_does_not_change_nan_whatever_its_bits() -> None:
     noise = torch.full((4,), 0xFFFF, dtype=torch.int32)
     assert formulas.stochastically_rounded(nans_of_all_ones(4), noise).isnan().all()
 
 
-def test_a_step_leaves_nan_whatever_its_bits(backend: str, device: str) -> None:
+def test_a_step_does_not_change_nan_whatever_its_bits(backend: str, device: str) -> None:
     p = Parameter(torch.ones(64, dtype=torch.bfloat16, device=device))
     p.grad = torch.zeros_like(p)
     p.grad.data = nans_of_all_ones(64).to(device)
@@ -88,14 +88,14 @@ def test_a_step_leaves_nan_whatever_its_bits(backend: str, device: str) -> None:
 
 
 def rounded_step(values: Tensor, gradient: Tensor | float) -> Tensor:
-    """Parameters after a step of size 1 against ``gradient``."""
+    """Parameters after a step of size 1 along ``-gradient``."""
     p = Parameter(values.bfloat16())
     p.grad = torch.zeros_like(p).add_(gradient)
     optim.SGD([p], lr=1.0, bf16_stochastic_round=True).step()
     return p.detach()
 
 
-def test_a_step_leaves_what_bfloat16_can_represent(backend: str, device: str) -> None:
+def test_a_step_does_not_change_what_bfloat16_can_represent(backend: str, device: str) -> None:
     special = torch.tensor(SPECIAL * 20, device=device)
     finite = special.isfinite()
     stepped = rounded_step(special.where(finite, 1.0), -special.where(~finite, 0.0))
@@ -105,7 +105,7 @@ def test_a_step_leaves_what_bfloat16_can_represent(backend: str, device: str) ->
 
 @pytest.mark.parametrize("value", [1.0, -1.0])
 def test_a_step_rounds_up_as_often_as_it_should(value: float, backend: str, device: str) -> None:
-    """Each element by a noise of its own, whatever its block."""
+    """Each element has its own noise, whatever its block."""
     n, spacing = 1024, 2.0**-7
     step = torch.tensor(0.3 * spacing).bfloat16().item()
     stepped = rounded_step(torch.full((n,), value, device=device), -math.copysign(step, value))
@@ -113,11 +113,11 @@ def test_a_step_rounds_up_as_often_as_it_should(value: float, backend: str, devi
     away = stepped.abs() > 1
     part = step / spacing
     assert abs(away.double().mean().item() - part) < 5 * math.sqrt(part * (1 - part) / n)
-    blocks = away.view(-1, 32)  # as small as the kernel's are made here
+    blocks = away.view(-1, 32)  # as small as the kernel's blocks in these tests
     assert len({tuple(block.tolist()) for block in blocks}) > 0.99 * len(blocks)
 
 
-def test_each_step_and_each_parameter_has_a_noise_of_its_own(backend: str, device: str) -> None:
+def test_each_step_and_each_parameter_has_its_own_noise(backend: str, device: str) -> None:
     def fresh() -> list[Parameter]:
         made = [Parameter(torch.ones(64, dtype=torch.bfloat16, device=device)) for _ in range(2)]
         for p in made:
@@ -137,7 +137,7 @@ def test_each_step_and_each_parameter_has_a_noise_of_its_own(backend: str, devic
     assert len(set(drawn)) == len(drawn)
 
 
-def test_the_noise_follows_the_seed(backend: str, device: str) -> None:
+def test_the_noise_depends_on_the_seed(backend: str, device: str) -> None:
     def run(seed: int) -> Tensor:
         torch.manual_seed(seed)
         p = Parameter(torch.ones(50, dtype=torch.bfloat16, device=device))

@@ -1,4 +1,4 @@
-"""What is left to torch's own update: sparse, complex, capturable, differentiable, compiled."""
+"""Cases in which torch's own update runs: sparse, complex, capturable, differentiable, compiled."""
 
 from __future__ import annotations
 
@@ -25,8 +25,8 @@ from custom_backprop.nn.utils import clip_grad_norm_
 
 
 @every_optimizer
-def test_nor_where_torch_updates(name: str) -> None:
-    """As it does with a gradient of other strides."""
+def test_the_default_device_does_not_matter_where_torch_updates(name: str) -> None:
+    """As it does for a gradient with other strides."""
     mine, theirs = parameters(shapes=[(4, 6)]), parameters(shapes=[(4, 6)])
     our, their = ours(name)(mine, **FULL[name]), stock(name)(theirs, **FULL[name])
     for step in range(3):
@@ -67,7 +67,7 @@ def test_sparse_gradients(name: str) -> None:
 
 
 @pytest.mark.parametrize("name", ["RMSprop", "Adam", "AdamW", "Lion"])
-def test_sparse_gradients_are_refused_where_torch_refuses(name: str) -> None:
+def test_sparse_gradients_raise_where_torch_raises(name: str) -> None:
     p = Parameter(torch.ones(3))
     p.grad = torch.ones(3).to_sparse()
     with pytest.raises(RuntimeError, match="does not support sparse gradients"):
@@ -101,7 +101,7 @@ def test_complex_and_real_parameters_together(name: str) -> None:
 
 @every_optimizer
 def test_differentiable(name: str) -> None:
-    """Autograd goes through the step to what the gradient was made of."""
+    """Autograd differentiates the step with respect to what the gradient was computed from."""
 
     def run(kind: Any) -> Tensor:
         start = torch.linspace(0.5, 1.5, 4, dtype=torch.float64, requires_grad=True)
@@ -128,7 +128,7 @@ def pretend_that_torch_captures_on(device: str, monkeypatch: pytest.MonkeyPatch)
 
 @CAPTURABLE
 def test_capturable_is_torchs_own(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    """On a CPU torch refuses it, when it steps; where it does not, clipping is added to it."""
+    """On a CPU torch raises when it steps. Where it does not, ours adds clipping."""
     for kind in (ours(name), stock(name)):
         params = parameters(shapes=[(3,)])
         optimizer = kind(params, capturable=True)
@@ -152,7 +152,7 @@ def test_capturable_is_torchs_own(name: str, monkeypatch: pytest.MonkeyPatch) ->
 def test_a_capturable_step_reads_nothing_from_the_device(
     name: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Not the factor of clipping either: on the meta device nothing can be read."""
+    """Not even the factor of clipping. On the meta device nothing can be read."""
     pretend_that_torch_captures_on("meta", monkeypatch)
     p = Parameter(torch.ones(3, device="meta"))
     p.grad = torch.ones_like(p)
@@ -162,9 +162,9 @@ def test_a_capturable_step_reads_nothing_from_the_device(
 
 
 @pytest.mark.parametrize("fails", [False, True])
-def test_gradients_and_groups_are_put_back_after_torchs_step(fails: bool) -> None:
-    """They are clipped and unscaled for the step: ``.grad`` stays, and so do a GradScaler's
-    attributes, also when torch refuses."""
+def test_gradients_and_groups_are_restored_after_torchs_step(fails: bool) -> None:
+    """They are clipped and unscaled only for the step: ``.grad`` and a GradScaler's attributes are
+    unchanged after it, even if torch raises."""
     params = parameters(shapes=[(3, 4), (5,)])
     optimizer = optim.Adam(params, max_grad_norm=0.5, fused=True)
     give_gradients(params, 0, skip=False)
@@ -184,7 +184,7 @@ def test_gradients_and_groups_are_put_back_after_torchs_step(fails: bool) -> Non
     assert all(torch.equal(g, v) for g, v in zip(grads, values, strict=True))
 
 
-def test_a_sparse_gradient_is_as_it_was_after_clipping() -> None:
+def test_a_sparse_gradient_is_unchanged_after_clipping() -> None:
     embedding = torch.nn.Embedding(9, 4, sparse=True)
     embedding(torch.tensor([1, 3, 3])).square().sum().backward()
     given = embedding.weight.grad

@@ -1,4 +1,4 @@
-"""What ``import custom_backprop`` offers, and what it leaves until it is asked for."""
+"""What ``import custom_backprop`` offers, and what it imports only on first use."""
 
 from __future__ import annotations
 
@@ -22,11 +22,11 @@ assert custom_backprop.extend.primitive
 """
 
 
-def test_each_module_is_there_when_it_is_asked_for():
+def test_each_module_is_imported_on_first_use():
     python(ASKS)
 
 
-def test_a_star_import_leaves_them_alone():
+def test_a_star_import_does_not_import_them():
     python(
         "import sys; from custom_backprop import *; convert, nn, testing; "
         "assert 'torch.distributed.tensor' not in sys.modules"
@@ -39,10 +39,10 @@ def test_dir_names_it(name):
     assert getattr(custom_backprop, name) is sys.modules[f"custom_backprop.{name}"]
 
 
-def test_what_is_not_there_is_named():
+def test_the_error_names_what_is_missing():
     with pytest.raises(AttributeError, match="'custom_backprop' has no attribute 'costs'"):
         custom_backprop.costs  # noqa: B018
 
 
-def test_all_of_all_is_there():
+def test_every_name_in_all_exists():
     assert [n for n in custom_backprop.__all__ if not hasattr(custom_backprop, n)] == []
