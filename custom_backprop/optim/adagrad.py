@@ -14,7 +14,7 @@ from .rule import Rule
 
 
 class Adagrad(MultiTensor, torch.optim.Adagrad):
-    """:class:`torch.optim.Adagrad`, a step for all parameters at once."""
+    """:class:`torch.optim.Adagrad` with one step for all parameters at once."""
 
     _torch = torch.optim.Adagrad
     _rule = Rule("adagrad", formulas.adagrad, states=("sum", "step"))

@@ -35,12 +35,12 @@ class _Adam(MultiTensor):
 
 
 class Adam(_Adam, torch.optim.Adam):
-    """:class:`torch.optim.Adam`, a step for all parameters at once."""
+    """:class:`torch.optim.Adam` with one step for all parameters at once."""
 
     _torch = torch.optim.Adam
 
 
 class AdamW(_Adam, torch.optim.AdamW):
-    """:class:`torch.optim.AdamW`, a step for all parameters at once."""
+    """:class:`torch.optim.AdamW` with one step for all parameters at once."""
 
     _torch = torch.optim.AdamW

@@ -1,5 +1,5 @@
-"""Parameters that one call updates together. What a step needs of them is made once and used again
-as long as their signature matches."""
+"""Parameters that one call updates together. What a step needs to know about them is computed once
+and used again while their signature matches."""
 
 from __future__ import annotations
 
@@ -23,22 +23,22 @@ _version = attrgetter("_version")
 
 
 class Bucket:
-    """Parameters alike in kind, device and dtypes.
+    """Parameters of the same kind, device and dtypes.
 
     Args:
         params: the parameters.
         grads: their gradients.
         states: by name, the state of each parameter.
         masters: float32 copies from which the parameters are rounded, or None.
-        backend: what updates them.
-        fresh: the states were made for this step and are still empty.
+        backend: the name of the backend that updates them.
+        fresh: the states were created for this step and are still empty.
         together: small parameters may share a piece.
-        packed: the names of states that are to be adjacent in a piece.
+        packed: the names of states that have to be adjacent in a piece.
 
     Attributes:
-        states: the same, flat, on this rank.
+        states: the same as flat tensors, on this rank.
         steps: how many steps each has made, one tensor over ``states["step"]``; None if no state
-            counts them, or they lie apart.
+            counts steps, or these states are not adjacent.
         updated_dtype: of the tensors that are updated: the parameters or their masters.
     """
 
@@ -64,7 +64,7 @@ class Bucket:
         counts = self.states.get("step")
         self.steps = span(counts) if counts and adjacent(counts) else None
         self._signature = Signature(params, shards, grads)
-        self.grads = self._signature.grads  # one frame less at each step
+        self.grads = self._signature.grads  # one Python frame less per step
         self._table: Any = None
         self._written: list[int] | None = None  # versions of ``rounded`` after the last step
 
@@ -81,39 +81,40 @@ class Bucket:
 
     @property
     def rounded(self) -> list[Tensor] | None:
-        """The flat parameters that are rounded from masters; None where there are none."""
+        """The flat parameters that are rounded from masters; None if there are none."""
         return None if self._masters is None else self._flat_params
 
     def refresh_masters(self) -> None:
-        """Where somebody else has written to a parameter since the last step, its master takes the
-        new value."""
+        """If a parameter was changed by somebody else since the last step, its master takes the new
+        value."""
         if self.rounded is not None and self._written != list(map(_version, self.rounded)):
             for master, low in zip(self.updated, self.rounded, strict=True):
                 master.copy_(torch.where(master.to(low.dtype) == low, master, low.to(master.dtype)))
 
     def note_versions(self) -> None:
-        """To be called when a step has written all parameters."""
+        """Call this when a step has written all parameters."""
         if self.rounded is not None:
             self._written = list(map(_version, self.rounded))
 
     @cached_property
     def parts(self) -> list[Part]:
-        """Small tensors and others."""
+        """The small tensors, and the others."""
         if not self._signature.contiguous:
             return parts_of(self.updated, self.states)
         if self._masters is None and not self._signature.sharded:
-            return parts_of(self.params, self.states)  # at whatever address
+            return parts_of(self.params, self.states)  # valid at any address
         shaped = zip(self.updated, self._signature.shapes, strict=True)
         return parts_of([t.view(shape) for t, shape in shaped], self.states)
 
     @cached_property
     def pieces(self) -> list[Piece]:
-        """The same cut for the cache. Those states that are to be adjacent are so in each piece."""
+        """The same, cut for the cache. States that have to be adjacent are adjacent in each
+        piece."""
         apart = [gaps(self.states[name]) for name in self._packed if name in self.states]
         return pieces_of(self.updated, self.states, self._together, set().union(*apart))
 
     def count(self, made: Tensor | int) -> None:
-        """Adds the steps made, one or none, to every parameter's count."""
+        """Adds the number of steps made, 1 or 0, to the count of every parameter."""
         if self.steps is not None:
             self.steps.add_(made)
         elif "step" in self.states:
@@ -122,8 +123,8 @@ class Bucket:
     def scaled(
         self, grads: list[Tensor], factor: float
     ) -> Iterator[tuple[Run, list[Tensor], list[Tensor], States]]:
-        """(who calls it, parameters, gradients times ``factor``, states) for torch's fused
-        kernels: in pieces where gradients are scaled."""
+        """(what calls the kernel, parameters, gradients times ``factor``, states) for torch's fused
+        kernels; in pieces, if gradients are scaled."""
         if factor == 1:
             for part in self.parts:
                 yield part.run, part.params, part.of(grads), part.states
@@ -132,7 +133,7 @@ class Bucket:
                 yield piece.run, piece.params, piece.scaled(grads, factor), piece.states
 
     def norms(self, grads: list[Tensor]) -> list[Tensor]:
-        """2-norms whose 2-norm is that of all gradients together."""
+        """Several 2-norms, whose 2-norm is that of all gradients together."""
         if self._signature.sharded:
             return [norm(p.grad) for p in self.params if p.grad is not None]
         dtype = norm_dtype(self._signature.dtype)

@@ -1,4 +1,4 @@
-"""What gradients are multiplied by before a step."""
+"""The factor that gradients are multiplied by before a step."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ def norm_dtype(dtype: torch.dtype) -> torch.dtype | None:
 
 
 def norm(grad: Tensor) -> Tensor:
-    """The 2-norm of one gradient of any kind: sparse, complex, or spread over ranks."""
+    """The 2-norm of one gradient of any kind: sparse, complex, or sharded over ranks."""
     if grad.is_sparse:
         grad = grad.coalesce().values()
     total = torch.linalg.vector_norm(grad, dtype=norm_dtype(grad.dtype))
@@ -25,8 +25,8 @@ def norm(grad: Tensor) -> Tensor:
 def gradient_factor(
     scale: Tensor | None, norms: list[Tensor], max_norm: float | None
 ) -> Tensor | None:
-    """The inverse of a GradScaler's ``scale``, times what clipping gradients of these ``norms`` to
-    ``max_norm`` asks for; None where neither is there."""
+    """The inverse of a GradScaler's ``scale``, times the factor that clips gradients of these
+    ``norms`` to ``max_norm``; None if there is neither."""
     factor = None if scale is None else scale.double().reciprocal()
     if max_norm is None or not norms:
         return factor

@@ -1,4 +1,4 @@
-"""Which parameters our update is written for. All others are torch's to update."""
+"""Which parameters our update can take. Torch updates all others."""
 
 from __future__ import annotations
 
@@ -16,8 +16,8 @@ from .memory import same_order
 def why_not_stored(
     group: dict[str, Any], p: Tensor, g: Tensor, states: Iterable[Tensor]
 ) -> str | None:
-    """Why ``p``, stored as it, its gradient and states are, is not ours to update, as the end of a
-    sentence "... does not go with"; None if it is."""
+    """Why our update cannot take ``p``, given how it, its gradient and its states are stored. It is
+    the end of the sentence "... does not go with". None if our update can."""
     others = (g, *states)
     if group.get("capturable"):
         return "capturable=True, which is torch's own update: leave out one of the two"
@@ -25,7 +25,7 @@ def why_not_stored(
         return "sparse tensors: make parameters, gradients and states dense"
     if not p.is_floating_point():
         return "complex parameters"
-    placements = getattr(p, "placements", None)  # a DTensor's shards are tensors like any other
+    placements = getattr(p, "placements", None)  # the shards of a DTensor are ordinary tensors
     if not (
         (type(p) in (Tensor, torch.nn.Parameter) and type(g) is Tensor)
         or (placements and all(getattr(t, "placements", None) == placements for t in others))
@@ -50,7 +50,7 @@ def why_not_stored(
 def why_not_alike(
     group: dict[str, Any], p: Tensor, g: Tensor, states: list[Tensor], backend: str
 ) -> str | None:
-    """The same of what matters only where parameters and states are of one dtype."""
+    """The same, for reasons that matter only if parameters and states have the same dtype."""
     here = local(p)
     values = chain(group.values(), group.get("betas", ()))
     if any(isinstance(v, Tensor) and (v.requires_grad or not v.is_cpu) for v in values):
@@ -68,6 +68,6 @@ def why_not_alike(
 
 
 def _dense(t: Tensor) -> bool:
-    """Whether the elements fill a stretch of memory, and are stored as they are."""
+    """Whether the elements fill a block of memory, and are stored as they are."""
     dense = t.is_contiguous() or t.stride() == torch.empty_like(t, device="meta").stride()
     return dense and not t.is_neg()

@@ -1,4 +1,4 @@
-"""Lion, which torch.optim has not."""
+"""Lion, which torch.optim does not have."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from .rule import Rule
 
 
 class PlainLion(Optimizer):
-    """Lion one parameter at a time, as it would be in torch.optim."""
+    """Lion, one parameter at a time, as it would be in torch.optim."""
 
     def __init__(
         self,
@@ -82,14 +82,14 @@ class PlainLion(Optimizer):
 
 
 class Lion(MultiTensor, PlainLion):
-    """Lion: every coordinate moves by the learning rate in the direction of a sign
+    """Lion: every element moves by the learning rate in the direction of a sign
     (:func:`custom_backprop.formulas.optim.lion`).
 
     Args:
         params: parameters or groups of them, as in torch.optim.
         lr: γ; 3 to 10 times smaller than AdamW's.
-        betas: β₁ of the average that is stepped by, β₂ of the one that is remembered.
-        weight_decay: λ, decoupled; as many times larger than AdamW's as γ is smaller.
+        betas: β₁ is for the average that gives the step, β₂ for the one that is saved.
+        weight_decay: λ, decoupled; larger than AdamW's by the same factor by which γ is smaller.
         maximize: the objective is maximized.
         differentiable: autograd follows the step.
 

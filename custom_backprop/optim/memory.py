@@ -1,4 +1,4 @@
-"""How the elements of dense tensors lie in memory."""
+"""The order of the elements of dense tensors in memory."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from ..dtensor import local
 
 
 def flat(t: Tensor) -> Tensor:
-    """A 1-D view of all elements in the order of memory. It shares ``t``'s version counter."""
+    """A 1-D view of all elements in memory order. It shares ``t``'s version counter."""
     t = t.detach()
     return t.view(-1) if t.is_contiguous() else t.as_strided((t.numel(),), (1,))
 
@@ -27,7 +27,8 @@ def in_order(t: Tensor, p: Tensor) -> Tensor:
 
 
 def adjacent(tensors: list[Tensor]) -> bool:
-    """Whether each begins where the one before it ends, in one storage. Empty ones do not count."""
+    """Whether each tensor begins where the one before ends, in one storage. Empty ones do not
+    count."""
     storage, end = 0, 0
     for t in tensors:
         if t.numel():
@@ -46,7 +47,8 @@ def span(tensors: list[Tensor]) -> Tensor:
 
 
 def packed(tensors: list[Tensor]) -> list[Tensor]:
-    """Adjacent copies with the same shapes and strides; ``tensors`` if they are adjacent."""
+    """Adjacent copies with the same shapes and strides, or ``tensors`` themselves if they are
+    adjacent."""
     if adjacent(tensors):
         return tensors
     whole = torch.cat(list(map(flat, tensors)))

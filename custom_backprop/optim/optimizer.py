@@ -1,9 +1,9 @@
-"""What the optimizers share: torch.optim's own class underneath, and a step that updates many
+"""What the optimizers share: the base class from torch.optim, and a step that updates many
 parameters at once.
 
 Constructor, groups, state, checkpoints, hooks and schedulers are inherited. Only the update is
-replaced, and only for what it is written for: dense real tensors. What else torch.optim takes
-(sparse, complex, ``capturable``, ``differentiable``, ...) goes to torch's own update.
+replaced, and only for dense real tensors. Everything else that torch.optim accepts (sparse,
+complex, ``capturable``, ``differentiable``, ...) goes to torch's own update.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ from .plan import Group, Plan, add_plan
 from .rule import Rule
 from .update import by_torch, torchs_step, update
 
-#: a group, its plan, and the gradients of each bucket of it
+#: a group, its plan, and the gradients of each of its buckets
 Work = tuple[Group, Plan, list[list[Tensor]]]
 
 #: the arguments of the constructor that torch's classes do not have
@@ -36,31 +36,32 @@ OWN_ARGUMENTS = ("max_grad_norm", "master_weights", "bf16_stochastic_round")
 
 
 class MultiTensor(Optimizer):
-    """Mixed in before a class of torch.optim: ``class SGD(MultiTensor, torch.optim.SGD)``. It adds
+    """A mixin before a class of torch.optim: ``class SGD(MultiTensor, torch.optim.SGD)``. It adds
     three arguments to the constructor.
 
     Args:
         max_grad_norm: all gradients of this optimizer are multiplied by
             :func:`~custom_backprop.formulas.optim.clip_factor` of their total 2-norm, as
-            ``clip_grad_norm_`` would do before the step; but ``.grad`` itself is not changed.
-        master_weights: float16 and bfloat16 parameters are updated in a float32 copy, the
-            ``master_param`` of their state, and rounded from it. Their other state is float32 too.
+            ``clip_grad_norm_`` would do before the step. ``.grad`` itself does not change.
+        master_weights: the update of a float16 or bfloat16 parameter uses a float32 copy, the
+            ``master_param`` of its state. The parameter is rounded from it. All its state is
+            float32.
         bf16_stochastic_round: bfloat16 parameters are updated in float32 and rounded up or down at
-            random, the nearer the likelier; there is no copy. Their state is float32. The noise
-            follows ``torch.manual_seed``.
+            random, more likely to the nearer number. There is no copy. Their state is float32. The
+            noise depends on ``torch.manual_seed``.
 
     Raises:
-        ValueError: ``max_grad_norm`` is negative or NaN, both kinds of rounding are asked for, or
-            one of these arguments is combined with ``differentiable=True``.
-        RuntimeError: at a step, ``master_weights`` or ``bf16_stochastic_round`` meets what only
-            torch's own update takes: ``capturable``, sparse gradients, subclasses of Tensor.
+        ValueError: ``max_grad_norm`` is negative or NaN, or both kinds of rounding are requested,
+            or one of these arguments is combined with ``differentiable=True``.
+        RuntimeError: at a step with ``master_weights`` or ``bf16_stochastic_round``, if only
+            torch's own update can take it: ``capturable``, sparse gradients, subclasses of Tensor.
     """
 
     #: ``step`` applies the attributes ``grad_scale`` and ``found_inf`` that a GradScaler sets; on a
     #: GPU without reading them
     _step_supports_amp_scaling = True
 
-    #: torch's class, whose ``step`` takes what ours is not written for
+    #: torch's class, whose ``step`` takes what ours cannot
     _torch: ClassVar[Any]
     _rule: ClassVar[Rule]
 
@@ -111,8 +112,8 @@ class MultiTensor(Optimizer):
         self.__dict__.pop("_plans", None)
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """As torch's, which would cast the state of a half-precision parameter to its dtype: where
-        ours is float32, it stays so."""
+        """As torch's, except that float32 state of a half-precision parameter stays float32.
+        Torch's would cast it to the parameter's dtype."""
         if not (self.master_weights or self.bf16_stochastic_round):
             super().load_state_dict(state_dict)
             return
@@ -131,9 +132,9 @@ class MultiTensor(Optimizer):
                         self.state[p][name] = value.to(p.device, torch.float32, copy=True)
 
     def step(self, closure: Callable[[], Any] | None = None) -> Any:
-        """One step. ``closure``, if given, computes the loss again (and its gradients), and the
-        loss is returned."""
-        # a subclass that overrides this has torch's wrapper around its own
+        """One step. ``closure``, if given, computes the loss and its gradients again. The step then
+        returns the loss."""
+        # the method of a subclass that overrides this one has torch's wrapper
         if type(self).step is MultiTensor.step and (
             torch.compiler.is_compiling() or is_observed(self)
         ):
@@ -166,7 +167,7 @@ class MultiTensor(Optimizer):
             with torch.enable_grad():
                 loss = closure()
         enabled = torch.is_grad_enabled()
-        # torch.no_grad() less its frames: the step of a few parameters is all host
+        # torch.no_grad() without its frames: with few parameters, only the host's time counts
         torch._C._set_grad_enabled(False)
         try:
             self._step()
@@ -194,8 +195,8 @@ class MultiTensor(Optimizer):
             self.__dict__["_last_states"] = self._states()
 
     def _work(self) -> tuple[list[Work], bool]:
-        """The plans of this step, and whether one of them is new. A group has several where
-        gradients come and go; none is left where a state is not what it was."""
+        """The plans of this step, and whether one of them is new. A group has several if gradients
+        come and go. All of them are dropped if a state has changed."""
         plans: dict[int, list[Plan]] = self.__dict__.setdefault("_plans", {})
         last, states = self.__dict__.get("_last_states", ()), self._states()
         if len(states) != len(last) or not all(map(operator.is_, states, last)):
@@ -218,14 +219,14 @@ class MultiTensor(Optimizer):
         return list(chain.from_iterable(state.values() for state in self.state.values()))
 
     def _reads(self, found_inf: Tensor) -> bool:
-        """Whether ``found_inf`` is read before anything is done. The kernels read it themselves,
-        but for a state that they would begin."""
+        """Whether ``found_inf`` is read before the step. The kernels read it themselves, except if
+        they would begin a state."""
         return selection.backend_for(found_inf.device.type) != "triton" or any(
             group.get("dampening") for group in self.param_groups
         )
 
     def _norms(self, work: list[Work]) -> list[Tensor]:
-        """Norms whose norm is that of all gradients; none where nobody asks for it."""
+        """Norms whose norm is that of all gradients; none if it is not needed."""
         norms: list[Tensor] = []
         if self.max_grad_norm is not None:
             for _, plan, grads in work:
@@ -235,14 +236,14 @@ class MultiTensor(Optimizer):
         return norms
 
     def _is_wide(self, p: Tensor) -> bool:
-        """Whether the state of ``p`` is float32 though it is not."""
+        """Whether ``p`` is not float32 but its state is."""
         return (self.master_weights and p.dtype in HALF) or (
             self.bf16_stochastic_round and p.dtype == torch.bfloat16
         )
 
     def _backend(self, p: Tensor) -> str:
-        """What updates ``p``. Our update by ATen is for a CPU; elsewhere the formula does what
-        torch's own would leave out."""
+        """The backend that updates ``p``. Our update by ATen is for a CPU. Elsewhere the formula
+        does what torch's own update cannot."""
         device = local(p).device.type
         backend = selection.backend_for(device)
         return "formula" if backend == "aten" and device != "cpu" and self._is_wide(p) else backend

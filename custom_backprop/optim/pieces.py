@@ -1,4 +1,5 @@
-"""How the CPU's update of a bucket is cut: for the cache, and by who computes small tensors."""
+"""How the update of a bucket on a CPU is divided: into pieces that fit the cache, and into small
+tensors, which one thread updates, and others."""
 
 from __future__ import annotations
 
@@ -11,19 +12,19 @@ from ..formulas.precision import HALF
 from .memory import adjacent, span
 from .threads import SMALL, Run, by_all_threads, by_one_thread
 
-#: elements that stay in a core's cache: a larger tensor is updated in pieces of as many a thread,
-#: smaller ones share a piece
+#: how many elements fit in a core's cache: a larger tensor is updated in pieces of that many per
+#: thread, smaller ones share a piece
 PIECE = 2**18
-#: from this many on, small tensors among others are worth a call of their own
+#: from this number on, small tensors among others are worth a separate call
 MANY = 8
 
 States = dict[str, list[Tensor]]
-#: which tensors of a list, and which elements of the one that is too large for a piece
+#: which tensors of a list, and which elements of a tensor that is too large for one piece
 Cut = tuple[slice, slice | None]
 
 
 class Part:
-    """The tensors of a bucket that a fused kernel walks through alike: the small ones, or the
+    """The tensors of a bucket that a fused kernel updates in one call: the small ones, or the
     others.
 
     Attributes:
@@ -38,12 +39,12 @@ class Part:
         self.states = {name: self.of(tensors) for name, tensors in states.items()}
 
     def of(self, tensors: list[Tensor]) -> list[Tensor]:
-        """This part of a list with one tensor a parameter."""
+        """This part of a list with one tensor per parameter."""
         return tensors if self._which is None else [tensors[i] for i in self._which]
 
 
 def parts_of(params: list[Tensor], states: States) -> list[Part]:
-    """Small tensors and others, each in their order; all together where only few are small."""
+    """Small tensors and others, each in their order; all in one part if only few are small."""
     sizes = list(map(Tensor.numel, params))
     small = [i for i, n in enumerate(sizes) if n <= SMALL]
     if MANY <= len(small) < len(sizes):
@@ -62,9 +63,9 @@ class Piece:
     Attributes:
         params: flat parameters.
         states: by name, the flat state of each parameter.
-        whole: by name, one tensor over all of ``states[name]``, where they are adjacent.
-        scratch: two flat tensors to compute in, which all pieces of a bucket share.
-        run: calls a fused kernel with as many threads as the tensors are worth.
+        whole: by name, one tensor over all of ``states[name]``, if they are adjacent.
+        scratch: two flat tensors for intermediate results, shared by all pieces of a bucket.
+        run: calls a fused kernel with one thread or with all of them.
     """
 
     def __init__(
@@ -82,13 +83,13 @@ class Piece:
         self.run = by_one_thread if sum(sizes) <= SMALL * len(sizes) else by_all_threads
 
     def of(self, tensors: list[Tensor]) -> list[Tensor]:
-        """This piece of a list with one contiguous tensor a parameter."""
+        """This piece of a list with one contiguous tensor per parameter."""
         mine = tensors[self._tensors]
         return mine if self._elements is None else [mine[0].view(-1)[self._elements]]
 
     def joined(self, tensors: list[Tensor], scratch: int = 0) -> Tensor:
-        """The same as one flat tensor, for reading only: a view of one tensor, or of several a copy
-        in ``scratch``."""
+        """The same as one flat tensor, for reading only: a view of a single tensor, or a copy of
+        several in ``scratch``."""
         mine = self.of(tensors)
         if len(mine) == 1:
             return mine[0].view(-1)
@@ -105,7 +106,7 @@ class Piece:
         return d if factor == 1 else torch.mul(d, factor, out=self.scratch[0])
 
     def subtract(self, update: Tensor, lr: float, weight_decay: float = 0.0) -> None:
-        """θ -= γ (u + λ θ), where u is a value of ``whole``, or ``scratch[0]``, which may be
+        """θ -= γ (u + λ θ), where u is in ``whole``, or is ``scratch[0]``, which may be
         overwritten."""
         p = self.params[0]
         if p.dtype in HALF and weight_decay:  # torch's kernel does nothing (pytorch issue 191763)
@@ -114,7 +115,7 @@ class Piece:
             p.add_(update, alpha=-lr)
             return
         name = next((name for name, whole in self.whole.items() if whole is update), None)
-        self.run(  # of a step without momentum, torch's fused kernel rounds as add_ does
+        self.run(  # without momentum, torch's fused kernel rounds as add_ does
             torch._fused_sgd_, self.params, self._views if name is None else self.states[name], [],
             weight_decay=weight_decay, momentum=0.0, lr=lr, dampening=0.0, nesterov=False,
             maximize=False, is_first_step=False,
@@ -124,7 +125,7 @@ class Piece:
 def pieces_of(
     params: list[Tensor], states: States, together: bool, apart: Collection[int]
 ) -> list[Piece]:
-    """``params`` cut for the cache; no piece reaches over an index of ``apart``."""
+    """``params`` in pieces that fit the cache. No piece crosses an index of ``apart``."""
     every = list(cuts(params, together, apart))
     largest = max(
         sum(t.numel() for t in params[which]) if part is None else part.stop - part.start
@@ -135,10 +136,10 @@ def pieces_of(
 
 
 def cuts(tensors: list[Tensor], together: bool, apart: Collection[int] = ()) -> Iterator[Cut]:
-    """How a list is cut into pieces. A new piece begins at each index of ``apart``.
+    """How a list is divided into pieces. A new piece begins at each index of ``apart``.
 
-    Half precision is not put together: ATen rounds the last few elements of a tensor, those that
-    fill no vector, by other instructions.
+    Tensors of half precision do not share a piece: ATen rounds the last few elements of a tensor,
+    which do not fill a vector, by other instructions.
     """
     limit = PIECE if together and tensors[0].dtype in (torch.float32, torch.float64) else 0
     begin, total = 0, 0

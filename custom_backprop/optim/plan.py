@@ -1,4 +1,4 @@
-"""How the parameters of a group are put into buckets."""
+"""How the parameters of a group are sorted into buckets."""
 
 from __future__ import annotations
 
@@ -21,15 +21,15 @@ if TYPE_CHECKING:
 
 Group = dict[str, Any]
 
-#: so many plans of a group are remembered, for gradients that come and go
+#: how many plans of a group are remembered, for gradients that come and go
 PLANS = 4
-#: one gap in as many tensors is left between adjacent states, so that nothing moves when a
-#: parameter sits out a step
+#: adjacent states may have one gap per this number of tensors, so that nothing moves when a
+#: parameter has no gradient in a step
 FEW = 8
 
 
 class Plan:
-    """How one group is updated: in buckets, and the rest by torch."""
+    """How one group is updated: some parameters in buckets, the rest by torch."""
 
     def __init__(self, group: Group, buckets: list[Bucket], rest: list[Tensor]) -> None:
         self.buckets, self.rest = buckets, rest
@@ -39,7 +39,7 @@ class Plan:
         self._flags = _flags(group)
 
     def grads(self, group: Group) -> list[list[Tensor]] | None:
-        """This step's gradients, a list for each bucket; None if the plan no longer fits."""
+        """This step's gradients, one list per bucket; None if the plan no longer fits."""
         members = group["params"]
         if (
             len(members) != len(self._members)
@@ -63,7 +63,7 @@ class Plan:
 
 
 def _flags(group: Group) -> tuple[bool, ...]:
-    """The hyperparameters that decide which states a parameter has, and who updates it."""
+    """The hyperparameters that decide which states a parameter has, and what updates it."""
     return (
         bool(group.get("momentum")),
         bool(group.get("amsgrad")),
@@ -73,7 +73,7 @@ def _flags(group: Group) -> tuple[bool, ...]:
 
 
 def add_plan(optimizer: MultiTensor, group: Group, plans: list[Plan]) -> Plan:
-    """A new plan, in front of ``plans``; those go if it had to move a state."""
+    """Adds a new plan before ``plans``. Those are dropped if the new one had to move a state."""
     before = [
         (state, name, t)
         for p in group["params"]
@@ -118,7 +118,7 @@ def _kind(
     """What parameters of one bucket have in common; None for one that torch updates.
 
     Raises:
-        RuntimeError: torch would leave out its master, or its rounding at random.
+        RuntimeError: torch would ignore its master, or stochastic rounding.
     """
     backend, wide = optimizer._backend(p), optimizer._is_wide(p)
     there = [s for name, s in states.items() if s is not None and name != "step"]
@@ -141,7 +141,8 @@ def _bucket(
     grads: list[Tensor],
     states: dict[str, list[Any]],
 ) -> Bucket:
-    """A bucket of these parameters, whose states are begun, widened and moved as it wants them."""
+    """A bucket of these parameters. Their states are created, widened and moved as it needs
+    them."""
     backend, wide = optimizer._backend(params[0]), optimizer._is_wide(params[0])
     together = backend == "aten" and not hasattr(params[0], "placements")
     fresh = False
@@ -164,7 +165,8 @@ def _bucket(
 
 
 def _counts(tensors: list[Tensor], device: torch.device, backend: str) -> list[Tensor]:
-    """Counts of steps on ``device``, adjacent where most of them are not or a kernel reads them."""
+    """Counts of steps on ``device``. They are made adjacent if most of them are not, or if a kernel
+    reads them."""
     tensors = [t if t.device == device else _moved(t, device) for t in tensors]
     if backend == "triton":
         return packed([t.float() for t in tensors])
@@ -172,7 +174,7 @@ def _counts(tensors: list[Tensor], device: torch.device, backend: str) -> list[T
 
 
 def _pack(tensors: list[Tensor]) -> None:
-    """Makes the states of each piece adjacent, where most of them are not."""
+    """Makes the states of each piece adjacent if most of them are not."""
     if _mostly_apart(list(map(flat, tensors))):
         for which, elements in cuts(tensors, together=True):
             if elements is None:
@@ -184,7 +186,7 @@ def _mostly_apart(tensors: list[Tensor]) -> bool:
 
 
 def _masters(optimizer: MultiTensor, params: list[Tensor]) -> list[Tensor]:
-    """The float32 copies of half-precision parameters, made where there are none."""
+    """The float32 copies of half-precision parameters. Missing ones are created."""
     masters = [
         in_order(optimizer.state[p].get("master_param", p.detach().float()), p) for p in params
     ]
@@ -198,12 +200,12 @@ def _store(optimizer: MultiTensor, params: list[Tensor], name: str, tensors: lis
 
 
 def away_from_the_default_device() -> AbstractContextManager[Any]:
-    """torch's own classes count steps on the default device, and fail where that is neither the CPU
-    nor the parameters' device."""
+    """torch's own classes count steps on the default device, and fail if it is neither the CPU nor
+    the parameters' device."""
     return nullcontext() if torch.get_default_device().type == "cpu" else torch.device("cpu")
 
 
 def _moved(count: Tensor, device: torch.device) -> Tensor:
-    """A count of steps on ``device``. Some of torch's own classes begin it on the default device,
-    and there may be nothing behind "meta"."""
+    """A count of steps on ``device``. Some of torch's own classes create it on the default device,
+    and on "meta" it would have no data."""
     return torch.zeros_like(count, device=device) if count.is_meta else count.to(device)

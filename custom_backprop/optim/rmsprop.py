@@ -16,7 +16,7 @@ _STATES = ("square_avg", "momentum_buffer", "grad_avg")
 
 
 class RMSprop(MultiTensor, torch.optim.RMSprop):
-    """:class:`torch.optim.RMSprop`, a step for all parameters at once."""
+    """:class:`torch.optim.RMSprop` with one step for all parameters at once."""
 
     _torch = torch.optim.RMSprop
     _rule = Rule("rmsprop", formulas.rmsprop, states=(*_STATES, "step"), packed=_STATES)

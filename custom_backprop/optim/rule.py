@@ -1,4 +1,4 @@
-"""What the shared code must know of one optimizer's update rule."""
+"""What the shared code needs to know about one optimizer's update rule."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ class Rule:
         formula: in ``formulas/optim.py``.
         states: the lists that torch's ``_init_group`` fills after parameters and gradients, by the
             names of the states.
-        packed: the states that the CPU's update wants adjacent in memory.
+        packed: the states that have to be adjacent in memory on a CPU.
     """
 
     name: str
@@ -33,7 +33,7 @@ class Rule:
 
     @cached_property
     def counts_steps(self) -> bool:
-        """Whether the formula depends on how many steps were made."""
+        """Whether the formula depends on the number of steps made."""
         return "t" in self._keywords
 
     @cached_property

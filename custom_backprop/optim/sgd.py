@@ -18,12 +18,12 @@ _WIDE = (torch.float32, torch.float64)
 
 
 class SGD(MultiTensor, torch.optim.SGD):
-    """:class:`torch.optim.SGD`, a step for all parameters at once.
+    """:class:`torch.optim.SGD` with one step for all parameters at once.
 
-    On a CPU it gives the bits of ``torch.optim.SGD(fused=True)``, where μ b + d is rounded once;
-    with ``fused=False``, at some cost, those of torch's plain loop over parameters, where it is
-    rounded twice. In half precision it always gives those of the loop: torch's fused kernel leaves
-    such parameters as they are (pytorch issue 191763).
+    On a CPU it gives the same bits as ``torch.optim.SGD(fused=True)``, where μ b + d is rounded
+    once. With ``fused=False``, at some cost, it gives those of torch's plain loop over parameters,
+    where it is rounded twice. In half precision it always gives those of the loop: torch's fused
+    kernel does not change such parameters (pytorch issue 191763).
     """
 
     _torch = torch.optim.SGD
@@ -65,7 +65,7 @@ def _without_state(
 
 
 def _loop_by_kernel(bucket: Bucket, grads: list[Tensor], hyper: dict[str, Any]) -> None:
-    """The bits of torch's loop: μ b by itself, and then the kernel adds d."""
+    """The same bits as torch's loop: computes μ b alone, then the kernel adds d."""
     momentum = hyper["momentum"]
     once = {**hyper, "momentum": 1.0 if momentum else 0.0, "dampening": 0.0}
     for piece in bucket.pieces:
@@ -79,7 +79,7 @@ def _loop_by_kernel(bucket: Bucket, grads: list[Tensor], hyper: dict[str, Any]) 
 
 
 def _loop(bucket: Bucket, grads: list[Tensor], hyper: dict[str, Any], factor: float) -> None:
-    """The bits of torch's loop, operator by operator."""
+    """The same bits as torch's loop, operator by operator."""
     factor = -factor if hyper["maximize"] else factor
     for piece in bucket.pieces:
         d, out = piece.direction(grads, factor), piece.scratch[0]

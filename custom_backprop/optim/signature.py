@@ -1,7 +1,7 @@
-"""Whether a bucket's parameters and gradients are still of the kind that it was made for.
+"""Whether a bucket's parameters and gradients still are what it was made for.
 
-To ask a hundred tensors in Python takes as long as to update them. So from the third step on
-PyTorch is asked in C++, by what it asks before it runs code that ``torch.compile`` made.
+To check a hundred tensors in Python takes as long as to update them. So from the third step on
+PyTorch does it in C++, with the guards that it uses for code compiled by ``torch.compile``.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from .memory import flat, in_order, same_order
 _dtype, _layout, _shape = map(attrgetter, ("dtype", "layout", "shape"))
 
 #: TensorGuards is private, and crashes on arguments that it does not expect: these versions were
-#: tried.
+#: tested.
 _TRIED = (2, 11) <= tuple(map(int, torch.__version__.split(".")[:2])) <= (2, 15)
 
 
@@ -27,8 +27,8 @@ def guard(tensors: list[Tensor]) -> Callable[..., bool] | None:
     """``matches(*others)``: whether they have the types, layouts, dtypes, devices,
     ``requires_grad``, shapes and strides of ``tensors``, in the same autocast and inference modes.
 
-    None where torch cannot be asked, or would say no of ``tensors`` themselves, as it does of one
-    that is among them twice.
+    None if torch cannot check it, or if ``tensors`` themselves would not match, because one of them
+    occurs twice.
     """
     if not _TRIED or not tensors:
         return None
@@ -44,8 +44,8 @@ class Signature:
     """Types, dtypes, addresses, shapes and strides of some parameters and their gradients.
 
     Attributes:
-        contiguous: the parameters are.
-        shapes: of the parameters on this rank.
+        contiguous: whether the parameters are contiguous.
+        shapes: those of the parameters on this rank.
     """
 
     def __init__(self, params: list[Tensor], shards: list[Tensor], grads: list[Tensor]) -> None:
@@ -59,15 +59,15 @@ class Signature:
         self._reordered = not all(map(same_order, map(local, grads), shards))
         self._guard: Callable[..., bool] | None = None
         self._guardable = not self.sharded
-        self._refused = False  # the guard did not know the last step's tensors
+        self._refused = False  # the guard rejected the last step's tensors
 
     def pin(self, shards: list[Tensor]) -> None:
-        """From now on a parameter at another address than here does not match."""
+        """From now on, a parameter at a different address does not match."""
         self._pointers, self._pinned = list(map(Tensor.data_ptr, shards)), True
 
     def grads(self) -> list[Tensor] | None:
-        """This step's gradients, contiguous, in the parameters' order of memory; None where they or
-        the parameters do not match."""
+        """This step's gradients, contiguous, in the parameters' memory order; None if they or the
+        parameters do not match."""
         params = self.params
         grads: list[Any] = [p.grad for p in params]
         if self._guard is not None and self._guard(*params, *grads):
@@ -85,14 +85,15 @@ class Signature:
         return grads if self.contiguous else list(map(flat, grads))
 
     def _renew_guard(self, grads: list[Tensor]) -> None:
-        """Makes a guard of what the last one refused twice running: it will stay so."""
+        """Makes a new guard for tensors that the old one rejected twice in a row, since they are
+        likely to stay."""
         if self._refused:
             self._guard = guard([*self.params, *grads])
             self._guardable = self._guard is not None
         self._refused = not self._refused
 
     def inspected(self, grads: list[Any]) -> list[Tensor] | None:
-        """This rank's shards of the gradients, or None; asked in Python."""
+        """This rank's shards of the gradients, or None; checked in Python."""
         if {*map(type, grads)} != {self._type}:
             return None
         params = self.params

@@ -1,8 +1,8 @@
-"""Small tensors without threads.
+"""Updates small tensors with one thread.
 
-ATen's fused kernels walk through a list of tensors and share out each of them to all threads,
-however small. For the threads to meet again takes some 2 us a tensor: as long as one of them takes
-for a few thousand elements by itself.
+ATen's fused kernels divide each tensor of a list among all threads, however small it is. To
+synchronise the threads takes about 2 us per tensor, in which one of them alone could update a few
+thousand elements.
 """
 
 from __future__ import annotations
@@ -16,19 +16,19 @@ import torch
 
 Run = Callable[..., None]
 
-#: a tensor of more elements is worth sharing out (measured: 4096 of Adam, 6300 of SGD with
+#: a tensor with more elements is worth all threads (measured: 4096 for Adam, 6300 for SGD with
 #: momentum, 10900 without)
 SMALL = 2**12
 
 
 def by_all_threads(kernel: Callable[..., Any], *args: Any, **kwargs: Any) -> None:
-    """Calls one of ATen's kernels."""
+    """Calls one of ATen's kernels with all threads."""
     kernel(*args, **kwargs)
 
 
 def by_one_thread(kernel: Callable[..., Any], *args: Any, **kwargs: Any) -> None:
-    """Calls one of ATen's kernels so that it shares nothing out. Other threads of Python's see no
-    change: the setting is the calling thread's own."""
+    """Calls one of ATen's kernels with one thread. The setting belongs to the calling thread, so
+    other Python threads are not affected."""
     threads = torch.get_num_threads()
     set_threads = openmp_setter()
     if set_threads is None or threads == 1:
@@ -43,8 +43,8 @@ def by_one_thread(kernel: Callable[..., Any], *args: Any, **kwargs: Any) -> None
 
 @functools.cache
 def openmp_setter() -> Callable[[int], None] | None:
-    """``omp_set_num_threads`` of the OpenMP that ATen itself asks, found through the library that
-    is linked to it; None where ATen has other threads.
+    """``omp_set_num_threads`` of the OpenMP that ATen itself uses, found through the library that
+    is linked to it; None if ATen has other threads.
 
     (``torch.set_num_threads`` sets it for the whole process, and empties oneDNN's caches.)
     """

@@ -1,4 +1,4 @@
-"""One step of a bucket, by a kernel, by the formula or by ATen, and of the rest, by torch."""
+"""One step of a bucket, by a kernel, the formula or ATen. Torch updates the rest."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ def update(
     factor: Tensor | None,
     found_inf: Tensor | None,
 ) -> None:
-    """One step of a bucket on its gradients times ``factor``; none where ``found_inf`` is not 0."""
+    """One step of a bucket on its gradients times ``factor``; no step if ``found_inf`` is not 0."""
     backend = bucket.backend
     if found_inf is not None and backend != "triton" and found_inf.item():
         return
@@ -51,7 +51,7 @@ def update(
 
 
 def _hyperparameters(names: tuple[str, ...], group: Group) -> dict[str, Any]:
-    """A group's hyperparameters of these names, without tensors."""
+    """A group's hyperparameters of these names, with tensors as numbers."""
     found = {}
     for name in names:
         value = group[name]
@@ -125,7 +125,7 @@ def by_torch(
     scaler: dict[str, Any] = {n: attributes.pop(n) for n in ours if n in attributes}
     own = {**group, "params": params}
     if group.get("fused") and all(g is not None and g.layout == torch.strided for g in grads):
-        # torch's fused kernels take tensors of different strides for alike (torch 2.13, on a CPU)
+        # torch's fused kernels assume that all tensors have the same strides (torch 2.13, on a CPU)
         own["fused"] = False
     optimizer.param_groups = [own]
     try:
@@ -144,8 +144,7 @@ def by_torch(
 
 
 def torchs_step(optimizer: MultiTensor, closure: Callable[[], Any] | None = None) -> Any:
-    """One step by torch's class, without the hooks and the profiler's record in which torch wraps
-    it."""
+    """One step by torch's class, without torch's wrapper, which calls hooks and the profiler."""
     step: Any = optimizer._torch.step
     step = step.__wrapped__ if getattr(step, "hooked", False) else step
     return step(optimizer, closure)
