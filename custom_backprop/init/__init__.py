@@ -1,17 +1,17 @@
-"""Initialisation that keeps the variance: one call for a network and its activation,
-``torch.nn.init`` underneath.
+"""Initialisation that preserves the variance: one call for a network and its activation, based on
+``torch.nn.init``.
 
 A layer z' = W f(z) with independent weights of mean 0 has E z'² = fan_in · Var w · E f(z)². If z
-has unit variance, so has z' just when
+has unit variance, z' has it too exactly if
 
     Var w = g² / fan_in,    g = E[f(z)²]^(-1/2),  z ~ N(0, 1)
 
 which is what :func:`gain` computes from the activation's own formula. Backward, δ = f'(z) Wᵀ δ' has
-E δ² = fan_out · Var w · E f'(z)² · E δ'² (a convolution's fans: channels of one group, times the
-size of the kernel). With this gain and fan_in = fan_out a gradient is multiplied, each layer, by b
-= g E[f'(z)²]^(1/2). And a variance q next to 1 goes to 1 + s (q - 1), s = ½ g² E[f(z)² (z² - 1)]
-(the density of variance q, differentiated by q): it comes back if s < 1, stays if s = 1, drifts
-away if s > 1.
+E δ² = fan_out · Var w · E f'(z)² · E δ'² (the fans of a convolution are the channels of one group
+times the size of the kernel). With this gain and fan_in = fan_out, each layer multiplies a gradient
+by b = g E[f'(z)²]^(1/2). And a variance q close to 1 becomes 1 + s (q - 1), s = ½ g² E[f(z)² (z² -
+1)] (from the derivative by q of the density of variance q): it returns to 1 if s < 1, stays if s =
+1, and drifts away if s > 1.
 
 ================  ======  ======  ======
 activation         g       b       s
@@ -41,9 +41,9 @@ hardshrink        1.0158  0.7979  1.0454
 relu_squared      0.8165  1.1547  2.0000
 ================  ======  ======  ======
 
-A gradient has the same length throughout where b is 1; below it shrinks by b a layer, whatever the
-initialisation: 20 layers of sigmoid leave b²⁰ of it. The first layer's input is data, f is not in
-front of it: with inputs of unit variance its gain is 1.
+If b is 1, a gradient has the same length in all layers. If b is smaller, it shrinks by b in each
+layer, whatever the initialisation: by b²⁰ in 20 layers of sigmoid. The first layer's input is data
+and not the output of f: with inputs of unit variance its gain is 1.
 """
 
 from __future__ import annotations

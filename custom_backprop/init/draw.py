@@ -15,7 +15,7 @@ from .propagation import propagation
 
 Model = TypeVar("Model", bound=torch.nn.Module)
 LAYERS = (torch.nn.Linear, torch.nn.Conv1d, torch.nn.Conv2d, torch.nn.Conv3d)
-#: s above which no gain keeps the variance through 20 layers within a factor of ten
+#: above this s, no gain keeps the variance within a factor of ten through 20 layers
 DRIFT = 1.15
 
 
@@ -28,26 +28,26 @@ def init_for(
     generator: torch.Generator | None = None,
     **parameters: float,
 ) -> Model:
-    """Draws the weights of a model anew, in place, such that unit variance passes through its
-    depth; biases become 0.
+    """Draws the weights of a model again, in place, so that all layers have outputs of unit
+    variance. Biases become 0.
 
-    - ``kaiming``: Var w = g² / fan_in, normal. Keeps the variance forward, for any widths.
+    - ``kaiming``: Var w = g² / fan_in, normal. Preserves the variance forward, for any widths.
     - ``xavier``: Var w = 2 g² / (fan_in + fan_out), normal. The mean of what forward and backward
-      ask for.
-    - ``orthogonal``: WᵀW or WWᵀ = g² max(1, fan_out / fan_in). As kaiming, with no chance in the
-      lengths: less drift.
-    - ``lsuv``: orthogonal, then each layer's weight is divided by the deviation of its output on
-      ``batch``. Needs no gain and no assumption.
+      need.
+    - ``orthogonal``: WᵀW or WWᵀ = g² max(1, fan_out / fan_in). As kaiming, without randomness in
+      the lengths: less drift.
+    - ``lsuv``: orthogonal, then each layer's weight is divided by the standard deviation of its
+      output on ``batch``. Needs no gain and no assumption.
 
-    Linear layers and convolutions are drawn, ours (``LinearActivation``: one layer) and torch's, in
-    the order of registration; all else is left. The groups of a convolution are drawn each by
-    itself; a weight that several layers share is drawn, and scaled, once, for the first of them.
+    It draws linear layers and convolutions, ours (``LinearActivation`` is one layer) and torch's,
+    in the order of registration, and nothing else. It draws each group of a convolution separately.
+    It draws and scales a weight that several layers share once, for the first of them.
 
     Args:
-        activation: what stands between the layers, as in :func:`gain`; where they are
-            ``LinearActivation``, theirs.
-        batch: inputs for ``lsuv``, of unit variance like what the model will be trained on; a tuple
-            is taken as several arguments.
+        activation: the activation between the layers, as in :func:`gain`; for ``LinearActivation``,
+            the layers' own.
+        batch: inputs for ``lsuv``, of unit variance, like those the model will be trained on. A
+            tuple is passed as several arguments.
         generator: as in ``torch.nn.init``.
         parameters: the activation's own.
 
@@ -56,9 +56,10 @@ def init_for(
 
     Raises:
         TypeError: ``model`` is not a module, or the activation has no such parameter.
-        ValueError: no such activation or method; an activation that no gain carries through depth
-            (s > 1.15), in a model that does not normalise; a ``LinearActivation`` of another one;
-            no layer; a batch missing, unused, without variance, or that does not reach a layer.
+        ValueError: there is no such activation or method; no gain is stable for the activation (s >
+            1.15), and the model does not normalise; a ``LinearActivation`` has another activation;
+            there is no layer; the batch is missing, unused, without variance, or does not reach a
+            layer.
     """
     if not isinstance(model, torch.nn.Module):
         raise TypeError(f"expected a torch.nn.Module, got {type(model).__name__}")
@@ -115,7 +116,7 @@ def _spelled(activation: str, parameters: dict[str, float]) -> str:
 def _draw(
     layers: Iterable[Any], method: str, gain: float, generator: torch.Generator | None
 ) -> None:
-    """Draws each weight once, the first with gain 1, and each group of a convolution by itself."""
+    """Draws each weight once, the first with gain 1, and each group of a convolution separately."""
     drawn: set[int] = set()
     for layer in layers:
         if id(layer.weight) not in drawn:
@@ -136,10 +137,10 @@ def _xavier(weight: Tensor, gain: float, generator: torch.Generator | None) -> N
 
 
 def _orthogonal(weight: Tensor, gain: float, generator: torch.Generator | None) -> None:
-    """Where there are more rows than columns, W leaves the length of x, spread over more elements:
-    the factor makes up for it.
+    """If there are more rows than columns, W x has the length of x but more elements. The factor
+    compensates for that.
 
-    Decomposed in float32 at least, since torch decomposes nothing in half precision.
+    The decomposition is in float32 at least, since torch has none in half precision.
     """
     wide = torch.empty_like(weight, dtype=torch.promote_types(weight.dtype, torch.float32))
     weight.copy_(
@@ -160,18 +161,18 @@ _METHODS: dict[str, Callable[[Tensor, float, torch.Generator | None], None]] = {
 def _to_unit_variance(
     model: torch.nn.Module, layers: dict[str, Any], inputs: tuple[Any, ...]
 ) -> None:
-    """One pass: as the batch arrives at a layer, its weight is divided by the deviation of W x, and
-    what goes on is of the new weight.
+    """Needs one pass: when the batch reaches a layer, its weight is divided by the standard
+    deviation of W x, and the pass continues with the new weight.
 
-    Buffers (running statistics) are put back afterwards.
+    Buffers (running statistics) are restored afterwards.
     """
-    left: dict[int, str] = {}  # by weight: the first layer that has it
+    left: dict[int, str] = {}  # for each weight: the first layer that has it
     for name, layer in layers.items():
         left.setdefault(id(layer.weight), name)
 
     def scale(name: str, layer: Any, x: Tensor) -> None:
         if left.pop(id(layer.weight), None) is None:
-            return  # a weight that is used again has the scale of its first use
+            return  # a shared weight was scaled at its first use
         z = (
             F.linear(x, layer.weight)
             if isinstance(layer, torch.nn.Linear)

@@ -1,4 +1,4 @@
-"""What a layer of an activation does to variance and gradients: three integrals."""
+"""What a layer with an activation does to variance and gradients, in three integrals."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from ..functional.linear import activation_parameters
 
 
 class Propagation(NamedTuple):
-    """What one layer of an activation does to unit variance, under its gain."""
+    """What one layer with an activation does to unit variance, with its gain."""
 
     gain: float
     gradient: float
@@ -22,7 +22,7 @@ class Propagation(NamedTuple):
 
 @lru_cache(maxsize=64)
 def _propagation(activation: str, parameters: tuple[float, ...]) -> Propagation:
-    """The three integrals over the normal density by the trapezoidal rule, to about ten digits."""
+    """The three integrals over the normal density, by the trapezoidal rule, to about ten digits."""
     z = torch.linspace(-12, 12, 480_001, dtype=torch.float64)
     density = torch.exp(-z * z / 2)
     density /= density.sum()
@@ -44,7 +44,7 @@ def propagation(activation: str, **parameters: float) -> Propagation:
         parameters: the activation's own, such as ``negative_slope=0.1``.
 
     Raises:
-        ValueError: no activation of that name.
+        ValueError: there is no activation of that name.
         TypeError: it has no such parameter.
     """
     if activation == "linear" and not parameters:
@@ -57,11 +57,11 @@ def propagation(activation: str, **parameters: float) -> Propagation:
 
 
 def gain(activation: str, **parameters: float) -> float:
-    """g = E[f(z)²]^(-1/2) for z ~ N(0, 1): the standard deviation of √fan_in · w that keeps the
+    """g = E[f(z)²]^(-1/2) for z ~ N(0, 1): the standard deviation of √fan_in · w that preserves the
     variance.
 
-    Arguments and errors: :func:`propagation`. For relu and leaky_relu it is
-    ``torch.nn.init.calculate_gain``, which has 5/3 for tanh, 1 for sigmoid and 3/4 for selu: found
-    by other rules, which keep other quantities.
+    Arguments and errors are those of :func:`propagation`. For relu and leaky_relu it equals
+    ``torch.nn.init.calculate_gain``. That has 5/3 for tanh, 1 for sigmoid and 3/4 for selu, from
+    other rules, which preserve other quantities.
     """
     return propagation(activation, **parameters).gain

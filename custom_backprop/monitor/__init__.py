@@ -1,9 +1,9 @@
-"""Watches the gradients of a training run: which layer learns, which has stopped to, and what to do
-about it.
+"""Watches the gradients of a training run: which layers learn, which have stopped learning, and
+what to do about it.
 
-By the chain rule the gradient at layer l carries the Jacobians of all layers after it, ∂L/∂a_l =
-J_{l+1}ᵀ ... J_Lᵀ ∂L/∂a_L: it shrinks or grows geometrically with depth unless each factor leaves
-its length. ``docs/gradients.md`` has the mathematics and the pictures.
+By the chain rule the gradient at layer l is a product with the Jacobians of all layers after it,
+∂L/∂a_l = J_{l+1}ᵀ ... J_Lᵀ ∂L/∂a_L. It shrinks or grows geometrically with depth, unless each
+factor preserves its length. ``docs/gradients.md`` has the mathematics and the pictures.
 """
 
 from __future__ import annotations

@@ -13,8 +13,8 @@ from .reading import Reading
 def norms(
     history: Iterable[Reading], names: Sequence[str]
 ) -> tuple[list[int], list[str], list[list[float]]]:
-    """The steps read, the layers of ``names`` that have gradients, and the norm of each layer
-    (outer) at each step (inner), NaN for none."""
+    """The steps with a reading, the layers of ``names`` that have gradients, and the norm of each
+    layer (outer) at each step (inner), NaN if there is none."""
     readings = list(history)
     trained = [n for n in names if any(r[n].norm is not None for r in readings)]
     table = [[math.nan if (norm := r[n].norm) is None else norm for r in readings] for n in trained]
@@ -38,7 +38,7 @@ def draw(
 
 
 def save(path: str | Path, steps: list[int], names: list[str], table: list[list[float]]) -> None:
-    """The same as a picture of its own, with a scale.
+    """Saves the same as a picture, with a colour bar.
 
     Raises:
         ImportError: matplotlib is not installed.

@@ -1,4 +1,4 @@
-"""What a monitor saves: the steps counted, its history, and the open window."""
+"""What a monitor saves: the number of steps, its history, and the current window."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ def readings(state: dict[str, Any]) -> Iterator[Reading]:
 
 
 def restore(state: dict[str, Any], window: Window, outputs: Outputs, device: torch.device) -> None:
-    """Puts back the open window in what :func:`saved` returned."""
+    """Restores the current window from what :func:`saved` returned."""
     open_ = state["window"]
     window.table = None if open_["table"] is None else open_["table"].to(device)
     window.alive = {row: (t.to(device), share) for row, (t, share) in open_["alive"].items()}

@@ -19,10 +19,10 @@ class Gradient(NamedTuple):
     """One parameter's gradient.
 
     Attributes:
-        row: of the module that has the parameter.
+        row: that of the module that has the parameter.
         value: this rank's shard.
-        share: what it counts for among the ranks.
-        by_unit: each of its rows is an output unit.
+        share: its weight in a sum over the ranks.
+        by_unit: whether each of its rows belongs to one output unit.
     """
 
     row: int
@@ -33,7 +33,7 @@ class Gradient(NamedTuple):
 
 
 def with_gradients(modules: Sequence[nn.Module]) -> list[tuple[int, str, nn.Parameter]]:
-    """(row, name, parameter) of all that have a gradient; one that is shared counts once."""
+    """(row, name, parameter) of all parameters with a gradient. A shared one occurs once."""
     found: dict[int, tuple[int, str, nn.Parameter]] = {}
     for row, module in enumerate(modules):
         for name, p in module._parameters.items():
@@ -48,7 +48,7 @@ def gradients(
     found: list[tuple[int, str, nn.Parameter]],
     mesh: Any,
 ) -> Iterator[Gradient]:
-    """What :func:`with_gradients` found.
+    """The gradients that :func:`with_gradients` found.
 
     Raises:
         RuntimeError: a gradient is a sum that is not complete yet.
@@ -71,10 +71,10 @@ def gradients(
 
 
 def mesh_of(parameters: list[Any]) -> Any:
-    """The mesh over which DTensor parameters are spread, None if there is none.
+    """The mesh of the DTensor parameters, or None if there are none.
 
     Raises:
-        RuntimeError: there are several.
+        RuntimeError: there are several meshes.
     """
     meshes = {p.device_mesh for p in parameters if is_dtensor(p)}
     if len(meshes) > 1:
@@ -86,7 +86,7 @@ def mesh_of(parameters: list[Any]) -> Any:
 
 
 def unwrapped(model: nn.Module) -> tuple[nn.Module, bool]:
-    """The module inside DDP and torch.compile, and whether any of it is compiled.
+    """The module inside DDP and torch.compile, and whether any part of it is compiled.
 
     Raises:
         RuntimeError: the wrapper hides the layers' gradients.
@@ -111,8 +111,8 @@ def unwrapped(model: nn.Module) -> tuple[nn.Module, bool]:
 
 
 def inverse_scale(scaler: GradScaler | None) -> Tensor | None:
-    """1 / the scaler's scale while gradients carry it: it is enabled, and unscale_() was not called
-    yet in this step."""
+    """1 / the scaler's scale, while gradients are multiplied by it: the scaler is enabled, and
+    unscale_() was not called yet in this step."""
     if scaler is None or not scaler.is_enabled():
         return None
     states = scaler._per_optimizer_states.values()

@@ -1,4 +1,4 @@
-"""The verdicts on a reading, given those before it."""
+"""The verdicts on a reading, given the readings before it."""
 
 from __future__ import annotations
 
@@ -9,21 +9,21 @@ from itertools import accumulate, pairwise
 
 from .reading import Layer, Reading, Verdict
 
-#: decades between the largest layer and a vanished one
+#: a vanished layer is this many decades below the largest
 FALL = 4.0
-#: decades that one step between two layers counts at most
+#: one step between two layers counts at most this many decades
 STEP = 2.0
-#: times the largest total of the older half of the history
+#: an exploding total is this many times the largest of the older half of the history
 SURGE = 100.0
-#: of a layer's own part of the total, its median over the older half
+#: a layer that lost its gradient has this fraction of its median share over the older half
 LOST = 1e-3
-#: readings before the history is judged by
+#: this many readings must exist before the history counts
 OLD = 4
-#: of the gradient after a normalisation: below is rounding
+#: a gradient below this fraction of that after a normalisation is a rounding error
 CANCELLED = 1e-4
-#: the part of the units that is too much at any time
+#: this fraction of dead units is too much at any time
 DEAD = 0.75
-#: the same above the least of the history
+#: this fraction more than the minimum of the history is too much
 DIED = 0.25
 
 
@@ -36,10 +36,10 @@ def judge(
     """What is wrong in ``reading``, given those before it.
 
     Args:
-        normalised: the names of modules whose output is normalised: a gradient of exactly zero
-            beneath one may be right.
-        overflows: whether a scaler skips steps that overflow, so that only a window without a
-            finite step is trouble.
+        normalised: the names of modules whose output is normalised. A gradient of exactly zero
+            before one of them may be right.
+        overflows: whether a scaler skips steps that overflow. Then only a window without any finite
+            step gets a verdict.
     """
     layers = [
         layer for layer in reading.layers if layer.norm is not None and layer.nonfinite is not None
@@ -134,7 +134,7 @@ def _dead(
                 (other for other in layers[i + 1 :] if other.dead is not None or other.norm), None
             )
             if after is None or not after.norm:
-                continue  # nothing arrives from the loss, or a later layer is to blame
+                continue  # the loss sends no gradient, or a later layer is the cause
         past = [d for r in history if (d := r[layer.name].dead) is not None]
         dead, long = layer.dead, ""
         if layer.activation_std is None:
@@ -153,8 +153,8 @@ def _dead(
 def _cancelled(
     reading: Reading, layers: list[Layer], index: dict[str, int], normalised: Collection[str]
 ) -> set[str]:
-    """The layers beneath a normalised output whose gradient is zero, or what rounding leaves of
-    zero: it may be right."""
+    """The layers before a normalised output whose gradient is zero, or a rounding error instead of
+    zero. It may be right."""
     found: set[str] = set()
     for here, after in zip(layers[-2::-1], layers[:0:-1], strict=True):
         norm, rest = here.norm or 0.0, after.norm or 0.0
@@ -170,8 +170,8 @@ def _cancelled(
 
 
 def _source(reading: Reading, i: int) -> str:
-    """The layer whose silence silences the one at ``i``: its own, or that before it where the input
-    is all zero."""
+    """The layer that makes the one at ``i`` silent: that layer itself, or one before it if the
+    input is all zero."""
     silent = reading.layers[i].name
     while i > 0 and reading.layers[i - 1].activation_zeros == 1:
         i -= 1
@@ -179,10 +179,10 @@ def _source(reading: Reading, i: int) -> str:
 
 
 def falls(values: Sequence[float]) -> list[float]:
-    """How many decades each value and all after it lie below the largest, a step from one to the
-    next counting two at most.
+    """How many decades each value and all values after it are below the largest. A step from one to
+    the next counts at most two decades.
 
-    A geometric fall takes many steps. One long step alone is a gradient that cancels to rounding
+    A geometric fall takes many steps. A single long step is a gradient that cancels to rounding
     noise, or a change of units.
     """
     level = list(accumulate(reversed(values), max))[::-1]  # the largest from here on

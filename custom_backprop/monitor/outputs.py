@@ -1,5 +1,5 @@
-"""What forward hooks see: the sums of each module's output, the order of the calls, and the units
-that say nothing."""
+"""What forward hooks see: the sums of each module's output, the order of the calls, and the silent
+units."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from .sums import sums_of
 
 #: the dimension of the output in which the units are
 LAYERS = {nn.Linear: -1, nn.Conv1d: -2, nn.Conv2d: -3, nn.Conv3d: -4}
-#: of containers in an output: one that contains itself has no end
+#: how deep containers in an output are searched: one may contain itself
 DEPTH = 8
 #: row of a layer, and of the module, it or one after it, that put its units out
 Stage = tuple[int, int]
@@ -27,22 +27,22 @@ Stage = tuple[int, int]
 class Outputs:
     """What the hooks of a window saw.
 
-    A unit that is dead gets no gradient, but not every unit without one is dead: the loss may ask
-    for few samples (a hinge), or the weights after it may be zero (LoRA's start). What tells them
-    apart is the output. A layer's units are followed through the modules that leave their shape
-    (normalisation, activation, dropout). A unit is silent if after one of these it has one value
-    for all samples of the window, or is zero anywhere; or if it is never positive where what
-    becomes of it is out of sight: the activation may be a function, and then is ReLU for all we can
-    know. What goes straight into the next layer or out of the model meets no activation.
+    A dead unit gets no gradient, but not every unit without a gradient is dead: the loss may use
+    few samples (a hinge), or the weights after the unit may be zero (LoRA at its start). The output
+    tells them apart. A layer's units are followed through the modules that do not change their
+    shape (normalisation, activation, dropout). A unit is silent if after one of these its value is
+    the same for all samples of the window, or zero. It is also silent if it is never positive and
+    no hook sees what happens to it next: the activation may be a function, possibly ReLU. An output
+    that goes straight into the next layer, or out of the model, has no activation.
 
     Args:
-        fused: rows of the layers that have their activation in them.
+        fused: rows of the layers that include their activation.
 
     Attributes:
         sums: row and sums of each output of this step.
         called: rows in the order of this step's forward.
-        ranges: the least and the largest value of each unit, in this window.
-        passed: the stages whose output was seen to go on.
+        ranges: the smallest and the largest value of each unit, in this window.
+        passed: the stages whose output was seen to be passed on.
     """
 
     def __init__(self, fused: set[int]) -> None:
@@ -94,7 +94,7 @@ class Outputs:
         return None
 
     def pass_on(self, x: Any, in_place: bool = False) -> tuple[Stage, int] | None:
-        """The stage that put ``x`` out, if nothing has changed it since."""
+        """The stage whose output is ``x``, if nothing has changed it since."""
         if not isinstance(x, Tensor) or id(x) not in self._known:
             return None
         tensor, version, stage, dim = self._known[id(x)]
@@ -105,7 +105,7 @@ class Outputs:
 
     def end_step(self) -> None:
         if self._last is not None:
-            self.passed.add(self._last)  # on the last layer's output stands the loss
+            self.passed.add(self._last)  # the loss takes the last layer's output
         self.sums, self.called, self._last, self._known = [], [], None, {}
 
     def silent(self) -> Iterator[tuple[int, Tensor]]:
@@ -124,11 +124,11 @@ class Outputs:
 
 
 class Look:
-    """A forward hook that adds up a module's output, in training only: a validation pass without
-    gradients is none of ours, nor is a trace.
+    """A forward hook that adds up a module's output, in training only: not in a validation pass
+    without gradients, and not in a trace.
 
-    That of the whole model, which has no row, only sees what the model returns. A copy of the
-    module, and what is loaded from a file, is watched by nobody.
+    The hook of the whole model, which has no row, only sees what the model returns. A copy of the
+    module, or one loaded from a file, is not watched.
     """
 
     def __init__(self, row: int | None, outputs: Outputs) -> None:
@@ -155,7 +155,7 @@ class Look:
 
 
 class _Unwatched:
-    """What a copy of :class:`Look` is."""
+    """The copy of a :class:`Look`."""
 
     def __call__(self, module: nn.Module, args: Any, output: Any) -> None:
         pass
@@ -178,7 +178,7 @@ def tensors_of(output: Any, depth: int = DEPTH) -> Iterator[Tensor]:
 
 
 def _measurable(x: Tensor) -> bool:
-    """Whether torch can sum it: not so nested tensors, compressed sparse ones and float8."""
+    """Whether torch can sum it: not nested tensors, compressed sparse ones, and float8."""
     if (
         not x.is_floating_point()
         or x.is_nested

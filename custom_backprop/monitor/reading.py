@@ -1,4 +1,4 @@
-"""What one window of steps showed: the total, the layers, and what is wrong with them."""
+"""The result of one window of steps: the total, the layers, and what is wrong with them."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ CURES = {
 
 @dataclass(frozen=True)
 class Verdict:
-    """What is wrong, in which layer, how it was seen, and the cure."""
+    """What is wrong, in which layer, the evidence, and the cure."""
 
     kind: str
     layer: str
@@ -36,13 +36,13 @@ class Verdict:
 
 @dataclass(frozen=True)
 class Layer:
-    """One module over the measured steps of a reading; its own parameters taken together. None: not
-    measured, or it has no such thing.
+    """One module over the measured steps of a reading, with all of its own parameters together. A
+    value is None if it was not measured, or does not exist.
 
     Attributes:
-        norm: of the gradient, the root of the mean square over the steps in which it was finite;
-            NaN if it never was.
-        mean, std, zeros, nonfinite: of the gradient's elements; the last two are fractions.
+        norm: that of the gradient: the root of the mean square over the steps in which it was
+            finite; NaN if it never was.
+        mean, std, zeros, nonfinite: those of the gradient's elements; the last two are fractions.
         dead: the fraction of output units that got no gradient at all in any measured step and,
             where outputs are measured, were silent in all of them: of one value, or under a
                 function never above 0.
@@ -66,12 +66,12 @@ class Layer:
 
 @dataclass(frozen=True)
 class Reading:
-    """What one window of steps showed. Prints the total and the verdicts; :meth:`table` prints the
-    layers.
+    """The result of one window of steps. It prints the total and the verdicts; :meth:`table` prints
+    the layers.
 
     Attributes:
-        step: the number of the step it was read at, from 1.
-        norm: of the whole gradient.
+        step: the number of the window's last step, counted from 1.
+        norm: that of the whole gradient.
         update: ‖Δw‖ / ‖w‖ of the whole model.
     """
 
@@ -97,7 +97,7 @@ class Reading:
         )
 
     def table(self) -> str:
-        """One line a layer."""
+        """One line per layer."""
         keys = [f.name for f in fields(Layer)][1:]
         width = max(len(layer.name) for layer in self.layers)
         lines = [" ".join([" " * width, *(f"{k.replace('activation', 'act'):>13}" for k in keys)])]
@@ -114,8 +114,8 @@ class Reading:
         return "\n".join(lines)
 
     def scalars(self, layers: bool) -> dict[str, float]:
-        """All that was measured by name: the totals, and ``layer/statistic`` where ``layers`` are
-        wanted."""
+        """Everything that was measured, by name: the totals, and with ``layers`` also
+        ``layer/statistic``."""
         found = {"norm": self.norm, "update": self.update}
         for layer in self.layers if layers else ():
             found |= {f"{layer.name}/{k}": v for k, v in asdict(layer).items() if k != "name"}
@@ -123,7 +123,7 @@ class Reading:
 
 
 def in_order(layers: tuple[Layer, ...], called: list[int]) -> tuple[Layer, ...]:
-    """Layers in the order of the rows ``called``, if it is known of all that have a gradient, then
+    """Layers in the order of the rows ``called``, if it has all layers with a gradient, and then
     the rest."""
     known = set(called)
     if any(layer.norm is not None and row not in known for row, layer in enumerate(layers)):

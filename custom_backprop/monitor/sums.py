@@ -1,5 +1,5 @@
-"""What is summed over the elements of a gradient or an output, step by step, and a layer's
-statistics from it."""
+"""The sums over the elements of a gradient or an output, step by step, and a layer's statistics
+computed from them."""
 
 from __future__ import annotations
 
@@ -10,18 +10,19 @@ from torch import Tensor
 
 from .reading import Layer
 
-# Columns of the sums, all of which add up over steps and over shards: seven of gradients, seven of
-# activations, then updates and units (without a gradient, of how many; silent, of how many).
+# Columns of the sums, all of which add up over steps and over shards: seven for gradients, seven
+# for activations, then updates and units (how many have no gradient, of how many; how many are
+# silent, of how many).
 SQUARES, SUM, NONZERO, NONFINITE, ELEMENTS, GOOD, BAD = range(7)
 GRADIENT, ACTIVATION, UPDATE, WEIGHT = 0, 7, 14, 15
 DEAD_UNITS, UNITS, SILENT_UNITS, SEEN_UNITS, WIDTH = range(16, 21)
 
 
 def sums_of(x: Tensor, by_unit: Tensor | None = None) -> list[Tensor]:
-    """‖x‖ (squared later, all at once), Σx, how many are not 0, how many are not finite, how many
-    there are.
+    """‖x‖ (squared later, all at once), Σx, and how many elements are not 0, how many are not
+    finite, and how many there are.
 
-    x is divided by its largest element first (``by_unit``: the largest of each row, where that is
+    x is first divided by its largest element (``by_unit``: the largest of each row, if it is
     known): the squares of a vanished gradient are too small for float32, and float64 takes ten
     times as long on a CPU.
     """
@@ -35,8 +36,8 @@ def sums_of(x: Tensor, by_unit: Tensor | None = None) -> list[Tensor]:
     dtype = dtype_of(x)
     largest = (x.abs() if by_unit is None else by_unit).amax().to(dtype)
     nonzero = torch.count_nonzero(x)
-    finite = x.is_cpu and math.isfinite(largest.item())  # a CPU need not wait for its own values
-    # x - x is NaN where x is not finite
+    finite = x.is_cpu and math.isfinite(largest.item())  # on a CPU there is nothing to wait for
+    # x - x is NaN if x is not finite
     nonfinite = torch.zeros_like(nonzero) if finite else torch.count_nonzero(x - x)
     scaled, wide = x.to(dtype) / largest.clamp_min(torch.finfo(dtype).tiny), largest.to(wide_of(x))
     return [
@@ -49,7 +50,7 @@ def sums_of(x: Tensor, by_unit: Tensor | None = None) -> list[Tensor]:
 
 
 def squares_of(tensors: list[Tensor]) -> Tensor:
-    """‖x‖² of each."""
+    """‖x‖² of each tensor."""
     norms = [torch.linalg.vector_norm(x, dtype=dtype_of(x)) for x in tensors]
     return torch.stack(norms).to(wide_of(norms[0])).square_()
 
@@ -71,7 +72,8 @@ def layer_of(name: str, row: list[float]) -> Layer:
     }
     dead = row[DEAD_UNITS] / row[UNITS] if row[UNITS] else None
     if dead is not None and row[SEEN_UNITS]:
-        # a silent unit gets no gradient; of shards the counts are known, not which units they are
+        # a silent unit gets no gradient; for shards only the counts are known, not which units they
+        # are
         dead = min(dead, row[SILENT_UNITS] / row[SEEN_UNITS])
     return Layer(name, **gradient, **found, dead=dead, update=root(row[UPDATE], row[WEIGHT]))
 
@@ -80,7 +82,7 @@ def _statistics(sums: list[float]) -> dict[str, float | None]:
     steps = sums[GOOD] + sums[BAD]
     if not steps or not sums[ELEMENTS]:
         return {}
-    good = sums[ELEMENTS] * sums[GOOD] / steps  # elements of the steps that were finite
+    good = sums[ELEMENTS] * sums[GOOD] / steps  # the number of elements in finite steps
     mean = sums[SUM] / good if good else math.nan
     return {
         "norm": math.sqrt(sums[SQUARES] / sums[GOOD]) if good else math.nan,

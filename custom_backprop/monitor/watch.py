@@ -1,4 +1,4 @@
-"""The monitor itself: what it measures in a step, and the reading at the end of a window."""
+"""The monitor: what it measures in a step, and the reading at the end of a window."""
 
 from __future__ import annotations
 
@@ -27,10 +27,10 @@ NORMALISED = re.compile("norm|softmax", re.IGNORECASE)
 
 
 class GradientMonitor:
-    """Measures gradients, activations and updates of a model in training, and says which layer is
-    in trouble.
+    """Measures gradients, activations and updates of a model in training, and says what is wrong in
+    which layer.
 
-    Call :meth:`step` once an optimizer step, after backward and before clipping and
+    Call :meth:`step` once per optimizer step, after backward, before clipping and
     ``optimizer.step()``::
 
         monitor = GradientMonitor(model)
@@ -41,56 +41,58 @@ class GradientMonitor:
             optimizer.step()
             optimizer.zero_grad()
 
-    In each window of ``every`` steps, ``measure`` are measured: a few sums a layer, added up on the
-    device; one transfer at the end of the window makes them a :class:`Reading`. The other steps
-    cost a counter. Nothing that training computes is touched.
+    In each window of ``every`` steps it measures ``measure`` steps: a few sums per layer, which are
+    added up on the device. One transfer at the end of the window turns them into a
+    :class:`Reading`. Other steps are only counted. The monitor does not change what training
+    computes.
 
-    - Accumulation: call it when the sum is complete; the activations are those of all its passes.
-    - Mixed precision: give ``scaler``. Gradients not yet unscaled are divided by its scale on the
-      device. Steps that overflow, which the scaler skips by itself, are trouble only if no step of
+    - Accumulation: call it when the sum is complete. Activations are those of all passes.
+    - Mixed precision: pass ``scaler``. Gradients that are not unscaled yet are divided by its scale
+      on the device. The scaler skips steps that overflow, so they get a verdict only if no step of
       a window was finite.
-    - DDP: what is read is the all-reduced gradient, alike on every rank.
+    - DDP: the gradient is the all-reduced one, equal on every rank.
     - FSDP2, and DTensor parameters in general: each rank sums its shards, and a window ends with
-      one all-reduce, so every rank must call :meth:`step`. A step that is finite on some ranks only
-      counts there.
-    - ``torch.compile``: gradients and updates are right; the outputs of compiled modules cannot be
+      one all-reduce, so every rank must call :meth:`step`. If a step is finite on some ranks only,
+      it counts only there.
+    - ``torch.compile``: gradients and updates are right. The outputs of compiled modules cannot be
       seen, and are left out.
     - Activations are those of this rank (FSDP2: the mean over the ranks). The writer writes on rank
       0.
 
-    Verdicts, against the run itself:
+    Verdicts compare a reading with the run itself:
 
-    - *exploding*: the norm is 100 times what the older half of the history knew, or an update is
-      larger than the weights, or gradients or activations grow by four decades through the network;
-    - *vanishing*: they fall by as much, or a layer's part of the norm falls to a thousandth of its
-      own past;
+    - *exploding*: the norm is 100 times the largest of the older half of the history, or an update
+      is larger than the weights, or gradients or activations grow by four decades through the
+      network;
+    - *vanishing*: they fall by as much, or a layer's share of the norm falls to a thousandth of
+      what it was;
     - *dead units*: three quarters of a layer's units are silent and get no gradient at all in a
-      window, or a quarter more than once did. Without outputs, silence of the gradients must last
-      four readings;
+      window, or a quarter more than at some earlier time. Without outputs, there must be no
+      gradient in four readings in a row;
     - *non-finite*: NaN or infinity, in the layer where it begins.
 
-    One step down to rounding noise between two layers is no vanishing: the gradient of the sum of a
-    normalised output is zero, and rightly.
+    A single step down to rounding noise between two layers does not count as vanishing: the
+    gradient of the sum of a normalised output should be zero.
 
     Args:
         model: the module in training, plain, wrapped by DDP, sharded by ``fully_shard``, or
             compiled.
         every: steps between two readings.
-        measure: how many of them are measured, evenly spread, the last among them; of a small
-            network, a measured step takes three times as long. ``every=1`` measures all.
-        activations: whether to measure the modules' outputs, by forward hooks that stand in
-            measured steps only. None: where it can be done.
+        measure: how many of them are measured, at equal distances and including the last one. In a
+            small network a measured step takes three times as long. ``every=1`` measures all.
+        activations: whether to measure the modules' outputs, by forward hooks that exist in
+            measured steps only. None: if it is possible.
         updates: whether to measure ‖Δw‖ / ‖w‖. It needs a copy of the weights from a measured step
-            to the next.
+            to the next step.
         scaler: the ``torch.amp.GradScaler`` of the run.
         writer: gets each reading: :class:`JSONLines`, :class:`TensorBoard`, or anything with
             ``write(reading)``.
-        keep: how many readings stay in ``history`` (some 40 KB each for a hundred modules).
+        keep: how many readings stay in ``history`` (about 40 KB each for a hundred modules).
 
     Raises:
         TypeError: ``model`` is not a module.
         ValueError: ``every`` or ``measure`` is out of range, or nothing can get a gradient.
-        RuntimeError: what wraps the model hides its gradients, or ``activations=True`` for a
+        RuntimeError: a wrapper around the model hides its gradients, or ``activations=True`` for a
             compiled model.
     """
 
@@ -144,12 +146,12 @@ class GradientMonitor:
         self._watch()
 
     def step(self) -> Reading | None:
-        """To be called once an optimizer step, between backward and clipping. Returns the reading
-        where a window ends.
+        """Call this once per optimizer step, between backward and clipping. It returns the reading
+        if a window ends.
 
         Raises:
-            RuntimeError: called in a compiled function or after :meth:`remove`, or gradients are
-                such that their sums would be wrong (the message says why).
+            RuntimeError: it was called in a compiled function or after :meth:`remove`, or the sums
+                over the gradients would be wrong (the message says why).
         """
         if torch.compiler.is_compiling():
             raise RuntimeError(
@@ -168,7 +170,7 @@ class GradientMonitor:
         return reading
 
     def remove(self) -> None:
-        """Takes every hook off the model and lets go of its tensors. The history stays."""
+        """Removes every hook from the model and releases its tensors. The history stays."""
         for hook in self._hooks:
             hook.remove()
         self._hooks, self._before, self._removed = [], [], True
@@ -183,16 +185,16 @@ class GradientMonitor:
         self.remove()
 
     def norms(self) -> tuple[list[int], list[str], list[list[float]]]:
-        """The steps read, the layers that have gradients, and the norm of each layer (outer) at
-        each step (inner), NaN for none."""
+        """The steps with a reading, the layers that have gradients, and the norm of each layer
+        (outer) at each step (inner), NaN if there is none."""
         return chart.norms(self.history, self.names)
 
     def heat_map(self, path: str | Path) -> None:
-        """Draws the gradient norm of layer x step, as a picture in ``path``.
+        """Draws the gradient norm by layer and step, and saves the picture to ``path``.
 
         Raises:
             ImportError: matplotlib is not installed.
-            ValueError: nothing has been read yet.
+            ValueError: there is no reading yet.
         """
         chart.save(path, *self._drawn())
 
@@ -207,12 +209,12 @@ class GradientMonitor:
         return self.norms()
 
     def state_dict(self) -> dict[str, Any]:
-        """For a checkpoint: the steps counted, the history and the open window, without the update
-        that follows a step just measured."""
+        """For a checkpoint: the number of steps, the history and the current window, without the
+        update that follows the step just measured."""
         return checkpoint.saved(self.steps, self.history, self._window, self._outputs)
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """The opposite of :meth:`state_dict`."""
+        """Restores what :meth:`state_dict` returned."""
         self.remove()
         self._removed = False
         self.steps = state["steps"]
@@ -223,13 +225,13 @@ class GradientMonitor:
         self._watch()
 
     def _measures(self, number: int) -> bool:
-        """Whether a step of a window, counted from 1, is measured: the last is, and the others as
-        evenly as integers go."""
+        """Whether a step of a window, counted from 1, is measured: the last one is, and others at
+        distances as equal as integers allow."""
         back, stride = self.every - number, self.every // self.measure
         return back % stride == 0 and back // stride < self.measure
 
     def _watch(self) -> None:
-        """Puts the forward hooks on before a measured step and takes them off after it."""
+        """Adds the forward hooks before a measured step and removes them after it."""
         measured = self.activations and self._measures(self.steps % self.every + 1)
         if measured and not self._hooks:
             looks = [(m, Look(row, self._outputs)) for row, m in enumerate(self._modules)]

@@ -25,12 +25,12 @@ from .sums import (
 
 
 class Window:
-    """A row for each module of ``names``.
+    """The sums of a window, with one row for each module of ``names``.
 
     Attributes:
         table: the sums; None until something is added.
-        alive: by row, the largest gradient of each output unit, and what it counts for.
-        mesh: over which the model is spread, or None.
+        alive: by row, the largest gradient of each output unit, and its weight.
+        mesh: that over which the model is sharded, or None.
     """
 
     def __init__(self, names: Sequence[str]) -> None:
@@ -54,8 +54,8 @@ class Window:
         sums: list[Tensor],
         scale: Tensor | None = None,
     ) -> None:
-        """Adds one step's sums, five an entry, in the seven columns from ``first`` on. A layer with
-        anything non-finite counts as a bad step, with no norm and no mean."""
+        """Adds one step's sums, five per entry, in the seven columns from ``first`` on. A layer
+        with any non-finite element counts as a bad step, without a norm or a mean."""
         if len(devices := {t.device for t in sums}) > 1:
             raise RuntimeError(
                 f"the model lies on several devices ({', '.join(sorted(map(str, devices)))}): "
@@ -81,8 +81,8 @@ class Window:
         columns.index_add_(0, index, squares * share[:, None])
 
     def end(self, silent: Iterable[tuple[int, Tensor]]) -> list[list[float]] | None:
-        """The rows, in the one transfer of a window (and, of shards, after the one all-reduce);
-        None if nothing was added. ``silent`` says which units of a row say nothing."""
+        """The rows, in the one transfer of a window (for shards, after the one all-reduce). None if
+        nothing was added. ``silent`` says which units of a row are silent."""
         table, self.table = self.table, None
         alive, self.alive = self.alive, {}
         if table is None:
@@ -104,8 +104,8 @@ class Window:
     def _on_device(
         self, rows: list[int], shares: list[float], like: Tensor
     ) -> tuple[Tensor, Tensor, Tensor]:
-        """Rows, shares, and 1 / (entries of the row · ranks) on the device. Sent there once: to
-        send them would make the host wait."""
+        """Rows, shares, and 1 / (entries of the row · ranks) on the device. They are sent there
+        only once, because that makes the host wait."""
         key = (like.device, tuple(rows), tuple(shares))
         if key not in self._indices:
             entries = Counter(rows)

@@ -1,4 +1,4 @@
-"""Where readings go."""
+"""Writers of readings."""
 
 from __future__ import annotations
 
@@ -12,14 +12,14 @@ from .reading import Reading
 
 
 class Writer(Protocol):
-    """Takes each reading as it comes."""
+    """Gets each reading as soon as there is one."""
 
     def write(self, reading: Reading) -> None: ...
 
 
 class JSONLines:
-    """Appends a line of JSON a reading to ``path``: step, norm, update, verdicts; each layer's
-    statistics if ``layers``. NaN is null."""
+    """Appends one line of JSON per reading to ``path``: step, norm, update, verdicts, and with
+    ``layers`` the statistics of each layer. NaN becomes null."""
 
     def __init__(self, path: str | Path, layers: bool = False) -> None:
         self.path, self.layers = Path(path), layers

@@ -1,5 +1,5 @@
-"""Drop-in modules: subclasses of the ``torch.nn`` class that override ``forward`` only. One file an
-op family."""
+"""Drop-in modules: subclasses of the ``torch.nn`` class that override only ``forward``. One file
+per family of ops."""
 
 from . import utils as utils
 from .activation import *

@@ -1,4 +1,5 @@
-"""Activations as modules: the ``torch.nn`` class of the same name with another ``forward``."""
+"""Activations as modules: subclasses of the ``torch.nn`` class of the same name that override
+``forward``."""
 
 from __future__ import annotations
 

@@ -21,8 +21,8 @@ class Linear(torch.nn.Linear):
 
 
 class LinearActivation(torch.nn.Linear):
-    """A linear layer and an activation in one Function. The same parameters, names and
-    initialisation as ``torch.nn.Linear``.
+    """A linear layer and an activation in one Function. Parameters, their names and initialisation
+    are those of ``torch.nn.Linear``.
 
     Args:
         in_features, out_features, bias, device, dtype: as in ``torch.nn.Linear``.

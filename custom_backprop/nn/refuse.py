@@ -1,4 +1,4 @@
-"""What torch swaps or compiles by the exact class of a module, it must not be given one of ours."""
+"""Errors where torch swaps or compiles modules by their exact class, and so must not get ours."""
 
 from __future__ import annotations
 
@@ -26,6 +26,6 @@ def _configure(module: torch.nn.Module, configuration: Any) -> NoReturn:
 
 
 def refuse(module: type) -> None:
-    """Makes ``torch.jit.script`` and ``torch.ao.quantization`` say so of a class of ours."""
+    """Makes ``torch.jit.script`` and ``torch.ao.quantization`` raise for a class of ours."""
     module.__prepare_scriptable__ = _script  # type: ignore[attr-defined]
     module.qconfig = property(_no_configuration, _configure)  # type: ignore[attr-defined]

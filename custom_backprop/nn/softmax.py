@@ -1,4 +1,5 @@
-"""Softmaxes as modules: the ``torch.nn`` class of the same name with another ``forward``."""
+"""Softmaxes as modules: subclasses of the ``torch.nn`` class of the same name that override
+``forward``."""
 
 from __future__ import annotations
 

@@ -1,5 +1,4 @@
-"""Clipping of gradients and of weights. The gradient functions are PyTorch's own: there is nothing
-to add to them."""
+"""Clipping of gradients and of weights. The functions for gradients are PyTorch's own."""
 
 from __future__ import annotations
 
@@ -22,8 +21,8 @@ __all__ = [
 def clip_weights_(parameters: Tensor | Iterable[Tensor], clip_value: float) -> None:
     r"""Clips the parameters themselves, in place: :math:`W \leftarrow \min(\max(W, -c), c)`.
 
-    Weight clipping bounds the largest factor by which a layer multiplies what passes through it,
-    and with it the product of factors that makes a gradient explode. A NaN stays NaN.
+    Weight clipping bounds the largest factor by which a layer multiplies its input, and so the
+    product of factors that makes a gradient explode. A NaN stays NaN.
 
     Args:
         parameters: an iterable of Tensors or a single Tensor, of any shapes and real dtypes.

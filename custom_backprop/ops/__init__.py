@@ -1,2 +1,2 @@
-"""The autograd Functions, one file an op family: what is saved, what is skipped, which formula
+"""The autograd Functions, one file per family of ops: what is saved, what is skipped, which formula
 runs."""

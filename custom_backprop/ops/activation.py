@@ -49,8 +49,8 @@ def _define(a: Activation) -> Callable[..., Tensor]:
 
 
 def _define_in_place(a: Activation) -> type[torch.autograd.Function]:
-    """The same over x. Saved is y, now in x's memory, or ``copy``, one of x that leads a second
-    derivative back."""
+    """The same in place. It saves y, which is now in x's memory, or ``copy``, a copy of x that
+    connects a second derivative to x."""
     forward_op, backward_op = in_place[a.name], primitives[a.name][1]
 
     class InPlace(torch.autograd.Function):
@@ -77,7 +77,7 @@ _IN_PLACE = {name: _define_in_place(ACTIVATIONS[name]) for name in in_place}
 
 
 def activate_(name: str, x: Tensor, *parameters: float) -> Tensor:
-    """Writes f(x) over x and returns x.
+    """Overwrites x with f(x) and returns x.
 
     Raises:
         RuntimeError: x is a leaf that requires grad, or a view of one.
@@ -90,7 +90,7 @@ def activate_(name: str, x: Tensor, *parameters: float) -> Tensor:
         return x.copy_(activations[name](x.clone(), *parameters))
     if not (torch.is_grad_enabled() and x.requires_grad):
         in_place[name](x, *parameters)
-        torch.autograd.graph.increment_version(x)  # which the store of a kernel does not
+        torch.autograd.graph.increment_version(x)  # the store of a kernel does not
         return x
     if x.is_leaf or (x._base is not None and x._base.is_leaf):
         what = "a leaf Variable" if x.is_leaf else "a view of a leaf Variable"

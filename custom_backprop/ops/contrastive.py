@@ -78,9 +78,9 @@ def info_nce(
     """The loss of rows q (N, D) and k (N, D), with negatives n (M, D) or (N, M, D) or, for None,
     the other rows of k.
 
-    G, one number a pair, is made in forward and saved in the place of the similarities.
+    G, one number per pair, is computed in forward and saved instead of the similarities.
     """
-    if symmetric and reduction == NONE:  # G of the sum says nothing of each
+    if symmetric and reduction == NONE:  # G of the sum does not give those of each row
         both = (info_nce(*pair, n, temperature, False, NONE) for pair in ((q, k), (k, q)))
         return sum(both) / 2  # type: ignore[return-value]
     wanted = any(t is not None and t.requires_grad for t in (q, k, n))

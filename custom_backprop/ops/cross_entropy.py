@@ -49,7 +49,7 @@ def cross_entropy(
     x: Tensor, target: Tensor, weight: Tensor | None, reduction: int, ignore_index: int,
     smoothing: float,
 ) -> Tensor:  # fmt: skip
-    """The loss of logits x. A gradient of the weight is not given."""
+    """The loss of logits x. The weight gets no gradient."""
     makes = NOTHING
     if torch.is_grad_enabled() and (x.requires_grad or target.requires_grad):
         scalar = reduction != NONE and not target.requires_grad

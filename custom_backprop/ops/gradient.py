@@ -1,8 +1,8 @@
 """The gradient made in forward.
 
-The forward pass of a scalar loss has in registers all that its gradient is made of. Written then,
-it costs one store instead of a second reading of every input, and backward has only to multiply by
-dL/dloss: not even that where it is 1, as in a plain ``loss.backward()``.
+The forward pass of a scalar loss has everything in registers that its gradient needs. To write the
+gradient then costs one store instead of a second read of every input. Backward only has to multiply
+it by dL/dloss, and not even that if it is 1, as in a plain ``loss.backward()``.
 """
 
 from __future__ import annotations
@@ -21,13 +21,13 @@ _saved_tensor_hooks = torch._C._autograd._top_saved_tensors_default_hooks
 
 
 def is_made_in_forward(forward_op: Primitive, x: Tensor, scalar: bool) -> bool:
-    """Whether forward makes the gradient of ``x``: the loss is one number, and an ordinary backward
-    may follow.
+    """Whether forward computes the gradient of ``x``: the loss is a scalar, and an ordinary
+    backward may follow.
 
-    Not in float16: a mean's gradient is divided by the count, and would underflow before a gradient
-    scaler's factor could save it. Not where backward is differentiated, which needs the formula.
-    Not where hooks see what is saved, since backward writes over it. A compiler fuses the formula
-    better, unless it is shown a kernel.
+    Not in float16: the gradient of a mean is divided by the count, and could underflow before it is
+    multiplied by a gradient scaler's factor. Not if backward is differentiated, which needs the
+    formula. Not if hooks see saved tensors, since backward overwrites this one. Not for a compiler,
+    which fuses the formula better, unless it sees a kernel.
     """
     if not (scalar and x.requires_grad and torch.is_grad_enabled()) or x.dtype == torch.float16:
         return False
@@ -42,8 +42,9 @@ def is_made_in_forward(forward_op: Primitive, x: Tensor, scalar: bool) -> bool:
 def scaled(ctx: Any, grad: Tensor, dy: Tensor) -> Tensor:
     """dy times the gradient made in forward.
 
-    A graph that is freed after this backward will not ask for that tensor again: it becomes the
-    result. A retained graph leaves it, so that the next backward gives the same bits.
+    If the graph is freed after this backward, nothing needs that tensor again, and it becomes the
+    result. If the graph is retained, it does not change, so that the next backward gives the same
+    bits.
     """
     if _compiling() or _graph_is_retained():
         return getattr(scale, ctx.which)(grad, dy)

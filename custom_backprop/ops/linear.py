@@ -41,7 +41,7 @@ class Linear:
 class LinearActivation:
     """y = f(z), z = x Wᵀ + b;  dz = dy f'(z), dx = dz W, dW = dzᵀ x, db = Σ_rows dz.
 
-    Saved is y where f' is written with y, else z.
+    It saves y if f' is written with y, else z.
     """
 
     forward_op, backward_op = primitives.activation_forward, primitives.activation_backward
@@ -55,7 +55,7 @@ class LinearActivation:
         if ACTIVATIONS[ctx.function[0]].saves_output:
             ctx.save_for_backward(x, weight, None, y)
         else:
-            ctx.save_for_backward(x, weight, bias, z)  # with the bias z can be derived again
+            ctx.save_for_backward(x, weight, bias, z)  # the bias is needed to compute z again
 
     @staticmethod
     def backward(run: Any, ctx: Any, dy: Tensor) -> Any:

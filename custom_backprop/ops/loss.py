@@ -1,7 +1,7 @@
 """Autograd of the pointwise losses: dx = dy w l_x, dt = dy w l_t, dv = dy w l_v, dw = dy l, with
-dy / n in the place of dy for a mean.
+dy / n instead of dy for a mean.
 
-Where the loss is one number, forward already makes dx for dy = 1 (``gradient.py``).
+If the loss is a scalar, forward already computes dx for dy = 1 (``gradient.py``).
 """
 
 from __future__ import annotations
@@ -50,8 +50,8 @@ def _define(loss: Loss, **policies: str) -> Callable[..., Any]:
     return op(Definition)
 
 
-# What stock puts together of plain arithmetic, autocast leaves in the lower dtype on a CPU, and on
-# a GPU where there is neither a power nor a logarithm nor a sum in it.
+# Autocast does not cast plain arithmetic, of which stock composes some losses: not at all on a CPU,
+# and on a GPU not unless it contains a power, a logarithm or a sum.
 _PLAIN = {
     name: _define(loss, cuda="float32")
     if name == "gaussian_nll_loss"
@@ -74,9 +74,9 @@ def pointwise(
     """The loss of that name.
 
     Args:
-        x, t, v, w: input, target, the loss's third tensor and the weight, floating-point, of one
-            shape and dtype; v and w may be None.
-        reduction: 0, 1 or 2, for each element's loss, their mean or their sum.
+        x, t, v, w: input, target, the loss's third tensor and the weight, floating-point, of the
+            same shape and dtype; v and w may be None.
+        reduction: 0, 1 or 2, for the loss of each element, their mean or their sum.
         parameters: the loss's own, in order.
     """
     function = _PLAIN[name]

@@ -1,7 +1,7 @@
-"""Who watches a call, and what therefore runs: the one file that knows.
+"""Decides what runs in a call, which depends on who watches it. Only this file knows.
 
-An op is written once, as a definition of three static methods that do not know where they run.
-:func:`op` makes of it the function that :mod:`custom_backprop.functional` calls.
+An op is written once, as a definition with three static methods that do not know where they run.
+:func:`op` turns it into the function that :mod:`custom_backprop.functional` calls.
 
 | who watches                         | what ``run`` is                          | Function      |
 |-------------------------------------|------------------------------------------|---------------|
@@ -15,8 +15,8 @@ An op is written once, as a definition of three static methods that do not know 
 | a backward that is differentiated   | the formula                              | -             |
 | or batched                          |                                          |               |
 
-Two Functions are made of a definition, since ``torch.compile`` refuses one that defines ``jvp``,
-and forward mode and ``torch.func`` need one, with a ``setup_context`` that costs three times the
+Two Functions are built from a definition. ``torch.compile`` refuses a Function that defines
+``jvp``; forward mode and ``torch.func`` need ``jvp``, and a ``setup_context``, which triples the
 overhead.
 """
 
@@ -53,27 +53,27 @@ _grad_enabled = torch.is_grad_enabled
 _compiling = torch.compiler.is_dynamo_compiling
 
 
-#: what autocast does to an op's floating-point inputs, as torch does to its own: casts half
-#: precision up to float32, or float32 down to the autocast dtype
+#: what autocast does to an op's floating-point inputs, as for torch's own: it casts half precision
+#: up to float32, or float32 down to the autocast dtype
 FLOAT32 = {"cpu": "float32", "cuda": "float32"}
 LOWER = {"cpu": "lower", "cuda": "lower"}
 
 
 class Definition(Protocol):
-    """What :func:`op` takes: a class of static methods.
+    """The argument of :func:`op`: a class of static methods.
 
     Attributes:
         forward_op, backward_op: the primitives.
-        has_statistics: forward_op returns ``(y, *statistics)``. Those are for ``setup_context`` to
-            save, and no outputs of the op.
+        has_statistics: forward_op returns ``(y, *statistics)``. ``setup_context`` may save the
+            statistics; they are not outputs of the op.
         autocast: what autocast does on each device, such as :data:`FLOAT32`. Default: nothing.
 
-    Forward is ``forward_op``. ``setup_context(ctx, inputs, output)`` saves, through
-    ``save_for_backward`` alone. ``backward(run, ctx, dy)`` returns the gradient of the first
-    argument, or a tuple of those of the first few, in which those that nobody needs may be
-    anything; ``run`` is an implementation of ``backward_op``. It finds ``ctx.is_differentiated``
-    true where its result is itself differentiated: statistics are constants there, and must be
-    derived again. ``jvp(ctx, *tangents)`` finds the same saved tensors.
+    Forward is ``forward_op``. ``setup_context(ctx, inputs, output)`` saves tensors, only through
+    ``save_for_backward``. ``backward(run, ctx, dy)`` returns the gradient of the first argument, or
+    a tuple of those of the first few arguments, in which a gradient that is not needed may be
+    anything. ``run`` is an implementation of ``backward_op``. ``ctx.is_differentiated`` is true if
+    the result of backward is itself differentiated: statistics are constants then, and must be
+    computed again. ``jvp(ctx, *tangents)`` gets the same saved tensors.
     """
 
     forward_op: Primitive
@@ -85,8 +85,8 @@ def op(definition: Any, stock: Callable[..., Any] | None = None) -> Callable[...
 
     Args:
         definition: see :class:`Definition`.
-        stock: PyTorch's own, which takes what no formula is written for: integers, complex numbers
-            and nested tensors.
+        stock: PyTorch's own function, which is called for what the formulas do not support:
+            integers, complex numbers and nested tensors.
     """
     forward_op, backward_op = definition.forward_op, definition.backward_op
     setup_context, define_backward = definition.setup_context, definition.backward
@@ -122,8 +122,8 @@ def op(definition: Any, stock: Callable[..., Any] | None = None) -> Callable[...
             return *grads, *(None,) * (len(needs) - len(grads))
         return grads, *(None,) * (len(needs) - 1)
 
-    # where nothing wants a gradient, Dynamo counts the parameters of forward, and leaves out ctx if
-    # there are as many as arguments
+    # if no gradient is needed, Dynamo counts the parameters of forward, and leaves out ctx if there
+    # are as many as arguments
     forward.__signature__ = inspect.Signature()  # type: ignore[attr-defined]
 
     def transformable_setup(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
@@ -149,8 +149,9 @@ def op(definition: Any, stock: Callable[..., Any] | None = None) -> Callable[...
         backward=transformable_backward,
         jvp=transformable_jvp,
     )
-    # Function.apply in Python only guards against functorch, which is ruled out where this is
-    # called: a third of the overhead. That of a backward only chooses between two names for it.
+    # Function.apply in Python only checks for functorch, which cannot be active where this is
+    # called; it is a third of the overhead. That of a backward only chooses between two names for
+    # it.
     apply = super(torch.autograd.Function, eager).apply  # type: ignore[misc]
     eager._backward_cls.apply = backward
 
@@ -198,8 +199,8 @@ def op(definition: Any, stock: Callable[..., Any] | None = None) -> Callable[...
 
 
 def overridable(function: F) -> F:
-    """Decorator of a function that looks at its arguments before it calls an op: who listens to
-    calls on tensors (a subclass, a mode, ``torch.fx``) is asked first, and sees one call."""
+    """Decorator for a function that checks its arguments before it calls an op. A subclass, a
+    function mode or ``torch.fx`` may override the function, and sees one call."""
 
     @functools.wraps(function)
     def call(*args: Any, **kwargs: Any) -> Any:
@@ -207,7 +208,7 @@ def overridable(function: F) -> F:
             given = (*args, *kwargs.values())
             return handle_torch_function(call, given, *args, **kwargs)
         if torch._C._get_tracing_state():
-            with warnings.catch_warnings():  # sizes that were compared are constants of the trace
+            with warnings.catch_warnings():  # compared sizes become constants of the trace
                 warnings.simplefilter("ignore", torch.jit.TracerWarning)
                 return function(*args, **kwargs)
         return function(*args, **kwargs)
@@ -216,14 +217,14 @@ def overridable(function: F) -> F:
 
 
 def run_of_gradient(backward_op: Primitive, dy: Tensor) -> Callable[..., Any]:
-    """What an ordinary Function's backward is to call in the place of ``backward_op``."""
+    """What the backward of an ordinary Function calls instead of ``backward_op``."""
     which = _for_gradient(dy)
     return backward_op.formula if which == "derivative" else getattr(backward_op, which)
 
 
 def _for_gradient(dy: Tensor) -> str:
-    """The name of the implementation that backward takes, or "derivative": the formula, since what
-    backward computes is itself differentiated or batched."""
+    """The name of the implementation for backward; or "derivative", which means the formula,
+    because the result of backward is itself differentiated or batched."""
     if _compiling():
         return "operator" if get_backend() == "triton" else "traced"
     if _grad_enabled() or forward_ad._current_level >= 0 or is_wrapped(dy) or is_batched(dy):
@@ -232,15 +233,15 @@ def _for_gradient(dy: Tensor) -> str:
 
 
 def is_ours(x: Any) -> bool:
-    """Whether formulas are written for such a tensor: real numbers, rows of one length."""
+    """Whether the formulas support such a tensor: floating-point and not nested."""
     return isinstance(x, Tensor) and x.is_floating_point() and not x.is_nested
 
 
 def _is_beyond_a_function(several: bool) -> bool:
-    """Whether torch.func's transformations around this call would go wrong with a Function.
+    """Whether torch.func's transformations around this call would be wrong with a Function.
 
-    Forward mode inside forward mode takes the tangents of a Function's jvp for constants. Forward
-    mode over vmap bears no input or output without a tangent, which only an op of ``several``
+    Forward mode inside forward mode treats the tangents of a Function's jvp as constants. Forward
+    mode over vmap fails on an input or output without a tangent, which only an op of ``several``
     tensors has.
     """
     levels = [level.key() for level in get_interpreter_stack() or ()]
@@ -250,7 +251,7 @@ def _is_beyond_a_function(several: bool) -> bool:
 
 
 def _cast(args: tuple[Any, ...], device: str, policy: str | None) -> tuple[Any, ...]:
-    """What autocast does to the inputs of torch's own operator. Primitives then ignore autocast
+    """Casts as autocast does for torch's own operator. Primitives then ignore autocast
     (``backends/library.py``)."""
     if policy is None or not torch.is_autocast_enabled(device):
         return args
@@ -272,8 +273,9 @@ def _function(definition: Any, **members: Any) -> Any:
 class _Saving:
     """The context of the transformable Function in ``setup_context``.
 
-    functorch knows no None among what is saved, so it is left out, and put back by
-    :class:`_Saved`. Forward mode may need what no gradient does: all inputs count as wanted.
+    functorch does not accept None among saved tensors, so this leaves it out, and :class:`_Saved`
+    restores it. Forward mode may need inputs that no gradient needs, so all of them count as
+    needed.
     """
 
     def __init__(self, ctx: Any) -> None:
