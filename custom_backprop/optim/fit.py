@@ -53,8 +53,8 @@ def why_not_alike(
     """The same, for reasons that matter only if parameters and states have the same dtype."""
     here = local(p)
     values = chain(group.values(), group.get("betas", ()))
-    if any(isinstance(v, Tensor) and (v.requires_grad or not v.is_cpu) for v in values):
-        return "hyperparameters on a GPU, or part of a graph"
+    if any(isinstance(v, Tensor) and not v.is_cpu for v in values):
+        return "hyperparameters on a GPU"
     if not all(same_order(local(t), here) for t in (g, *states)) or any(
         s.dtype != p.dtype for s in states
     ):

@@ -202,7 +202,7 @@ class MultiTensor(Optimizer):
         if len(states) != len(last) or not all(map(operator.is_, states, last)):
             plans.clear()
         work: list[Work] = []
-        moved = not plans
+        moved = False
         for group in self.param_groups:
             its = plans.setdefault(id(group), [])
             for plan in its:

@@ -62,7 +62,7 @@ OPTIONS: list[tuple[str, dict[str, Any]]] = [
         },
     ),
     ("Lion", {"lr": 0.01}),
-    ("Lion", {"lr": 0.01, "betas": (0.5, 0.8), "weight_decay": 0.3, "maximize": True}),
+    ("Lion", {"lr": 0.01, "betas": (0.5, 0.4), "weight_decay": 0.3, "maximize": True}),
 ]
 
 

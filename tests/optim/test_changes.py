@@ -259,6 +259,21 @@ def test_the_backend_may_change_between_two_steps(
     assert launched == ["triton"] * 3
 
 
+@needs_kernels
+@pytest.mark.parametrize("kwargs", [{"master_weights": True}, {"bf16_stochastic_round": True}])
+def test_wide_state_is_updated_by_the_backend_that_is_forced(
+    kwargs: dict[str, bool], device: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    launched: list[str] = []
+    monkeypatch.setattr(kernels("optim"), "update", lambda *args, **kw: launched.append(now))
+    params = parameters(device, torch.bfloat16, [(5,)])
+    optimizer = optim.SGD(params, **kwargs, **FULL["SGD"])
+    for now in ("formula", "triton", "aten", "triton"):
+        with custom_backprop.use_backend(now):
+            train(optimizer, params, 1, skip=False)
+    assert launched == ["triton"] * 2
+
+
 @pytest.mark.parametrize("name", ["Adam", "AdamW", "RMSprop"])
 def test_capturable_may_be_set_between_two_steps(name: str) -> None:
     """From then on torch takes the step, and raises on a CPU."""

@@ -58,6 +58,37 @@ def test_grad_scaler_and_an_infinity(
     assert_equal(mine, theirs, 0.0 if dtype != torch.float32 else 1e-6)
 
 
+@every_optimizer
+def test_a_scale_below_1(name: str, backend: str, device: str) -> None:
+    """Where it has come to after infinities: gradients are made larger."""
+    mine, theirs = (
+        parameters(device, shapes=[(5,), (2, 3)]),
+        parameters(device, shapes=[(5,), (2, 3)]),
+    )
+    our, their = ours(name)(mine, **FULL[name]), stock(name)(theirs, **FULL[name])
+    our.grad_scale = torch.tensor(0.5, device=device)
+    for step in range(2):
+        give_gradients(mine, step, skip=False)
+        give_gradients(theirs, step, skip=False)
+        for p in mine:
+            p.grad = p.grad * 0.5
+        our.step()
+        their.step()
+    assert_equal(mine, theirs)
+
+
+@pytest.mark.parametrize("backend", ["formula", "aten"])
+@pytest.mark.parametrize("name", ["SGD", "RMSprop", "Adam", "AdamW", "Lion"])
+def test_an_infinity_at_the_first_step_begins_no_state(name: str, backend: str) -> None:
+    params = parameters()
+    optimizer = ours(name)(params, **FULL[name])
+    give_gradients(params, 0)
+    optimizer.found_inf = torch.ones(())
+    with custom_backprop.use_backend(backend):
+        optimizer.step()
+    assert not optimizer.state
+
+
 @pytest.mark.skipif(DEVICE != "cuda", reason="asks a GPU")
 def test_on_a_gpu_torch_scales_no_bfloat16_gradients() -> None:
     """pytorch issue 127176. Once it does, the test above can include them on a GPU, too."""

@@ -52,7 +52,7 @@ def trained(name: str, kwargs: dict[str, Any], shapes: list[tuple[int, ...]]) ->
 @pytest.mark.parametrize("clip", [None, 0.5])
 @pytest.mark.parametrize(
     "shapes",
-    [[(7, 5)] * 12, [(7, 5), (300,)] * 9 + [(3,)], [(300,), (4,)]],
+    [[(7, 5)] * 12, [(7, 5), (300,)] * 9 + [(100,)], [(300,), (4,)]],
     ids=["small", "mixed", "few"],
 )
 @pytest.mark.parametrize(

@@ -23,7 +23,11 @@ BAD: list[tuple[str, dict[str, Any]]] = [
     *((n, {"weight_decay": -1.0}) for n in NAMES),
     *((n, {"lr": torch.ones(2)}) for n in NAMES),
     *((n, {"unknown": 1}) for n in NAMES),
-    *((n, {"betas": b}) for n in ("Adam", "AdamW", "Lion") for b in ((1.0, 0.9), (0.9, -0.1))),
+    *(
+        (n, {"betas": b})
+        for n in ("Adam", "AdamW", "Lion")
+        for b in ((1.0, 0.9), (0.9, -0.1), (0.9, 1.1))
+    ),
     *((n, {"eps": -1.0}) for n in ("Adagrad", "RMSprop", "Adam", "AdamW")),
     *((n, {"fused": True, "foreach": True}) for n in ("SGD", "Adagrad", "Adam", "AdamW")),
     ("SGD", {"momentum": -0.1}),
@@ -41,6 +45,13 @@ def test_bad_arguments_raise_as_torchs(name: str, kwargs: dict[str, Any]) -> Non
             kind(parameters(), **kwargs)
         errors.append(caught.type)
     assert errors[0] is errors[1]
+
+
+@every_optimizer
+def test_the_ends_of_the_ranges_are_taken(name: str) -> None:
+    pairs = {"betas": (0.0, 0.0)} if "betas" in inspect.signature(ours(name)).parameters else {}
+    for kind in (ours(name), stock(name)):
+        kind(parameters(), lr=0.0, weight_decay=0.0, **pairs)
 
 
 @every_optimizer

@@ -108,6 +108,23 @@ def test_removed_replaced_or_cleared_state_is_noticed(name: str) -> None:
     assert_equal(mine, theirs)
 
 
+@every_optimizer
+def test_states_in_the_opposite_order_of_one_buffer(name: str) -> None:
+    """As somebody may have laid them out: they are not the one tensor that they look like."""
+    shapes: list[tuple[int, ...]] = [(4,)] * 3
+    mine, theirs = parameters(shapes=shapes), parameters(shapes=shapes)
+    our, their = ours(name)(mine, **FULL[name]), stock(name)(theirs, **FULL[name])
+    for optimizer, params in ((our, mine), (their, theirs)):
+        train(optimizer, params, 2, skip=False)
+        for key in [key for key in optimizer.state[params[0]] if key != "step"]:
+            buffer = torch.empty(12, dtype=torch.float64)
+            for p, place in zip(params, reversed(buffer.split(4)), strict=True):
+                optimizer.state[p][key] = place.copy_(optimizer.state[p][key])
+        train(optimizer, params, range(2, 5), skip=False)
+    assert_equal(mine, theirs)
+    assert_equal(our.state_dict(), their.state_dict())
+
+
 @pytest.mark.parametrize("kwargs", [{"master_weights": True}, {"bf16_stochastic_round": True}])
 @every_optimizer
 def test_float32_state_is_loaded_as_a_copy(name: str, kwargs: dict[str, bool]) -> None:

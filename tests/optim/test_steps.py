@@ -174,6 +174,18 @@ def test_the_default_device_does_not_matter(name: str, backend: str, device: str
 
 
 @every_optimizer
+def test_a_parameter_without_a_gradient_leaves_those_behind_it_alone(name: str) -> None:
+    params, (alone,) = parameters(shapes=[(5,)] * 2), parameters(shapes=[(5,)] * 2)[1:]
+    before = params[0].detach().clone()
+    for optimizer in (ours(name)(params, **FULL[name]), stock(name)([alone], **FULL[name])):
+        give_gradients([params[1]], 0, skip=False)
+        give_gradients([alone], 0, skip=False)
+        optimizer.step()
+    assert_equal(params[1], alone)
+    assert_equal(params[0], before, 0.0)
+
+
+@every_optimizer
 def test_no_gradient_at_all(name: str) -> None:
     params = parameters()
     before = copy.deepcopy(params)

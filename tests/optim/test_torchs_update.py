@@ -161,6 +161,24 @@ def test_a_capturable_step_reads_nothing_from_the_device(
     assert optimizer.state[p]["step"].is_meta
 
 
+@every_optimizer
+def test_what_torch_updates_is_planned_once(name: str) -> None:
+    planned: list[int] = []
+
+    class Counted(ours(name)):  # type: ignore[misc]
+        def _init_group(self, group: Any, *lists: Any) -> Any:
+            planned.append(len(group["params"]))
+            return super()._init_group(group, *lists)
+
+    params = [Parameter(torch.ones(3, dtype=torch.complex128)), *parameters(shapes=[(5,)])]
+    optimizer = Counted(params, **FULL[name])
+    for _ in range(5):
+        for p in params:
+            p.grad = torch.ones_like(p)
+        optimizer.step()
+    assert planned.count(2) == 1
+
+
 @pytest.mark.parametrize("fails", [False, True])
 def test_gradients_and_groups_are_restored_after_torchs_step(fails: bool) -> None:
     """They are clipped and unscaled only for the step: ``.grad`` and a GradScaler's attributes are
