@@ -51,9 +51,6 @@ class Plan:
         for p in self._without:
             if p.grad is not None:
                 return None
-        for p in self.rest:
-            if p.grad is None:
-                return None
         grads = []
         for bucket in self.buckets:
             if (mine := bucket.grads()) is None:

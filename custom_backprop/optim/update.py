@@ -124,7 +124,7 @@ def by_torch(
     ours = ("grad_scale", "found_inf")
     scaler: dict[str, Any] = {n: attributes.pop(n) for n in ours if n in attributes}
     own = {**group, "params": params}
-    if group.get("fused") and all(g is not None and g.layout == torch.strided for g in grads):
+    if group.get("fused") and all(g is None or g.layout == torch.strided for g in grads):
         # torch's fused kernels assume that all tensors have the same strides (torch 2.13, on a CPU)
         own["fused"] = False
     optimizer.param_groups = [own]

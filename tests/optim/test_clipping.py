@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import copy
 import math
+from typing import Any
 
 import pytest
 import torch
 from optim_helpers import (
     FULL,
+    OPTIONS,
     assert_equal,
     every_optimizer,
     give_gradients,
@@ -109,5 +111,21 @@ def test_max_grad_norm_is_clip_grad_norm_before_the_step(
         for p, g in zip(mine, before, strict=True):
             assert p.grad is g is None or torch.equal(p.grad, g)
         clip_grad_norm_(theirs, norm)
+        their.step()
+    assert_equal(mine, theirs)
+
+
+@pytest.mark.parametrize(
+    "kwargs", [k for n, k in OPTIONS if n == "SGD"], ids=lambda k: "-".join(list(k)[1:])
+)
+def test_max_grad_norm_where_torchs_loop_is_asked_for(kwargs: dict[str, Any]) -> None:
+    mine, theirs = parameters(shapes=[(5,), (2, 3)]), parameters(shapes=[(5,), (2, 3)])
+    our = ours("SGD")(mine, max_grad_norm=0.5, fused=False, **kwargs)
+    their = stock("SGD")(theirs, foreach=False, **kwargs)
+    for step in range(3):
+        give_gradients(mine, step, skip=False)
+        give_gradients(theirs, step, skip=False)
+        our.step()
+        clip_grad_norm_(theirs, 0.5)
         their.step()
     assert_equal(mine, theirs)

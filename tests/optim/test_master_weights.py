@@ -161,6 +161,17 @@ def test_options_that_torchs_own_update_would_ignore_raise(
         ours(name)([full], **kwargs, **FULL[name]).step()
 
 
+@every_optimizer
+def test_a_master_of_another_shape_is_refused(name: str) -> None:
+    (p,) = parameters(dtype=torch.bfloat16, shapes=[(6, 4)])
+    optimizer = ours(name)([p], master_weights=True, **FULL[name])
+    train(optimizer, [p], 1, skip=False)
+    optimizer.state[p]["master_param"] = torch.zeros(4, 6)
+    give_gradients([p], 1, skip=False)
+    with pytest.raises(RuntimeError, match="another shape"):
+        optimizer.step()
+
+
 @pytest.mark.parametrize("kwargs", WIDE, ids=lambda k: next(iter(k)))
 @every_optimizer
 def test_hyperparameters_from_a_graph(

@@ -161,6 +161,27 @@ def test_a_capturable_step_reads_nothing_from_the_device(
     assert optimizer.state[p]["step"].is_meta
 
 
+@pytest.mark.parametrize("fused", [None, True])
+@pytest.mark.parametrize("name", ["SGD", "Adagrad", "Adam", "AdamW"])
+def test_gradients_that_come_and_go_where_torch_updates(name: str, fused: bool | None) -> None:
+    """The one that stays is of other strides than its parameter."""
+    shapes: list[tuple[int, ...]] = [(4, 6), (4, 6)]
+    mine, theirs = parameters(shapes=shapes), parameters(shapes=shapes)
+    our = ours(name)(mine, max_grad_norm=0.5, fused=fused, **FULL[name])
+    their = stock(name)(theirs, foreach=False, **FULL[name])
+    for step in range(6):
+        for params in (mine, theirs):
+            give_gradients(params, step, skip=False)
+            for p in params:
+                p.grad = p.grad.t().contiguous().t()  # type: ignore[union-attr]
+            if step in (2, 3):
+                params[0].grad = None
+        our.step()
+        clip_grad_norm_(theirs, 0.5)
+        their.step()
+    assert_equal(mine, theirs)
+
+
 @every_optimizer
 def test_what_torch_updates_is_planned_once(name: str) -> None:
     planned: list[int] = []
