@@ -1,5 +1,5 @@
-"""Proves every op's backward against PyTorch autograd: every check on every op of the database, one
-row an op."""
+"""Proves the backward of every op against PyTorch autograd: runs every check on every op of the
+database, and prints one row per op."""
 
 from __future__ import annotations
 
@@ -63,7 +63,7 @@ def run(args: argparse.Namespace) -> int:
         refuse(f"--device {args.device}: the checks need values, on a CPU or a GPU")
     with (
         interpreter(True) if args.device == "cpu" else nullcontext()
-    ):  # without a GPU the interpreter runs the kernels, and so proves them
+    ):  # without a GPU, the interpreter runs the kernels
         reasons = {b: why_not(b, args.device) for b in args.backend or BACKENDS}
         for backend, reason in reasons.items():
             if reason and args.backend:
@@ -120,8 +120,8 @@ def _report(name: str, result: Report | BaseException) -> Report:
 
 
 def _rows(reports: dict[str, Report], checks: list[str]) -> str:
-    """One row an op. The names of the checks are longer than their marks, so they stand above them
-    as a staircase."""
+    """One row per op. The names of the checks are longer than their marks, so the header is a
+    staircase."""
     width = max(map(len, reports))
     stairs = [" " * width + "  " + "│  " * i + check for i, check in enumerate(checks)]
     rows: list[list[str]] = []

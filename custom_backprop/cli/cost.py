@@ -1,5 +1,5 @@
-"""Counts what one forward and one backward of a model cost, layer by layer, with torch's layers and
-with ours."""
+"""Counts the cost of one forward and one backward of a model, layer by layer, with torch's layers
+and with ours."""
 
 from __future__ import annotations
 
@@ -51,9 +51,9 @@ def run(args: argparse.Namespace) -> int:
     arguments = {"batch": args.batch} if args.batch else {}
     try:
         inspect.signature(build).bind(**arguments)
-    except (TypeError, ValueError) as error:  # ValueError: something built in, without a signature
+    except (TypeError, ValueError) as error:  # ValueError: a builtin has no signature
         refuse(f"cannot call {args.model}: {error}")
-    with torch.device(args.device):  # made there: on meta, a model larger than the memory too
+    with torch.device(args.device):  # created there: on meta, even a model larger than the memory
         built = build(**arguments)
     if not (isinstance(built, tuple) and len(built) >= 2 and isinstance(built[0], nn.Module)):
         refuse(f"{args.model} must return {RETURNS}")
@@ -103,12 +103,12 @@ def digits(batch: int = 32) -> tuple[Any, ...]:
 
 
 def linear_regression(batch: int = 100) -> tuple[Any, ...]:
-    """The line of examples/linear_regression.py."""
+    """The model of examples/linear_regression.py."""
     return nn.Linear(1, 1), torch.rand(batch, 1), nn.MSELoss(), torch.rand(batch, 1)
 
 
 def autoencoder(batch: int = 64) -> tuple[Any, ...]:
-    """The nonlinear one of examples/autoencoder.py, with a code of 2 numbers."""
+    """The nonlinear autoencoder of examples/autoencoder.py, with a code of 2 numbers."""
     inner, outer = (
         (nn.Linear(64, 64), nn.Tanh(), nn.Linear(64, 2)),
         (nn.Linear(2, 64), nn.Tanh(), nn.Linear(64, 64)),

@@ -1,4 +1,4 @@
-"""Says what this machine can run, and why not the rest."""
+"""Prints what this machine can run, and why it cannot run the rest."""
 
 from __future__ import annotations
 
@@ -21,7 +21,9 @@ from ..testing.checks import cpp_compiler
 def add_parser(subparsers: Any) -> argparse.ArgumentParser:
     """Adds this command to the command line."""
     return subparsers.add_parser(
-        "info", help="say what this machine can run, and why not the rest", description=__doc__
+        "info",
+        help="print what this machine can run, and why it cannot run the rest",
+        description=__doc__,
     )
 
 

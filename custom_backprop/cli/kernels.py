@@ -1,9 +1,9 @@
-"""Compiles every kernel for GPUs that need not be here, and prints what it takes; or, with --audit,
-what it touches in the interpreter.
+"""Compiles every kernel for several GPUs, without a GPU, and prints the resources that it takes.
+With --audit it runs every kernel in the interpreter and prints which memory it accesses.
 
-The kernels are those of the ops and of the optimizers.
-The exit code is 1 if a kernel spills, is atomic or takes more shared memory than a block has; in
-the audit, if it touches what it must not; and if an op launches no kernel at all.
+The kernels are those of the ops and of the optimizers. The exit code is 1 if a kernel spills, has
+atomics or takes more shared memory than a block has; in the audit, if it accesses memory that it
+must not; and if an op launches no kernel at all.
 """
 
 from __future__ import annotations
@@ -135,7 +135,7 @@ def _label(found: dict[str, Any]) -> str:
 
 
 def _compiled(compiled: dict[str, list[Resources]]) -> str:
-    """One row for each op, kernel and dtype: the most of everything over its variants (sizes,
+    """One row for each op, kernel and dtype: the maximum of each figure over its variants (sizes,
     alignments, compile-time arguments)."""
     groups: dict[tuple[str, str, str], list[Resources]] = {}
     for op, resources in compiled.items():
@@ -168,7 +168,7 @@ def _compiled(compiled: dict[str, list[Resources]]) -> str:
 
 
 def _wide(group: Iterable[Resources]) -> tuple[str, str]:
-    """The variant with the smallest share of 128-bit accesses, of its loads and of its stores."""
+    """The variant with the smallest share of 128-bit accesses, for loads and for stores."""
     loads = min(((r.wide_loads, r.loads) for r in group), key=_share)
     stores = min(((r.wide_stores, r.stores) for r in group), key=_share)
     return "{} of {}".format(*loads), "{} of {}".format(*stores)

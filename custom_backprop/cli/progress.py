@@ -1,4 +1,4 @@
-"""A progress bar on stderr: tqdm's where it is installed, else a line now and then."""
+"""A progress bar on stderr: tqdm's if it is installed, else a line now and then."""
 
 from __future__ import annotations
 

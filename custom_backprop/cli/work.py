@@ -1,5 +1,5 @@
-"""What the commands share: which ops are meant, processes to work on them, a table, and errors of
-the caller."""
+"""What the commands share: the selection of ops, processes that work on them, a table, and errors
+for bad arguments."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ import torch
 from ..testing.database import named
 from .progress import progress
 
-#: the exit code after the user's interruption, as a shell gives it
+#: the exit code after an interruption by the user, as in a shell
 INTERRUPTED = 130
 
 
@@ -45,37 +45,38 @@ def add_common(parser: argparse.ArgumentParser) -> None:
 
 
 def count(text: str) -> int:
-    """A number of things, at least 1."""
+    """The type of an option that is at least 1."""
     if (number := int(text)) < 1:
         raise argparse.ArgumentTypeError(f"{number} is less than 1")
     return number
 
 
 def refuse(message: str) -> NoReturn:
-    """The caller asked for what cannot be had: exit code 2."""
+    """Ends the program for a bad argument, with exit code 2."""
     print(f"error: {message}", file=sys.stderr)
     raise SystemExit(2)
 
 
 def check_json(path: str | None) -> None:
-    """Refuses, before the work begins, a file that could not be written after it."""
+    """Raises before the work begins if the file could not be written after it."""
     if path is not None and (not Path(path).parent.is_dir() or Path(path).is_dir()):
         refuse(f"--json {path}: no file can be written there")
 
 
 def check_device(device: str) -> None:
-    """Refuses a device that this machine does not have."""
+    """Raises for a device that this machine does not have."""
     try:
         torch.empty(0, device=device)
     except (
         AssertionError,
         RuntimeError,
-    ) as error:  # AssertionError: cuda, of a torch built without it
+    ) as error:  # AssertionError: cuda, if torch was built without it
         refuse(f"no device {device!r}: {str(error).splitlines()[0]}")
 
 
 def select(wanted: Sequence[str]) -> list[str]:
-    """The names of the ops that are named, or whose family is; all if nothing is."""
+    """The names of the selected ops: those named, and those whose family is named; all if none
+    is."""
     try:
         return [spec.name for spec in named(wanted)]
     except ValueError as error:
@@ -84,8 +85,8 @@ def select(wanted: Sequence[str]) -> list[str]:
 
 @contextmanager
 def interpreter(on: bool) -> Iterator[None]:
-    """Triton's interpreter for the processes that start inside: it is chosen before kernels are
-    decorated, so never in this one."""
+    """Sets Triton's interpreter for the processes that start inside. Not for this one: it must be
+    set before kernels are decorated."""
     before = os.environ.get("TRITON_INTERPRET")
     os.environ["TRITON_INTERPRET"] = "1" if on else "0"
     try:
@@ -100,8 +101,8 @@ def interpreter(on: bool) -> Iterator[None]:
 def in_processes(
     function: Callable[..., Any], items: Sequence[tuple[Any, ...]], jobs: int
 ) -> dict[tuple[Any, ...], Any]:
-    """item -> ``function(*item)``, or the exception that it raised, computed in fresh processes
-    under a progress bar. After an interruption the items that are not done are missing."""
+    """item -> ``function(*item)``, or the exception that it raised. It runs in fresh processes,
+    with a progress bar. After an interruption the result has only the items that were done."""
     results: dict[tuple[Any, ...], Any] = {}
     waiting = deque(items)
     with progress(len(items), "op") as bar:
@@ -113,7 +114,7 @@ def in_processes(
 
         while waiting:
             lost, interrupted = _in_one_pool(function, waiting, jobs, done)
-            for item in lost:  # the process of one of them died, and took the pool down
+            for item in lost:  # the process of one of them died and broke the pool
                 if not interrupted:
                     again, interrupted = _in_one_pool(function, deque([item]), 1, done)
                     if again and not interrupted:
@@ -130,8 +131,8 @@ def _in_one_pool(
     jobs: int,
     done: Callable[[tuple[Any, ...], Any], None],
 ) -> tuple[list[tuple[Any, ...]], bool]:
-    """Takes from ``waiting`` until it is empty, a process dies or the user interrupts. Returns the
-    items that were being worked on when one died, and whether it was the user."""
+    """Takes items from ``waiting`` until it is empty, a process dies or the user interrupts.
+    Returns the items in work when a process died, and whether the user interrupted."""
     workers = min(jobs, len(waiting))
     pool = ProcessPoolExecutor(
         workers, mp_context=get_context("spawn"), initializer=_prepare_worker
@@ -153,7 +154,7 @@ def _in_one_pool(
                 else:
                     done(item, error or future.result())
         pool.shutdown()
-    except KeyboardInterrupt:  # shutdown would wait for the work that is handed out
+    except KeyboardInterrupt:  # shutdown would wait for running work
         for worker in list(pool._processes.values()):
             worker.kill()
         pool.shutdown(wait=False, cancel_futures=True)
@@ -163,11 +164,11 @@ def _in_one_pool(
 
 def _prepare_worker() -> None:
     torch.set_num_threads(1)
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # the parent hears it too, and ends its workers
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # the parent gets it, too, and ends its workers
 
 
 def table(rows: Iterable[Sequence[Any]]) -> str:
-    """Columns as wide as their widest cell; numbers to the right."""
+    """A table with columns as wide as their widest cell, and numbers aligned to the right."""
     cells = [[str(c) for c in row] for row in rows]
     widths = [max(map(len, column)) for column in zip(*cells, strict=True)]
     lines = [

@@ -1,9 +1,9 @@
-"""Our ops among many processes: DTensor (tensor parallel), and a cross-entropy whose classes are
-spread over the ranks.
+"""Our ops in several processes: DTensor (tensor parallel), and a cross-entropy whose classes are
+sharded over the ranks.
 
-DDP and FSDP2 need nothing of this: they move parameters and gradients, and no op sees it. A DTensor
-does reach the op. ``sharding.py`` tells PyTorch what each primitive does with one, so that
-``parallelize_module`` takes our layers; the first op that meets a DTensor imports it.
+DDP and FSDP2 do not need this: they move parameters and gradients, and ops do not notice. A DTensor
+does reach an op. ``sharding.py`` tells PyTorch what each primitive does with one, so that
+``parallelize_module`` works on our layers. The first op that gets a DTensor imports it.
 """
 
 from . import sharding

@@ -1,4 +1,4 @@
-"""Cross-entropy of logits whose classes are spread over the ranks of a group: no rank ever has a
+"""Cross-entropy of logits whose classes are sharded over the ranks of a group: no rank ever has a
 whole row.
 
 With m the largest logit of a row over all ranks, Z = Σ_c e^(x_c - m), C classes and s =
@@ -7,10 +7,9 @@ label_smoothing,
     L = log Z - (1 - s) (x_t - m) - s/C Σ_c (x_c - m)
     dx_c = dy (p_c - (1 - s) [c = t] - s/C),  p_c = e^(x_c - m) / Z.
 
-Each rank knows its part of every sum over c, and x_t is such a sum too, of one term. Two
-all-reduces therefore give all ranks the loss: one
-for m, one for the sums, two or three numbers a row. dx_c needs m and Z alone, which every rank has
-by then: backward sends nothing.
+Each rank knows its part of every sum over c, and x_t is such a sum, too, with one term. So two
+all-reduces give all ranks the loss: one for m, and one for the sums, two or three numbers per row.
+dx_c needs only m and Z, which every rank then has: backward sends nothing.
 """
 
 from __future__ import annotations
@@ -28,7 +27,8 @@ from ..formulas.precision import widen
 
 
 class _VocabParallelCrossEntropy(torch.autograd.Function):
-    """On x (N, C_r, ...), which has the classes from ``first`` on, and the classes t (N, ...)."""
+    """Takes x (N, C_r, ...), which has the classes from ``first`` on, and the targets t (N,
+    ...)."""
 
     @staticmethod
     def forward(
@@ -71,7 +71,7 @@ class _VocabParallelCrossEntropy(torch.autograd.Function):
         with torch.no_grad():
             dx = _VocabParallelCrossEntropy._gradient(ctx, dy)
         if torch.is_grad_enabled():
-            # torch's once_differentiable takes the gradient for a constant where dy needs none
+            # torch's once_differentiable treats the gradient as a constant if dy needs none
             dx = _NotTwice.apply(dx, ctx.saved_tensors[0], dy)
         return dx, *(None,) * 7
 
@@ -88,7 +88,7 @@ class _VocabParallelCrossEntropy(torch.autograd.Function):
 
 
 class _NotTwice(torch.autograd.Function):
-    """A gradient that depends on ``sources``, and says so when it is differentiated."""
+    """A gradient that depends on ``sources``, and raises when it is differentiated."""
 
     @staticmethod
     def forward(ctx: Any, grad: Tensor, *sources: Tensor) -> Tensor:
@@ -112,28 +112,28 @@ def vocab_parallel_cross_entropy(
     reduction: str = "mean",
     label_smoothing: float = 0.0,
 ) -> Tensor:
-    """The loss that ``cross_entropy`` gives of the whole rows, on every rank; its gradient is that
-    of this rank's logits.
+    """On every rank, the loss that ``cross_entropy`` gives for the whole rows. Its gradient is that
+    with respect to this rank's logits.
 
-    Every rank of the group must call it. All ranks get the same loss; in the gradient it counts
-    once. It is not differentiable twice.
+    Every rank of the group must call it. All ranks get the same loss, which counts once in the
+    gradient. It is not differentiable twice.
 
     Args:
-        logits: this rank's classes, of shape (N, C_r) or (N, C_r, d1, ..., dK), floating-point: in
-            the order of the ranks of the group, as ``ColwiseParallel`` leaves them.
-        target: classes in [0, C) of all ranks' C, of shape (N) or (N, d1, ..., dK), int64; the same
-            on every rank.
-        group: the ranks among which the classes are spread, such as ``mesh.get_group()``. Default:
+        logits: this rank's classes, of shape (N, C_r) or (N, C_r, d1, ..., dK), floating-point, in
+            the order of the ranks of the group, as ``ColwiseParallel`` shards them.
+        target: classes in [0, C), where C counts those of all ranks, of shape (N) or (N, d1, ...,
+            dK), int64; the same on every rank.
+        group: the ranks over which the classes are sharded, such as ``mesh.get_group()``. Default:
             all.
-        classes: C. Default: as many times C_r as there are ranks. To be given where they do not
-            divide evenly; all ranks but the last then have ceil(C / ranks), as DTensor shards.
+        classes: C. Default: C_r times the number of ranks. Pass it if the classes do not divide
+            evenly; all ranks but the last then have ceil(C / ranks), as in DTensor's shards.
         ignore_index, reduction, label_smoothing: as in
             :func:`custom_backprop.functional.cross_entropy`.
 
     Raises:
         ValueError: an unknown reduction, or shapes that do not fit.
-        IndexError: a class out of range, on a CPU. On a GPU, where to look is to wait, the loss and
-            the gradient of its row are NaN.
+        IndexError: a class out of range, on a CPU. On a GPU, where this check would have to wait,
+            the loss and the gradient of its row are NaN.
         RuntimeError: a DTensor, classes that are not int64, ``label_smoothing`` above 1, or no
             process group.
     """

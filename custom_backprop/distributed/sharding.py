@@ -1,13 +1,13 @@
 """How primitives run on DTensors: shard by shard.
 
-A primitive's field ``sharding`` yields which placements of its inputs give which of its outputs,
-for one dimension of the mesh; all replicated is allowed of every op. Of these :func:`_dispatch`
-takes the one that moves the fewest bytes. It sums partial inputs and cuts replicated ones, as
-PyTorch's own operators do, but it gathers no sharded input of a forward pass: what was sharded
-might not fit on one rank. It raises, and names the workaround.
+A primitive's field ``sharding`` yields pairs of placements, of its inputs and of the resulting
+outputs, for one dimension of the mesh. All replicated is allowed for every op. :func:`_dispatch`
+takes the pair that moves the fewest bytes. It sums partial inputs and splits replicated ones, as
+PyTorch's own operators do. But in a forward pass it never gathers a sharded input, which might not
+fit on one rank. It raises instead, and says what to do.
 
-Under ``create_graph=True`` no primitive runs but a formula, of PyTorch's operators, which know
-DTensors themselves.
+Under ``create_graph=True`` no primitive runs, but a formula. It consists of PyTorch's operators,
+which know DTensors.
 """
 
 from __future__ import annotations
@@ -23,14 +23,14 @@ from torch.distributed.tensor.placement_types import Placement
 from ..backends.library import LIBRARY, OPERATORS, PRIMITIVES
 from ..formulas.activation import ACTIVATIONS
 
-#: placements of the outputs, and of the tensors that go in (None: not looked at)
+#: placements of the outputs, and of the input tensors (None: any)
 Layout = tuple[Sequence[Placement], Sequence[Placement | None]]
 
 _PLACEMENTS = {"R": Replicate(), "P": Partial(), None: None}
 
 
 def _layouts(operator: Any, args: tuple[Any, ...]) -> list[Layout]:
-    """What the primitive's ``sharding`` yields, in PyTorch's own placements; and all replicated."""
+    """The layouts of the primitive's ``sharding``, as PyTorch's placements, and all replicated."""
     tensors = [a for a in operator._schema.arguments if "Tensor" in str(a.type)]
     everywhere = ["R"] * len(operator._schema.returns), ["R"] * len(tensors)
     found: list[Any] = [*OPERATORS[operator].sharding(*args), everywhere]
@@ -44,8 +44,8 @@ def _placement(lies: Any) -> Any:
 def _dispatch(
     cls: type, operator: Any, types: Any, args: tuple[Any, ...], kwargs: Any = None
 ) -> Any:
-    """The rule of every primitive for DTensor: the inputs placed, the operator on the shards, the
-    outputs put together."""
+    """The rule of every primitive for DTensor: places the inputs, runs the operator on the shards,
+    and assembles the outputs."""
     tensors = [a for a in args if isinstance(a, DTensor)]
     if any(isinstance(a, Tensor) and not isinstance(a, DTensor) for a in args):
         raise RuntimeError(
@@ -72,18 +72,18 @@ def _dispatch(
 
 
 def _by_tensor(layouts: list[Layout], side: int, count: int) -> list[tuple[Placement | None, ...]]:
-    """The placements of each tensor, one a dimension of the mesh, from those of each dimension; ()
-    for what is no tensor."""
+    """The placements of each tensor, one per dimension of the mesh, from those of each dimension.
+    () for what is not a tensor."""
     known = list(zip(*(layout[side] for layout in layouts), strict=True))
     return known + [()] * (count - len(known))
 
 
 def _cheapest(operator: Any, args: tuple[Any, ...], dim: int) -> Layout:
-    """The layout that moves the fewest bytes along dimension ``dim`` of the mesh; of those, the one
-    that leaves most as it is.
+    """The layout that moves the fewest bytes along dimension ``dim`` of the mesh. Among equal ones,
+    the one that changes the fewest placements.
 
     Raises:
-        NotImplementedError: each would gather what is sharded.
+        NotImplementedError: every layout would gather a sharded tensor.
     """
     name = operator._schema.name.partition("::")[2]
     gathers, in_place = name.endswith("_backward") or name == "scale", name.endswith("_")
@@ -126,8 +126,8 @@ def _refusal(name: str, tensors: list[DTensor]) -> str:
 
 
 def _placed(a: Any, placements: tuple[Placement | None, ...]) -> Any:
-    """What the operator sees of an argument on this rank. Where a replicated one becomes partial,
-    it stands on the first rank alone."""
+    """The local part of an argument, which the operator gets. If a replicated argument becomes
+    partial, only the first rank has its value."""
     if not isinstance(a, DTensor):
         return a
     pairs = [
@@ -135,7 +135,7 @@ def _placed(a: Any, placements: tuple[Placement | None, ...]) -> Any:
         for have, want in zip(a.placements, placements, strict=True)
     ]
     once = [i for i, (have, want) in enumerate(pairs) if have.is_replicate() and want.is_partial()]
-    # detached: below autograd, torch 2.11 redistributes nothing that requires grad
+    # detached: below autograd, torch 2.11 does not redistribute tensors that require grad
     plain: Any = a.detach()
     local = plain.redistribute(
         placements=[Replicate() if i in once else want for i, (_, want) in enumerate(pairs)]
@@ -144,8 +144,8 @@ def _placed(a: Any, placements: tuple[Placement | None, ...]) -> Any:
 
 
 def _shape_of(a: Any) -> Any:
-    """A tensor that has the shape of the whole DTensor and no data: run on it, the operator tells
-    the shapes of whole outputs."""
+    """A tensor with the shape of the whole DTensor and no data. The operator, run on it, gives the
+    shapes of the whole outputs."""
     return (
         torch.empty_strided(a.shape, a.stride(), dtype=a.dtype, device="meta")
         if isinstance(a, DTensor)
@@ -168,8 +168,8 @@ def _is_inner(x: DTensor, weight: DTensor) -> bool:
 def _linear_then_activation(
     x: DTensor, weight: DTensor, bias: DTensor | None, activation: str, parameters: Any
 ) -> tuple[Tensor, Tensor]:
-    """Sharded along the inner dimension, with the sum in the middle, where it belongs. Backward is
-    as for one Function."""
+    """The op sharded along the inner dimension: the sum over the ranks comes before the activation.
+    Backward is as for one Function."""
     z = PRIMITIVES["linear_forward"](x, weight, bias)
     z = z.redistribute(placements=[Replicate() if p.is_partial() else p for p in z.placements])
     y = PRIMITIVES[f"{activation}_forward"](z, *parameters)

@@ -1,5 +1,5 @@
-"""Proof: :func:`validate` for anybody's Function, kernel or module; the op database for our own;
-what a kernel takes and touches."""
+"""Proof: :func:`validate` for any Function, kernel or module; the database of our own ops; the
+resources that a kernel takes and the memory that it accesses."""
 
 from .audit import Audit, AuditedLaunch, audit
 from .checks import CHECKS

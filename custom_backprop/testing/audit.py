@@ -1,5 +1,5 @@
-"""What a Triton kernel really touches, seen in the interpreter: a GPU's memory checker without the
-GPU.
+"""The memory that a Triton kernel accesses, seen in the interpreter: a GPU's memory checker without
+a GPU.
 
 Every load and store of the interpreter passes through two methods of its builder, where the
 addresses of the active lanes are known.
@@ -29,10 +29,10 @@ class AuditedLaunch:
     """What one launch did.
 
     Attributes:
-        moved: bytes that its loads and stores asked for.
+        moved: bytes of all its loads and stores.
         floor: bytes if every distinct address had been loaded and stored once.
-        reread: argument -> how often its bytes were loaded on average, for those above once (on a
-            GPU: the caches' work).
+        reread: argument -> how often its bytes were loaded on average, if more than once (on a GPU
+            the caches serve these).
         faults: what it did wrong; empty if nothing.
     """
 
@@ -58,7 +58,7 @@ class Audit:
         return found + self.differences
 
     def raise_if_faulty(self) -> Audit:
-        """Raises AssertionError if any launch did wrong; else returns the audit."""
+        """Raises AssertionError if any launch has a fault; else returns the audit."""
         if self.faults:
             raise AssertionError("\n".join(self.faults))
         return self
@@ -82,24 +82,24 @@ class Audit:
 
 @contextmanager
 def audit(*tensors: Tensor) -> Iterator[Audit]:
-    """Watches every launch of a Triton kernel made inside, anybody's, in Triton's interpreter.
+    """Watches every launch of any Triton kernel inside, in Triton's interpreter.
 
-    A launch is at fault if it
+    A launch has a fault if it
 
-    - touches an address that is not an element of one of its tensor arguments (or of ``tensors``);
-    - stores to some elements of a tensor but not to all (unless it reads that tensor too: an update
-      in place), or to one of them twice;
-    - has two programs that store to one address, or one that reads what another writes: on a GPU
-      their order is unknown;
+    - accesses an address that is not an element of one of its tensor arguments (or of ``tensors``);
+    - stores to some elements of a tensor but not to all (unless it also reads that tensor, as an
+      update in place does), or to one of them twice;
+    - has two programs that store to the same address, or one that reads what another one writes: on
+      a GPU their order is unknown;
     - uses an atomic operation: the order of a sum, and so its bits, would differ from run to run.
 
     Args:
-        tensors: tensors that kernels may reach otherwise than as arguments, for example through a
+        tensors: tensors that kernels access but do not get as arguments, for example through a
             table of pointers.
 
     Yields:
-        the :class:`Audit`, filled as the launches go: what each moved, against the floor of
-        touching every address once.
+        the :class:`Audit`, to which each launch is added: the bytes that it moved, and the least
+        possible, if every address were accessed once.
 
     Raises:
         RuntimeError: the interpreter is off (set ``TRITON_INTERPRET=1`` before triton is imported).
@@ -137,7 +137,8 @@ def audit(*tensors: Tensor) -> Iterator[Audit]:
             )
 
     def inside(pointers: Any, mask: Any, stores: bool) -> Any:
-        """The mask without the lanes that are out of bounds: they are reported, not carried out."""
+        """The mask without the lanes that are out of bounds. These are reported and not
+        executed."""
         active = np.broadcast_to(np.asarray(mask.data, bool), pointers.data.shape)
         size = max(1, pointers.get_element_ty().primitive_bitwidth // 8)
         allowed = active.copy()
@@ -172,7 +173,7 @@ def audit(*tensors: Tensor) -> Iterator[Audit]:
 
 
 def _tensors_in(named: Iterable[tuple[str, Any]]) -> Iterator[tuple[str, Tensor]]:
-    """The tensors among a kernel's arguments; those of a tuple too, and the one under a tensor
+    """The tensors among a kernel's arguments, with those in tuples and the one of a tensor
     descriptor."""
     for name, a in named:
         if isinstance(a, Tensor):
@@ -184,8 +185,8 @@ def _tensors_in(named: Iterable[tuple[str, Any]]) -> Iterator[tuple[str, Tensor]
 
 
 class _Storage:
-    """The bytes of one storage: which of them belong to an argument's elements, and who touched
-    them."""
+    """The bytes of one storage: which of them belong to an argument's elements, and which programs
+    accessed them."""
 
     def __init__(self, start: int, size: int) -> None:
         self.start = start
@@ -220,7 +221,7 @@ class _Memory:
                 self.views[name] = storage, own, t.element_size()
 
     def access(self, addresses: np.ndarray, size: int, grid_index: Any, stores: bool) -> np.ndarray:
-        """Notes an access to ``size`` bytes at each address. Returns which of them lie in an
+        """Records an access to ``size`` bytes at each address. Returns which of them are in an
         element of some tensor."""
         program = self.programs.setdefault(grid_index, len(self.programs))
         self.moved += addresses.size * size
@@ -252,7 +253,7 @@ class _Memory:
                 reread[name] = float(reads.sum() / np.count_nonzero(reads))
             if (
                 not writes.any() or (s.start, own.tobytes()) in judged
-            ):  # no output, or one that was met under another name
+            ):  # not an output, or one that has another name, too
                 continue
             judged.add((s.start, own.tobytes()))
             wrong = {
@@ -275,11 +276,11 @@ class _Memory:
 
 
 def audit_op(spec: OpSpec) -> Audit:
-    """Every launch of an op in float32: on its samples, and where several programs share the work,
-    evenly and not.
+    """Audits every launch of an op in float32: on its samples, and on large inputs, where several
+    programs divide the work, evenly and not.
 
-    A row that is counted twice is no access that a launch must not make. It is seen in the result,
-    which is compared with the formula's.
+    A row that is counted twice is not an illegal access. It shows in the result, which is compared
+    with the formula's.
     """
     make = Make("cpu", torch.float32)
     larger = [spec.large(make, "medium"), replace(spec.large(make, "awkward"), name="awkward")]
@@ -296,7 +297,7 @@ def audit_op(spec: OpSpec) -> Audit:
 
 
 def _results(spec: OpSpec, sample: Sample, backend: str) -> list[tuple[str, Tensor]]:
-    """(what it is, the tensor) of each output and gradient."""
+    """(description, tensor) of each output and gradient."""
 
     def fresh(a: Any) -> Any:
         return a.detach().clone().requires_grad_(a.requires_grad) if isinstance(a, Tensor) else a

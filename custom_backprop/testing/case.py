@@ -1,5 +1,5 @@
-"""One call under test: which tensors are differentiated, and the same call in another dtype, layout
-or set of leaves."""
+"""One call under test: the tensors that are differentiated, and the same call with another dtype,
+layout or set of leaves."""
 
 from __future__ import annotations
 
@@ -75,13 +75,13 @@ class Case:
         )
 
     def at(self, x: Tensor) -> Case:
-        """The same case with ``x`` for its one differentiated tensor."""
+        """The same case with ``x`` instead of its only differentiated tensor."""
         (i,) = self.wanted
         return replace(self, args=(*self.args[:i], x.requires_grad_(), *self.args[i + 1 :]))
 
     def nudged(self, seed: int) -> Case:
-        """The same case with every floating-point number up to a sixteenth nearer to 0: still a
-        probability, or a variance."""
+        """The same case with every floating-point number up to a sixteenth nearer to 0.
+        Probabilities and variances stay valid."""
         generator = torch.Generator().manual_seed(seed)
 
         def nudge(a: Any) -> Any:
@@ -112,8 +112,8 @@ def outputs(result: Any) -> tuple[Tensor, ...]:
 
 
 def weights_for(results: Sequence[Tensor], seed: int = 1) -> tuple[Tensor, ...]:
-    """Random gradients for the outputs: a plain sum would hide a wrong gradient (of a softmax it is
-    zero)."""
+    """Random gradients for the outputs: a plain sum would hide a wrong gradient (for a softmax it
+    is zero)."""
     generator = torch.Generator().manual_seed(seed)
     return tuple(
         torch.empty_like(r)

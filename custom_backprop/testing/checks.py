@@ -1,7 +1,7 @@
-"""The checks of :func:`validate`, each a function of one :class:`Case` that raises AssertionError
-with what it saw.
+"""The checks of :func:`validate`. Each is a function of one :class:`Case`, and raises
+AssertionError with what it found.
 
-A check that has nothing to say about a case raises :class:`NotApplicable` with the reason.
+A check that does not apply to a case raises :class:`NotApplicable` with the reason.
 """
 
 from __future__ import annotations
@@ -23,11 +23,11 @@ from .sweep import HALVES, every_value, units_off, value_and_derivative, worst_b
 
 
 class NotApplicable(Exception):
-    """The check says nothing about this case."""
+    """The check does not apply to this case."""
 
 
 class Skipped(Exception):
-    """What the check tried was right, but this machine could not run all of it."""
+    """What the check ran was right, but this machine cannot run all of it."""
 
 
 def forward(case: Case) -> None:
@@ -43,7 +43,8 @@ def forward(case: Case) -> None:
 
 
 def gradient(case: Case) -> None:
-    """Same gradients as autograd gives for the reference, in float64, under random weights."""
+    """Same gradients as autograd gives for the reference, in float64, for random gradients of the
+    outputs."""
     leaves = _with_reference(case).leaves
     ours, theirs = gradients(case.call, leaves)[1], gradients(case.call_reference, leaves)[1]
     _same(ours, theirs, "gradients", exact_type=True)
@@ -58,9 +59,9 @@ def gradgradcheck(case: Case) -> None:
     """gradcheck of the gradients; an op without a second derivative must raise, not be silently
     wrong.
 
-    torch.autograd.gradgradcheck leaves out every gradient that does not require grad, which is just
-    what a cut graph looks like: here such a gradient is a constant, and its derivative is compared
-    with the numerical one like any other.
+    torch.autograd.gradgradcheck ignores every gradient that does not require grad, but that is what
+    a cut graph looks like. Here such a gradient is a constant, and its derivative is compared with
+    the numerical one, like any other.
     """
     leaves = case.leaves
     dys = tuple(d.requires_grad_() for d in weights_for(outputs(case.call(*leaves))))
@@ -81,7 +82,7 @@ def gradgradcheck(case: Case) -> None:
     try:
         torch.autograd.backward(
             results, weights_for(results)
-        )  # runs every node, also one that is cut off from the leaves
+        )  # runs every node, even if it is cut off from the leaves
     except RuntimeError:
         return
     raise AssertionError("an op without a second derivative gave one")
@@ -209,8 +210,8 @@ def opcheck(case: Case) -> None:
 
 
 def compile(case: Case) -> None:
-    """torch.compile(fullgraph=True) gives eager's outputs and gradients, and its outputs where
-    nothing wants a gradient."""
+    """torch.compile(fullgraph=True) gives eager's outputs and gradients, and also its outputs if no
+    gradient is needed."""
     leaves = case.leaves
     expected, expected_grads = gradients(case.call, leaves)
     compilable = case.inductor and cpp_compiler() is not None
@@ -230,7 +231,7 @@ def compile(case: Case) -> None:
 
 
 def cpp_compiler() -> str | None:
-    """The C++ compiler that Inductor would take on a CPU, or None if there is none that works."""
+    """The C++ compiler that Inductor would use on a CPU, or None if none works."""
     from torch._inductor.cpp_builder import get_cpp_compiler
     from torch._inductor.exc import InvalidCxxCompiler
 
@@ -266,7 +267,7 @@ def layouts(case: Case) -> None:
 
 
 def input_layouts(case: Case) -> None:
-    """Transposed, sliced and expanded inputs give what contiguous ones give."""
+    """Transposed, sliced and expanded inputs give the same as contiguous ones."""
     leaves = case.leaves
     results, grads = gradients(case.call, leaves)
     for name, layout in (("transposed", transposed), ("sliced", sliced)):
@@ -287,7 +288,7 @@ def input_layouts(case: Case) -> None:
 
 
 def inputs_unchanged(case: Case) -> None:
-    """No input, and no grad_output, is written: same bits, same version."""
+    """No input and no grad_output is overwritten: same bits, same version."""
     leaves = case.leaves
     results = outputs(case.call(*leaves))
     dys = weights_for(results)
@@ -305,8 +306,8 @@ def inputs_unchanged(case: Case) -> None:
 
 
 def two_backwards(case: Case) -> None:
-    """A second backward through a retained graph gives the same bits, whatever was done to the
-    first gradients."""
+    """A second backward through a retained graph gives the same bits, even if the first gradients
+    were overwritten."""
     leaves = case.leaves
     results = outputs(case.call(*leaves))
     dys = weights_for(results)
@@ -318,7 +319,7 @@ def two_backwards(case: Case) -> None:
         for g in first:
             if g is not None and not any(
                 s == 0 for s in g.stride()
-            ):  # what is expanded cannot be written
+            ):  # an expanded tensor cannot be overwritten
                 g.mul_(3)
         second = torch.autograd.grad(
             results, leaves, [w.clone() for w in weights], retain_graph=True, allow_unused=True
@@ -331,8 +332,8 @@ def two_backwards(case: Case) -> None:
 
 
 def freed(case: Case) -> None:
-    """Outputs are freed when their last name goes: a cycle through the context would let
-    them live until the collector runs."""
+    """Outputs are freed with their last reference. A cycle through the context would let them live
+    until the garbage collector runs."""
     leaves = case.leaves
     collecting = gc.isenabled()
     gc.disable()
@@ -351,7 +352,8 @@ def freed(case: Case) -> None:
 
 
 def subsets(case: Case) -> None:
-    """Every subset of the inputs that require grad: the wanted gradients, and no other."""
+    """For every subset of the inputs that require grad, their gradients are right and there are no
+    others."""
     leaves = case.leaves
     dys = weights_for(outputs(case.call(*leaves)))
     full = gradients(case.call, leaves, dys)[1]
@@ -380,7 +382,7 @@ def subsets(case: Case) -> None:
 
 def autocast(case: Case) -> None:
     """Under autocast results have the reference's dtypes and are as near to float64's, plus one
-    unit of rounding; gradients have the dtypes of their inputs."""
+    unit of rounding. Gradients have the dtypes of their inputs."""
     _with_reference(case)
     for dtype in (torch.float32, torch.bfloat16):
         with torch.autocast(case.device.type, torch.bfloat16):
@@ -393,8 +395,8 @@ def autocast(case: Case) -> None:
 
 
 def precision(case: Case) -> dict[str, tuple[float, float]]:
-    """Error against float64 no worse than the reference's own in each low-precision dtype, plus one
-    unit of rounding. An elementwise function is given every number of two bytes in [-10, 10].
+    """In each low-precision dtype, the error against float64 is no larger than the reference's own
+    plus one unit of rounding. An elementwise function gets every 16-bit number in [-10, 10].
 
     Returns:
         dtype name -> (our error, the reference's), the largest over outputs and gradients, relative
@@ -415,17 +417,17 @@ def precision(case: Case) -> dict[str, tuple[float, float]]:
     return figures
 
 
-#: by how many units in the last place an error may exceed the reference's largest in the same
-#: binade: both are rounded once, from results that differ by a few units of float32
+#: an error may exceed the reference's largest in the same binade by this many units in the last
+#: place: both are rounded once, from results that differ by a few units of float32
 HAIR = 0.05
 
 
 def sweep(case: Case) -> None:
-    """An elementwise function of one tensor, at every number of two bytes: value and derivative as
-    near to float64's as the reference's in that dtype are, and finite where they are.
+    """For an elementwise function of one tensor, at every 16-bit number: value and derivative are
+    as near to float64's as the reference's in that dtype, and finite where they are.
 
-    Errors are counted in units in the last place. Each is compared with the reference's largest for
-    inputs of the same sign and exponent: where the reference is bad, only there may ours be.
+    Errors are in units in the last place. Each is compared with the reference's largest error for
+    inputs of the same sign and exponent: ours may be inaccurate only where the reference is.
     """
     _with_reference(case)
     if not case.elementwise:
@@ -442,7 +444,7 @@ def sweep(case: Case) -> None:
         ):
             off, stock = units_off(our, true), units_off(their, true)
             # torch's own derivatives at NaN differ between its vectorised loops and their last
-            # elements; where stock's derivative is NaN, a number is welcome
+            # elements; where stock's derivative is NaN, ours may be a number
             judged = stock.isfinite() & ~((x.isnan() | true.isnan()) & (what == "derivative"))
             off, stock = (torch.where(judged, e, 0.0) for e in (off, stock))
             limit = worst_by_binade(x, stock)
@@ -456,18 +458,18 @@ def sweep(case: Case) -> None:
             )
 
 
-#: of inputs near those of a case
+#: how many inputs near those of a case are drawn
 DRAWS = 16
 
-#: (our error, the reference's, what ours may exceed it by) of each output and gradient
+#: (our error, the reference's, by how much ours may exceed it) for each output and gradient
 Errors = list[tuple[float, float, float]]
 
 
 def _no_worse(
     case: Case, dtype: torch.dtype, errors_of: Callable[[Case], Errors], where: str
 ) -> Errors:
-    """Requires that ours exceeds the reference's nowhere by more than it may. The rounding of a few
-    numbers is luck: where one draw says that it does, the means of :data:`DRAWS` decide."""
+    """Requires that our error exceeds the reference's by no more than allowed. The rounding of a
+    few numbers is random: if one draw fails, the means over :data:`DRAWS` draws decide."""
     errors = errors_of(case.to(dtype))
     if any(our > their + allowed for our, their, allowed in errors):
         draws = [errors_of(case.nudged(seed).to(dtype)) for seed in range(DRAWS)]
@@ -545,7 +547,7 @@ def transposed(t: Tensor) -> Tensor:
 
 
 def sliced(t: Tensor) -> Tensor:
-    """The same values, every second element of a buffer whose gaps hold NaN."""
+    """The same values in every second element of a buffer, with NaN between them."""
     if t.dim() == 0:
         return t.clone()
     buffer = t.new_full((*t.shape[:-1], 2 * t.shape[-1] + 1), float("nan"))
@@ -555,7 +557,7 @@ def sliced(t: Tensor) -> Tensor:
 
 
 class _Recorder(TorchDispatchMode):
-    """Records one call of each operator that is not PyTorch's own."""
+    """Records one call of each operator that does not belong to PyTorch."""
 
     STOCK = frozenset(
         {"aten", "prim", "prims", "higher_order", "inductor", "profiler", "_c10d_functional"}

@@ -19,7 +19,7 @@ from .validate import Report, run
 
 @cache
 def database() -> dict[str, OpSpec]:
-    """name -> spec. A family's file in ``specs/`` is found by being there."""
+    """name -> spec. Every file in ``specs/`` is a family."""
     found: dict[str, OpSpec] = {}
     for module in sorted(m.name for m in pkgutil.iter_modules(specs.__path__)):
         for spec in importlib.import_module(f"{specs.__name__}.{module}").SPECS:
@@ -30,13 +30,13 @@ def database() -> dict[str, OpSpec]:
 
 
 def named(wanted: Sequence[str]) -> list[OpSpec]:
-    """The specs of those names, in the database's order: of the op of a name, or of all ops of a
-    family that shares its name with no op.
+    """The specs of these names, in the database's order. A name is that of an op, or of a family,
+    which means all its ops. If a family has the name of an op, the name means only the op.
 
-    All if nothing is wanted.
+    No names mean all ops.
 
     Raises:
-        ValueError: neither an op nor such a family.
+        ValueError: a name is neither that of an op nor of a family.
     """
     ops = database()
     families = sorted({s.family for s in ops.values()} - ops.keys())
@@ -49,8 +49,8 @@ def named(wanted: Sequence[str]) -> list[OpSpec]:
     return [s for s in ops.values() if not wanted or s.name in wanted or s.family in meant]
 
 
-#: what depends on the tracing of an op, not on the backend that then runs it: too slow to repeat on
-#: every sample of every backend
+#: checks that depend on the tracing of an op, and not on the backend that then runs it: too slow to
+#: repeat on every sample of every backend
 TRACED = ("opcheck", "compile")
 
 
@@ -60,8 +60,8 @@ def check_op(
     device: str | torch.device = "cpu",
     checks: Iterable[str] | None = None,
 ) -> Report:
-    """Every sample of an op on one backend; the checks of :data:`TRACED` on every sample of ATen's,
-    on the first elsewhere."""
+    """Checks every sample of an op on one backend. Those of :data:`TRACED` run on every sample with
+    ATen, and only on the first with other backends."""
     report = Report(spec.name)
     with use_backend(backend):
         for i, case in enumerate(cases(spec, device)):
@@ -71,8 +71,8 @@ def check_op(
 
 
 def cases(spec: OpSpec, device: str | torch.device = "cpu") -> list[Case]:
-    """The spec's samples, in float64, as cases for the checks. Every number of two bytes is tried
-    once for each set of keyword arguments."""
+    """The spec's samples, in float64, as cases for the checks. For an elementwise op, every 16-bit
+    number is tried once for each set of keyword arguments."""
     found: list[Case] = []
     for i, s in enumerate(spec.samples(Make(device, torch.float64))):
         met = any(case.kwargs == s.kwargs for case in found) if spec.elementwise else True

@@ -10,7 +10,7 @@ import torch
 
 
 def peak_memory(call: Callable[[], Any], device: str = "cpu") -> int:
-    """Bytes of tensors that ``call`` allocates at its peak, on top of what stood before it. It is
+    """Bytes of tensors that ``call`` allocates at its peak, beyond those allocated before. It is
     called twice."""
     call()
     if torch.device(device).type == "cuda":

@@ -1,7 +1,8 @@
-"""Kernels compiled for a GPU that this machine does not have, and what the assembler made of them.
+"""Compiles kernels for a GPU that this machine does not have, and reads the resources that they
+take.
 
-No GPU and no data are needed: an op runs on meta tensors, where its launchers launch nothing but
-are observed, and Triton compiles what they would have launched. Triton's interpreter must be off
+This needs no GPU and no data. An op runs on meta tensors: its launchers launch nothing but are
+observed, and Triton compiles what they would have launched. Triton's interpreter must be off
 (``TRITON_INTERPRET`` unset when the kernels are imported).
 """
 
@@ -31,7 +32,7 @@ from .spec import Make, OpSpec, Sample
 @dataclass(frozen=True)
 class Target:
     """A GPU to compile for: Triton's (backend, arch, warp size), and the bytes of shared memory
-    that one block may have."""
+    that one block may use."""
 
     backend: str
     arch: int | str
@@ -59,15 +60,15 @@ class Launch:
 
 @dataclass(frozen=True)
 class Resources:
-    """What one compiled kernel takes, as the assembler says and as its code shows.
+    """The resources of one compiled kernel, as reported by the assembler and as found in its code.
 
     Attributes:
         signature: the type of each argument that is passed at run time.
         constants: the compile-time arguments.
-        spilled: bytes of local memory a thread.
-        shared: bytes of shared memory a block.
-        loads, stores: instructions to global memory; ``wide`` of them move 128 bits a thread or
-            more.
+        spilled: bytes of local memory per thread.
+        shared: bytes of shared memory per block.
+        loads, stores: instructions to global memory; ``wide`` ones move 128 bits or more per
+            thread.
         atomics: atomic instructions.
     """
 
@@ -87,7 +88,7 @@ class Resources:
 
     @property
     def faults(self) -> list[str]:
-        """Why this kernel should not ship; empty if it may."""
+        """Why this kernel is not good enough to ship; empty if it is."""
         limit = TARGETS[self.target].shared
         found = []
         if self.spilled:
@@ -118,7 +119,7 @@ def compile_offline(
     num_stages: int = 3,
     **constexprs: Any,
 ) -> Resources:
-    """Compiles one launch of a ``@triton.jit`` kernel for a GPU that need not be here.
+    """Compiles one launch of a ``@triton.jit`` kernel, for a GPU that the machine need not have.
 
     Args:
         args: the runtime arguments of a launch. Tensors may be meta tensors, which count as aligned
@@ -135,7 +136,7 @@ def compile_offline(
 
 
 def _compile(launch: Launch, target: str) -> Any:
-    """Triton's compiled kernel: the same object for launches that Triton does not tell apart."""
+    """Triton's compiled kernel. Launches that Triton does not distinguish get the same object."""
     from triton.runtime.jit import JITFunction
 
     if target not in TARGETS:
@@ -166,8 +167,8 @@ def _resources(launch: Launch, compiled: Any, target: str) -> Resources:
 
 @contextmanager
 def _pretending(target: Target) -> Iterator[None]:
-    """Inside, Triton meets a driver whose only device is the target; a device is all that it asks
-    before it compiles."""
+    """Inside, Triton's driver has the target as its only device. That is all that Triton needs to
+    compile."""
     from triton.backends.compiler import GPUTarget
     from triton.runtime.driver import driver
 
@@ -199,7 +200,7 @@ def read_cubin(asm: Any) -> dict[str, int]:
 
 
 def read_usage(usage: str) -> dict[str, int]:
-    """What ``cuobjdump --dump-resource-usage`` prints."""
+    """Reads the output of ``cuobjdump --dump-resource-usage``."""
 
     def number(name: str) -> int:
         return int(re.search(rf"\b{name}:(\d+)", usage)[1])  # type: ignore[index]
@@ -261,14 +262,14 @@ def _counts(loads: list[int], stores: list[int], atomics: int) -> dict[str, int]
 
 
 class _Launching(TorchDispatchMode):
-    """Inside, a primitive calls the launcher of its kernels, whatever its tensors' device."""
+    """Inside, a primitive calls the launcher of its kernels, whatever the device of its tensors."""
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         if func not in OPERATORS:
             return func(*args, **kwargs or {})
         defaults = [
             a.default_value for a in func._schema.arguments[len(args) :]
-        ]  # the dispatcher drops arguments equal to their defaults
+        ]  # the dispatcher drops arguments that equal their defaults
         return OPERATORS[func].triton(*args, *defaults)
 
     def __enter__(self) -> Any:
@@ -300,8 +301,8 @@ REGIMES = [
 
 
 def both_ways(spec: OpSpec, sample: Sample) -> tuple[Tensor, ...]:
-    """The op without gradients, then forward and two backwards: through a graph that is retained,
-    and through one that is freed. Returns the outputs."""
+    """Runs the op without gradients, then forward and two backwards, one through a graph that is
+    retained and one through a graph that is freed. Returns the outputs."""
     with torch.no_grad():
         spec.function(*sample.args, **sample.kwargs)
     results = outputs(spec.function(*sample.args, **sample.kwargs))
@@ -312,7 +313,7 @@ def both_ways(spec: OpSpec, sample: Sample) -> tuple[Tensor, ...]:
 
 
 def calls(spec: OpSpec) -> list[Callable[[], Any]]:
-    """The op in each of :data:`REGIMES` and of the spec's own, on meta tensors."""
+    """Calls of the op in each of :data:`REGIMES` and in the spec's own regimes, on meta tensors."""
     samples = [spec.large(Make("meta", dtype), size) for dtype, size in REGIMES]
     for dtype in (torch.float64, torch.float32):  # half precision computes in float32
         samples += spec.regimes(Make("meta", dtype))
@@ -320,12 +321,12 @@ def calls(spec: OpSpec) -> list[Callable[[], Any]]:
 
 
 def compile_op(spec: OpSpec, target: str) -> list[Resources]:
-    """Every kernel that an op launches in its :func:`calls`, compiled."""
+    """Compiles every kernel that an op launches in its :func:`calls`."""
     return compile_calls(calls(spec), target)
 
 
 def compile_calls(functions: Iterable[Callable[[], Any]], target: str) -> list[Resources]:
-    """Every kernel that these functions, on meta tensors, launch, compiled."""
+    """Compiles every kernel that these functions launch on meta tensors."""
     compiled: dict[Any, Launch] = {}
     for function in functions:
         for launch in launches(function):

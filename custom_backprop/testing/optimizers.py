@@ -1,4 +1,4 @@
-"""What ``kernels`` compiles and audits of the optimizers: steps of parameters of every dtype, under
+"""What ``kernels`` compiles and audits for the optimizers: steps on parameters of every dtype, with
 every kind of rounding."""
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ from .. import optim
 from ..backends import use_backend
 from .audit import Audit, audit
 
-#: name -> the arguments under which its kernel does the most
+#: name -> the arguments with which its kernel does the most
 OPTIMIZERS: dict[str, dict[str, Any]] = {
     "SGD": {"lr": 0.1, "momentum": 0.9, "nesterov": True},
     "Adagrad": {},
@@ -23,7 +23,7 @@ OPTIMIZERS: dict[str, dict[str, Any]] = {
     "Lion": {},
 }
 
-#: name -> the arguments under which it takes the other branches
+#: name -> the arguments with which it takes the other branches
 OTHERS: dict[str, dict[str, Any]] = {
     "SGD": {"lr": 0.1, "momentum": 0.9, "dampening": 0.5},
     "Adagrad": {},
@@ -42,13 +42,13 @@ _KINDS: list[tuple[torch.dtype, dict[str, bool]]] = [
 ]
 
 
-#: what is audited: of no shape that a block divides, one of several programs, one empty
+#: shapes for the audit: no multiples of a block, one for several programs, one empty
 _SHAPES = [(7, 3), (4099,), (5, 1021), (0,)]
 
 
 def audit_optimizer(name: str) -> Audit:
-    """A second step, its first made the states by the formula: float32, float64 and, by master
-    weights, float16."""
+    """Audits a second step, after the formula made the states in the first: in float32, float64
+    and, with master weights, float16."""
     seen = Audit()
     for dtype, how in [*_KINDS[:2], (torch.float16, {"master_weights": True})]:
         params = [torch.nn.Parameter(torch.randn(shape, dtype=dtype)) for shape in _SHAPES]
@@ -71,8 +71,8 @@ def audit_optimizer(name: str) -> Audit:
 
 
 def steps(name: str) -> Iterator[Callable[[], None]]:
-    """Calls that make a step of each kind, and two of the others: one that begins the states, and
-    one of which a GradScaler has its say."""
+    """Calls that take a step of each kind, and two special ones: a step that begins the states, and
+    a step with a GradScaler."""
     for dtype, how in _KINDS:
         yield getattr(optim, name)(_params(dtype), **OPTIMIZERS[name], **how).step
     yield partial(
@@ -94,6 +94,6 @@ def _params(dtype: torch.dtype) -> list[torch.nn.Parameter]:
 
 def _two_steps(optimizer: Any) -> None:
     optimizer.step()
-    if not optimizer.defaults.get("dampening"):  # with which the host reads it
+    if not optimizer.defaults.get("dampening"):  # with dampening, the host reads it
         optimizer.found_inf = torch.empty((), device="meta")
         optimizer.step()

@@ -1,5 +1,5 @@
-"""What one op must state about itself. Tests, ``check``, ``kernels``, the benchmarks and the table
-in the docs are all driven by it."""
+"""What each op states about itself. Tests, ``check``, ``kernels``, benchmarks and the table in the
+docs all use it."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-#: the shapes of large samples of elementwise ops
+#: the shapes of large samples for elementwise ops
 ELEMENTWISE_SIZES = {
     "awkward": (131, 257),
     "small": (64, 64),
@@ -30,13 +30,14 @@ class Sample:
 
 
 class Make:
-    """Makes the tensors of a sample: reproducible, on one device, of one dtype.
+    """Makes the tensors of a sample: reproducible, on one device, with one dtype.
 
     Args:
-        device: where.
+        device: that of the tensors.
         dtype: the floating-point dtype of :meth:`tensor`.
-        seed: same seed, same values, whatever the device (they are drawn on the CPU in float64).
-        there: they are drawn on the device itself: other values, and no wait for gigabytes.
+        seed: the same seed gives the same values on every device (they are drawn on the CPU in
+            float64).
+        there: draw on the device itself, which gives other values but is fast for gigabytes.
     """
 
     def __init__(
@@ -61,8 +62,8 @@ class Make:
         avoid: Iterable[float] = (),
         requires_grad: bool = True,
     ) -> Tensor:
-        """Uniform in [low, high), no value nearer than 0.05 to one of ``avoid`` (the kinks, where
-        no derivative exists)."""
+        """Uniform in [low, high), with no value nearer than 0.05 to one of ``avoid`` (the kinks,
+        where there is no derivative)."""
         t = torch.empty(shape, dtype=torch.float64, device=self._drawn_on).uniform_(
             low, high, generator=self._generator
         )
@@ -92,30 +93,30 @@ class OpSpec:
 
     Attributes:
         name: its name in :mod:`custom_backprop.functional`.
-        family: its file's name in every room.
+        family: the name of its file in every package.
         formula: forward and backward in one line, as ``check`` prints it.
         function: ours.
         reference: stock torch with the same signature: the oracle (in float64) and the yardstick
             (in each dtype).
-        samples: small inputs that meet every argument and awkward sizes, smooth at the values
-            drawn: valid for gradcheck.
-        large: ``large(make, size)`` with size "small" (about 4k elements), "medium" (about 64k) or
-            "large" (1M and more): what the benchmarks run, and what ``kernels`` compiles for on
-            meta tensors; "huge" (64M and more), which benchmarks run on a GPU; or "awkward", which
-            the audit runs: work for several programs, no side a multiple of a block.
-        regimes: large inputs that only ``kernels`` compiles for: with ``large``, they meet every
-            branch that the launchers have.
-        module: (our class, torch's class, constructor's arguments, the modules' inputs from a
-            ``Make``), for the tests of drop-in modules. Each argument is away from its default, so
-            that one that is dropped is seen.
-        module_variants: further constructor's arguments, where one set cannot hold all.
+        samples: small inputs that use every argument and awkward sizes. The op must be smooth at
+            their values, as gradcheck needs.
+        large: ``large(make, size)``. The benchmarks run the sizes "small" (about 4k elements),
+            "medium" (about 64k) and "large" (1M and more), and on a GPU "huge" (64M and more).
+            ``kernels`` compiles for these sizes, on meta tensors. The audit runs "awkward": work
+            for several programs, with no side a multiple of a block.
+        regimes: large inputs that only ``kernels`` compiles for. With ``large``, they reach every
+            branch of the launchers.
+        module: (our class, torch's class, arguments of the constructor, the modules' inputs from a
+            ``Make``), for the tests of drop-in modules. No argument has its default value, so that
+            a test notices one that is ignored.
+        module_variants: further arguments of the constructor, if one set cannot have them all.
         double_backward: False if the op has no second derivative; then create_graph raises.
-        low_precision: the dtypes below float64 that torch itself supports for this op there.
-        batched: False if torch's own op cannot be batched by vmap either (data-dependent shapes).
-        elementwise: each element of the result depends on that element of its one tensor alone:
-            every number of two bytes is then tried.
-        representative: it stands for ops of its kind where a test is too slow to run on each:
-            Inductor, compiled transformations.
+        low_precision: the dtypes below float64 in which torch supports this op.
+        batched: False if vmap cannot batch torch's own op either (data-dependent shapes).
+        elementwise: each element of the result depends only on the same element of its one tensor.
+            Every 16-bit number is then tried.
+        representative: it represents similar ops in tests that are too slow to run on all: Inductor
+            and compiled transformations.
     """
 
     name: str

@@ -1,4 +1,4 @@
-"""Every value of two bytes, and how far a result is from the truth in units in the last place."""
+"""Every 16-bit number, and the error of a result in units in the last place."""
 
 from __future__ import annotations
 
@@ -8,18 +8,19 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-#: dtype -> the bits of its significand
+#: dtype -> the number of bits of its significand
 HALVES = {torch.float16: 10, torch.bfloat16: 7}
 
 
 def every_value(dtype: torch.dtype, device: torch.device) -> Tensor:
-    """All 65,536 bit patterns of float16 or bfloat16: zeros, subnormals, infinities and NaN too."""
+    """All 65,536 bit patterns of float16 or bfloat16, with zeros, subnormals, infinities and
+    NaN."""
     patterns = torch.arange(-(2**15), 2**15, dtype=torch.int32, device=device)
     return patterns.to(torch.int16).view(dtype)
 
 
 def value_and_derivative(function: Callable[[Tensor], Tensor], x: Tensor) -> tuple[Tensor, Tensor]:
-    """f(x) and f'(x), of a function that is elementwise."""
+    """f(x) and f'(x) of an elementwise function."""
     leaf = x.detach().clone().requires_grad_()
     y = function(leaf)
     (dx,) = torch.autograd.grad(y, leaf, torch.ones_like(y))
@@ -28,7 +29,7 @@ def value_and_derivative(function: Callable[[Tensor], Tensor], x: Tensor) -> tup
 
 def units_off(value: Tensor, truth: Tensor) -> Tensor:
     """The distance of ``value`` from ``truth`` (float64) in units in the last place of the dtype of
-    ``value``; 0 where it is the same NaN or infinity, infinite where one is finite alone."""
+    ``value``; 0 where both are NaN or the same infinity, infinite where only one is finite."""
     limits = torch.finfo(value.dtype)
     rounded = truth.to(value.dtype)
     exponent = torch.frexp(truth).exponent.clamp_min(round(math.log2(limits.tiny)) + 1)
@@ -40,7 +41,7 @@ def units_off(value: Tensor, truth: Tensor) -> Tensor:
 
 
 def worst_by_binade(x: Tensor, off: Tensor) -> Tensor:
-    """The largest of ``off`` for each sign and exponent of x, spread over x again."""
+    """For each element of x, the largest of ``off`` among inputs of the same sign and exponent."""
     binade = (x.view(torch.int16).long() & 0xFFFF) >> HALVES[x.dtype]
     worst = off.new_zeros(2**16 >> HALVES[x.dtype])
     return worst.scatter_reduce(0, binade, off, "amax")[binade]

@@ -17,7 +17,7 @@ Written from the op database by `python -m custom_backprop.testing.table > docs/
 
 
 def markdown() -> str:
-    """The page, one table a family."""
+    """The page, with one table per family."""
     families: dict[str, list[str]] = {}
     for spec in database().values():
         module = f", `nn.{spec.module[0].__name__}`" if spec.module else ""

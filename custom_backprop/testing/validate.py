@@ -1,4 +1,4 @@
-"""``validate``: everything that a backward written by hand must prove, in one call, on anybody's
+"""``validate``: all checks that a backward written by hand must pass, in one call, for any
 Function, kernel or module."""
 
 from __future__ import annotations
@@ -23,8 +23,8 @@ SYMBOL = {"pass": "ok", "fail": "FAIL", "skipped": "skipped", "n/a": "-"}
 
 @dataclass(frozen=True)
 class Result:
-    """One check's outcome: ``status`` is "pass", "fail", "skipped" or "n/a"; ``detail`` says what
-    was seen, what was left out, or why it does not apply."""
+    """The result of one check: ``status`` is "pass", "fail", "skipped" or "n/a"; ``detail`` says
+    what it found, what it left out, or why it does not apply."""
 
     check: str
     status: str
@@ -34,7 +34,7 @@ class Result:
 
 @dataclass
 class Report:
-    """What :func:`validate` found. Prints as a table."""
+    """The results of :func:`validate`. Prints as a table."""
 
     name: str
     results: list[Result] = field(default_factory=list)
@@ -46,7 +46,7 @@ class Report:
         return all(r.status != "fail" for r in self.results)
 
     def status(self, check: str) -> str:
-        """Of one check: "pass", "fail", "skipped" or "n/a".
+        """The status of one check: "pass", "fail", "skipped" or "n/a".
 
         Raises:
             KeyError: it was not run.
@@ -63,7 +63,7 @@ class Report:
         return {**asdict(self), "passed": self.passed}
 
     def to_json(self, **options: Any) -> str:
-        """As JSON, which knows no infinity and no NaN: they stand there as text."""
+        """The report as JSON, with infinity and NaN as strings, since JSON has neither."""
         found = self.to_dict()
         found["errors"] = {
             dtype: [e if math.isfinite(e) else str(e) for e in pair]
@@ -72,7 +72,7 @@ class Report:
         return json.dumps(found, **options)
 
     def merge(self, other: Report) -> None:
-        """Takes in another case's report: a check passes if it passes on every case to which it
+        """Adds the report of another case. A check passes if it passes on every case to which it
         applies."""
         merged = {r.check: r for r in self.results}
         for r in other.results:
@@ -115,22 +115,22 @@ def validate(
     Args:
         fn_or_module: a function of tensors (``MyFunction.apply``, a kernel's wrapper), or a module,
             whose parameters are then differentiated as well.
-        inputs: the positional arguments, or the one tensor that there is. Floating-point tensors
-            are taken in float64; those that require grad are differentiated (all of them if none
-            does). They should be small, a few dozen elements: gradcheck evaluates the function
-            twice an element.
-        reference: the same computed by stock torch (with the same parameters, if both are modules).
-            Without it the checks that need an oracle do not apply.
+        inputs: the positional arguments, or a single tensor. Floating-point tensors are converted
+            to float64. Those that require grad are differentiated (all of them if none does). They
+            should be small, a few dozen elements: gradcheck evaluates the function twice per
+            element.
+        reference: the same function by stock torch (with the same parameters, if both are modules).
+            Without it, the checks that need an oracle do not apply.
         kwargs: keyword arguments of every call. Their tensors that require grad are differentiated
             as well.
         checks: names of :data:`custom_backprop.testing.CHECKS`. Default: all.
-        double_backward: False states that there is no second derivative; then asking for one must
+        double_backward: False states that there is no second derivative, and requesting one must
             raise.
         low_precision: the dtypes in which the error against float64 must not exceed the reference's
             own.
-        inductor: compiles with Inductor too, which takes a C++ compiler and some seconds.
-        elementwise: states that each element of the result depends on that element of the one
-            differentiated tensor alone: every number of two bytes is then tried.
+        inductor: also compile with Inductor, which needs a C++ compiler and some seconds.
+        elementwise: states that each element of the result depends only on the same element of the
+            one differentiated tensor. Every 16-bit number is then tried.
         name: the report's title.
 
     Returns:
@@ -185,7 +185,7 @@ def validate(
 def _positional(
     function: Any, reference: Any, args: tuple[Any, ...], kwargs: dict[str, Any]
 ) -> tuple[Any, Any, tuple[Any, ...], dict[str, Any]]:
-    """The same call with the differentiated keyword arguments behind the positional ones."""
+    """The same call with differentiated keyword arguments after the positional ones."""
     names = [name for name, value in kwargs.items() if is_float(value) and value.requires_grad]
     if not names:
         return function, reference, args, kwargs

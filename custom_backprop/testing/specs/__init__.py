@@ -1,1 +1,1 @@
-"""The specs, one file an op family; each with a list ``SPECS``."""
+"""The specs, one file per family of ops, each with a list ``SPECS``."""

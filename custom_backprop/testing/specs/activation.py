@@ -27,9 +27,9 @@ def _spec(
     inplace: bool = False,
     representative: bool = False,
 ) -> OpSpec:
-    """``first``, ``others``: the arguments after the input; the first run through every shape, the
-    others through one. The module is made with the first of the others, which has every argument
-    away from its default."""
+    """``first`` and ``others`` are the arguments after the input: the first ones run with every
+    shape, the others with one. The module gets the first of the others, in which no argument has
+    its default value."""
     first = first or {}
 
     def samples(make: Make) -> Iterator[Sample]:
@@ -46,7 +46,7 @@ def _spec(
         reference=reference or getattr(F, name),
         samples=samples,
         large=lambda make, size: Sample((make.tensor(*SIZES[size]),), first),
-        # another number is the same code, another approximation is not
+        # another number runs the same code, another approximation does not
         regimes=lambda make: [
             Sample((make.tensor(*SIZES["medium"]),), call)
             for call in others
@@ -74,19 +74,19 @@ class _ReLUSquared(torch.nn.Module):
 
 
 def _hardsigmoid(x: torch.Tensor) -> torch.Tensor:
-    """Stock's own, and in float64 one that is exact and has every derivative: stock's multiplies by
-    1/6 in float32 (see tests/ops/test_activation.py and tests/ops/test_gpu.py), and its backward
-    has no forward-mode derivative."""
+    """Stock's own; in float64, a function that is exact and has every derivative. Stock's
+    multiplies by 1/6 in float32 (see tests/ops/test_activation.py and tests/ops/test_gpu.py), and
+    its backward has no forward-mode derivative."""
     return F.relu6(x + 3) / 6 if x.dtype == torch.float64 else F.hardsigmoid(x)
 
 
 def _hardswish(x: torch.Tensor) -> torch.Tensor:
-    """The same: on a GPU stock's own multiplies by 1/6 in float32."""
+    """The same: on a GPU, stock's own multiplies by 1/6 in float32."""
     return x * F.relu6(x + 3) / 6 if x.dtype == torch.float64 else F.hardswish(x)
 
 
 def _gelu(x: torch.Tensor, approximate: str = "none") -> torch.Tensor:
-    """Stock's own, and in float64 one whose tail does not cancel: 1 + erf is 0 from -8.3 on."""
+    """Stock's own; in float64, a function whose tail does not cancel: 1 + erf is 0 below -8.3."""
     if x.dtype != torch.float64:
         return F.gelu(x, approximate=approximate)
     if approximate == "none":

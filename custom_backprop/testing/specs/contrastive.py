@@ -13,7 +13,7 @@ from torch import Tensor
 from ... import functional, nn
 from ..spec import Make, OpSpec, Sample
 
-# the sizes differ in their options too, so that each kernel is compiled and timed with them
+# the sizes have different options, so that each kernel is compiled and timed with them
 SIZES: dict[str, Any] = {
     "awkward": ((67, 131), {"swap": True}),
     "small": ((64, 64), {"p": 3.0, "swap": True}),
@@ -57,8 +57,8 @@ def _triplet_samples(make: Make) -> Iterator[Sample]:
 
 
 def _triplet_regimes(make: Make) -> Iterator[Sample]:
-    """Each kind of norm, with a swap and a gradient of each row, and without, of a sum with respect
-    to one of the three."""
+    """Each kind of norm, with a swap and the gradients of each row; and without one, with a sum and
+    the gradient of one of the three."""
     for i, p in enumerate((1.0, 2.0, 3.0, math.inf)):
         for swap in (False, True):
             tensors = tuple(
@@ -79,7 +79,7 @@ def info_nce(
     normalize: bool = True,
     reduction: str = "mean",
 ) -> Tensor:
-    """The same by stock's operators."""
+    """InfoNCE by stock's operators."""
     q, k, *rest = (
         F.normalize(t, dim=-1) if normalize else t
         for t in (query, positive, negatives)

@@ -62,8 +62,8 @@ def _samples(make: Make) -> Iterator[Sample]:
 
 
 def _regimes(make: Make) -> Iterator[Sample]:
-    """Each kind of target, beside a weight or not, in rows that are read at once and in rows that
-    are read in a loop."""
+    """Each kind of target, with and without a weight, with rows that fit in one block and with rows
+    that are read in a loop."""
     for classes in (1024, 2**15):
         x, index = make.tensor(256, classes), make.index(256, high=classes)
         weight, probabilities = (

@@ -21,8 +21,8 @@ SIZES = {
 }
 
 
-# gradcheck runs a call twice an element of its inputs, so these are small; tests/ops/test_linear.py
-# meets the larger ones
+# gradcheck calls the function twice per element of its inputs, so these are small;
+# tests/ops/test_linear.py has larger ones
 def _linear_samples(make: Make) -> Iterator[Sample]:
     yield Sample((make.tensor(2, 2), make.tensor(3, 2), make.tensor(3)), name="2-D")
     yield Sample((make.tensor(2), make.tensor(1, 2), make.tensor(1)), name="1-D")
@@ -59,7 +59,7 @@ def linear_activation(
     activation: str = "relu",
     **parameters: float,
 ) -> Tensor:
-    """The same by stock's two calls."""
+    """Both by stock's functions."""
     return stock_of(activation)(F.linear(input, weight, bias), **parameters)
 
 

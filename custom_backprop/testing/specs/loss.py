@@ -27,9 +27,9 @@ def _spec(
     representative: bool = False,
     **arguments: Any,
 ) -> OpSpec:
-    """``inputs`` makes the module's inputs, by default ``large`` does; ``kwargs`` are the
-    benchmark's, ``arguments`` and ``variants`` the module's, and ``others`` the arguments with
-    which the kernels take the branches that the benchmark leaves out."""
+    """``inputs`` makes the inputs of the module (default: ``large``). ``kwargs`` are the arguments
+    of the benchmark, ``arguments`` and ``variants`` those of the module, and ``others`` those with
+    which the kernels take branches that the benchmark does not."""
 
     def regimes(make: Make) -> Iterator[Sample]:
         tensors = tuple(t.detach().requires_grad_() for t in large(make, SIZES["medium"]))
@@ -56,7 +56,7 @@ def _spec(
 
 
 def _apart(make: Make, *shape: int, kinks: tuple[float, ...]) -> tuple[Tensor, Tensor]:
-    """An input and a target whose difference stays away from ``kinks``."""
+    """An input and a target whose difference is not near one of ``kinks``."""
     t = make.tensor(*shape, low=-1, high=1)
     d = make.tensor(*shape, low=-2, high=2, avoid=kinks)
     return (t + d).detach().requires_grad_(), t
@@ -69,8 +69,8 @@ def _pair(make: Make, shape: tuple[int, int]) -> tuple[Tensor, Tensor]:
 def _difference(
     kinks: tuple[float, ...], *weight_after: Any, **parameters: float
 ) -> Callable[[Make], Iterator[Sample]]:
-    """Samples of a loss of x - t; ``weight_after``: the positional arguments between target and
-    weight, if torch has one."""
+    """Samples for a loss of x - t. ``weight_after`` are the positional arguments between target and
+    weight, if torch has a weight."""
 
     def samples(make: Make) -> Iterator[Sample]:
         yield Sample(_apart(make, 5, kinks=kinks), name="mean")

@@ -1,4 +1,4 @@
-"""The spec of nll_loss, and what cross_entropy's shares with it."""
+"""The spec of nll_loss, and what that of cross_entropy shares with it."""
 
 from __future__ import annotations
 
@@ -17,11 +17,11 @@ SIZES = {
     "medium": (4096, 16),
     "large": (2**18, 32),
     "huge": (2**20, 64),
-}  # many rows: forward reads one number of each
+}  # many rows: forward reads one element of each
 
 
 def some_classes(make: Make, *shape: int, high: int) -> Tensor:
-    """Classes, the first row's ignored: -100."""
+    """Classes. That of the first row is ignored: -100."""
     t = make.index(*shape, high=high)
     t.view(-1)[:1] = -100
     return t

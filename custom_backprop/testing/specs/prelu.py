@@ -30,7 +30,7 @@ def _samples(make: Make) -> Iterator[Sample]:
 
 
 def _regimes(make: Make) -> Iterator[Sample]:
-    """One of the two gradients."""
+    """Only one of the two gradients."""
     shape = SIZES["medium"]
     yield Sample((make.tensor(*shape), make.tensor(shape[1], requires_grad=False)), name="dx")
     yield Sample((make.tensor(*shape, requires_grad=False), make.tensor(shape[1])), name="dw")
