@@ -1,2 +1,2 @@
-"""The mathematics: one file an op family, in plain differentiable torch, with its derivation. No
-autograd, no Triton."""
+"""The mathematics, one file per family of ops, in plain differentiable torch, with its derivation.
+No autograd, no Triton."""

@@ -1,15 +1,16 @@
 """Activations y = f(x), elementwise, and their derivatives.
 
 The chain rule for an elementwise f is one product: dL/dx_i = dL/dy_i · f'(x_i). So an activation is
-a pair (f, f'). Where f' can be written with y = f(x) alone, y is what backward saves: the next
-layer saves it as its input anyway, so it costs no memory. For the piecewise linear ones nothing is
-lost. Of sigmoid and tanh y is rounded: near its limits y (1 - y) and 1 - y² are right to a unit of
-y near 1, not of themselves, and are 0 where y has reached its limit. PyTorch does the same.
+a pair (f, f'). If f' can be written with y = f(x) alone, y is saved for backward. That costs no
+memory, because the next layer saves y as its input anyway. For piecewise linear functions no
+accuracy is lost. For sigmoid and tanh, y is rounded: near the limits, the error of y (1 - y) and 1
+- y² is a unit in the last place of y, which is near 1, and not of their own. Both are 0 where y has
+reached its limit. PyTorch does the same.
 
-At a kink, where no derivative exists, f' is what torch takes, and so is f''; f is written so that
-autograd, which a tracer leaves to differentiate it, takes that f' too. NaN in gives NaN out.
-Throughout, σ(x) = 1 / (1 + e^-x), σ' = σ (1 - σ), t = tanh(x), t' = 1 - t², and [c] is 1 where c
-holds, else 0.
+At a kink, where there is no derivative, f' is torch's, and so is f''. A tracer leaves it to
+autograd to differentiate f, so f is written such that autograd gives the same f'. NaN in gives NaN
+out. Throughout, σ(x) = 1 / (1 + e^-x), σ' = σ (1 - σ), t = tanh(x), t' = 1 - t², and [c] is 1 where
+c is true, else 0.
 """
 
 from __future__ import annotations
@@ -37,7 +38,7 @@ class Activation:
         derivative: f', as ``derivative(saved, *parameters)``, where ``saved`` is x, or y if
             ``saves_output``.
         parameters: the names of the parameters and their defaults, in order (None: no default).
-        piecewise_linear: f is made of straight lines: f'' = 0 where there is one.
+        piecewise_linear: f consists of straight lines: f'' = 0 wherever it exists.
     """
 
     name: str
@@ -63,7 +64,7 @@ def relu(x: Tensor) -> Tensor:
 
 
 def relu_derivative(y: Tensor) -> Tensor:
-    """f' = [x > 0], and y > 0 just where x > 0."""
+    """f' = [x > 0], and y > 0 exactly where x > 0."""
     return torch.where(y <= 0, 0.0, 1.0).to(y.dtype)
 
 
@@ -73,7 +74,7 @@ def leaky_relu(x: Tensor, negative_slope: float) -> Tensor:
 
 
 def leaky_relu_derivative(x: Tensor, negative_slope: float) -> Tensor:
-    """f' = 1 where x > 0, else a. Saved is x: y does not tell the sign of x when a < 0."""
+    """f' = 1 where x > 0, else a. It needs x: if a < 0, y does not give the sign of x."""
     return torch.where(x > 0, x.new_ones(()), negative_slope)
 
 
@@ -83,7 +84,7 @@ def hardtanh(x: Tensor, min_val: float, max_val: float) -> Tensor:
 
 
 def hardtanh_derivative(y: Tensor, min_val: float, max_val: float) -> Tensor:
-    """f' = [l < x < h], and y is strictly between just where x is."""
+    """f' = [l < x < h], and y is strictly between l and h exactly where x is."""
     return torch.where((y <= min_val) | (y >= max_val), 0.0, 1.0).to(y.dtype)
 
 
@@ -128,7 +129,7 @@ def elu_derivative(x: Tensor, alpha: float) -> Tensor:
 
 
 def selu(x: Tensor) -> Tensor:
-    """y = λ elu(x; α), with the constants that keep mean 0 and variance 1 (Klambauer et al.,
+    """y = λ elu(x; α), with the constants that preserve mean 0 and variance 1 (Klambauer et al.,
     2017)."""
     return SELU_SCALE * elu(x, SELU_ALPHA)
 
@@ -144,8 +145,8 @@ def celu(x: Tensor, alpha: float) -> Tensor:
 
 
 def celu_derivative(x: Tensor, alpha: float) -> Tensor:
-    """f' = 1 where x > 0, else e^(x/α): the α of y and the 1/α inside cancel, so f' is continuous
-    at 0."""
+    """f' = 1 where x > 0, else e^(x/α): the factor α of y and the inner derivative 1/α cancel, so
+    f' is continuous at 0."""
     return torch.where(x <= 0, torch.exp((x / alpha).where(x < 0, 0)), 1.0)
 
 
@@ -208,15 +209,15 @@ def sigmoid(x: Tensor) -> Tensor:
 
 
 def sigmoid_derivative(y: Tensor) -> Tensor:
-    """f' = y (1 - y). At most 1/4: between two layers of weights W with ‖W‖ <= 1, a sigmoid shrinks
-    a gradient at least fourfold. Where y is near 1, the error is that of y: a unit of 1, not of
-    f'."""
+    """f' = y (1 - y). It is at most 1/4: between two layers with weights W and ‖W‖ <= 1, a sigmoid
+    shrinks a gradient at least fourfold. If y is near 1, the error is that of y: a unit in the last
+    place of 1, not of f'."""
     return y * (1 - y)
 
 
 def _exp_of_minus_abs(x: Tensor) -> Tensor:
-    """e^-|x|, which cannot overflow. |x| is x at 0 too, not torch's abs, whose derivative there is
-    0: what is made of it is smooth."""
+    """e^-|x|, which cannot overflow. Here |x| is x at 0. With torch's abs, whose derivative is 0
+    there, the functions below would not be smooth."""
     return torch.exp(torch.where(x < 0, x, -x))
 
 
@@ -226,7 +227,7 @@ def _softplus(x: Tensor) -> Tensor:
 
 
 def _sigmoid_to_the_end(x: Tensor) -> Tensor:
-    """σ(x). torch's own is 0 where e^-x overflows, and σ(x) = e^x is not yet 0 there."""
+    """σ(x). torch's own is 0 where e^-x overflows, although σ(x) = e^x is not 0 there yet."""
     e = _exp_of_minus_abs(x)
     return torch.where(x < 0, e, 1.0) / (1 + e)
 
@@ -267,7 +268,8 @@ def tanh(x: Tensor) -> Tensor:
 
 
 def tanh_derivative(y: Tensor) -> Tensor:
-    """f' = 1 - y². Where |y| is near 1, the error is that of y: a unit of 1, not of f'."""
+    """f' = 1 - y². If |y| is near 1, the error is that of y: a unit in the last place of 1, not of
+    f'."""
     return 1 - y * y
 
 
@@ -282,8 +284,7 @@ def tanhshrink_derivative(x: Tensor) -> Tensor:
 
 
 def softplus(x: Tensor, beta: float, threshold: float) -> Tensor:
-    """y = log(1 + e^(βx)) / β, and x itself where βx > θ (there they differ by less than e^-θ /
-    β)."""
+    """y = log(1 + e^(βx)) / β, and x where βx > θ (there they differ by less than e^-θ / β)."""
     z = x * beta
     return torch.where(z > threshold, x, _softplus(z) / beta)
 
@@ -301,8 +302,8 @@ def softsign(x: Tensor) -> Tensor:
 
 
 def softsign_derivative(x: Tensor) -> Tensor:
-    """f' = (1 + |x| - x sign x) / (1 + |x|)² = 1 / (1 + |x|)². Saved is x: 1 - |y| would cancel
-    where |x| is large. The square would overflow before f' vanishes."""
+    """f' = (1 + |x| - x sign x) / (1 + |x|)² = 1 / (1 + |x|)². It needs x: 1 - |y| would cancel
+    where |x| is large. The square would overflow before f' is 0."""
     d = 1 + x.abs()
     return d.reciprocal() / d
 

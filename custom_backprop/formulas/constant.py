@@ -1,4 +1,4 @@
-"""Tensors that are constants, made from the tensors that they meet."""
+"""Constant tensors, made from the tensors that they are combined with."""
 
 from __future__ import annotations
 
@@ -7,17 +7,16 @@ from torch import Tensor
 
 
 def with_zero_slope(result: Tensor, t: Tensor) -> Tensor:
-    """``result`` unchanged, for autograd a function of ``t`` (of its shape and dtype) whose
-    derivative is 0.
+    """``result`` unchanged, but for autograd a function of ``t`` (of the same shape and dtype)
+    whose derivative is 0.
 
-    A derivative that does not depend on ``t`` has a formula without ``t``. Autograd would then find
-    no path from the one to the other, and to ask for the second derivative would be an error where
-    it is 0.
+    If a derivative does not depend on ``t``, its formula has no ``t``. Autograd would find no path
+    from one to the other, and raise for the second derivative, which should be 0.
     """
     return t.where(t.new_zeros((), dtype=torch.bool), result)
 
 
 def indices(t: Tensor, n: int) -> Tensor:
-    """0, 1, ..., n - 1. They are made from ``t``: where that is a DTensor, so are they
+    """0, 1, ..., n - 1, made from ``t``, so that the result is a DTensor if ``t`` is one
     (``torch.arange`` would not be)."""
     return t.new_ones(n, dtype=torch.int64).cumsum(0) - 1

@@ -1,9 +1,9 @@
 """Losses that compare whole vectors: the triplet margin and InfoNCE, and the division by the norm
 that often comes before them.
 
-Rows are the vectors, of D components; L_r is the loss of row r, and dy_r the gradient of it (dy /
-rows for a mean). A sum is over what it names. A loss of distances or of inner products meets each
-vector only through these, so that each gradient is a product with them.
+Rows are vectors of D components. L_r is the loss of row r, and dy_r is its gradient (dy / rows for
+a mean). Such a loss depends on each vector only through distances or inner products, so each
+gradient is a product with their derivatives.
 """
 
 from __future__ import annotations
@@ -21,16 +21,16 @@ from .softmax import log_softmax, softmax
 
 
 def pairs(a: Tensor, p: Tensor, n: Tensor, swap: bool) -> tuple[tuple[Tensor, Tensor], ...]:
-    """What the triplet margin takes the distances of."""
+    """The differences whose lengths are the distances of the triplet margin."""
     return ((a, p), (a, n), (p, n)) if swap else ((a, p), (a, n))
 
 
 def direction(v: Tensor, d: Tensor, order: float) -> Tensor:
     """u = ∂d/∂v of d = ‖v‖_p: sign(v) (|v| / d)^(p-1), and 0 where d is 0.
 
-    d^p = Σ |v_i|^p gives p d^(p-1) ∂d/∂v_i = p |v_i|^(p-1) sign(v_i). For p = 2 that is v / d, for
-    p = 1 sign(v); for p = ∞ only the largest component counts, and several that are equal share.
-    Where p < 2, a component of 0 is a kink or a cusp, and its slope is 0.
+    d^p = Σ |v_i|^p gives p d^(p-1) ∂d/∂v_i = p |v_i|^(p-1) sign(v_i). For p = 2 that is v / d, and
+    for p = 1 sign(v). For p = ∞ only the largest component counts; if several are equal, they share
+    the derivative. If p < 2, a component of 0 is a kink or a cusp, and its derivative is 0.
     """
     d = d.unsqueeze(-1)
     if order == 1:
@@ -45,13 +45,13 @@ def direction(v: Tensor, d: Tensor, order: float) -> Tensor:
 
 
 def hinge(d: Tensor, margin: float) -> Tensor:
-    """h = m + d_ap - min(d_an, d_pn): how far the negative is from being as much farther than the
-    positive as the margin asks."""
+    """h = m + d_ap - min(d_an, d_pn): positive as long as the negative is not farther than the
+    positive by at least the margin m."""
     return margin + d[0] - (torch.minimum(d[1], d[2]) if len(d) == 3 else d[1])
 
 
 def distances(a: Tensor, p: Tensor, n: Tensor, order: float, eps: float, swap: bool) -> Tensor:
-    """‖x - y + ε‖ of each pair, stacked."""
+    """‖x - y + ε‖ for each pair, stacked."""
     return torch.stack(
         [torch.linalg.vector_norm(x - y + eps, order, dim=-1) for x, y in pairs(a, p, n, swap)]
     )
@@ -70,8 +70,8 @@ def triplet(
     """L = max(0, m + d(a, p) - d(a, n)), d(x, y) = ‖x - y + ε‖_p (Weinberger and Saul, 2009), and
     the distances.
 
-    With ``swap`` the nearer of d(a, n) and d(p, n) stands for d(a, n) (Balntas et al., 2016). a, p,
-    n: (..., D), of one shape.
+    With ``swap`` the smaller of d(a, n) and d(p, n) replaces d(a, n) (Balntas et al., 2016). a, p
+    and n are (..., D), of the same shape.
     """
     d = distances(widen(a), widen(p), widen(n), order, eps, swap)
     return reduced(hinge(d, margin).clamp_min(0), reduction).to(a.dtype), d
@@ -80,7 +80,7 @@ def triplet(
 def triplet_slopes(
     a: Tensor, p: Tensor, n: Tensor, d: Tensor, margin: float, order: float, eps: float, swap: bool
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """∂L/∂a, ∂L/∂p and ∂L/∂n of each row.
+    """∂L/∂a, ∂L/∂p and ∂L/∂n for each row.
 
     With u the direction of each pair's distance, s = [h >= 0], and e the share of d_an in min(d_an,
     d_pn): 1, 0, or 1/2 if equal,
@@ -89,8 +89,8 @@ def triplet_slopes(
         ∂L/∂p = -s (u_ap + (1-e) u_pn)
         ∂L/∂n = s (e u_an + (1-e) u_pn)
 
-    since ∂d(x, y)/∂x = u and ∂d(x, y)/∂y = -u. They sum to zero: to move all three alike changes
-    nothing.
+    since ∂d(x, y)/∂x = u and ∂d(x, y)/∂y = -u. They sum to zero, because moving all three by the
+    same vector changes nothing.
     """
     active = (hinge(d, margin) >= 0).to(d.dtype).unsqueeze(-1)
     u = [
@@ -118,8 +118,8 @@ def triplet_backward(
     reduction: int,
     needs: Any,
 ) -> tuple[Tensor, ...]:
-    """da, dp and dn, for the distances that :func:`triplet` gave; an empty tensor for each that
-    ``needs`` does not ask for."""
+    """da, dp and dn, given the distances from :func:`triplet`; an empty tensor for each that is not
+    in ``needs``."""
     share = widen(dy) / a.shape[:-1].numel() if reduction == MEAN else widen(dy)
     share = share.unsqueeze(-1) if reduction == NONE else share
     slopes = triplet_slopes(widen(a), widen(p), widen(n), d, margin, order, eps, swap)
@@ -140,7 +140,7 @@ def triplet_jvp(
     swap: bool,
     reduction: int,
 ) -> Tensor:
-    """tL = Σ ∂L/∂a ta + ∂L/∂p tp + ∂L/∂n tn, along the components."""
+    """tL = Σ ∂L/∂a ta + ∂L/∂p tp + ∂L/∂n tn, summed over the components."""
     a, p, n = map(widen, (a, p, n))
     slopes = triplet_slopes(a, p, n, distances(a, p, n, order, eps, swap), margin, order, eps, swap)
     parts = [
@@ -159,7 +159,7 @@ def logits(q: Tensor, k: Tensor, n: Tensor | None, temperature: float) -> Tensor
 
 
 def positives(s: Tensor, among_keys: bool) -> Tensor:
-    """The logit of each row's positive: on the diagonal, or first."""
+    """The logit of each row's positive: on the diagonal, or the first one."""
     return s.diagonal() if among_keys else s[:, 0]
 
 
@@ -172,12 +172,12 @@ def info_nce(
     reduction: int,
     makes_G: bool,
 ) -> tuple[Tensor, Tensor]:
-    """L_i = -log(e^(s_it) / Σ_j e^(s_ij)): cross-entropy that tells the positive t from the rest
+    """L_i = -log(e^(s_it) / Σ_j e^(s_ij)): a cross-entropy that picks the positive t among all keys
     (van den Oord, Li and Vinyals, 2018).
 
-    And G = ∂L/∂s / τ where ``makes_G`` asks for it (else an empty tensor). ``symmetric`` is the
-    mean of this and of what k finds among q (Radford et al., 2021): of the rows and of the columns
-    of s.
+    Also G = ∂L/∂s / τ with ``makes_G`` (else an empty tensor). ``symmetric`` is the mean of this
+    loss and the same with q and k exchanged (Radford et al., 2021): over the rows and over the
+    columns of s.
     """
     q_, k_, n_ = map(widen, (q, k, n))
     s = logits(q_, k_, n_, temperature)
@@ -190,10 +190,11 @@ def info_nce(
 
 
 def slope(s: Tensor, among_keys: bool, symmetric: bool) -> Tensor:
-    """∂L_i/∂s_ij = P_ij - [j = t], P the softmax of the row; for the mean of both, P is the mean of
-    the softmax of row and column.
+    """∂L_i/∂s_ij = P_ij - [j = t], where P is the softmax of the row. For the symmetric loss, P is
+    the mean of the softmaxes of row and column.
 
-    The latter is the gradient of the sum (and, divided, of the mean) of the losses, not of each.
+    The latter is the gradient of the sum of the losses (and, divided, of their mean), not that of
+    each loss.
     """
     P = (softmax(s, 1) + softmax(s, 0)) / 2 if symmetric else softmax(s, 1)
     columns = indices(s, s.shape[1])
@@ -210,17 +211,17 @@ def slope_of(q: Tensor, k: Tensor, n: Tensor | None, temperature: float, symmetr
 def info_nce_backward(
     dy: Tensor, q: Tensor, k: Tensor, n: Tensor | None, G: Tensor, reduction: int, needs: Any
 ) -> tuple[Tensor | None, ...]:
-    """dq, dk and dn, None for each that ``needs`` does not ask for.
+    """dq, dk and dn, None for each that is not in ``needs``.
 
-    s is linear in q and in the keys, so with G of :func:`info_nce`, whose columns G⁺ and G⁻ belong
+    s is linear in q and in the keys. So with G of :func:`info_nce`, whose columns G⁺ and G⁻ belong
     to the positives and the negatives,
 
         dq_i = dy_i Σ_j G_ij k_j                  dk_j = Σ_i G_ij dy_i q_i
         dq_i = dy_i (G⁺_i k_i + Σ_j G⁻_ij n_j)    dk_i = G⁺_i dy_i q_i
                                                   dn_j = Σ_i G⁻_ij dy_i q_i
 
-    dy only scales rows of G, from its left, and is given to the small matrices: G is never written
-    again.
+    dy only scales the rows of G from the left, and so multiplies the small matrices: G itself is
+    not written again.
     """
     dy = widen(dy) / len(q) if reduction == MEAN else widen(dy)
     before, after = (dy.unsqueeze(1), 1) if reduction == NONE else (1, dy)

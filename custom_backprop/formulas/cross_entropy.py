@@ -1,5 +1,5 @@
-"""Cross-entropy. x is (N, C) or (N, C, D), where D stands for any number of dimensions; a row r is
-one of its N·D vectors of C numbers, one a class.
+"""Cross-entropy. x is (N, C) or (N, C, D), where D stands for any number of dimensions. A row r is
+one of its N·D vectors of C numbers, one per class.
 
 With lse_r = log Σ_c e^(x_rc), the log-probabilities are log p_rc = x_rc - lse_r,
 and for any target distribution q
@@ -10,15 +10,15 @@ Since dlse_r/dx_rc = e^(x_rc) / Σ_k e^(x_rk) = p_rc, and q does not depend on x
 
     dx_rc = dy_r (p_rc Q_r - q_rc),  Q_r = Σ_c q_rc.
 
-Every case is a q, the sum of a soft part u over all classes and of a hard part h_r on the class t
-alone, with s = label_smoothing:
+Every case has its q, the sum of a soft part u for all classes and of a hard part h_r for the class
+t alone. With s = label_smoothing:
 
     class indices                    u = 0                          h = w_t
     class indices, label smoothing   u_c = w_c s/C                  h = (1 - s) w_t
     class probabilities y            u_c = w_c ((1 - s) y_c + s/C)  h = 0
     target = ignore_index            u = 0                          h = 0
 
-For the first, Q = h and dx = dy h (p - [c = t]). Probabilities have a gradient of their own:
+For the first, Q = h and dx = dy h (p - [c = t]). Probabilities y have a gradient, too:
 dy_rc = dL_r w_c (1 - s) (lse_r - x_rc).
 
 Reductions are those of :mod:`custom_backprop.formulas.nll`.
@@ -33,8 +33,8 @@ from .loss import NONE
 from .nll import along_classes, classes_and_weights, of_rows, onehot, reduced
 from .precision import widen
 
-#: what forward leaves for backward: nothing; dx for dy = 1; or of each row its largest x, m, and
-#: log Σ e^(x - m). Their sum is lse, but apart they lose nothing where all of a row is far from 0
+#: what forward computes for backward: nothing; dx for dy = 1; or for each row its largest x, m, and
+#: log Σ e^(x - m). Their sum is lse; two values lose no accuracy if a whole row is far from 0
 NOTHING, GRADIENT, STATISTICS = 0, 1, 2
 
 
@@ -65,7 +65,7 @@ def forward(
     smoothing: float,
     makes: int,
 ) -> tuple[Tensor, Tensor]:
-    """The loss, and what it ``makes`` for backward."""
+    """The loss, and what ``makes`` says for backward."""
     wide = widen(x)
     log_p = torch.log_softmax(wide, 1)
     u, index, w = _parts(wide, target, weight, ignore_index, smoothing)
@@ -108,8 +108,8 @@ def backward(
     need_x: bool,
     need_target: bool,
 ) -> tuple[Tensor, Tensor]:
-    """dx, and the gradient of class probabilities; an empty tensor for one that is not needed. The
-    statistics are derived again."""
+    """dx, and the gradient of class probabilities; an empty tensor for one that is not needed. This
+    computes the statistics again."""
     wide = widen(x)
     log_p = torch.log_softmax(wide, 1)
     u, index, w = _parts(wide, target, weight, ignore_index, smoothing)
@@ -136,7 +136,7 @@ def jvp(
     tx: Tensor | None,
     tt: Tensor | None,
 ) -> Tensor:
-    """tL = Σ_r dy_r (Σ_c dL_r/dx_rc tx_rc + Σ_c dL_r/dq_rc tq_rc), with dy_r of a dy = 1."""
+    """tL = Σ_r dy_r (Σ_c dL_r/dx_rc tx_rc + Σ_c dL_r/dq_rc tq_rc), with dy_r for dy = 1."""
     one = torch.ones_like(x.select(1, 0) if reduction == NONE else x.sum())
     dx, dtarget = backward(
         one,

@@ -1,13 +1,13 @@
 """The linear layer y = x Wᵀ + b, and the same followed by an activation.
 
-With y_ro = Σ_i x_ri W_oi + b_o, each entry meets the loss through the outputs that it feeds:
+With y_ro = Σ_i x_ri W_oi + b_o, the loss depends on each entry through the outputs that use it:
 
     dL/dx_ri = Σ_o dy_ro W_oi      dx = dy W
     dL/dW_oi = Σ_r dy_ro x_ri      dW = dyᵀ x
     dL/db_o  = Σ_r dy_ro           db = Σ_rows dy
 
-An activation y = f(z) on z = x Wᵀ + b only puts dz = dy f'(z) in the place of dy: this is the delta
-of backpropagation (Rumelhart, Hinton and Williams, 1986), delta_i = (W_{i+1}ᵀ delta_{i+1})
+With an activation y = f(z), z = x Wᵀ + b, only dz = dy f'(z) replaces dy. This is the delta of
+backpropagation (Rumelhart, Hinton and Williams, 1986), delta_i = (W_{i+1}ᵀ delta_{i+1})
 f_i'(z_i), dL/dW_i = delta_i a_{i-1}ᵀ.
 """
 
@@ -21,7 +21,7 @@ from .precision import widen
 
 
 def rows(t: Tensor) -> Tensor:
-    """(..., n) as (rows, n), also where one of them is 0."""
+    """(..., n) as (rows, n), even if one of them is 0."""
     return t.reshape(t.shape[:-1].numel(), t.shape[-1])
 
 
@@ -58,7 +58,7 @@ def linear_jvp(
 def linear_activation(
     x: Tensor, weight: Tensor, bias: Tensor | None, activation: str, parameters: list[float]
 ) -> tuple[Tensor, Tensor]:
-    """y = f(z), and z where the derivative of f needs it (else an empty tensor)."""
+    """y = f(z), and z if the derivative of f needs it (else an empty tensor)."""
     a = ACTIVATIONS[activation]
     z = linear(x, weight, bias)
     return a.value(z, *parameters), z.new_empty(0) if a.saves_output else z
@@ -81,8 +81,8 @@ def linear_activation_backward(
 
 
 def saved_for(activation: str, x: Tensor, weight: Tensor, bias: Tensor | None, y: Tensor) -> Tensor:
-    """What f' is written with, as a differentiable function of the inputs: y, or z derived
-    again."""
+    """y or z, whichever f' is written with, as a differentiable function of the inputs; z is
+    computed again."""
     return (
         y if ACTIVATIONS[activation].saves_output else torch.nn.functional.linear(x, weight, bias)
     )

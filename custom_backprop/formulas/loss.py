@@ -1,15 +1,15 @@
-"""Pointwise losses: L = l(x, t) element by element, then averaged, summed or left so.
+"""Pointwise losses: L = l(x, t) for each element, then their mean, their sum, or no reduction.
 
-With L = c Σ_i w_i l(x_i, t_i), where c is 1/n for a mean and 1 for a sum, each element meets L
-through its own term only:
+With L = c Σ_i w_i l(x_i, t_i), where c is 1/n for a mean and 1 for a sum, L depends on each element
+only through its own term:
 
     dL/dx_i = c w_i l_x(x_i, t_i)      dL/dt_i = c w_i l_t(x_i, t_i)      dL/dw_i = c l(x_i, t_i)
 
-and backward multiplies by the gradient of L (without a reduction: of the element). So a loss is l
-and its partial derivatives. Where l sees only the difference d = x - t, l_t = -l_x. At a kink the
-derivative is what torch takes. v is a loss's third tensor, if it has one.
+and backward multiplies by the gradient of L (without a reduction: that of the element). So a loss
+is given by l and its partial derivatives. If l depends only on the difference d = x - t, l_t =
+-l_x. At a kink the derivative is torch's. v is the third tensor of a loss, if it has one.
 
-Throughout σ(x) = 1 / (1 + e^-x), softplus(x) = log(1 + e^x), and [c] is 1 where c holds, else 0.
+Throughout σ(x) = 1 / (1 + e^-x), softplus(x) = log(1 + e^x), and [c] is 1 where c is true, else 0.
 """
 
 from __future__ import annotations
@@ -27,8 +27,8 @@ from .precision import widen
 #: torch's own values of ``reduction``
 NONE, MEAN, SUM = 0, 1, 2
 
-#: what log 0 may count as in t log t, which is 0 at t = 0: below the logarithm of every positive
-#: number, and not infinite
+#: replaces log 0 in t log t, which is 0 at t = 0: finite, and below the logarithm of every positive
+#: number
 LOG_0 = -1000.0
 
 Partial = Callable[..., Tensor]
@@ -36,15 +36,15 @@ Partial = Callable[..., Tensor]
 
 @dataclass(frozen=True)
 class Loss:
-    """One loss. Its functions take (x, t, v, *parameters), tensors of one shape.
+    """One loss. Its functions take (x, t, v, *parameters), with tensors of the same shape.
 
     Attributes:
         formula: l and its derivatives in one line, as ``check`` prints it.
         value: l.
-        dx, dt, dv: its partial derivatives. dt None: -dx. dv None: l has no third tensor, or torch
-            does not differentiate by it.
-        parameters: of l, as a schema declares them.
-        scaled_dx: k l_x as a function of (k, x, t, v), where l_x alone may overflow.
+        dx, dt, dv: its partial derivatives. If dt is None, it is -dx. If dv is None, l has no third
+            tensor, or torch does not differentiate with respect to it.
+        parameters: those of l, as declared in a schema.
+        scaled_dx: k l_x as a function of (k, x, t, v), if l_x alone may overflow.
     """
 
     name: str
@@ -66,8 +66,7 @@ class Loss:
         make_dx: bool,
         *parameters: Any,
     ) -> tuple[Tensor, Tensor]:
-        """The loss, and where ``make_dx`` asks for it dL/dx for a gradient of 1 (else an empty
-        tensor)."""
+        """The loss, and with ``make_dx`` also dL/dx for a gradient of 1 (else an empty tensor)."""
         loss = weighted(self.value(*map(widen, (x, t, v)), *parameters), widen(w))
         dx = (
             self.backward(
@@ -89,7 +88,7 @@ class Loss:
         needs: Any,
         *parameters: Any,
     ) -> tuple[Tensor, ...]:
-        """dx, dt, dv and dw; an empty tensor for each that ``needs`` does not ask for."""
+        """dx, dt, dv and dw; an empty tensor for each that is not in ``needs``."""
         scale = widen(dy) / x.numel() if reduction == MEAN else widen(dy)
         args = (*map(widen, (x, t, v)), *parameters)
         k = weighted(scale, widen(w))
@@ -139,7 +138,7 @@ def weighted(loss: Tensor, w: Tensor | None) -> Tensor:
 
 
 def reduced(loss: Tensor, reduction: int) -> Tensor:
-    """The elements themselves, their mean or their sum. The mean of nothing is NaN."""
+    """The elements themselves, their mean or their sum. The mean of no elements is NaN."""
     return loss.mean() if reduction == MEAN else loss.sum() if reduction == SUM else loss
 
 
@@ -154,7 +153,7 @@ def mse_loss_dx(x: Tensor, t: Tensor, v: None) -> Tensor:
 
 
 def mse_loss_scaled_dx(k: Tensor, x: Tensor, t: Tensor, v: None) -> Tensor:
-    """k l_x = 2 k d: of the mean k is 1/n, and 2 d may overflow where 2 d/n does not."""
+    """k l_x = 2 k d. For the mean k is 1/n, and 2 d may overflow where 2 d/n does not."""
     return 2 * k * (x - t)
 
 
@@ -191,13 +190,14 @@ def huber_loss_dx(x: Tensor, t: Tensor, v: None, delta: float) -> Tensor:
 
 
 def binary_cross_entropy(x: Tensor, t: Tensor, v: None) -> Tensor:
-    """l = -t log x - (1 - t) log(1 - x), each logarithm at least -100, so that a sure mistake costs
-    100 and not infinity."""
+    """l = -t log x - (1 - t) log(1 - x), with each logarithm at least -100, so that a certain but
+    wrong prediction costs 100 and not infinity."""
     return (t - 1) * torch.log1p(-x).clamp_min(-100) - t * torch.log(x).clamp_min(-100)
 
 
 def binary_cross_entropy_dx(x: Tensor, t: Tensor, v: None) -> Tensor:
-    """l_x = (1 - t) / (1 - x) - t/x = (x - t) / (x (1 - x)), the denominator at least 1e-12."""
+    """l_x = (1 - t) / (1 - x) - t/x = (x - t) / (x (1 - x)), with a denominator of at least
+    1e-12."""
     return (x - t) / ((1 - x) * x).clamp_min(1e-12)
 
 
@@ -212,9 +212,9 @@ def softplus(x: Tensor) -> Tensor:
 
 
 def binary_cross_entropy_with_logits(x: Tensor, t: Tensor, p: Tensor | None) -> Tensor:
-    """l = -p t log σ(x) - (1 - t) log(1 - σ(x)) = p t softplus(-x) + (1 - t) softplus(x): a sum of
-    what is not negative, so nothing cancels where the loss is near 0. Without a weight p of the
-    positives, p = 1."""
+    """l = -p t log σ(x) - (1 - t) log(1 - σ(x)) = p t softplus(-x) + (1 - t) softplus(x). No term
+    is negative, so nothing cancels where the loss is near 0. Without a weight p for the positives,
+    p = 1."""
     return (t if p is None else p * t) * softplus(-x) + (1 - t) * softplus(x)
 
 
@@ -230,8 +230,8 @@ def binary_cross_entropy_with_logits_dt(x: Tensor, t: Tensor, p: Tensor | None) 
 
 
 def kl_div(x: Tensor, t: Tensor, v: None, log_target: bool) -> Tensor:
-    """l = t (log t - x), for x a logarithm of probabilities; with ``log_target`` so is t, and l =
-    e^t (t - x)."""
+    """l = t (log t - x), where x is the logarithm of a probability. With ``log_target`` t is one,
+    too, and l = e^t (t - x)."""
     return torch.exp(t) * (t - x) if log_target else t * (torch.log(t).clamp_min(LOG_0) - x)
 
 
@@ -241,19 +241,19 @@ def kl_div_dx(x: Tensor, t: Tensor, v: None, log_target: bool) -> Tensor:
 
 
 def kl_div_dt(x: Tensor, t: Tensor, v: None, log_target: bool) -> Tensor:
-    """l_t = log t - x + 1, or e^t (t - x + 1). At t = 0 the first is -∞, the slope of t log t
+    """l_t = log t - x + 1, or e^t (t - x + 1). At t = 0 the first is -∞, the derivative of t log t
     (stock gives NaN)."""
     return torch.exp(t) * (t - x + 1) if log_target else torch.log(t) - x + 1
 
 
 def _variance(v: Tensor, eps: float) -> Tensor:
-    """max(v, ε) with the derivative 1 everywhere: the clamp is for stability and is not
+    """max(v, ε) with the derivative 1 everywhere: the clamp is for stability, and is not
     differentiated."""
     return torch.where(v < eps, v - v.detach() + eps, v)
 
 
 def gaussian_nll_loss(x: Tensor, t: Tensor, v: Tensor, full: bool, eps: float) -> Tensor:
-    """l = (log v + d²/v) / 2, plus log(2π)/2 if ``full``: t is drawn from N(x, v) (Nix and Weigend,
+    """l = (log v + d²/v) / 2, plus log(2π)/2 with ``full``, for t from N(x, v) (Nix and Weigend,
     1994)."""
     v = _variance(v, eps)
     return 0.5 * (torch.log(v) + (x - t).square() / v + (math.log(2 * math.pi) if full else 0))
@@ -273,8 +273,8 @@ def gaussian_nll_loss_dv(x: Tensor, t: Tensor, v: Tensor, full: bool, eps: float
 def poisson_nll_loss(
     x: Tensor, t: Tensor, v: None, log_input: bool, full: bool, eps: float
 ) -> Tensor:
-    """l = e^x - t x, or x - t log(x + ε) for x the rate itself; ``full`` adds Stirling's log t! ≈ t
-    log t - t + log(2πt)/2 where t > 1."""
+    """l = e^x - t x, or x - t log(x + ε) if x is the rate itself. ``full`` adds Stirling's log t! ≈
+    t log t - t + log(2πt)/2 where t > 1."""
     loss = torch.exp(x) - t * x if log_input else x - t * torch.log(x + eps)
     if full:
         many = torch.where(t > 1, t, 1.0)

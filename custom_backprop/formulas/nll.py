@@ -1,14 +1,14 @@
 """Negative log likelihood of log-probabilities x, (N, C) or (N, C, D), where D stands for any
-number of dimensions; a row r is one of its N·D vectors of C numbers, one a class.
+number of dimensions. A row r is one of its N·D vectors of C numbers, one per class.
 
-L_r = -w_t x_rt for the class t = t_r of the row. Only that x_rt meets the loss:
+L_r = -w_t x_rt for the class t = t_r of the row. The loss depends only on that x_rt:
 
     dx_rc = -w_t dy_r [c = t].
 
 Reductions. "sum" is Σ_r L_r: the gradient of each row's loss is dy_r = dy. "mean" divides by the
-weight of the rows, not by their count: (Σ_r L_r) / (Σ_r w_t), so dy_r = dy / Σ_r w_t. If all rows
-are ignored that is 0/0: the loss is NaN, and dx is 0, as dy_r is taken as 0 where the row is
-ignored. A class outside [0, C) has the weight NaN, and so is its loss.
+sum of the rows' weights, not by their number: (Σ_r L_r) / (Σ_r w_t), so dy_r = dy / Σ_r w_t. If all
+rows are ignored, that is 0/0: the loss is NaN. dx is 0, because dy_r counts as 0 for ignored rows.
+A class outside [0, C) has the weight NaN, and the loss NaN.
 """
 
 from __future__ import annotations
@@ -22,15 +22,15 @@ from .precision import widen
 
 
 def along_classes(v: Tensor, x: Tensor) -> Tensor:
-    """(C) as (1, C) or (1, C, 1), to meet x."""
+    """(C) as (1, C) or (1, C, 1), which broadcasts with x."""
     return v.view(1, -1, *[1] * (x.dim() - 2))
 
 
 def classes_and_weights(
     target: Tensor, weight: Tensor | None, ignore_index: int, classes: int, dtype: torch.dtype
 ) -> tuple[Tensor, Tensor]:
-    """The class of each row, 0 where it is none, and its weight w_t: 0 where ignored, NaN where it
-    is out of range."""
+    """The class of each row, 0 if it is not valid, and its weight w_t: 0 if it is ignored, NaN if
+    it is out of range."""
     inside = (target >= 0) & (target < classes)
     index = torch.where(inside & (target != ignore_index), target, 0)
     w = torch.ones_like(target, dtype=dtype) if weight is None else weight.to(dtype)[index]
@@ -50,7 +50,7 @@ def reduced(rows: Tensor, total: Tensor | int, reduction: int) -> Tensor:
 
 
 def of_rows(dy: Tensor, target: Tensor, w: Tensor, reduction: int, ignore_index: int) -> Tensor:
-    """dy_r, 0 where the row is ignored."""
+    """dy_r; 0 if the row is ignored."""
     rows = dy.to(w.dtype) / w.sum() if reduction == MEAN else dy.to(w.dtype)
     return (
         rows.expand_as(w)
@@ -80,7 +80,7 @@ def nll_backward(
     reduction: int,
     ignore_index: int,
 ) -> Tensor:
-    """dx_rc = -w_t dy_r [c = t]. No value of x is read; ``total`` is derived again."""
+    """dx_rc = -w_t dy_r [c = t]. It reads no value of x, and computes ``total`` again."""
     index, w = classes_and_weights(target, weight, ignore_index, x.shape[1], widen(x).dtype)
     hard = (-w * of_rows(dy, target, w, reduction, ignore_index)).unsqueeze(1)
     return with_zero_slope(torch.where(onehot(index, x), hard, 0).to(x.dtype), x)

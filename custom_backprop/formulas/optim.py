@@ -1,14 +1,14 @@
 """Update rules: what an optimizer does with the gradient g of one parameter θ at step t.
 
 A rule is a pure function ``rule(θ, g, **state, t, **hyperparameters) -> (θ', {name: state'})`` of
-tensors of one shape. It is elementwise, so it is as true of a shard, or of a thousand parameters
-laid end to end. Names and defaults are torch.optim's. In all of them γ is the learning rate ``lr``,
-λ is ``weight_decay``, and under ``maximize`` g stands for -g. Three operations are common to them:
+tensors of the same shape. It is elementwise, so it is also right for a shard, or for a thousand
+concatenated parameters. Names and defaults are torch.optim's. In all of them γ is the learning rate
+``lr``, λ is ``weight_decay``, and with ``maximize`` g stands for -g. They share three operations:
 
     weight decay, coupled     g ← g + λ θ           the gradient of ½ λ ‖θ‖² is added to g
-    weight decay, decoupled   θ ← θ - γ λ θ         θ shrinks apart from g (Loshchilov & Hutter,
+    weight decay, decoupled   θ ← θ - γ λ θ         θ shrinks without g (Loshchilov & Hutter,
                                                     "Decoupled weight decay", 2019)
-    a running average         m ← β m + (1 - β) g   of the last 1 / (1 - β) gradients, about
+    a running average         m ← β m + (1 - β) g   of about the last 1 / (1 - β) gradients
 """
 
 from __future__ import annotations
@@ -32,11 +32,10 @@ def sgd(
     maximize: bool = False,
     fresh: bool = False,
 ) -> Update:
-    """θ ← θ - γ b,  b ← μ b + (1 - τ) g  (b = g at the first step, ``fresh``, and throughout if μ =
-    0).
+    """θ ← θ - γ b,  b ← μ b + (1 - τ) g  (b = g in the first step, ``fresh``, and always if μ = 0).
 
-    The momentum μ sums the gradients of the last 1 / (1 - μ) steps: a ball that rolls down (Polyak,
-    1964). Nesterov steps by g + μ b, the gradient as it would be one step ahead (Sutskever et al.,
+    The momentum μ sums the gradients of about the last 1 / (1 - μ) steps, like a ball that rolls
+    down (Polyak, 1964). Nesterov steps by g + μ b, the gradient one step ahead (Sutskever et al.,
     "On the importance of initialization and momentum in deep learning", 2013).
     """
     g = coupled(p, -g if maximize else g, weight_decay)
@@ -61,7 +60,7 @@ def adagrad(
 ) -> Update:
     """s ← s + g²,  θ ← θ - γ / (1 + (t - 1) η) · g / (√s + ε).
 
-    Each coordinate has a rate of its own, which falls with the gradients it has seen: that of a
+    Each element has its own rate, which falls with the gradients that it has seen, so that of a
     rare feature stays large (Duchi et al., "Adaptive subgradient methods for online learning and
     stochastic optimization", 2011).
     """
@@ -87,8 +86,8 @@ def rmsprop(
 ) -> Update:
     """v ← α v + (1 - α) g²,  u = g / (√v + ε),  b ← μ b + u,  θ ← θ - γ b  (b = u if μ = 0).
 
-    Adagrad's sum made a running average, so that the rate does not fall for ever (Tieleman &
-    Hinton, lecture 6.5, 2012). ``centered`` takes the variance v - a² instead of v, with a ← α a +
+    Adagrad's sum is replaced by a running average, so that the rate does not fall forever (Tieleman
+    & Hinton, lecture 6.5, 2012). ``centered`` uses the variance v - a² instead of v, with a ← α a +
     (1 - α) g (Graves, "Generating sequences with recurrent neural networks", 2013).
     """
     g = coupled(p, -g if maximize else g, weight_decay)
@@ -124,8 +123,8 @@ def adam(
     """m ← β₁ m + (1 - β₁) g,  v ← β₂ v + (1 - β₂) g²,  θ ← θ - γ m̂ / (√v̂ + ε)  with  m̂ = m / (1
     - β₁ᵗ),  v̂ = v / (1 - β₂ᵗ).
 
-    m and v begin at 0: after t steps they are 1 - βᵗ of an average, which m̂ and v̂ divide by
-    (Kingma & Ba, "Adam: a method for stochastic optimization", 2015). ``amsgrad`` takes the largest
+    m and v start at 0: after t steps they are 1 - βᵗ times an average, and m̂ and v̂ divide by that
+    (Kingma & Ba, "Adam: a method for stochastic optimization", 2015). ``amsgrad`` uses the largest
     v so far (Reddi et al., "On the convergence of Adam and beyond", 2018).
     ``decoupled_weight_decay`` makes it AdamW.
     """
@@ -155,8 +154,8 @@ def lion(
 ) -> Update:
     """θ ← θ - γ λ θ - γ sign(β₁ m + (1 - β₁) g),  m ← β₂ m + (1 - β₂) g.
 
-    Every coordinate moves by γ, whatever the size of its gradient: take γ 3 to 10 times smaller
-    than AdamW's and λ as many times larger (Chen et al., "Symbolic discovery of optimization
+    Every element moves by γ, whatever the size of its gradient: choose γ 3 to 10 times smaller than
+    AdamW's, and λ larger by the same factor (Chen et al., "Symbolic discovery of optimization
     algorithms", 2023).
     """
     g = -g if maximize else g
@@ -171,24 +170,24 @@ def coupled(p: Tensor, g: Tensor, weight_decay: float) -> Tensor:
 
 
 def average(m: Tensor, g: Tensor, beta: float) -> Tensor:
-    """β m + (1 - β) g, which is m where g equals it."""
+    """β m + (1 - β) g, which is exactly m if g equals m."""
     return m + (1 - beta) * (g - m)
 
 
 def clip_factor(total_norm: Tensor, max_norm: float) -> Tensor:
-    """min(1, c / (n + 1e-6)): what clip_grad_norm_ multiplies every gradient by, when all of them
-    together have the norm n."""
+    """min(1, c / (n + 1e-6)): the factor by which clip_grad_norm_ multiplies every gradient, if all
+    of them together have the norm n."""
     return (max_norm / (total_norm + 1e-6)).clamp(max=1.0)
 
 
 def stochastically_rounded(x: Tensor, noise: Tensor) -> Tensor:
-    """float32 ``x`` to one of the two neighbours in bfloat16, the nearer the likelier, so that the
-    mean of many roundings is x.
+    """Rounds float32 ``x`` to one of its two neighbours in bfloat16, more likely to the nearer one,
+    so that the mean of many roundings is x.
 
-    bfloat16 is the upper half of float32's bits. Uniform ``noise`` (int32, 0 to 65535) added to the
-    lower half carries into the upper one with the probability lower / 65536. Rounded to nearest, an
-    update of less than half a spacing would be lost at every step. Infinities and NaN, which have
-    no neighbours, stay.
+    bfloat16 is the upper half of float32's bits. Uniform ``noise`` (int32, 0 to 65535), added to
+    the lower half, carries into the upper one with the probability lower / 65536. Rounding to
+    nearest would lose an update of less than half a spacing in every step. Infinities and NaN,
+    which have no neighbours, do not change.
     """
     bits = (x.view(torch.int32) + noise) & -65536
     return torch.where(x.isfinite(), bits.view(torch.float32), x).bfloat16()

@@ -1,5 +1,5 @@
-"""Formulas are written for exact arithmetic; half precision is computed in float32 and rounded
-once, as the kernels do."""
+"""Formulas are written for exact arithmetic. Half precision is computed in float32 and rounded
+once, as in the kernels."""
 
 from __future__ import annotations
 
@@ -14,17 +14,17 @@ HALF = (torch.float16, torch.bfloat16)
 
 
 def wide(dtype: torch.dtype) -> torch.dtype:
-    """The dtype in which tensors of ``dtype`` are computed."""
+    """The dtype to compute in for tensors of ``dtype``."""
     return torch.float32 if dtype in HALF else dtype
 
 
 def widen(a: Any) -> Any:
-    """A half-precision tensor in float32; anything else as it is."""
+    """A half-precision tensor in float32; anything else unchanged."""
     return a.float() if isinstance(a, Tensor) and a.dtype in HALF else a
 
 
 def rounded_once(formula: Callable[..., Tensor]) -> Callable[..., Tensor]:
-    """Runs an elementwise formula on widened tensors and rounds its result to the dtype of its
+    """Runs an elementwise formula on widened tensors, and rounds the result to the dtype of the
     first argument."""
 
     @functools.wraps(formula)

@@ -1,12 +1,12 @@
-"""The parametric ReLU (He et al., 2015): a leaky ReLU whose slope is learned, one for all channels
-or one for each.
+"""The parametric ReLU (He et al., 2015): a leaky ReLU with learned slopes, one for all channels or
+one for each.
 
 With y_i = x_i where x_i > 0, else w_c x_i, for an element i of channel c:
 
     dL/dx_i = dL/dy_i ([x_i > 0] + w_c [x_i <= 0])
     dL/dw_c = Σ_{i in c} dL/dy_i x_i [x_i <= 0],
 
-since w_c meets the loss through each element of its channel that is not positive.
+since the loss depends on w_c through each element of its channel that is not positive.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from .precision import rounded_once, widen
 
 
 def spread(weight: Tensor, x: Tensor) -> Tensor:
-    """A weight of one element or of C, to be broadcast along dimension 1 of x."""
+    """A weight of one element or of C, in a shape that broadcasts along dimension 1 of x."""
     return (
         weight.reshape(1, -1, *[1] * (x.dim() - 2))
         if x.dim() > 1
@@ -28,7 +28,7 @@ def spread(weight: Tensor, x: Tensor) -> Tensor:
 
 
 def summed(t: Tensor, weight: Tensor) -> Tensor:
-    """The sum of t over all that shares an element of the weight, in the weight's shape."""
+    """The sum of t over all elements that share one of the weight, in the weight's shape."""
     each = t.dim() > 1 and weight.numel() != 1
     return t.sum([d for d in range(t.dim()) if d != 1 or not each]).reshape(weight.shape)
 

@@ -1,9 +1,9 @@
 """Softmax, log-softmax and softmin along one dimension, and their derivatives.
 
-The output is all that backward needs. Sums run along ``dim``, and m = max x: e^m cancels in every
-result, and e^(x-m) <= 1 cannot overflow.
+Backward needs only the output. Sums are over ``dim``, and m = max x: e^m cancels in every result,
+and e^(x-m) <= 1 cannot overflow.
 
-A row without a largest finite number (all -inf, a +inf, a NaN) is NaN throughout, as in torch.
+If the maximum of a row is not finite (all -inf, a +inf, a NaN), the whole row is NaN, as in torch.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ def softmax_backward(dy: Tensor, y: Tensor, dim: int) -> Tensor:
 
     The quotient rule gives ∂y_j/∂x_i = y_j ([i = j] - y_i), so dx_i = Σ_j dy_j y_j ([i = j] - y_i)
     = y_i dy_i - y_i Σ_j y_j dy_j.
-    The y_i sum to one, hence the dx_i to zero: a softmax does not see a shift of its input.
+    The y_i sum to one, hence the dx_i to zero: a shift of the input does not change a softmax.
     """
     return y * (dy - (y * dy).sum(dim, keepdim=True))
 
@@ -59,7 +59,8 @@ def softmin_jvp(tx: Tensor, y: Tensor, dim: int) -> Tensor:
 
 
 def log_softmax(x: Tensor, dim: int) -> Tensor:
-    """y_i = x_i - log Σ_j e^(x_j), in which nothing underflows where softmax would give log 0."""
+    """y_i = x_i - log Σ_j e^(x_j), which is finite where the logarithm of a softmax would be log
+    0."""
     s = _shifted(x, dim)
     return s - s.exp().sum(dim, keepdim=True).log()
 
@@ -96,7 +97,7 @@ class Softmax:
     jvp: Callable[[Tensor, Tensor, int], Tensor]
 
     def forward(self, x: Tensor, dim: int, dtype: torch.dtype | None) -> Tensor:
-        """y of x cast to ``dtype``, rounded once."""
+        """y for x cast to ``dtype``, rounded once."""
         dtype = dtype or x.dtype
         return self.value(widen(x.to(dtype)), dim).to(dtype)
 
