@@ -1,10 +1,10 @@
 """layer_norm and rms_norm: one kernel each way for both, on ``rows.py``.
 
 Statistics are of float32 (of float64, float64). Forward takes the mean out before it adds squares,
-block by block (Welford, 1962). Where a row fits a block, both of a kernel's loops are one step, and
-the compiler reads the row once. Backward reads x and dy once: a few programs walk the rows, each
-with its sums of dw and db in registers, which one more kernel adds up. KIND and formulas:
-``custom_backprop/formulas/norm.py``.
+block by block (Welford, 1962). Where a row fits a block, both of its loops are one step, and
+the row is read once. Backward reads x and dy once: a few programs walk the rows, each
+with its sums of dw and db in registers, which one more kernel adds up. The sums of a row that is
+longer than a block are taken first. KIND and formulas: ``custom_backprop/formulas/norm.py``.
 """
 
 from __future__ import annotations
@@ -15,10 +15,11 @@ import triton.language as tl
 from torch import Tensor
 
 from .launch import Launch, cdiv, kernel, multiprocessors, planned
-from .rows import column_sum, over_rows, partial_sums, read, row_config, tile_of, write
+from .rows import column_sum, far, over_rows, partial_sums, read, row_config, tile_of, write
 
-#: programs a multiprocessor that backward is cut into where it adds up over rows
-RESIDENT = 2
+#: programs a multiprocessor that backward is cut into where it adds up over rows, and the numbers
+#: that it needs for each element at once
+RESIDENT, LIVE = 2, 4
 
 
 @triton.jit
@@ -52,6 +53,7 @@ def _forward(
     for tile in range(program, last, tl.num_programs(0) if SEVERAL else 1):
         row, exists, column = tile_of(tile, rows, ROWS, BLOCK, WIDE, False)
         first, alive = (row * n)[:, None], exists[:, None]
+        x = tl.zeros((ROWS, BLOCK), dtype)
         means = tl.zeros((ROWS, BLOCK), dtype)
         squares = tl.zeros((ROWS, BLOCK), dtype)
         for start in range(0, n if LOOP else BLOCK, BLOCK):
@@ -71,7 +73,9 @@ def _forward(
         for back in range(0, n if LOOP else BLOCK, BLOCK):
             place = end - back + column
             inside = alive & (place < n)
-            y = (read(X + first, place, inside) - mean) * rstd
+            if LOOP:
+                x = read(X + first, place, inside)
+            y = (x - mean) * rstd
             if KIND == "llama":
                 y = y.to(X.dtype.element_ty).to(dtype)
             y = _weighted(y, WEIGHT, place, n, KIND)
@@ -84,82 +88,69 @@ def _forward(
 
 
 @kernel
-def _backward(
-    DY, X, WEIGHT, MEAN, RSTD, DX, PARTIAL, rows, n, tiles,
-    KIND: tl.constexpr, NEED_WEIGHT: tl.constexpr, NEED_BIAS: tl.constexpr, LOOP: tl.constexpr,
-    WIDE: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr,
+def _row_sums(
+    DY, X, WEIGHT, MEAN, RSTD, ALONG, TOTAL, rows, n, tiles,
+    KIND: tl.constexpr, WIDE: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
-    """dx; and where there is a PARTIAL, each program's sums of dy x̂ and of dy."""
-    dtype: tl.constexpr = tl.float64 if X.dtype.element_ty == tl.float64 else tl.float32
-    # each thread adds up its own, so that no iteration waits for another's
-    dw = tl.zeros((ROWS, BLOCK), dtype)
-    db = tl.zeros((ROWS, BLOCK), dtype)
-    for tile in range(tl.program_id(0), tiles, tl.num_programs(0)):
-        row, exists, column = tile_of(tile, rows, ROWS, BLOCK, WIDE, False)
-        first, alive = (row * n)[:, None], exists[:, None]
-        along = tl.zeros((ROWS, BLOCK), dtype)
-        total = tl.zeros((ROWS, BLOCK), dtype)
-        for start in range(0, n if LOOP else BLOCK, BLOCK):
-            place = start + column
-            inside = alive & (place < n)
-            dy = read(DY + first, place, inside)
-            unit = _unit(X + first, MEAN, RSTD, row, exists, place, inside)
-            g = _weighted(dy, WEIGHT, place, n, KIND)
-            along += g * unit
-            total += g
-            if NEED_WEIGHT:
-                dw += dy * unit
-            if NEED_BIAS:
-                db += dy
-        if DX is not None:
-            along, total = tl.sum(along, 1)[:, None] / n, tl.sum(total, 1)[:, None] / n
-            rstd = tl.load(RSTD + row, exists, other=0.0)[:, None]
-            end = tl.cdiv(n, BLOCK) * BLOCK - BLOCK if LOOP else 0
-            for back in range(0, n if LOOP else BLOCK, BLOCK):
-                place = end - back + column
-                inside = alive & (place < n)
-                g = _weighted(read(DY + first, place, inside), WEIGHT, place, n, KIND)
-                g -= along * _unit(X + first, MEAN, RSTD, row, exists, place, inside)
-                write(DX + first, place, inside, (g if MEAN is None else g - total) * rstd)
-    if PARTIAL is not None:
-        column = tl.arange(0, BLOCK)
-        place = tl.program_id(0).to(tl.int64) * n + column
-        if NEED_WEIGHT:
-            tl.store(PARTIAL + place, tl.sum(dw, 0), column < n)
-        if NEED_BIAS:
-            second = tl.num_programs(0).to(tl.int64) * n if NEED_WEIGHT else 0
-            tl.store(PARTIAL + second + place, tl.sum(db, 0), column < n)
+    """Σ g x̂ / n of each row, and Σ g / n where there is a MEAN."""
+    row, exists, column = tile_of(tl.program_id(0), rows, ROWS, BLOCK, WIDE, False)
+    first = (row * n)[:, None]
+    along = tl.zeros((ROWS, BLOCK), ALONG.dtype.element_ty)
+    total = tl.zeros((ROWS, BLOCK), ALONG.dtype.element_ty)
+    for start in range(0, n, BLOCK):
+        place = start + column
+        inside = exists[:, None] & (place < n)
+        g = _weighted(read(DY + first, place, inside), WEIGHT, place, n, KIND)
+        along += g * _unit(X + first, MEAN, RSTD, row, exists, place, inside)
+        total += g
+    tl.store(ALONG + row, tl.sum(along, 1) / n, exists)
+    if MEAN is not None:
+        tl.store(TOTAL + row, tl.sum(total, 1) / n, exists)
 
 
 @kernel
-def _columns(
-    DY, X, MEAN, RSTD, PARTIAL, m, n, rows,
-    NEED_WEIGHT: tl.constexpr, NEED_BIAS: tl.constexpr, M: tl.constexpr, N: tl.constexpr,
+def _backward(
+    DY, X, WEIGHT, MEAN, RSTD, ALONG, TOTAL, DX, PARTIAL, rows, n, tiles, blocks,
+    KIND: tl.constexpr, NEED_WEIGHT: tl.constexpr, NEED_BIAS: tl.constexpr,
+    WIDE: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
-    """The sums of a range of rows and N columns a program, of rows too long for registers."""
+    """dx of some rows in one block of columns; and where there is a PARTIAL, their sums of dy x̂ and
+    of dy. A row of several blocks has its own sums in ALONG and TOTAL."""
     dtype: tl.constexpr = tl.float64 if X.dtype.element_ty == tl.float64 else tl.float32
-    tiles = tl.cdiv(n, N)
-    part, tile = (tl.program_id(0) // tiles).to(tl.int64), tl.program_id(0) % tiles
-    column = tile * N + tl.arange(0, N)
-    dw = tl.zeros((M, N), dtype)
-    db = tl.zeros((M, N), dtype)
-    for start in range(0, rows, M):
-        mine = start + tl.arange(0, M)
-        row = part * rows + mine
-        exists = (mine < rows) & (row < m)
-        inside = exists[:, None] & (column < n)[None, :]
-        place = row[:, None] * n + column[None, :]
-        dy = read(DY, place, inside)
+    part, parts = tl.program_id(0) // blocks, tl.num_programs(0) // blocks
+    # each thread adds up its own, so that no iteration waits for another's
+    dw = tl.zeros((ROWS, BLOCK), dtype)
+    db = tl.zeros((ROWS, BLOCK), dtype)
+    start = tl.program_id(0) % blocks * BLOCK
+    for tile in range(part, tiles, parts):
+        row, exists, column = tile_of(tile, rows, ROWS, BLOCK, WIDE, False)
+        first, column = (row * n)[:, None], start + column
+        inside = exists[:, None] & (column < n)
+        dy = read(DY + first, column, inside)
+        unit = _unit(X + first, MEAN, RSTD, row, exists, column, inside)
         if NEED_WEIGHT:
-            dw += dy * _unit(X, MEAN, RSTD, row, exists, place, inside)
+            dw += dy * unit
         if NEED_BIAS:
             db += dy
-    place = part * n + column
-    if NEED_WEIGHT:
-        tl.store(PARTIAL + place, tl.sum(dw, 0), column < n)
-    if NEED_BIAS:
-        second = tl.num_programs(0).to(tl.int64) // tiles * n if NEED_WEIGHT else 0
-        tl.store(PARTIAL + second + place, tl.sum(db, 0), column < n)
+        if DX is not None:
+            g = _weighted(dy, WEIGHT, column, n, KIND)
+            if ALONG is None:
+                along, total = tl.sum(g * unit, 1) / n, tl.sum(g, 1) / n
+            else:
+                along = tl.load(ALONG + row, exists, other=0.0)
+                total = tl.load(TOTAL + row, exists, other=0.0)
+            g -= along[:, None] * unit
+            if MEAN is not None:
+                g -= total[:, None]
+            write(DX + first, column, inside, g * tl.load(RSTD + row, exists, other=0.0)[:, None])
+    if PARTIAL is not None:
+        column = start + tl.arange(0, BLOCK)
+        place = part.to(tl.int64) * n + column
+        if NEED_WEIGHT:
+            tl.store(PARTIAL + place, tl.sum(dw, 0), column < n)
+        if NEED_BIAS:
+            second = parts.to(tl.int64) * n if NEED_WEIGHT else 0
+            tl.store(PARTIAL + second + place, tl.sum(db, 0), column < n)
 
 
 @planned
@@ -174,25 +165,23 @@ def plan_forward(
 @planned
 def plan_backward(
     rows: int, n: int, dtype: torch.dtype, count: int, kind: str, of_weight: bool, of_bias: bool
-) -> tuple[Launch, Launch | None, int]:
-    """The pass over rows; that over columns, where rows are too long for the first to sum; and how
-    many partial sums there are."""
-    live, needs = 4, {"NEED_WEIGHT": of_weight, "NEED_BIAS": of_bias}
-    fits = n <= row_config(n, 1, dtype, live).block
-    named = {"KIND": kind, **{need: wanted and fits for need, wanted in needs.items()}}
-    # of a block of 2048 in a loop ptxas spills a register on sm_90
-    live = live if fits else 2 * live
-    run = over_rows(_backward, (rows, n, 1), [(n, 1, 1)], dtype, live, count, **named)
-    if not (of_weight or of_bias):
-        return run, None, 0
-    if fits:
-        parts = min(run.programs, RESIDENT * count)
-        return Launch(run.func, parts, **run.keywords), None, parts
-    tile_m, tile_n = 8, 64 if dtype == torch.float64 else 128
-    tiles = cdiv(n, tile_n)
-    parts = min(cdiv(rows, tile_m), cdiv(8 * count, tiles))
-    numbers = {"m": rows, "n": n, "rows": cdiv(rows, parts)}
-    return run, _columns.launch(parts * tiles, **numbers, **needs, M=tile_m, N=tile_n), parts
+) -> tuple[Launch | None, Launch, int]:
+    """The sums of rows that are longer than a block, the pass, and how many partial sums there
+    are."""
+    c, row_sums = row_config(n, 1, dtype, LIVE), None
+    tile_m, tile_n, warps, programs = c.rows, c.block, c.num_warps, RESIDENT * count
+    if n > tile_n:
+        shape, layouts = (rows, n, 1), [(n, 1, 1)]
+        row_sums = over_rows(_row_sums, shape, layouts, dtype, 2 * LIVE, count, KIND=kind)
+        tile_m, tile_n, warps, programs = 8, 64 if dtype == torch.float64 else 128, 4, 8 * count
+    tiles, blocks, sums = cdiv(rows, tile_m), cdiv(n, tile_n), of_weight or of_bias
+    parts = min(tiles, cdiv(programs, blocks)) if sums else tiles
+    run = _backward.launch(
+        parts * blocks, rows=rows, n=n, tiles=tiles, blocks=blocks, KIND=kind,
+        NEED_WEIGHT=of_weight, NEED_BIAS=of_bias, WIDE=far(rows * n), ROWS=tile_m, BLOCK=tile_n,
+        num_warps=warps,
+    )  # fmt: skip
+    return row_sums, run, parts if sums else 0
 
 
 def forward(
@@ -228,14 +217,13 @@ def backward(
     )
     if x.numel():
         count = multiprocessors(x.device)
-        run, of_columns, parts = plan_backward(
-            rows, n, x.dtype, count, kind, need_weight, need_bias
-        )
+        row_sums, run, parts = plan_backward(rows, n, x.dtype, count, kind, need_weight, need_bias)
         partial = partial_sums(x, need_weight + need_bias, parts, n) if parts else None
-        if of_columns is not None:
-            of_columns(dy, x, mean, rstd, partial)
-        if of_columns is None or need_x:
-            run(dy, x, weight, mean, rstd, dx, None if of_columns else partial)
+        along = total = None
+        if row_sums is not None and need_x:
+            along, total = torch.empty_like(rstd), torch.empty_like(rstd)
+            row_sums(dy, x, weight, mean, rstd, along, total)
+        run(dy, x, weight, mean, rstd, along, total, dx, partial)
         if partial is not None:
             column_sum(partial, *[g for g in (dw, db) if g is not None])
     return dx, dw, db

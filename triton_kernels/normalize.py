@@ -23,6 +23,7 @@ def _forward(
     for tile in range(first, tiles if SEVERAL else first + 1, tl.num_programs(0) if SEVERAL else 1):
         row, alive, column = tile_of(tile, rows, ROWS, BLOCK, WIDE, False)
         x_start, y_start = X + (row * x_row)[:, None], Y + (row * n)[:, None]
+        x = tl.zeros((ROWS, BLOCK), R.dtype.element_ty)
         squares = tl.zeros((ROWS, BLOCK), R.dtype.element_ty)
         for start in range(0, n if LOOP else BLOCK, BLOCK):
             place = start + column
@@ -33,7 +34,9 @@ def _forward(
         for start in range(0, n if LOOP else BLOCK, BLOCK):
             place = start + column
             inside = alive[:, None] & (place < n)
-            write(y_start, place, inside, read(x_start, place, inside) / r[:, None])
+            if LOOP:
+                x = read(x_start, place, inside)
+            write(y_start, place, inside, x / r[:, None])
         tl.store(R + row, r, alive)
 
 
@@ -48,18 +51,21 @@ def _backward(
         row, alive, column = tile_of(tile, rows, ROWS, BLOCK, WIDE, False)
         dy_start, x_start = DY + (row * dy_row)[:, None], X + (row * x_row)[:, None]
         r = tl.load(R + row, alive, other=1.0)
+        dy = tl.zeros((ROWS, BLOCK), R.dtype.element_ty)
+        y = tl.zeros((ROWS, BLOCK), R.dtype.element_ty)
         along = tl.zeros((ROWS, BLOCK), R.dtype.element_ty)
         for start in range(0, n if LOOP else BLOCK, BLOCK):
             place = start + column
             inside = alive[:, None] & (place < n)
-            along += read(dy_start, place, inside) * (read(x_start, place, inside) / r[:, None])
+            dy, y = read(dy_start, place, inside), read(x_start, place, inside) / r[:, None]
+            along += dy * y
         along = tl.where(r > EPS, tl.sum(along, 1), 0.0)[:, None]
         for start in range(0, n if LOOP else BLOCK, BLOCK):
             place = start + column
             inside = alive[:, None] & (place < n)
-            y = read(x_start, place, inside) / r[:, None]
-            dx = (read(dy_start, place, inside) - y * along) / r[:, None]
-            write(DX + (row * n)[:, None], place, inside, dx)
+            if LOOP:
+                dy, y = read(dy_start, place, inside), read(x_start, place, inside) / r[:, None]
+            write(DX + (row * n)[:, None], place, inside, (dy - y * along) / r[:, None])
 
 
 @planned

@@ -288,7 +288,7 @@ for function in (functional.rms_norm, functional.normalize):
 
 
 def test_a_row_that_fits_a_block_is_read_once():
-    """Both loops of such a kernel read it in its source; the compiler keeps what the first read."""
+    """Though the kernel is written as two loops."""
     assert python(READ_ONCE).splitlines() == [
         "norm._forward 1", "norm._backward 2", "normalize._forward 1", "normalize._backward 2",
     ]  # fmt: skip
