@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 from helpers import DEVICE
 
-from custom_backprop import optim, use_backend
+from custom_backprop import functional, optim, use_backend
 from custom_backprop.backends import why_not
 from custom_backprop.backends.kernels import kernels
 
@@ -32,6 +32,17 @@ def same(ours, theirs, tolerance=1e-11):
 
 def around(block):
     return block - 1, block, block + 1
+
+
+#: how far a result may be from float64's of the same inputs; in half precision a gradient has been
+#: rounded twice
+TOLERANCE = {DOUBLE: 1e-11, torch.float16: 4e-3, torch.bfloat16: 3e-2}
+HALF = (torch.float16, torch.bfloat16)
+
+
+def pairs(sizes, others, dtype):
+    """Each with each; in half precision, whose kernels are those of float32, one with one."""
+    return [*(product(sizes, others) if dtype == DOUBLE else zip(sizes, others, strict=True))]
 
 
 #: (rows, columns) around 32 x 32 and the inner size around 16, and more tiles than a group has
@@ -60,15 +71,23 @@ COLUMNS = [
 ]  # fmt: skip
 
 
-@pytest.mark.parametrize(("m", "n"), COLUMNS)
-def test_columns(m, n):
+@pytest.mark.parametrize(
+    ("m", "n", "dtype"),
+    [
+        *((*shape, DOUBLE) for shape in COLUMNS),
+        *((*shape, d) for d in HALF for shape in pairs(around(16), around(128), d)),
+    ],
+)
+def test_columns(m, n, dtype):
     """Each row counts once, whatever range of rows it falls in: rows of the next range, which the
     last block of this one reaches, are not its own."""
-    dy, y = tensor(m, n), torch.tanh(tensor(m, n))
-    dz, db = linear.columns(dy, y, "tanh", (), True)
-    same(dz, dy * (1 - y * y))
-    same(db, dz.sum(0))
-    same(linear.columns(dy, None, None, (), True)[1], dy.sum(0))
+    dy, y = tensor(m, n, dtype=dtype), torch.tanh(tensor(m, n, dtype=dtype))
+    expected = dy.double() * (1 - y.double() ** 2)
+    for activation, dz in (("tanh", expected), (None, dy.double())):
+        ours = [
+            t.double() for t in linear.columns(dy, y if activation else None, activation, (), True)
+        ]
+        same(ours, [dz, dz.sum(0)], TOLERANCE[dtype])
 
 
 @pytest.mark.parametrize(("parts", "n"), [*product(around(128), around(32)), (5, 1), (1, 70)])
@@ -133,17 +152,24 @@ def test_prelu(shape):
     same(ours, torch.autograd.grad(expected, leaves, dy))
 
 
-@pytest.mark.parametrize(("m", "d"), [*product((1, *around(32)), around(16))])
+@pytest.mark.parametrize(
+    ("m", "d", "dtype"),
+    [
+        *((*shape, DOUBLE) for shape in product((1, *around(32)), around(16))),
+        *((*shape, d) for d in HALF for shape in pairs(around(32), around(16), d)),
+    ],
+)
 @pytest.mark.parametrize("symmetric", [False, True])
-def test_info_nce(m, d, symmetric):
-    q, k = tensor(m, d).requires_grad_(), tensor(m, d)
+def test_info_nce(m, d, dtype, symmetric):
+    q, k = tensor(m, d, dtype=dtype).double().requires_grad_(), tensor(m, d, dtype=dtype).double()
     s = q @ k.t() / 0.5
     losses = [F.cross_entropy(v, torch.arange(m, device=DEVICE)) for v in (s, s.t())]
     expected = sum(losses) / 2 if symmetric else losses[0]
     with torch.no_grad():
-        loss, G = kernels("contrastive").info_nce(q, k, None, 0.5, symmetric, MEAN, True)
-    same(loss, expected)
-    same(G @ k / m, torch.autograd.grad(expected, q)[0])
+        given = q.to(dtype), k.to(dtype), None, 0.5, symmetric, MEAN, True
+        loss, G = kernels("contrastive").info_nce(*given)
+    same(loss.double(), expected, TOLERANCE[dtype])
+    same(G.double() @ k / m, torch.autograd.grad(expected, q)[0], TOLERANCE[dtype])
 
 
 @pytest.mark.parametrize(
@@ -179,6 +205,169 @@ def test_rows(m, n):
         dy = tensor(m)
         ours = contrastive.triplet_backward(dy, x, p, other, d, *given, (True, False, False))[0]
     same(ours, torch.autograd.grad(expected, x, dy)[0])
+
+
+def agree(function, dtype, *shapes):
+    """A value and its gradients under a random dy: by our kernels, and by torch in float64."""
+    inputs, dy, found = [tensor(*shape).to(dtype) for shape in shapes], None, []
+    for face, cast in ((functional, dtype), (F, DOUBLE)):
+        leaves = [x.to(cast, copy=True).requires_grad_() for x in inputs]
+        with use_backend("triton"):
+            y = function(face, *leaves)
+            dy = tensor(*y.shape).to(dtype) if dy is None else dy
+            grads = torch.autograd.grad(y, leaves, dy.to(cast), materialize_grads=True)
+        found.append([t.double() for t in (y, *grads)])
+    same(*found, TOLERANCE[dtype])
+
+
+def classes(x):
+    """Every class of x (N, C, ...) in its turn, the last one first."""
+    shape = x.shape[:1] + x.shape[2:]
+    return (~torch.arange(shape.numel(), device=DEVICE) % x.shape[1]).view(shape)
+
+
+def weights(x):
+    return torch.linspace(0.5, 2, x.shape[1], dtype=x.dtype, device=DEVICE)
+
+
+def forget_plans(monkeypatch, *families):
+    """Launches are planned anew while a test runs, with the sizes that it has set."""
+    for module in map(kernels, families):
+        for name, function in list(vars(module).items()):
+            if name.startswith("plan") and hasattr(function, "__wrapped__"):
+                monkeypatch.setattr(module, name, function.__wrapped__)
+
+
+#: of one or two tensors of rows, by torch.nn.functional or by ours
+OF_ROWS = {
+    "softmax": lambda F, x, t: F.softmax(x, 1),
+    "nll_loss": lambda F, x, t: F.nll_loss(x, classes(x), reduction="none"),
+    "mean nll_loss": lambda F, x, t: F.nll_loss(x, classes(x), weights(x), ignore_index=1),
+    "cross_entropy": lambda F, x, t: F.cross_entropy(
+        x, classes(x), reduction="none", label_smoothing=0.1
+    ),
+    "mean cross_entropy": lambda F, x, t: F.cross_entropy(
+        x, classes(x), weights(x), ignore_index=1
+    ),
+    "of probabilities": lambda F, x, t: F.cross_entropy(x, t, weights(x)),
+    "normalize": lambda F, x, t: F.normalize(x, dim=-1),
+    "triplet": lambda F, x, t: F.triplet_margin_loss(x, t, t.flip(0), 3.0, swap=True),
+}
+
+
+@pytest.mark.parametrize("dtype", TOLERANCE)
+@pytest.mark.parametrize("tile", [(4, 8), (1, 8)])
+@pytest.mark.parametrize("name", OF_ROWS)
+def test_small_tiles(name, tile, dtype, monkeypatch):
+    """Around the rows and columns of a tile, side by side too; and of tiles of one long row, around
+    the four programs that walk them."""
+    monkeypatch.setattr(rows, "row_config", lambda *_: rows.RowConfig(*tile, 1))
+    monkeypatch.setattr(rows, "RESIDENT", 1)
+    monkeypatch.setattr(kernels("nll"), "PICKED", 8)
+    monkeypatch.setattr(kernels("cross_entropy"), "FEW", 8)
+    forget_plans(monkeypatch, "softmax", "nll", "cross_entropy", "normalize", "contrastive")
+    few = [(5, 9)] if tile[0] == 1 else [*pairs(around(4), around(8), dtype), (2, 17, 5)]
+    more = [(3, 9), (4, 9)] if tile[0] == 1 else [(1, 7, 3), (1, 8, 4)]
+    for shape in few + more if dtype == DOUBLE else few:
+        agree(OF_ROWS[name], dtype, shape, shape)
+
+
+#: of rows and of some vectors along them
+NORMS = {
+    "layer_norm": (lambda F, x, w, b: F.layer_norm(x, w.shape, w, b), 2),
+    "bare layer_norm": (lambda F, x: F.layer_norm(x, x.shape[1:]), 0),
+    "rms_norm": (lambda F, x, w: F.rms_norm(x, w.shape, w, 1e-5), 1),
+}
+
+
+@pytest.mark.parametrize("dtype", TOLERANCE)
+@pytest.mark.parametrize("name", NORMS)
+def test_norms(name, dtype):
+    """Around powers of two, whatever the blocks are; of many rows; of rows longer than a block."""
+    shapes = [*pairs((1, 2, 5), around(4), dtype), *zip((1, 2, 5), around(64), strict=True)]
+    shapes += [(1, 1), (300, 5)] + [(1, 1025), (2, 2049)] * (dtype == DOUBLE)
+    function, vectors = NORMS[name]
+    for m, n in shapes:
+        agree(function, dtype, (m, n), *vectors * [(n,)])
+
+
+#: what no other test here calls in half precision, and shapes around its blocks there
+IN_HALF = {
+    "silu": (lambda F, x: F.silu(x), [[(n,)] for n in (*around(2048), 4097)]),
+    "mse_loss": (
+        lambda F, x, t: F.mse_loss(x, t, reduction="none"),
+        [2 * [(n,)] for n in (*around(1024), 2049)],
+    ),
+    "mean mse_loss": (lambda F, x, t: F.mse_loss(x, t), [2 * [(1025,)]]),
+    "prelu": (
+        lambda F, x, w: F.prelu(x, w),
+        [[shape, shape[1:2]] for shape in zip(around(4), around(8), around(32), strict=True)],
+    ),
+    "linear": (
+        lambda F, x, w, b: F.linear(x, w, b),
+        [
+            [(m, k), (n, k), (n,)]
+            for m, n, k in (
+                *zip(around(32), around(32), around(64), strict=True),
+                (129, 130, 65), (300, 3, 1),
+            )
+        ],
+    ),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("dtype", HALF)
+@pytest.mark.parametrize("name", IN_HALF)
+def test_in_half_precision(name, dtype):
+    function, samples = IN_HALF[name]
+    for shapes in samples:
+        agree(function, dtype, *shapes)
+
+
+@pytest.mark.parametrize("dtype", TOLERANCE)
+@pytest.mark.parametrize("in_place", [False, True])
+def test_scale(in_place, dtype, monkeypatch):
+    """Around a block, and around as many blocks as there are programs, which then have two."""
+    scale = kernels("scale")
+    monkeypatch.setattr(scale, "PROGRAMS", 1)
+    forget_plans(monkeypatch, "scale")
+    for n in (1, *around(1024), *around(4 * 1024)):
+        for dy in (1.0, 2.5):
+            grad = tensor(n).to(dtype)
+            expected, dy = grad.double() * dy, grad.new_tensor(dy)
+            ours = scale.scale_(grad, dy) if in_place else scale.scale(grad, dy)
+            same((grad if in_place else ours).double(), expected, TOLERANCE[dtype])
+
+
+OPTIMIZERS = {
+    "SGD": {"momentum": 0.9}, "Adagrad": {}, "RMSprop": {"centered": True, "momentum": 0.5},
+    "Adam": {"amsgrad": True}, "AdamW": {}, "Lion": {},
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("dtype", TOLERANCE)
+@pytest.mark.parametrize("name", OPTIMIZERS)
+def test_optimizers(name, dtype, monkeypatch):
+    """Tensors around a block, and around the blocks of a program, with one number between two of
+    them that nobody writes."""
+    monkeypatch.setattr(kernels("optim"), "BLOCK", 8)
+    monkeypatch.setattr(kernels("optim"), "ROUNDS", 2)
+    sizes = (1, *around(8), *around(16), 33)
+    home = tensor(sum(sizes) + len(sizes)).to(dtype)
+    parts = home.split([n for size in sizes for n in (size, 1)])
+    ours, gaps = [p.requires_grad_() for p in parts[::2]], torch.cat(parts[1::2])
+    theirs = [p.detach().to(DOUBLE, copy=True).requires_grad_() for p in ours]
+    options, cls = {"lr": 0.1, "weight_decay": 0.1, **OPTIMIZERS[name]}, getattr(optim, name)
+    steppers = [(ours, cls(ours, **options)), (theirs, cls._torch(theirs, **options))]
+    for _ in range(2):
+        grads = [tensor(n).to(dtype) for n in sizes]
+        for params, optimizer in steppers:
+            for p, g in zip(params, grads, strict=True):
+                p.grad = g.to(p.dtype)
+            with use_backend("triton"):
+                optimizer.step()
+    same([p.double() for p in ours], theirs, TOLERANCE[dtype])
+    same(torch.cat(parts[1::2]), gaps, 0)
 
 
 def far_apart(width):
@@ -244,7 +433,7 @@ def test_results_are_no_views():
     assert not any(t._is_view() for t in found if t is not None)
 
 
-@pytest.mark.parametrize("name", ["SGD", "Adagrad", "RMSprop", "Adam", "AdamW", "Lion"])
+@pytest.mark.parametrize("name", OPTIMIZERS)
 def test_without_a_decay_an_infinite_parameter_stays_infinite(name):
     """0 · ∞ is NaN."""
     p = torch.tensor([float("inf"), 1.0], dtype=DOUBLE, device=DEVICE, requires_grad=True)
