@@ -48,7 +48,7 @@ def main() -> int:
         "ops",
         nargs="*",
         metavar="OP",
-        help="an op, or a family for all its ops; default: all",
+        help="an op; or a family, for all its ops, unless an op has its name; default: all",
     )
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument(

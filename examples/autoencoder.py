@@ -273,7 +273,7 @@ def draw_codes(
             title=f"{name.split()[0]}: 64 -> 2", xlabel="first number of the code", ylabel="second"
         )
         plot.legend()
-    figure.colorbar(points, ax=axes, ticks=range(10), label="digit (not learned from)")
+    figure.colorbar(points, ax=axes, ticks=range(10), label="digit (not used in training)")
     write(figure, args.out / "codes.png")
 
 

@@ -95,7 +95,7 @@ def options(name: str, description: str | None, **own: int | tuple[str, ...]) ->
         type=at_least(0),
         default=0,
         metavar="N",
-        help="of all that is random (default: %(default)s)",
+        help="of everything random (default: %(default)s)",
     )
     for option, default in own.items():
         kind: dict[str, Any] = {"type": at_least(1), "default": default, "metavar": "N"}
@@ -200,7 +200,7 @@ def save_epoch(
 
 
 def stop(
-    checkpoint: Path, complete: str = "the last whole epoch is", of: str = "epoch"
+    checkpoint: Path, complete: str = "the last complete epoch is", of: str = "epoch"
 ) -> NoReturn:
     """Ends an interrupted run, and says how to continue it."""
     saved = f"{complete} saved in {checkpoint}; the same command continues from there"

@@ -207,7 +207,7 @@ def main() -> None:
     learners = learners_of(args.device)
     untrained = learners["InfoNCE"].represent
     spaces = {"pixels": (x, test_x), "untrained": (untrained(x), untrained(test_x))}
-    print(f"{len(x)} digits to learn from, {len(test_x)} for the test; {where(args)}")
+    print(f"{len(x)} digits for training, {len(test_x)} for the test; {where(args)}")
     for name, learner in learners.items():
         print(f"{name}: {learner.loss} of {learner.encoder}")
     try:
@@ -226,7 +226,7 @@ def main() -> None:
     )
     print(f"wrote {args.out / 'weights.pt'}")
     args.checkpoint.unlink()
-    few = f"neighbours, {FEW} labels a class"
+    few = f"neighbours, {FEW} labels per class"
     print(f"{'test accuracy, %':18}{'neighbours':>12}{'probe':>12}{few:>34}{'probe':>12}")
     accuracies = {}
     for name, (z, test_z) in spaces.items():

@@ -184,7 +184,7 @@ def draw(learners: dict[str, Learner], args: Namespace) -> None:
                 **look,
             )
     loss.set(xlabel="epoch", ylabel="cross-entropy", yscale="log", title="Training loss")
-    accuracy.set(xlabel="epoch", ylabel="digits read rightly, %", title="Test accuracy")
+    accuracy.set(xlabel="epoch", ylabel="digits classified correctly, %", title="Test accuracy")
     norms.set(
         xlabel="epoch",
         ylabel="‖∂L/∂W‖, mean of the epoch",
@@ -209,7 +209,7 @@ def main() -> None:
         torch.manual_seed(args.seed)
         learners[name] = Learner(model(), loss, sgd, args.device)
     ours, stock = learners["ours"], learners["stock"]
-    print(f"{len(parts[0])} digits to learn from, {len(parts[1])} for the test; {where(args)}")
+    print(f"{len(parts[0])} digits for training, {len(parts[1])} for the test; {where(args)}")
     print(f"ours: {ours.model}\nstock: {stock.model}")
     memory = [step_memory(learner, parts[0][:BATCH], parts[2][:BATCH]) for learner in (ours, stock)]
     try:

@@ -266,7 +266,7 @@ def learn(args: Namespace, mesh: DeviceMesh) -> None:
     learner = Learner(spread(our_model(256, 128).to(args.device), args.strategy, mesh), settings)
     if first:
         run = f"{args.strategy}, {mesh.size()} x {args.device}, {dist.get_backend()}"
-        print(f"{len(x)} digits to learn from; {run}", flush=True)
+        print(f"{len(x)} digits for training; {run}", flush=True)
     try:
         train(learner, x, y, args)
     except KeyboardInterrupt:

@@ -84,7 +84,7 @@ def draw(x: np.ndarray, y: np.ndarray, paths: dict[str, np.ndarray], args: Names
     for name, color, width in (("NumPy", "C1", 8), ("stock", "C0", 4), ("ours", "k", 1.2)):
         losses = np.mean((x @ paths[name][shown, :1].T + paths[name][shown, 1] - y) ** 2, axis=0)
         right.plot(losses, color=color, linewidth=width, label=name)
-    right.set(xlabel="step", ylabel="loss L", title="The first steps: three ways, one curve")
+    right.set(xlabel="step", ylabel="loss L", title="The first steps: three results, one curve")
     right.legend()
     write(figure, args.out / "linear_regression.png")
 
@@ -122,7 +122,7 @@ def main() -> None:
     print("(the last column: the largest over all steps)\n")
     draw(x, y, paths, args)
     if not max(furthest.values()) <= TOLERANCE:
-        sys.exit(f"the three ways differ by more than {TOLERANCE:g}")
+        sys.exit(f"the three results differ by more than {TOLERANCE:g}")
     print(f"all three agree to {TOLERANCE:g}")
 
 

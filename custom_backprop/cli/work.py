@@ -31,15 +31,15 @@ def add_common(parser: argparse.ArgumentParser) -> None:
         "ops",
         nargs="*",
         metavar="OP",
-        help="an op, that one alone; or a family that is no op (activation, loss, contrastive), "
-        "all its ops; default: all",
+        help="an op; or a family, for all its ops, unless an op has its name (activation, loss, "
+        "contrastive); default: all",
     )
     parser.add_argument(
         "--jobs",
         type=count,
         default=os.cpu_count() or 1,
         metavar="N",
-        help="processes; default: one a core",
+        help="processes; default: one per core",
     )
     parser.add_argument("--json", metavar="F", help="also write the results to this file")
 

@@ -97,8 +97,8 @@ class _NotTwice(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, dy: Tensor) -> Any:
         raise RuntimeError(
-            "vocab_parallel_cross_entropy is not differentiable twice: no rank has what that "
-            "would take"
+            "vocab_parallel_cross_entropy is not differentiable twice: no rank has the "
+            "data for that"
         )
 
 
@@ -161,7 +161,7 @@ def vocab_parallel_cross_entropy(
     share = -(-total // ranks)
     if (ranks - 1) * share >= total:
         raise ValueError(
-            f"vocab_parallel_cross_entropy: {total} classes do not give each of {ranks} ranks one"
+            f"vocab_parallel_cross_entropy: {total} classes are too few for {ranks} ranks"
         )
     if logits.shape[1] != (expected := min(share, total - rank * share)):
         raise ValueError(

@@ -37,8 +37,8 @@ def _layouts(operator: Any, args: tuple[Any, ...]) -> list[Layout]:
     return [([*map(_placement, y)], [*map(_placement, x)]) for y, x in found]
 
 
-def _placement(lies: Any) -> Any:
-    return Shard(lies) if isinstance(lies, int) else _PLACEMENTS[lies]
+def _placement(name: Any) -> Any:
+    return Shard(name) if isinstance(name, int) else _PLACEMENTS[name]
 
 
 def _dispatch(
@@ -49,13 +49,13 @@ def _dispatch(
     tensors = [a for a in args if isinstance(a, DTensor)]
     if any(isinstance(a, Tensor) and not isinstance(a, DTensor) for a in args):
         raise RuntimeError(
-            f"{operator}: got torch.Tensor beside DTensor: make a DTensor of each "
+            f"{operator}: got torch.Tensor and DTensor: make all of them DTensors "
             "(DTensor.from_local, distribute_tensor)"
         )
     mesh = tensors[0].device_mesh
     if any(t.device_mesh != mesh for t in tensors):
         meshes = ", ".join(str(t.device_mesh) for t in tensors)
-        raise RuntimeError(f"{operator}: the DTensors lie on different meshes: {meshes}")
+        raise RuntimeError(f"{operator}: the DTensors are on different meshes: {meshes}")
     if operator is PRIMITIVES["linear_activation_forward"].operator and _is_inner(*args[:2]):
         return _linear_then_activation(*args)
     layouts = [_cheapest(operator, args, i) for i in range(mesh.ndim)]
@@ -112,17 +112,19 @@ def _refusal(name: str, tensors: list[DTensor]) -> str:
         p.is_shard(1) for p in tensors[0].placements
     ):
         advice += (
-            "; for classes spread over ranks: "
+            "; for classes sharded over ranks: "
             "custom_backprop.distributed.vocab_parallel_cross_entropy(x.to_local(), ...)"
         )
     elif name.startswith("info_nce"):
         advice = (
-            f"every query meets every key: redistribute them ({gathered}); on x.to_local() it is "
-            "another loss, with no negatives but this rank's"
+            f"every query is compared with every key: redistribute them ({gathered}); on "
+            "x.to_local() it is another loss, with only this rank's negatives"
         )
     elif "_loss" in name or "entropy" in name or name.startswith(("kl_div", "triplet")):
         advice += "; for a mean: reduction='sum', divided by the count"
-    return f"{name} cannot be computed shard by shard of inputs placed so: {given}; {advice}"
+    return (
+        f"{name} cannot be computed shard by shard for inputs placed like this: {given}; {advice}"
+    )
 
 
 def _placed(a: Any, placements: tuple[Placement | None, ...]) -> Any:

@@ -15,7 +15,7 @@ from .propagation import propagation
 
 Model = TypeVar("Model", bound=torch.nn.Module)
 LAYERS = (torch.nn.Linear, torch.nn.Conv1d, torch.nn.Conv2d, torch.nn.Conv3d)
-#: above this s, no gain keeps the variance within a factor of ten through 20 layers
+#: above this s, no gain preserves the variance within a factor of ten through 20 layers
 DRIFT = 1.15
 
 
@@ -70,14 +70,13 @@ def init_for(
         raise ValueError(
             "lsuv measures the layers' outputs: give it a batch"
             if batch is None
-            else f"{method} takes no batch; lsuv does"
+            else f"{method} takes no batch, only lsuv does"
         )
     normalises = any("norm" in type(module).__name__.lower() for module in model.modules())
     if method != "lsuv" and known.slope > DRIFT and not normalises:
         raise ValueError(
-            f"{activation}: a deviation of the variance grows {known.slope:.2f}-fold each layer, "
-            "no gain keeps it through depth. "
-            "Take method='lsuv', or normalise between the layers"
+            f"{activation}: a deviation of the variance grows {known.slope:.2f}-fold in each "
+            "layer, with any gain. Use method='lsuv', or normalise between the layers"
         )
     layers = {n: module for n, module in model.named_modules() if isinstance(module, LAYERS)}
     if not layers:

@@ -79,8 +79,7 @@ def mesh_of(parameters: list[Any]) -> Any:
     meshes = {p.device_mesh for p in parameters if is_dtensor(p)}
     if len(meshes) > 1:
         raise RuntimeError(
-            f"the parameters are spread over {len(meshes)} device meshes: "
-            "give each part a monitor of its own"
+            f"the parameters are on {len(meshes)} device meshes: give each part its own monitor"
         )
     return next(iter(meshes), None)
 

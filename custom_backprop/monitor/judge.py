@@ -79,7 +79,7 @@ def _exploding(reading: Reading, layers: list[Layer], old: list[Reading]) -> Ver
     most = max((r.norm for r in old if math.isfinite(r.norm)), default=math.inf)
     if most > 0 and reading.norm > SURGE * most:
         worst = max(layers, key=lambda layer: layer.norm or 0)
-        times = f"{reading.norm / most:.3g} times the most of the past"
+        times = f"{reading.norm / most:.3g} times the largest of the past"
         return Verdict(
             "exploding", worst.name, f"the gradient's norm is {reading.norm:.3g}, {times}"
         )
@@ -116,7 +116,7 @@ def _vanishing(reading: Reading, layers: list[Layer], old: list[Reading]) -> Ver
         )
         now = (layer.norm or 0) / reading.norm if reading.norm else was
         if now < LOST * was:
-            evidence = f"its part of the gradient's norm is {now:.2g}, and was {was:.2g}"
+            evidence = f"its share of the gradient's norm is {now:.2g}, and was {was:.2g}"
             return Verdict("vanishing", layer.name, evidence)
     return None
 

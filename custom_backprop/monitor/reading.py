@@ -6,11 +6,11 @@ from dataclasses import asdict, dataclass, fields
 from functools import cached_property
 
 CURES = {
-    "vanishing": "initialise for the activation (custom_backprop.init.init_for), take one that "
+    "vanishing": "initialise for the activation (custom_backprop.init.init_for), use one that "
     "does not saturate, or normalise between layers",
     "exploding": "clip the norm (custom_backprop.nn.utils.clip_grad_norm_), lower the learning "
     "rate, or initialise for the activation (custom_backprop.init.init_for)",
-    "dead units": "lower the learning rate, start the biases at 0, or take an activation with a "
+    "dead units": "lower the learning rate, start the biases at 0, or use an activation with a "
     "slope everywhere (leaky_relu, elu, gelu)",
     "non-finite": "lower the learning rate, clip the norm "
     "(custom_backprop.nn.utils.clip_grad_norm_) or normalise; "

@@ -154,9 +154,7 @@ class GradientMonitor:
                 over the gradients would be wrong (the message says why).
         """
         if torch.compiler.is_compiling():
-            raise RuntimeError(
-                "GradientMonitor.step() must be called outside of what torch.compile compiles"
-            )
+            raise RuntimeError("GradientMonitor.step() must not be called in a compiled function")
         if self._removed:
             raise RuntimeError("GradientMonitor.step() was called after remove()")
         self.steps += 1

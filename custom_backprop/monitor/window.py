@@ -58,8 +58,8 @@ class Window:
         with any non-finite element counts as a bad step, without a norm or a mean."""
         if len(devices := {t.device for t in sums}) > 1:
             raise RuntimeError(
-                f"the model lies on several devices ({', '.join(sorted(map(str, devices)))}): "
-                "give each part a monitor of its own"
+                f"the model is on several devices ({', '.join(sorted(map(str, devices)))}): "
+                "give each part its own monitor"
             )
         added = torch.stack(sums).view(len(rows), 5)
         added[:, SQUARES].square_()

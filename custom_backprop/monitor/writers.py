@@ -49,7 +49,7 @@ class TensorBoard:
             from torch.utils.tensorboard import SummaryWriter
         except ImportError as error:
             raise ImportError(
-                "writing for TensorBoard needs: pip install tensorboard (or take JSONLines)"
+                "writing for TensorBoard needs: pip install tensorboard (or use JSONLines)"
             ) from error
         self._open, self.directory, self.layers = SummaryWriter, str(directory), layers
         self._writer: Any = None

@@ -17,7 +17,7 @@ def why_not_stored(
     group: dict[str, Any], p: Tensor, g: Tensor, states: Iterable[Tensor]
 ) -> str | None:
     """Why our update cannot take ``p``, given how it, its gradient and its states are stored. It is
-    the end of the sentence "... does not go with". None if our update can."""
+    the end of the sentence "... cannot be combined with". None if our update can."""
     others = (g, *states)
     if group.get("capturable"):
         return "capturable=True, which is torch's own update: leave out one of the two"
@@ -41,7 +41,7 @@ def why_not_stored(
         )
     if not _dense(local(p)):
         return (
-            "a parameter whose elements lie apart in memory, or are stored negated: "
+            "a parameter whose elements have gaps in memory, or are stored negated: "
             "give it a clone of its data"
         )
     return None

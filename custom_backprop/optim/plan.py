@@ -124,7 +124,7 @@ def _kind(
     why_not = why_not_stored(group, p, g, there)
     if why_not is not None and wide:
         asked = "master_weights" if optimizer.master_weights else "bf16_stochastic_round"
-        raise RuntimeError(f"{asked}=True does not go with {why_not}")
+        raise RuntimeError(f"{asked}=True cannot be combined with {why_not}")
     if why_not is not None or (not wide and why_not_alike(group, p, g, there, backend)):
         return None
     here, missing = local(p), [*states.values()].count(None)

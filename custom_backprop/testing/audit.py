@@ -50,7 +50,7 @@ class Audit:
 
     launches: list[AuditedLaunch] = field(default_factory=list)
     differences: list[str] = field(default_factory=list)
-    """results that are not the formula's: all was touched as it should, and counted otherwise"""
+    """results that differ from the formula's, although every access was right"""
 
     @property
     def faults(self) -> list[str]:

@@ -327,7 +327,7 @@ def two_backwards(case: Case) -> None:
         for a, b in zip(expected, second, strict=True):
             _require(
                 (a is None) == (b is None) and (a is None or _bits(a, b)),
-                "the second backward gave other bits",
+                "the second backward gave different bits",
             )
 
 
@@ -344,7 +344,7 @@ def freed(case: Case) -> None:
         del results
         _require(
             not any(w() is not None for w in watched),
-            "an output outlives its last name: a reference cycle",
+            "an output outlives its last reference: a reference cycle",
         )
     finally:
         if collecting:
@@ -431,7 +431,7 @@ def sweep(case: Case) -> None:
     """
     _with_reference(case)
     if not case.elementwise:
-        raise NotApplicable("not stated to be elementwise of one tensor")
+        raise NotApplicable("not declared to be elementwise in one tensor")
     for dtype in case.low_precision:
         if dtype not in HALVES:
             continue

@@ -93,8 +93,8 @@ class Resources:
         found = []
         if self.spilled:
             found.append(
-                f"{self.spilled} bytes a thread of local memory (spilled registers, or an array on "
-                "the stack)"
+                f"{self.spilled} bytes of local memory per thread (spilled registers, or an array "
+                "on the stack)"
             )
         if self.atomics:
             found.append(

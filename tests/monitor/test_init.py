@@ -261,7 +261,7 @@ def test_activations_without_a_stable_gain():
     }
     with pytest.raises(
         ValueError,
-        match=r"relu_squared: a deviation .* grows 2\.00-fold each layer.*method='lsuv'",
+        match=r"relu_squared: a deviation .* grows 2\.00-fold in each layer.*method='lsuv'",
     ):
         init_for(network("relu_squared", 2), "relu_squared")
 

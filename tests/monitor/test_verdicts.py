@@ -77,7 +77,7 @@ def test_exploding_against_its_own_past():
         -1
     ].verdicts
     assert verdict.kind == "exploding"
-    assert "times the most of the past" in verdict.evidence
+    assert "times the largest of the past" in verdict.evidence
 
 
 def test_an_update_larger_than_the_weights():

@@ -119,7 +119,7 @@ REFUSED: dict[str, tuple[Any, str]] = {
     "capturable": (lambda p: p, "capturable"),
     "sparse": (lambda p: p, "dense"),
     "subclass": (lambda p: _Kind(p.detach()), "_Kind"),
-    "apart": (lambda p: Parameter(torch.zeros(6, 8, dtype=p.dtype)[:, ::2]), "apart"),
+    "gaps": (lambda p: Parameter(torch.zeros(6, 8, dtype=p.dtype)[:, ::2]), "gaps in memory"),
     "shape": (lambda p: p, "shape"),
 }
 
@@ -154,7 +154,7 @@ def test_options_that_torchs_own_update_would_ignore_raise(
         optimizer.step()
     assert torch.equal(p, before)
     if "support" not in match:
-        assert str(refused.value).startswith(f"{next(iter(kwargs))}=True does not go with ")
+        assert str(refused.value).startswith(f"{next(iter(kwargs))}=True cannot be combined with ")
     full = Parameter(p.detach().float())  # a float32 parameter needs no master copy
     full.grad = torch.ones_like(full)
     if what != "capturable":
