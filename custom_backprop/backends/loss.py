@@ -281,22 +281,18 @@ def _gradients(x, needs):
     return tuple(empty_if(need, x) for need in needs)
 
 
-def _check_probabilities(x: Tensor, t: Tensor) -> None:
-    """Raises RuntimeError on a CPU, as stock's operator does, for a number outside [0, 1]. On a GPU
-    that would wait for it."""
-    for name, tensor in (("input", x), ("target", t)):
-        known = tensor.is_cpu and not (is_traced() or functorch_active())
-        if known and not bool(((tensor >= 0) & (tensor <= 1)).all()):
-            raise RuntimeError(f"all elements of {name} should be between 0 and 1")
-
-
 def _checked(loss: Loss, run: Callable[..., Any]) -> Callable[..., Any]:
-    """A forward that looks at its inputs first, if the loss is one of probabilities."""
+    """A forward that looks at its inputs first, if the loss is one of probabilities: on a CPU it
+    raises RuntimeError, as stock's operator does, for a number outside [0, 1]. On a GPU that would
+    wait for it."""
     if loss.name != "binary_cross_entropy":
         return run
 
     def checked(x, t, *rest):
-        _check_probabilities(x, t)
+        for name, p in (("input", x), ("target", t)):
+            known = p.is_cpu and not (is_traced() or functorch_active())
+            if known and not bool(((p >= 0) & (p <= 1)).all()):
+                raise RuntimeError(f"all elements of {name} should be between 0 and 1")
         return run(x, t, *rest)
 
     return checked

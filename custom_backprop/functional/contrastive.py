@@ -7,7 +7,6 @@ Derivations: :mod:`custom_backprop.formulas.contrastive`.
 from __future__ import annotations
 
 import math
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -16,7 +15,7 @@ from torch.nn import _reduction as _Reduction
 from ..ops import contrastive as ops
 from ..ops.normalize import normalize as unit_vectors
 from ..ops.route import overridable
-from .arguments import reduction_of, same_dtype
+from .arguments import not_tensors, reduction_of, same_dtype
 
 __all__ = ["info_nce", "triplet_margin_loss"]
 
@@ -61,19 +60,16 @@ def triplet_margin_loss(
         raise ValueError(f"triplet_margin_loss: margin must be greater than 0, got {margin}")
     given = (anchor, positive, negative)
     if not all(isinstance(t, Tensor) for t in given):
-        raise TypeError(
-            "triplet_margin_loss: expected three Tensors, got "
-            f"{', '.join(type(t).__name__ for t in given)}"
-        )
+        raise not_tensors("triplet_margin_loss", *given)
     if not anchor.dim() == positive.dim() == negative.dim():
-        shapes = ", ".join(str(tuple(t.shape)) for t in given)
         raise RuntimeError(
             "triplet_margin_loss: expected tensors of the same number of dimensions, got the "
-            f"shapes {shapes}"
+            f"shapes {_shapes(*given)}"
         )
     if not all(t.is_floating_point() for t in given) or not p > 0 or _apart(*given, swap):
-        options: Any = {"margin": margin, "p": p, "eps": eps, "swap": swap, "reduction": reduction}
-        return torch.nn.functional.triplet_margin_loss(anchor, positive, negative, **options)
+        return torch.nn.functional.triplet_margin_loss(
+            *given, margin, p, eps, swap, reduction=reduction
+        )
     a, b, n = same_dtype(*given)
     if not a.shape == b.shape == n.shape:
         a, b, n = torch.broadcast_tensors(a, b, n)
@@ -87,9 +83,8 @@ def _apart(a: Tensor, p: Tensor, n: Tensor, swap: bool) -> bool:
     one shape could stand for."""
     if not a.dim():
         return False
-    widths = {
-        max(x.shape[-1], y.shape[-1]) for x, y in ((a, p), (a, n), *([(p, n)] if swap else []))
-    }
+    pairs = ((a, p), (a, n), (p, n)) if swap else ((a, p), (a, n))
+    widths = {max(x.shape[-1], y.shape[-1]) for x, y in pairs}
     return len(widths) > 1 or 0 in (a.shape[-1], p.shape[-1], n.shape[-1])
 
 
@@ -137,9 +132,7 @@ def info_nce(
         raise ValueError("info_nce: symmetric takes the other rows for negatives, and no others")
     given = [query, positive] if negatives is None else [query, positive, negatives]
     if not all(isinstance(t, Tensor) for t in given):
-        raise TypeError(
-            f"info_nce: expected Tensors, got {', '.join(type(t).__name__ for t in given)}"
-        )
+        raise not_tensors("info_nce", *given)
     _check(*given)
     q, k, *n = same_dtype(*given)
     if normalize:

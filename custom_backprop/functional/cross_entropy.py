@@ -5,16 +5,21 @@ Derivation: :mod:`custom_backprop.formulas.cross_entropy`.
 
 from __future__ import annotations
 
-from typing import Any
-
 import torch
 from torch import Tensor
 from torch.nn import _reduction as _Reduction
 
 from ..ops import cross_entropy as ops
 from ..ops.route import overridable
-from .arguments import reduction_of, same_dtype
-from .nll import by_rows, check_classes, check_tensors, check_weight, without_rows
+from .arguments import (
+    by_rows,
+    check_classes,
+    check_tensors,
+    check_weight,
+    reduction_of,
+    same_dtype,
+    without_rows,
+)
 
 __all__ = ["cross_entropy"]
 
@@ -53,12 +58,9 @@ def cross_entropy(
     if weight is None and not label_smoothing and _is_common(input, target):
         return ops.cross_entropy(input, target, None, number, ignore_index, 0.0)
     if without_rows(input):
-        options: Any = {
-            "ignore_index": ignore_index,
-            "reduction": reduction,
-            "label_smoothing": label_smoothing,
-        }
-        return torch.nn.functional.cross_entropy(input, target, weight, **options)
+        return torch.nn.functional.cross_entropy(
+            input, target, weight, None, ignore_index, None, reduction, label_smoothing
+        )
     if label_smoothing > 1:
         raise RuntimeError(f"label_smoothing must be between 0.0 and 1.0. Got: {label_smoothing}")
     smoothing = float(label_smoothing) if label_smoothing > 0 else 0.0
@@ -78,11 +80,8 @@ def cross_entropy(
     input, target, weight = same_dtype(input, target, weight)
     if weight is not None and weight.requires_grad:
         of_class = weight.view(-1, *[1] * (input.dim() - 2))
-        target, weight, smoothing = (
-            of_class * ((1 - smoothing) * target + smoothing / weight.numel()),
-            None,
-            0.0,
-        )
+        target = of_class * ((1 - smoothing) * target + smoothing / weight.numel())
+        weight, smoothing = None, 0.0
     return by_rows(ops.cross_entropy, input, target, weight, number, ignore_index, smoothing)
 
 

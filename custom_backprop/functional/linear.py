@@ -13,7 +13,7 @@ from ..formulas.activation import ACTIVATIONS
 from ..ops import linear as ops
 from ..ops.activation import activations
 from ..ops.route import overridable
-from .arguments import number
+from .arguments import not_tensors, number
 
 __all__ = ["linear", "linear_activation"]
 
@@ -84,10 +84,9 @@ def linear_activation(
     if input.dim() == 1:
         row = input.unsqueeze(0)
         return linear_activation(row, weight, bias, activation, **parameters).squeeze(0)
-    if parameters or activation not in _DEFAULTS:
+    values = None if parameters else _DEFAULTS.get(activation)
+    if values is None:
         values = activation_parameters(activation, parameters)
-    else:
-        values = _DEFAULTS[activation]
     if input.is_cuda and torch.is_autocast_enabled("cuda") and ATEN[activation].float32_on_cuda:
         return activations[activation](ops.linear(input, weight, bias), *values)
     return ops.linear_activation(input, weight, bias, activation, values)
@@ -95,15 +94,10 @@ def linear_activation(
 
 def _check(name: str, x: Tensor, weight: Tensor, bias: Tensor | None) -> None:
     """Raises what stock's product raises: a kernel would not see it."""
-    if not (
-        isinstance(x, Tensor)
-        and isinstance(weight, Tensor)
-        and (bias is None or isinstance(bias, Tensor))
-    ):
-        got = ", ".join(type(a).__name__ for a in (x, weight, bias))
-        raise TypeError(
-            f"{name}: input and weight must be Tensors, and bias a Tensor or None, not {got}"
-        )
+    given = (x, weight) if bias is None else (x, weight, bias)
+    for t in given:
+        if not isinstance(t, Tensor):
+            raise not_tensors(name, *given)
     if x.is_nested:
         return  # stock's own checks follow
     if not x.dim() or weight.dim() not in (1, 2) or x.shape[-1] != weight.shape[-1]:
@@ -122,7 +116,7 @@ def _check(name: str, x: Tensor, weight: Tensor, bias: Tensor | None) -> None:
     if x.dtype != weight.dtype or (bias is not None and bias.dtype != weight.dtype):
         if torch.is_autocast_enabled(x.device.type):
             return
-        got = f"{x.dtype}, {weight.dtype}" + ("" if bias is None else f", {bias.dtype}")
+        got = ", ".join(str(t.dtype) for t in given)
         raise RuntimeError(f"{name}: input, weight and bias must have the same dtype, got {got}")
 
 

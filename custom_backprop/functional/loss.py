@@ -159,15 +159,14 @@ def binary_cross_entropy(
         )
     if not input.is_floating_point():
         return torch.nn.functional.binary_cross_entropy(input, target, weight, reduction=reduction)
-    if not input.is_meta and torch.is_autocast_enabled(
-        input.device.type
-    ):  # of meta it may not be asked
-        if input.is_cuda:
-            raise RuntimeError(
-                "binary_cross_entropy is unsafe to autocast: use "
-                "binary_cross_entropy_with_logits, or disable autocast"
-            )
-    elif any(a is not None and a.dtype != input.dtype for a in (target, weight)):
+    # of meta it may not be asked
+    autocast = not input.is_meta and torch.is_autocast_enabled(input.device.type)
+    if autocast and input.is_cuda:
+        raise RuntimeError(
+            "binary_cross_entropy is unsafe to autocast: use "
+            "binary_cross_entropy_with_logits, or disable autocast"
+        )
+    if not autocast and any(a is not None and a.dtype != input.dtype for a in (target, weight)):
         got = [a.dtype for a in (input, target, weight) if a is not None]
         raise RuntimeError(
             f"binary_cross_entropy: input, target and weight must have the same dtype, got {got}"
@@ -364,10 +363,9 @@ def _difference(
     if not x.is_floating_point():
         given = parameters if weight is None else {**parameters, "weight": weight}
         return getattr(torch.nn.functional, name)(x, t, reduction=reduction, **given)
+    values = parameters.values()
     if weight is None:
-        return pointwise(
-            name, x, t, None, None, _Reduction.get_enum(reduction), *parameters.values()
-        )
+        return pointwise(name, x, t, None, None, _Reduction.get_enum(reduction), *values)
     if weight.size() != input.size():
         raise ValueError(
             f"Weights and input must have the same size, got {tuple(weight.shape)} and "
@@ -379,8 +377,8 @@ def _difference(
         )
     x, t, w = together(x, t, weight)
     if reduction == "mean" and name != "huber_loss":
-        return pointwise(name, x, t, None, w, SUM, *parameters.values()) / weight.sum()
-    return pointwise(name, x, t, None, w, _Reduction.get_enum(reduction), *parameters.values())
+        return pointwise(name, x, t, None, w, SUM, *values) / weight.sum()
+    return pointwise(name, x, t, None, w, _Reduction.get_enum(reduction), *values)
 
 
 def _warn(message: str) -> None:

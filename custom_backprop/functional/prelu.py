@@ -6,6 +6,7 @@ from torch import Tensor
 
 from ..ops import prelu as ops
 from ..ops.route import overridable
+from .arguments import not_tensors
 
 __all__ = ["prelu"]
 
@@ -25,8 +26,7 @@ def prelu(input: Tensor, weight: Tensor) -> Tensor:
         NotImplementedError: the input is not a floating-point tensor.
     """
     if not (isinstance(input, Tensor) and isinstance(weight, Tensor)):
-        got = f"{type(input).__name__} and {type(weight).__name__}"
-        raise TypeError(f"prelu: input and weight must be Tensors, not {got}")
+        raise not_tensors("prelu", input, weight)
     if input.dtype != weight.dtype:
         got = f"{input.dtype} and {weight.dtype}"
         raise RuntimeError(f"prelu: input and weight must have the same dtype, got {got}")
