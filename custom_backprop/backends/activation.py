@@ -3,7 +3,7 @@ saved, *parameters)``, where ``saved`` is x or y."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import torch
@@ -11,7 +11,7 @@ from torch import Tensor
 
 from ..formulas.activation import ACTIVATIONS, SELU_ALPHA, SELU_SCALE, Activation
 from ..formulas.precision import rounded_once
-from .library import Primitive, Sharding, builtin, fold_batch, launcher, primitive
+from .library import Primitive, builtin, fold_batch, launcher, primitive
 
 aten, nn = torch.ops.aten, torch._C._nn
 _threshold_backward = builtin(aten.threshold_backward)
@@ -191,7 +191,7 @@ def _in_strides_of_saved(run: Callable[..., Tensor]) -> Callable[..., Tensor]:
     return backward
 
 
-def elementwise(outputs: int, inputs: int) -> Callable[..., Iterable[Sharding]]:
+def _elementwise(outputs, inputs):
     """Sharded alike along any dimension."""
     return lambda x, *rest: (([i] * outputs, [i] * inputs) for i in range(x.dim()))
 
@@ -212,7 +212,7 @@ def _define(a: Activation) -> tuple[Primitive, Primitive]:
         triton=launcher("activation", "forward", a.name),
         fake=lambda x, *parameters: torch.empty_like(x),
         vmap=vmap_forward,
-        sharding=elementwise(1, 1),
+        sharding=_elementwise(1, 1),
     )
     backward = primitive(
         f"{a.name}_backward(Tensor dy, Tensor saved{parameters}) -> Tensor",
@@ -222,7 +222,7 @@ def _define(a: Activation) -> tuple[Primitive, Primitive]:
         fake=lambda dy, saved, *parameters: torch.empty_like(saved),
         vmap=vmap_backward,
         traced=a.backward,
-        sharding=elementwise(1, 2),
+        sharding=_elementwise(1, 2),
     )
     return forward, backward
 
@@ -240,7 +240,7 @@ def _define_in_place(a: Activation, run: Callable[..., Tensor]) -> Primitive:
         aten=by_aten,
         triton=launcher("activation", "forward_", a.name),
         fake=lambda x, *parameters: None,
-        sharding=elementwise(0, 1),
+        sharding=_elementwise(0, 1),
     )
 
 

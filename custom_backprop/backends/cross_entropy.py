@@ -167,7 +167,7 @@ def _forward(x, target, weight, reduction, ignore_index, smoothing, makes):
             return _classes(dense, target, weight, reduction, ignore_index), None
         if makes == GRADIENT and x.dim() == 2 and x.numel() <= SMALL and x.dtype not in HALF:
             loss, gradient = _small(dense, target, weight, reduction, ignore_index)
-            return loss, like(gradient, x)
+            return loss, _like(gradient, x)
     q = _Target(dense, target, weight, reduction, ignore_index, smoothing)
     made = _made(dense, makes)
     rows = dense.new_zeros((x.shape[0], *x.shape[2:]), dtype=wide(x.dtype))
@@ -177,7 +177,7 @@ def _forward(x, target, weight, reduction, ignore_index, smoothing, makes):
     if not q.probabilities:
         rows.masked_fill_(target == ignore_index, 0)
     loss = reduced(rows, q.total, reduction).to(x.dtype)
-    return loss, made if dx is None else like(dx, x)
+    return loss, made if dx is None else _like(dx, x)
 
 
 def _backward(
@@ -190,10 +190,10 @@ def _backward(
     dx = empty_if(need_x, dense)
     dtarget = torch.empty_like(dense, dtype=target.dtype) if need_target else None
     _walk(dense, q, q.shares(dy), None, None, dx, dtarget)
-    return like(dx, x), like(dtarget, target)
+    return _like(dx, x), _like(dtarget, target)
 
 
-def like(t: Tensor | None, layout: Tensor) -> Tensor | None:
+def _like(t: Tensor | None, layout: Tensor) -> Tensor | None:
     """A contiguous ``t`` as ``torch.empty_like(layout)`` lays it out."""
     if t is None or layout.is_contiguous():
         return t
@@ -210,16 +210,12 @@ def _made(x: Tensor, makes: int) -> Tensor | None:
 def _formula_forward(*args):
     x, makes = args[0], args[-1]
     loss, made = formula.forward(*args)
-    return loss, like(made.contiguous(), x) if makes == GRADIENT else made
+    return loss, _like(made.contiguous(), x) if makes == GRADIENT else made
 
 
 def _formula_backward(*args):
-    _, x, target, *_, need_x, need_target = args
-    dx, dtarget = formula.backward(*args)
-    return (
-        like(dx.contiguous(), x) if need_x else None,
-        like(dtarget.contiguous(), target) if need_target else None,
-    )
+    found = zip(formula.backward(*args), args[1:3], args[-2:], strict=True)
+    return tuple(_like(grad.contiguous(), t) if need else None for grad, t, need in found)
 
 
 def _fake_forward(x, target, weight, reduction, *rest):
@@ -228,20 +224,16 @@ def _fake_forward(x, target, weight, reduction, *rest):
 
 
 def _sharding(x, target, weight, reduction, *rest):
-    if reduction != MEAN:
-        for i, t in nll.rows_of(x, target):
-            row = nll.of_row(i)
-            made = {GRADIENT: i, STATISTICS: row + 1}.get(rest[-1], R)
-            yield [row if reduction == NONE else P, made], [i, t, R]
+    for i, t, row in nll.shards(x, target, reduction):
+        made = {GRADIENT: i, STATISTICS: row + 1}.get(rest[-1], R)
+        yield [row if reduction == NONE else P, made], [i, t, R]
 
 
 def _backward_sharding(dy, x, target, weight, statistics, *rest):
     reduction, *_, need_x, need_target = rest
-    if reduction != MEAN:
-        for i, t in nll.rows_of(x, target):
-            row = nll.of_row(i)
-            outputs = [i if need_x else R, t if need_target else R]
-            yield outputs, [row if reduction == NONE else R, i, t, R, row + 1]
+    for i, t, row in nll.shards(x, target, reduction):
+        outputs = [i if need_x else R, t if need_target else R]
+        yield outputs, [row if reduction == NONE else R, i, t, R, row + 1]
 
 
 _TARGET = "Tensor target, Tensor? weight"

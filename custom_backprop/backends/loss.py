@@ -298,28 +298,26 @@ def _checked(loss: Loss, run: Callable[..., Any]) -> Callable[..., Any]:
     return checked
 
 
-def _like(t, x, i):
-    """Sharded as x, if the tensor is as large there as x."""
-    return i if t is not None and t.shape == x.shape else R
+def _shards(x, others, reduction):
+    """The dimensions of x, and how it and the others lie if it is sharded there: as x, if they are
+    as large. None for a mean, which divides by the count of all shards, which no shard knows."""
+    if reduction != MEAN:
+        for i in range(x.dim()):
+            yield i, [i if t is not None and t.shape == x.shape else R for t in (x, *others)]
 
 
 def _sharding(x, *rest):
-    """A mean divides by the count of all shards, which no shard knows."""
-    *tensors, reduction, make_dx = rest[:5]
-    if reduction != MEAN:
-        for i in range(x.dim()):
-            outputs = [i if reduction == NONE else P, i if make_dx else R]
-            yield outputs, [i, *(_like(t, x, i) for t in tensors)]
+    *others, reduction, make_dx = rest[:5]
+    for i, inputs in _shards(x, others, reduction):
+        yield [i if reduction == NONE else P, i if make_dx else R], inputs
 
 
 def _backward_sharding(dy, x, *rest):
-    *tensors, reduction, needs = rest[:5]
-    if reduction != MEAN:
-        for i in range(x.dim()):
-            inputs = [i, *(_like(t, x, i) for t in tensors)]
-            grads = zip(inputs, needs, strict=True)
-            outputs = [R if not need else P if lies == R else lies for lies, need in grads]
-            yield outputs, [i if reduction == NONE else R, *inputs]
+    *others, reduction, needs = rest[:5]
+    for i, inputs in _shards(x, others, reduction):
+        grads = zip(inputs, needs, strict=True)
+        outputs = [R if not need else P if lies == R else lies for lies, need in grads]
+        yield outputs, [i if reduction == NONE else R, *inputs]
 
 
 def _fake(x, t, v, w, reduction, make_dx, *_):

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterator
 
 import torch
 from torch import Tensor
@@ -52,28 +52,24 @@ def backward_aten(
     ).squeeze(3)
 
 
-def of_row(i: int) -> int:
-    """That of one number a row: dimension i of x without that of the classes."""
-    return max(i - 1, 0)
-
-
-def rows_of(x: Tensor, target: Tensor) -> Iterable[tuple[int, int]]:
-    """The dimensions of x but that of the classes, and the target's placement. A mean divides by a
+def shards(x: Tensor, target: Tensor, reduction: int) -> Iterator[tuple[int, int, int]]:
+    """The dimensions along which rows may be sharded: of x any but that of the classes, with that
+    of the target, and that of a tensor of one number a row. None for a mean, which divides by a
     weight that no shard knows."""
-    same = target.dim() == x.dim()
-    return ((i, i if same else of_row(i)) for i in range(x.dim()) if i != 1)
+    for i in range(x.dim()):
+        if i != 1 and reduction != MEAN:
+            row = max(i - 1, 0)
+            yield i, i if target.dim() == x.dim() else row, row
 
 
 def _sharding(x, target, weight, reduction, *rest):
-    if reduction != MEAN:
-        for i, t in rows_of(x, target):
-            yield [of_row(i) if reduction == NONE else P, P], [i, t, R]
+    for i, t, row in shards(x, target, reduction):
+        yield [row if reduction == NONE else P, P], [i, t, R]
 
 
 def _backward_sharding(dy, x, target, weight, total, reduction, *rest):
-    if reduction != MEAN:
-        for i, t in rows_of(x, target):  # only a mean reads the total
-            yield [i], [of_row(i) if reduction == NONE else R, i, t, R, None]
+    for i, t, row in shards(x, target, reduction):  # only a mean reads the total
+        yield [i], [row if reduction == NONE else R, i, t, R, None]
 
 
 def _fake(x, target, weight, reduction, *rest):

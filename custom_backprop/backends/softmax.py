@@ -7,13 +7,13 @@ Results are contiguous, as PyTorch's own are.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 
 import torch
 from torch import Tensor
 
 from ..formulas.softmax import SOFTMAXES, Softmax
-from .library import Primitive, Sharding, fold_batch, launcher, primitive
+from .library import Primitive, fold_batch, launcher, primitive
 
 
 def _softmin(x, dim, dtype):
@@ -46,7 +46,7 @@ def stock_of(name: str) -> Callable[..., Tensor]:
     return lambda x, dim, dtype: function(x, dim, dtype=dtype)
 
 
-def _other_dimensions(tensors: int) -> Callable[..., Iterable[Sharding]]:
+def _other_dimensions(tensors):
     """Sharded along any dimension but that of the sum."""
 
     def sharding(x, *rest):
