@@ -46,13 +46,11 @@ class Kernel:
     def __init__(self, function: Callable[..., Any]) -> None:
         self.jit = triton.jit(function)
         self.__name__, self.__doc__ = function.__name__, function.__doc__
-        self.tensors: list[str] = []
-        self.numbers: list[str] = []
-        self.constexprs: list[str] = []
-        for name, parameter in inspect.signature(function).parameters.items():
-            constant = "constexpr" in str(parameter.annotation)
-            kind = self.constexprs if constant else self.tensors if name.isupper() else self.numbers
-            kind.append(name)
+        parameters = inspect.signature(function).parameters
+        self.constexprs = [n for n, p in parameters.items() if "constexpr" in str(p.annotation)]
+        passed = [n for n in parameters if n not in self.constexprs]
+        self.tensors = [n for n in passed if n.isupper()]
+        self.numbers = [n for n in passed if not n.isupper()]
         if self.tensors + self.numbers + self.constexprs != self.jit.arg_names:
             raise TypeError(f"{self.__name__}: tensors come first, then numbers, then constexprs")
         self._bound: dict[Any, Callable[..., None]] = {}

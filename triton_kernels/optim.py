@@ -308,17 +308,13 @@ def update(
             return
     _, first, second, flag = _RULES[rule]
     a, b = hyper["betas"] if first == "betas" else (hyper[first], hyper.get(second, 0.0))
-    log_a, log_b = (_logarithm(a), _logarithm(b)) if rule == "adam" else (0.0, 0.0)
+    log_a, log_b = (math.log(v) if v > 0 else -math.inf for v in (a, b))
     flags = bool(hyper.get(flag, False)), fresh, bool(hyper["maximize"]), seed is not None
     table.plan(rule, grads[0].dtype, *flags, table.see(grads))(
         table.table, table.which, steps, scale, found_inf, tensors=table.tensors,
         seed=(seed or 0) | 1 | 2**40, lr=hyper["lr"], decay=hyper["weight_decay"], a=a, b=b,
         eps=hyper.get("eps", 0.0), log_a=log_a, log_b=log_b,
     )  # fmt: skip
-
-
-def _logarithm(value: float) -> float:
-    return math.log(value) if value > 0 else -math.inf
 
 
 def _in_float32(rule: str, table: Table, grads: list[Tensor], *args: Any, **kwargs: Any) -> None:
