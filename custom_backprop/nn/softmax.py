@@ -45,4 +45,4 @@ class Softmax2d(torch.nn.Softmax2d):
                 f"Softmax2d: expected input to be 3D or 4D, got {input.dim()}D instead, of shape "
                 f"{tuple(input.shape)}"
             )
-        return F.softmax(input, -3, _stacklevel=5)
+        return F.softmax(input, -3)

@@ -112,3 +112,13 @@ def test_every_argument_is_in_a_set(spec):
     ours, _, arguments, _ = spec.module
     met = {name for given in (arguments, *spec.module_variants) for name in given}
     assert parameters_of(ours).keys() <= met
+
+
+@pytest.mark.parametrize("spec", SPECS, ids=str)
+def test_defaults_are_those_of_the_function(spec):
+    """Where both have one. ``bias`` is a flag of a module and a tensor of a function."""
+    of_function = inspect.signature(spec.function).parameters
+    for name, p in parameters_of(spec.module[0]).items():
+        both = name in of_function and of_function[name].default is not p.empty and name != "bias"
+        if both and p.default is not p.empty:
+            assert p.default == of_function[name].default, name

@@ -258,7 +258,7 @@ def test_implicit_dim(name, shape, module, backend):
         with warnings.catch_warnings(record=True) as caught:
             warnings.simplefilter("always")
             y = of_module()(x) if module else getattr(functions, name)(x)
-        found.append((y, [(w.category, str(w.message), w.filename) for w in caught]))
+        found.append((y, [(w.category, str(w.message), w.filename, w.lineno) for w in caught]))
     same(found[0][0], found[1][0])
     assert found[0][1] == found[1][1]
     assert len(found[0][1]) == 1

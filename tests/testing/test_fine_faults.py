@@ -132,6 +132,17 @@ def one_bit_off_the_second_time(ctx, dy):
     return dx, dw
 
 
+def gives_away_what_it_keeps(ctx, dy):
+    """The gradients of the last dy, which may have been changed since."""
+    if not is_plain(dy) or torch.is_grad_enabled():
+        return Right.backward(ctx, dy)
+    last, grads = getattr(ctx, "kept", (None, None))
+    if last is None or not torch.equal(last, dy):
+        grads = Right.backward(ctx, dy)
+        ctx.kept = dy.clone(), grads
+    return grads
+
+
 def writes(which, *, bits):
     """Backward writes a tensor: its first element by one unit, or no bit, which counts as written
     too."""
@@ -258,6 +269,7 @@ FAULTS = {
     ],
     "two_backwards": [
         (planted(backward=one_bit_off_the_second_time), {"gradcheck", "layouts"}),
+        (planted(backward=gives_away_what_it_keeps), set()),
     ],
     "freed": [(planted(setup_context=holds_its_output), set())],
     "subsets": [
@@ -332,6 +344,17 @@ def test_one_of_65536_inputs_turns_the_sweep_red(which):
     assert f"the {which} in torch.bfloat16 at 1.5" in found["sweep"]
 
 
+@pytest.mark.parametrize(("at", "seen"), [(9.5, True), (-9.5, True), (10.5, False)])
+def test_one_input_between_minus_10_and_10_turns_precision_red(at, seen):
+    def off_at_one(x):
+        return 2 * x * torch.where((x == at) & (x.dtype == torch.bfloat16), 1.1, 1.0).to(x.dtype)
+
+    report = validate(
+        off_at_one, torch.randn(4), lambda x: 2 * x, elementwise=True, checks=["precision"]
+    )
+    assert report.passed != seen
+
+
 def test_a_derivative_that_is_lost_in_the_tail_turns_the_sweep_red():
     """The square overflows float16 where the derivative does not vanish."""
 
@@ -372,6 +395,7 @@ def test_every_check_has_a_fault():
 
 def test_without_a_compiler_inductor_is_skipped_and_said_so(monkeypatch):
     monkeypatch.setattr("custom_backprop.testing.checks.cpp_compiler", lambda: None)
+    assert validate(reference, inputs(), checks=["compile"]).status("compile") == "pass"
     report = validate(reference, inputs(), reference, inductor=True, checks=["compile"])
     assert report.passed
     assert "skipped" in str(report)

@@ -279,6 +279,63 @@ def test_every_check_says_what_it_does():
 @pytest.mark.parametrize(
     "correct",
     [
+        lambda a, b: {"y": a * b},
+        lambda a, b: (a * b, [a + b, None]),
+        lambda a, b: (a * b, 3, a.argmax()),
+        lambda a, b: a.sin(),
+        lambda a, b: (a.sin(), b.cos()),
+    ],
+    ids=["dict", "nested, None", "a number, integers", "an unused input", "one of each input"],
+)
+def test_a_result_of_any_kind_passes_every_check(correct):
+    validate(correct, inputs(), correct).raise_if_failed()
+
+
+def test_inputs_of_any_shape_pass_every_check():
+    for shape in ((), (1,), (0, 3)):
+        validate(torch.mul, [torch.rand(shape), torch.rand(2, 1, 3)], torch.mul).raise_if_failed()
+
+
+def test_of_no_elements_the_error_is_0():
+    nothing = torch.rand(0, 3)
+    report = validate(torch.mul, [nothing, nothing], torch.mul, checks=["precision"])
+    assert set(report.errors.values()) == {(0.0, 0.0)}
+
+
+def test_zeros_and_no_gradient_are_the_same():
+    def without(a, b):
+        return a.sin()
+
+    def zeros(a, b):
+        return a.sin() + 0 * b
+
+    for ours, theirs in ((without, zeros), (zeros, without)):
+        validate(ours, inputs(), theirs).raise_if_failed()
+
+
+def test_a_gradient_behind_one_that_is_none_is_compared():
+    report = validate(lambda a, b: 2 * b, inputs(), lambda a, b: 3 * b, checks=["gradient"])
+    assert not report.passed
+
+
+def test_lost_precision_beside_an_infinity_is_seen():
+    def off(x):
+        return x.log() * (1 + 9 * torch.finfo(x.dtype).eps)
+
+    x = torch.cat([torch.zeros(1), torch.rand(9) + 2])
+    for dtype in (torch.float32, torch.bfloat16):
+        options = {"checks": ["precision"], "low_precision": (dtype,)}
+        assert validate(torch.log, x, torch.log, **options).passed
+        assert not validate(off, x, torch.log, **options).passed
+
+
+def test_a_gradient_that_is_constant_passes_every_check():
+    validate(torch.floor, torch.rand(5) + 0.1, torch.floor).raise_if_failed()
+
+
+@pytest.mark.parametrize(
+    "correct",
+    [
         lambda a, b: a + b,
         lambda a, b: a - b,
         lambda a, b: (a.reshape(-1), b.sum()),
