@@ -107,8 +107,7 @@ def _check(name: str, x: Tensor, weight: Tensor, bias: Tensor | None) -> None:
         )
     if bias is not None and weight.dim() == 1:
         raise RuntimeError(f"{name}: a weight of one dimension takes no bias")
-    usual = bias is None or bias.shape == weight.shape[:-1]
-    if bias is not None and not usual and not _fits(bias, (*x.shape[:-1], *weight.shape[:-1])):
+    if bias is not None and bias.shape != weight.shape[:1] and not _fits(bias, x, weight):
         raise RuntimeError(
             f"{name}: a bias of shape {tuple(bias.shape)} does not fit a weight of shape "
             f"{tuple(weight.shape)}"
@@ -120,8 +119,9 @@ def _check(name: str, x: Tensor, weight: Tensor, bias: Tensor | None) -> None:
         raise RuntimeError(f"{name}: input, weight and bias must have the same dtype, got {got}")
 
 
-def _fits(bias: Tensor, shape: tuple[int, ...]) -> bool:
-    """Whether ``bias`` broadcasts to an output of ``shape`` and leaves it so."""
+def _fits(bias: Tensor, x: Tensor, weight: Tensor) -> bool:
+    """Whether ``bias`` broadcasts to the output and leaves its shape."""
+    shape = (*x.shape[:-1], weight.shape[0])
     pairs = zip(reversed(bias.shape), reversed(shape), strict=False)
     return bias.dim() <= len(shape) and all(b in (1, n) for b, n in pairs)
 

@@ -31,9 +31,7 @@ def prelu(input: Tensor, weight: Tensor) -> Tensor:
         got = f"{input.dtype} and {weight.dtype}"
         raise RuntimeError(f"prelu: input and weight must have the same dtype, got {got}")
     channels = input.shape[1] if input.dim() > 1 else 1
-    if weight.dim() > 1 or (
-        weight.numel() != 1 and (not input.dim() or weight.numel() != channels)
-    ):
+    if weight.dim() > 1 or weight.numel() not in (1, channels):
         raise RuntimeError(
             "prelu: the weight must have one element, or be 1-D with one for each channel "
             f"(dimension 1) of the input: got a weight of shape {tuple(weight.shape)} for an input "
