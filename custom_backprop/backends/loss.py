@@ -19,7 +19,8 @@ from torch import Tensor
 
 from ..formulas.loss import LOG_0, LOSSES, MEAN, NONE, SUM, Loss, weighted
 from ..formulas.precision import HALF, wide, widen
-from .library import P, Primitive, R, empty_if, functorch_active, is_traced, launcher, primitive
+from .library import P, Primitive, R, empty_if, launcher, primitive
+from .selection import functorch_active, is_traced
 
 aten = torch.ops.aten
 

@@ -1,13 +1,15 @@
-"""Which implementation of a primitive runs: chosen by the device of its tensors, or forced with
-:func:`use_backend`."""
+"""Who watches a call; and which implementation of a primitive runs where nobody does: chosen by the
+device of its tensors, or forced with :func:`use_backend`."""
 
 from __future__ import annotations
 
 import os
 from functools import cache
 from importlib.util import find_spec
+from typing import Any
 
 import torch
+from torch.autograd import forward_ad
 
 BACKENDS = ("aten", "formula", "triton")
 
@@ -108,3 +110,44 @@ def _kernels_run_on_cuda() -> bool:
     """Found out once: what is installed stays, and the interpreter's setting counts when a kernel
     is decorated."""
     return why_not("triton", "cuda") is None
+
+
+#: the types of a tensor that listens to nothing
+TENSORS = frozenset({torch.Tensor, torch.nn.Parameter})
+#: those and the types that hide no tensor
+_PLAIN_TYPES = TENSORS | frozenset({type(None), bool, int, float, str, tuple, list, torch.dtype})
+
+_modes, _function_modes = torch._C._len_torch_dispatch_stack, torch._C._len_torch_function_stack
+functorch_active = torch._C._are_functorch_transforms_active
+_autocast_active = torch._C._is_any_autocast_enabled
+is_batched = torch._C._functorch.is_legacy_batchedtensor
+is_wrapped = torch._C._functorch.is_functorch_wrapped_tensor
+_compiling = torch.compiler.is_dynamo_compiling
+
+
+def is_plain(args: tuple[Any, ...]) -> bool:
+    """Whether nobody watches a call with these arguments: no subclass, no mode, no transformation,
+    no autocast, no tracer. This is the one function that knows all of them."""
+    return not (
+        _compiling()  # first: Dynamo answers it, and cannot trace the rest
+        or _modes()
+        or _function_modes()
+        or functorch_active()
+        or _autocast_active()
+        or forward_ad._current_level >= 0
+        or torch._C._get_tracing_state()
+    ) and _PLAIN_TYPES.issuperset(map(type, args))
+
+
+def is_traced() -> bool:
+    """Whether a compiler, an exporter or a tracer looks on: it is shown a formula, and no value is
+    looked at."""
+    return bool(
+        _compiling() or torch.compiler.is_exporting() or torch._C._get_tracing_state() is not None
+    )
+
+
+def is_transformed() -> bool:
+    """Whether a transformation of torch.func or forward mode is at work, which differentiates
+    backward itself."""
+    return functorch_active() or forward_ad._current_level >= 0

@@ -16,8 +16,7 @@ import torch
 from torch import Tensor
 from torch.nn import _reduction as _Reduction
 
-from ..backends.library import is_traced, is_transformed
-from ..backends.selection import backend_of
+from ..backends.selection import backend_of, is_traced, is_transformed
 from ..formulas.loss import SUM
 from ..ops.loss import pointwise
 from ..ops.route import overridable

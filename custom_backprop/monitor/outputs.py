@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensor
 
-from ..backends.library import functorch_active
+from ..backends.selection import functorch_active
 from ..dtensor import local
 from .sums import sums_of
 

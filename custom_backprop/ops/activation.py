@@ -10,7 +10,7 @@ from torch import Tensor
 from torch.overrides import handle_torch_function, has_torch_function
 
 from ..backends.activation import ATEN, in_place, primitives
-from ..backends.library import TENSORS, is_traced, is_transformed
+from ..backends.selection import TENSORS, is_traced, is_transformed
 from ..formulas.activation import ACTIVATIONS, Activation
 from .route import is_ours, op, run_of_gradient
 

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from ..backends import contrastive as primitives
-from ..backends.library import is_transformed
+from ..backends.selection import is_transformed
 from ..formulas import contrastive as formula
 from ..formulas.loss import NONE
 from .route import FLOAT32, op

@@ -12,8 +12,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..backends.library import Primitive, is_plain, is_traced, is_transformed
+from ..backends.library import Primitive
 from ..backends.scale import scale, scale_
+from ..backends.selection import is_plain, is_traced, is_transformed
 
 _compiling = torch.compiler.is_dynamo_compiling
 _graph_is_retained = torch._C._autograd._get_current_graph_task_keep_graph

@@ -34,17 +34,18 @@ from torch._C._functorch import TransformType, get_interpreter_stack
 from torch.autograd import forward_ad
 from torch.overrides import handle_torch_function, has_torch_function
 
-from ..backends.library import (
+from ..backends.library import Primitive
+from ..backends.selection import (
     TENSORS,
-    Primitive,
+    backend_of,
     functorch_active,
+    get_backend,
     is_batched,
     is_plain,
     is_traced,
     is_transformed,
     is_wrapped,
 )
-from ..backends.selection import backend_of, get_backend
 from ..dtensor import is_dtensor
 
 F = TypeVar("F", bound=Callable[..., Any])
