@@ -10,7 +10,7 @@ import torch
 
 from ..formulas import norm as formula
 from ..formulas.linear import rows
-from ..formulas.precision import HALF, widen
+from ..formulas.precision import HALF, wide, widen
 from .library import P, R, launcher, primitive
 
 aten = torch.ops.aten
@@ -57,6 +57,19 @@ def _backward(dy, x, weight, mean, rstd, kind, *needs):
     return dx if need_x else None, dw.to(weight.dtype) if need_weight else None, None
 
 
+def _fake(x, weight, bias, eps, kind):
+    mean, rstd = (x.new_empty((*x.shape[:-1], 1), dtype=wide(x.dtype)) for _ in range(2))
+    y = x.new_empty(x.shape, dtype=formula.dtype_of(x, weight, kind))
+    return y, mean if kind == "layer" else None, rstd
+
+
+def _fake_backward(dy, x, weight, mean, rstd, kind, *needs):
+    like = x if weight is None else weight
+    grads = (x, x.shape), (like, x.shape[-1:]), (like, x.shape[-1:])
+    pairs = zip(grads, needs, strict=True)
+    return tuple(t.new_empty(shape) if need else None for (t, shape), need in pairs)
+
+
 def _sharding(x, weight, bias, eps, kind):
     """By rows: a row's sum knows no shard of it."""
     return (([i, i if kind == "layer" else R, i], [i, R, R]) for i in range(x.dim() - 1))
@@ -74,6 +87,7 @@ forward = primitive(
     formula=formula.norm,
     aten=_forward,
     triton=launcher("norm", "forward"),
+    fake=_fake,
     sharding=_sharding,
 )
 backward = primitive(
@@ -82,5 +96,6 @@ backward = primitive(
     formula=formula.norm_backward,
     aten=_backward,
     triton=launcher("norm", "backward"),
+    fake=_fake_backward,
     sharding=_backward_sharding,
 )

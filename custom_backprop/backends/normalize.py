@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 
 from ..formulas import normalize as formula
-from ..formulas.precision import HALF
+from ..formulas.precision import HALF, wide
 from .library import launcher, primitive
 
 
@@ -29,11 +29,13 @@ forward = primitive(
     formula=formula.normalize,
     aten=_forward,
     triton=launcher("normalize", "forward"),
+    fake=lambda x, eps: (x.new_empty(x.shape), x.new_empty(x.shape[:-1], dtype=wide(x.dtype))),
     sharding=_sharding,
 )
 backward = primitive(
     "normalize_backward(Tensor dy, Tensor x, Tensor r, float eps) -> Tensor",
     formula=formula.normalize_backward,
     triton=launcher("normalize", "backward"),
+    fake=lambda dy, x, r, eps: x.new_empty(x.shape),
     sharding=_backward_sharding,
 )

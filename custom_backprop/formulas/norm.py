@@ -41,12 +41,18 @@ def norm(
 ) -> tuple[Tensor, Maybe, Tensor]:
     """y, and of each row μ (None but for "layer") and r."""
     mean, rstd = statistics(x, eps, kind)
-    y, dtype = unit(x, mean, rstd), x.dtype
-    if kind == "llama" and weight is not None:
-        y, dtype = widen(y.to(dtype)), torch.promote_types(dtype, weight.dtype)
+    y = unit(x, mean, rstd)
+    y = widen(y.to(x.dtype)) if kind == "llama" else y
     y = y if weight is None else y * factor(weight, kind)
     y = y if bias is None else y + widen(bias)
-    return y.to(dtype).contiguous(), mean, rstd
+    return y.to(dtype_of(x, weight, kind)).contiguous(), mean, rstd
+
+
+def dtype_of(x: Tensor, weight: Maybe, kind: str) -> torch.dtype:
+    """That of y."""
+    if weight is None or kind != "llama":
+        return x.dtype
+    return torch.promote_types(x.dtype, weight.dtype)
 
 
 def statistics(x: Tensor, eps: float, kind: str) -> tuple[Maybe, Tensor]:

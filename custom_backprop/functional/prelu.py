@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import torch
 from torch import Tensor
 
 from ..ops import prelu as ops
@@ -27,9 +28,15 @@ def prelu(input: Tensor, weight: Tensor) -> Tensor:
     """
     if not (isinstance(input, Tensor) and isinstance(weight, Tensor)):
         raise not_tensors("prelu", input, weight)
-    if input.dtype != weight.dtype:
-        got = f"{input.dtype} and {weight.dtype}"
-        raise RuntimeError(f"prelu: input and weight must have the same dtype, got {got}")
+    dtypes = input.dtype, weight.dtype
+    if input.dtype != weight.dtype and (
+        torch.float64 in dtypes  # which autocast does not cast
+        or input.is_meta
+        or not torch.is_autocast_enabled(input.device.type)
+    ):
+        raise RuntimeError(
+            f"prelu: input and weight must have the same dtype, got {dtypes[0]} and {dtypes[1]}"
+        )
     channels = input.shape[1] if input.dim() > 1 else 1
     if weight.dim() > 1 or weight.numel() not in (1, channels):
         raise RuntimeError(

@@ -149,3 +149,19 @@ def test_bad_calls_raise_what_stock_raises(args, backend):
         F.prelu(*args)
     with pytest.raises(expected.type):
         functional.prelu(*args)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float64], ids=str)
+def test_autocast_casts_input_and_weight(dtype, backend):
+    """As stock's: after a layer under autocast the input is half precision, the weight float32."""
+    x, w = torch.randn(3, 4, device=DEVICE, dtype=dtype), torch.randn(4, device=DEVICE)
+    found = []
+    for function in (functional.prelu, F.prelu):
+        with torch.autocast(DEVICE, torch.bfloat16):
+            if dtype == torch.float64:
+                with pytest.raises(RuntimeError):
+                    function(x, w)
+            else:
+                found.append(function(x, w))
+    if found:
+        torch.testing.assert_close(*found)
