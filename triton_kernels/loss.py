@@ -19,8 +19,8 @@ from torch import Tensor
 
 from .elementary import constant, exp, exp_minus, log1p, log1p_positive, sigmoid, softplus, upcast
 from .launch import Launch, cdiv, kernel, multiprocessors, planned
-from .pointwise import BLOCK, block_of, like, read, write
-from .rows import partial_sums, total
+from .pointwise import BLOCK, block_of, like
+from .rows import partial_sums, read, total, write
 
 NONE, MEAN = 0, 1
 
@@ -222,17 +222,17 @@ def _forward(
     sums = tl.zeros([BLOCK], Y.dtype.element_ty)
     for block in range(blocks):
         start, offsets, inside = block_of(program.to(tl.int64) * blocks + block, n, BLOCK)
-        x = read(X, start, offsets, inside)
-        t = read(T, start, offsets, inside)
-        v = 1.0 if V is None else read(V, start, offsets, inside)
-        w = tl.full((), 1, x.dtype) if W is None else read(W, start, offsets, inside)
+        x = read(X + start, offsets, inside)
+        t = read(T + start, offsets, inside)
+        v = 1.0 if V is None else read(V + start, offsets, inside)
+        w = tl.full((), 1, x.dtype) if W is None else read(W + start, offsets, inside)
         loss = w * F(x, t, v, A, B, C)
         if REDUCED:
             sums += tl.where(inside, loss, 0.0)
         else:
-            write(Y, start, offsets, inside, loss)
+            write(Y + start, offsets, inside, loss)
         if DX is not None:
-            write(DX, start, offsets, inside, L_X(w / n if MEAN else w, x, t, v, A, B, C))
+            write(DX + start, offsets, inside, L_X(w / n if MEAN else w, x, t, v, A, B, C))
     if REDUCED:
         tl.store(Y + program, tl.sum(sums))
 
@@ -247,23 +247,23 @@ def _backward(
     """The gradients that are wanted (else None), of one dy for all elements if SCALAR, over n for a
     mean."""
     start, offsets, inside = block_of(tl.program_id(0), n, BLOCK)
-    dy = upcast(tl.load(DY)) if SCALAR else read(DY, start, offsets, inside)
+    dy = upcast(tl.load(DY)) if SCALAR else read(DY + start, offsets, inside)
     if MEAN:
         dy = dy / n
-    x = read(X, start, offsets, inside)
-    t = read(T, start, offsets, inside)
-    v = 1.0 if V is None else read(V, start, offsets, inside)
+    x = read(X + start, offsets, inside)
+    t = read(T + start, offsets, inside)
+    v = 1.0 if V is None else read(V + start, offsets, inside)
     if DW is not None:
-        write(DW, start, offsets, inside, dy * F(x, t, v, A, B, C))
+        write(DW + start, offsets, inside, dy * F(x, t, v, A, B, C))
     if W is not None:
-        dy = dy * read(W, start, offsets, inside)
+        dy = dy * read(W + start, offsets, inside)
     if DX is not None:
-        write(DX, start, offsets, inside, L_X(dy, x, t, v, A, B, C))
+        write(DX + start, offsets, inside, L_X(dy, x, t, v, A, B, C))
     if DT is not None:
         dt = L_X(-dy, x, t, v, A, B, C) if L_T is None else L_T(dy, x, t, v, A, B, C)
-        write(DT, start, offsets, inside, dt)
+        write(DT + start, offsets, inside, dt)
     if DV is not None:
-        write(DV, start, offsets, inside, L_V(dy, x, t, v, A, B, C))
+        write(DV + start, offsets, inside, L_V(dy, x, t, v, A, B, C))
 
 
 def _parameters(given: tuple[Any, ...]) -> dict[str, Any]:

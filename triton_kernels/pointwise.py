@@ -14,8 +14,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .elementary import upcast
 from .launch import cdiv, kernel
+from .rows import read, write
 
 #: elements a program of kernels with several operands: 8 a thread at 4 warps, two 128-bit accesses
 #: of float32
@@ -30,23 +30,11 @@ def block_of(index, n, BLOCK: tl.constexpr):
     return start, offsets, offsets < tl.minimum(n - start, BLOCK).to(tl.int32)
 
 
-@triton.jit
-def read(X, start, offsets, inside):
-    """A block of X in the accumulator's dtype, 0 outside."""
-    return upcast(tl.load(X + start + offsets, inside, other=0.0))
-
-
-@triton.jit
-def write(Y, start, offsets, inside, y):
-    """y over a block of Y."""
-    tl.store(Y + start + offsets, y.to(Y.dtype.element_ty), inside)
-
-
 @kernel
 def forward(X, Y, n, F: tl.constexpr, A: tl.constexpr, B: tl.constexpr, BLOCK: tl.constexpr):
     """y = f(x)."""
     start, offsets, inside = block_of(tl.program_id(0), n, BLOCK)
-    write(Y, start, offsets, inside, F(read(X, start, offsets, inside), A, B))
+    write(Y + start, offsets, inside, F(read(X + start, offsets, inside), A, B))
 
 
 @kernel
@@ -55,9 +43,9 @@ def backward(
 ):
     """dx = dy f'(saved)."""
     start, offsets, inside = block_of(tl.program_id(0), n, BLOCK)
-    dy = read(DY, start, offsets, inside)
-    saved = read(SAVED, start, offsets, inside)
-    write(DX, start, offsets, inside, dy * F(saved, A, B))
+    dy = read(DY + start, offsets, inside)
+    saved = read(SAVED + start, offsets, inside)
+    write(DX + start, offsets, inside, dy * F(saved, A, B))
 
 
 def grid(n: int, dtype: torch.dtype) -> dict[str, Any]:

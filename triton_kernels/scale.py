@@ -9,7 +9,8 @@ from torch import Tensor
 
 from .elementary import upcast
 from .launch import Launch, cdiv, kernel, multiprocessors, planned
-from .pointwise import BLOCK, block_of, read, write
+from .pointwise import BLOCK, block_of
+from .rows import read, write
 
 #: programs a multiprocessor: where dy is 1 each of them only begins and ends, which takes as long
 #: as a kilobyte
@@ -25,7 +26,7 @@ def _scale(G, DY, DX, n, blocks, IN_PLACE: tl.constexpr, BLOCK: tl.constexpr):
         blocks = tl.where(dy == 1, 0, blocks)
     for block in range(blocks):
         start, offsets, inside = block_of(first + block, n, BLOCK)
-        write(DX, start, offsets, inside, dy * read(G, start, offsets, inside))
+        write(DX + start, offsets, inside, dy * read(G + start, offsets, inside))
 
 
 @planned
