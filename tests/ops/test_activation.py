@@ -407,6 +407,7 @@ def test_sizes_at_the_edges_of_a_block(name, size, backend):
         ("softplus", {"beta": 2.0, "threshold": 3.0}, (1.5, -400, 400)),
         ("gelu", {}, (40, -40)),
         ("hardtanh", {}, (1.0, -1.0, INF)),
+        ("hardtanh", {"min_val": 0.5, "max_val": 0.5}, (0.5,)),
     ],
 )
 def test_any_shape_layout_and_value(name, kwargs, special, backend_):

@@ -40,6 +40,21 @@ def test_an_output_may_be_changed_in_place(spec, i, backend):
         torch.testing.assert_close(ours, stock)
 
 
+@pytest.mark.filterwarnings("ignore::UserWarning")
+@pytest.mark.parametrize(("spec", "i"), CASES)
+def test_the_function_of_ours_runs(spec, i):
+    """And not stock, to which some calls are left, with the same result."""
+    case = cases(spec, DEVICE)[i]
+    (y,) = outputs(case.call(*case.leaves))
+    seen, left = set(), [y.grad_fn]
+    while left:
+        node = left.pop()
+        if node is not None and node not in seen:
+            seen.add(node)
+            left += [n for n, _ in node.next_functions]
+    assert any(isinstance(node, torch.autograd.function.BackwardCFunction) for node in seen)
+
+
 @pytest.mark.parametrize("spec", SPECS, ids=str)
 class TestGradients:
     def case(self, spec):

@@ -105,6 +105,16 @@ def test_triplet_at_kinks_and_ties(p, backend):
         )
 
 
+@pytest.mark.parametrize("which", range(3))
+@pytest.mark.parametrize("shape", [(3,), (2, 2, 3)])
+def test_triplets_of_other_dimensions_are_refused_as_by_stock(which, shape):
+    given = [normal(2, 3) for _ in range(3)]
+    given[which] = normal(*shape)
+    for function in (F.triplet_margin_loss, functional.triplet_margin_loss):
+        with pytest.raises(RuntimeError, match="dimensions"):
+            function(*given)
+
+
 def test_triplet_norm_of_no_order_is_stocks(backend):
     options = {"p": -1.0, "reduction": "sum"}
     compare(

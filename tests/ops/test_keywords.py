@@ -48,6 +48,14 @@ def names_of(stock):
 
 
 @pytest.mark.parametrize("spec", database().values(), ids=str)
+def test_defaults_are_stocks(spec):
+    ours = inspect.signature(spec.function).parameters
+    stock = getattr(F, spec.name, None)
+    for name in names_of(stock):
+        assert ours[name].default == inspect.signature(stock).parameters[name].default, name
+
+
+@pytest.mark.parametrize("spec", database().values(), ids=str)
 def test_names_are_stocks(spec):
     """Stock's in its order, where it tells them; ours may have more behind them."""
     theirs = names_of(getattr(F, spec.name, None))

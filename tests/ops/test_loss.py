@@ -332,6 +332,23 @@ def test_the_clamp_of_the_variance_is_not_differentiated(backend):
     torch.testing.assert_close(*seconds, rtol=1e-10, atol=1e-12)
 
 
+@pytest.mark.parametrize(
+    "shape",
+    [(4, 3), (4,), (4, 1), (1, 3), (3,), (2, 3), (4, 2), (0, 3), (2, 4, 3), (1, 4, 3), ()],
+    ids=str,
+)
+def test_sizes_of_a_variance_are_stocks(shape, backend):
+    x, t = inputs("gaussian_nll_loss", 4, 3)[:2]
+    v = (torch.rand(shape, dtype=torch.float64, device=DEVICE) + 0.5).requires_grad_()
+    try:
+        stock.gaussian_nll_loss(x, t, v)
+    except ValueError:
+        with pytest.raises(ValueError, match="incorrect size"):
+            functional.gaussian_nll_loss(x, t, v)
+    else:
+        agree("gaussian_nll_loss", [x, t, v], {"reduction": "none"})
+
+
 def test_half_precision_does_not_underflow_in_a_mean(backend):
     """2 d / n is below float16's smallest number; times the factor of a gradient scaler it is
     not."""
@@ -467,6 +484,7 @@ def test_warnings_are_those_of_stock_and_point_at_the_caller():
             == warned(stock, name, (wide, thin), {})
             == [(UserWarning, True)]
         )
+        assert warned(functional, name, (thin, wide), {}) == [(UserWarning, True)]
     assert (
         warned(functional, "kl_div", (wide, wide), {})
         == warned(stock, "kl_div", (wide, wide), {})
