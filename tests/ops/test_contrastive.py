@@ -71,11 +71,18 @@ def test_triplet_in_chunks(monkeypatch, backend):
         ((4, 3), (1, 1), (1, 1)),
         ((2, 1, 3), (1, 5, 3), (2, 5, 1)),
         ((), (), ()),
+        ((2, 0), (2, 0), (2, 0)),
+        ((2, 1), (2, 0), (2, 1)),
+        ((2, 1), (2, 1), (2, 0)),
+        ((0, 1), (1, 1), (0, 3)),
+        ((0, 3), (0, 3), (1, 3)),
+        ((4, 1), (4, 3), (4, 1)),
     ],
     ids=str,
 )
-def test_triplet_broadcasts_as_stock(shapes, backend):
-    options = {"swap": True, "margin": 3.0, "reduction": "none"}
+@pytest.mark.parametrize("swap", [False, True])
+def test_triplet_broadcasts_as_stock(swap, shapes, backend):
+    options = {"swap": swap, "margin": 3.0, "reduction": "none"}
     ours, stock = (
         triplets(functional.triplet_margin_loss, **options),
         triplets(F.triplet_margin_loss, **options),

@@ -146,7 +146,11 @@ def test_offsets_grow_with_the_tensor():
         module.forward(
             "softmax", torch.empty(2**16, 2**15, device="meta")[:, :3], 1, None
         )  # few elements, far apart
-    assert seen == [(False, False)] * 2 + [(True, False)] * 2 + [(True, True)] * 2 + [(True, False)]
+        y = torch.empty(2**15, 2**16, device="meta")
+        for dim in range(2):
+            module.backward("softmax", y.new_empty(()).expand(y.shape), y, dim, y.dtype)  # of a sum
+    assert seen[:4] == [(False, False)] * 2 + [(True, False)] * 2
+    assert seen[4:] == [(True, True)] * 2 + [(True, False), (True, True), (True, False)]
 
 
 @each
