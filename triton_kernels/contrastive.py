@@ -281,7 +281,7 @@ def triplet_backward(
     """da, dp and dn, contiguous; an empty tensor for each that is not needed."""
     run, flat = _triplet(a, p, n, options=(margin, order, eps, swap, reduction))
     grads = [a.new_empty(a.shape) if need else None for need in needs]
-    run(dy.contiguous(), *flat, d, *grads)
+    run(dy.contiguous(), *flat, d.contiguous(), *grads)
     return tuple(a.new_empty(0) if g is None else g for g in grads)
 
 

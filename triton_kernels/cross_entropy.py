@@ -255,7 +255,7 @@ def backward(
     dtarget = torch.empty_like(target) if need_target else None
     v, of = view_of(x), (target.is_floating_point(), reduction, ignore_index, smoothing)
     run = plan(True, v.shape, v.stride(), x.dtype, multiprocessors(x.device), *of)
-    run(dy.contiguous(), v, target, weight, total, *statistics, DX=dx, DTARGET=dtarget)
+    run(dy.contiguous(), v, target, weight, total, *statistics.contiguous(), DX=dx, DTARGET=dtarget)
     if dtarget is not None and dtarget.stride() != layout.stride():
         dtarget = torch.empty_like(layout).copy_(dtarget)
     nothing = x.new_empty(0)

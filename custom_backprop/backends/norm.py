@@ -36,6 +36,7 @@ def _backward(dy, x, weight, mean, rstd, kind, *needs):
         return formula.norm_backward(dy, x, weight, mean, rstd, kind, *needs)
     if kind == "layer":
         has_bias = weight if needs[2] else None  # ATen reads no more of it
+        mean, rstd = mean.contiguous(), rstd.contiguous()  # it reads them as if they were
         return aten.native_layer_norm_backward.default(
             dy, x, x.shape[-1:], mean, rstd, weight, has_bias, needs
         )

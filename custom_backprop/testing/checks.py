@@ -201,7 +201,7 @@ def transforms(case: Case) -> None:
 
 def opcheck(case: Case) -> None:
     """torch.library.opcheck on every custom operator that forward and backward call."""
-    with _Recorder() as recorder:
+    with Recorder() as recorder:
         gradients(case.call, case.leaves)
     if not recorder.calls:
         raise NotApplicable("no custom operator is called")
@@ -559,7 +559,7 @@ def sliced(t: Tensor) -> Tensor:
     return view
 
 
-class _Recorder(TorchDispatchMode):
+class Recorder(TorchDispatchMode):
     """Records one call of each operator that does not belong to PyTorch."""
 
     STOCK = frozenset(

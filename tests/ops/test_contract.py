@@ -5,9 +5,11 @@ from __future__ import annotations
 import pytest
 import torch
 from helpers import DEVICE
+from torch.utils._pytree import tree_leaves
 
 from custom_backprop.testing import Make, cases, database
-from custom_backprop.testing.case import Case, outputs
+from custom_backprop.testing.case import Case, gradients, outputs
+from custom_backprop.testing.checks import Recorder
 
 SPECS = list(database().values())
 CASES = [
@@ -53,6 +55,35 @@ def test_the_function_of_ours_runs(spec, i):
             seen.add(node)
             left += [n for n, _ in node.next_functions]
     assert any(isinstance(node, torch.autograd.function.BackwardCFunction) for node in seen)
+
+
+def other_strides(t):
+    """The same values: every second of a wider buffer, and in the opposite order of dimensions."""
+    wider = t.new_zeros((*t.shape, 3))
+    yield wider[..., 1].copy_(t)
+    if t.dim() > 1:
+        yield t.mT.contiguous().mT
+
+
+@pytest.mark.filterwarnings("ignore::UserWarning")
+@pytest.mark.parametrize(("spec", "i"), CASES)
+def test_operators_take_tensors_of_any_strides(spec, i, backend):
+    """Saved ones too, which forward makes contiguous: somebody may call an operator by name."""
+    case = cases(spec, DEVICE)[i]
+    with Recorder() as recorder:
+        gradients(case.call, case.leaves)
+    for operator, args, _ in recorder.calls.values():
+        if operator._schema.is_mutable:
+            continue
+        # what else forward returns may be memory that nobody reads
+        of = slice(1) if operator._schema.name.endswith("_forward") else slice(None)
+        expected = tree_leaves(operator(*args))[of]
+        for which, given in enumerate(args):
+            if not isinstance(given, torch.Tensor) or not given.dim():
+                continue
+            for t in other_strides(given):
+                found = tree_leaves(operator(*args[:which], t, *args[which + 1 :]))[of]
+                torch.testing.assert_close(found, expected, rtol=1e-9, atol=1e-11, equal_nan=True)
 
 
 @pytest.mark.parametrize("spec", SPECS, ids=str)
