@@ -91,7 +91,7 @@ def _walk(x, q, dy, losses, statistics, dx, dtarget):
     """Fills what is not None: of each row its loss, m and log Σ e^(x - m), dx and the gradient of
     class probabilities."""
     over_dx, scratch = dx is not None and dx.dtype == wide(x.dtype), None
-    rowwise = dy is not None and dy.dim() > 0 and dy.shape[0] > 1
+    rowwise = dy is not None and dy.dim() > 0
     by_logarithm = q.is_soft or dtarget is not None
     softmax = aten._log_softmax.out if by_logarithm else aten._softmax.out
     for rows in _chunks(x):

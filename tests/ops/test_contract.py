@@ -57,6 +57,20 @@ def test_the_function_of_ours_runs(spec, i):
     assert any(isinstance(node, torch.autograd.function.BackwardCFunction) for node in seen)
 
 
+@pytest.mark.filterwarnings("ignore::UserWarning")
+@pytest.mark.parametrize(("spec", "i"), CASES)
+def test_the_result_is_the_same_whether_or_not_a_gradient_is_wanted(spec, i, backend):
+    """What forward makes for backward takes another way to it."""
+    for dtype in (torch.float64, *spec.low_precision):
+        case = cases(spec, DEVICE)[i].to(dtype)
+        (wanted,) = outputs(case.call(*case.leaves))
+        with torch.no_grad():
+            (alone,) = outputs(case.call(*case.leaves))
+        torch.testing.assert_close(
+            alone, wanted.detach(), rtol=4 * torch.finfo(dtype).eps, atol=0, equal_nan=True
+        )
+
+
 def other_strides(t):
     """The same values: every second of a wider buffer, and in the opposite order of dimensions."""
     wider = t.new_zeros((*t.shape, 3))

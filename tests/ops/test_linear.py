@@ -355,3 +355,11 @@ def test_complex_numbers_are_left_to_stock(backend):
             (y, z, *torch.autograd.grad(y.abs().sum() + z.abs().sum(), (x, weight, bias)))
         )
     torch.testing.assert_close(*results)
+
+
+def test_the_tangent_of_a_bias_alone_has_the_shape_of_the_output():
+    x, weight, bias = tensor(2, 3, 4), tensor(5, 4), tensor(5)
+    t = torch.randn_like(bias)
+    for function in (functional.linear, F.linear):
+        _, found = torch.func.jvp(lambda b, f=function: f(x, weight, b), (bias,), (t,))
+        torch.testing.assert_close(found, t.expand(2, 3, 5))

@@ -165,3 +165,15 @@ def test_autocast_casts_input_and_weight(dtype, backend):
                 found.append(function(x, w))
     if found:
         torch.testing.assert_close(*found)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+def test_large_sums_for_a_weight_that_cancel(dtype, backend):
+    """Rows of opposite signs, several chunks of the CPU: no part of the sum is rounded."""
+    x = -torch.rand(4, 40000, device=DEVICE).to(dtype) / 8
+    weight = torch.full((1,), 0.25, device=DEVICE, dtype=dtype, requires_grad=True)
+    dy = torch.ones_like(x)
+    dy[::2] = -1
+    (dw,) = torch.autograd.grad(functional.prelu(x, weight), weight, dy)
+    expected = (x.double() * dy).sum().view(1).to(dtype)
+    torch.testing.assert_close(dw, expected, rtol=2e-2, atol=0)

@@ -154,6 +154,15 @@ def test_offsets_grow_with_the_tensor():
 
 
 @each
+def test_a_narrower_dtype_rounds_the_input_first(name, backend):
+    """As stock does. (In bfloat16 the interpreter does not.)"""
+    x = torch.tensor([[100.3, 100.0, 99.9]], dtype=torch.float64, device=DEVICE)
+    for dtype in (torch.float32, torch.float16):
+        ours, stock = (getattr(m, name)(x, 1, dtype=dtype) for m in (functional, F))
+        torch.testing.assert_close(ours, stock, rtol=2 * torch.finfo(dtype).eps, atol=0)
+
+
+@each
 @pytest.mark.parametrize("dim", range(-4, 4))
 def test_every_dim(name, dim, backend):
     x = torch.randn(2, 3, 5, 4, dtype=torch.float64, device=DEVICE)
