@@ -137,7 +137,7 @@ def jvp(
     tt: Tensor | None,
 ) -> Tensor:
     """tL = Σ_r dy_r (Σ_c dL_r/dx_rc tx_rc + Σ_c dL_r/dq_rc tq_rc), with dy_r for dy = 1."""
-    one = torch.ones_like(x.select(1, 0) if reduction == NONE else x.sum())
+    one = x.new_ones(())
     dx, dtarget = backward(
         one,
         x,

@@ -312,7 +312,7 @@ def test_backward_of_a_retained_graph_has_the_bits_of_a_freed_one(dy, dtype, bac
 
 
 @each_name
-@pytest.mark.parametrize("wrong", [3, -1])
+@pytest.mark.parametrize("wrong", [3, -1, 2**32 + 1])
 def test_a_class_out_of_range(name, wrong, backend):
     """IndexError where ATen looks; NaN, and no reading out of bounds, where nobody can without
     waiting for the device."""
