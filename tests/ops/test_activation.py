@@ -226,15 +226,27 @@ class TestInPlace:
     def test_a_leaf_is_refused_untouched(self, spec, kwargs, backend):
         leaf = torch.randn(4, device=DEVICE, requires_grad=True)
         before = leaf.detach().clone()
-        for target in (leaf, leaf[1:]):
+        for target, what in ((leaf, "a leaf"), (leaf[1:], "a view of a leaf")):
             for function in (spec.function, stock(spec)):
-                with pytest.raises(RuntimeError, match="leaf Variable that requires grad"):
+                with pytest.raises(RuntimeError, match=f"^{what} Variable that requires grad"):
                     function(target, **kwargs, inplace=True)
         assert torch.equal(leaf, before)
         with torch.no_grad():
             assert spec.function(leaf, **kwargs, inplace=True) is leaf
         assert leaf.requires_grad
         assert torch.equal(leaf.detach(), spec.function(before, **kwargs))
+
+    def test_integers_are_written_where_stock_writes_them(self, spec, kwargs, backend):
+        x = torch.tensor([-2, 0, 3], device=DEVICE)
+        expected = x.clone()
+        try:
+            stock(spec)(expected, **kwargs, inplace=True)
+        except RuntimeError as error:
+            with pytest.raises(type(error)):
+                spec.function(x, **kwargs, inplace=True)
+        else:
+            assert spec.function(x, **kwargs, inplace=True) is x
+        assert torch.equal(x, expected)
 
     def test_the_version_moves(self, spec, kwargs, backend):
         x = torch.randn(4, device=DEVICE)
