@@ -96,7 +96,7 @@ class Kernel:
             device = self._device(args)
             given = args
             if interpreted and device.type != "meta":
-                args = tuple(map(_in_float32, args))
+                args = _in_float32(args)
             for observer in _observers[-1:]:
                 observer(jit, programs, args, constants, options)
             if device.type == "meta":
@@ -218,16 +218,22 @@ def _take_arrays_of_one_element_as_integers() -> None:
         interpreter._patch_lang_tensor = patched
 
 
-def _in_float32(a: Any) -> Any:
-    """A bfloat16 tensor in float32, storage and strides alike.
+def _in_float32(args: tuple[Any, ...]) -> tuple[Any, ...]:
+    """bfloat16 tensors in float32, storage and strides alike: two views of one storage still are.
 
     Triton's interpreter stores bfloat16 as bit patterns (triton issues 4972 and 11584): it
     truncates where a GPU rounds to nearest, and maximum and dot see integers. A kernel that
     computes in float32 and rounds at its stores, as ours do, gives the GPU's numbers this way.
     """
-    if not _is_bfloat16(a):
-        return a
-    return _storage(a).float().as_strided(a.size(), a.stride(), a.storage_offset())
+    copies: dict[int, Tensor] = {}
+
+    def wide(a: Any) -> Any:
+        if not _is_bfloat16(a):
+            return a
+        copy = copies.setdefault(a.untyped_storage().data_ptr(), _storage(a).float())
+        return copy.as_strided(a.size(), a.stride(), a.storage_offset())
+
+    return tuple(map(wide, args))
 
 
 def _round_back(given: tuple[Any, ...], computed: tuple[Any, ...]) -> None:

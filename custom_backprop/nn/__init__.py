@@ -8,6 +8,8 @@ from .contrastive import *
 from .contrastive import __all__ as _contrastive
 from .cross_entropy import *
 from .cross_entropy import __all__ as _cross_entropy
+from .gating import *
+from .gating import __all__ as _gating
 from .linear import *
 from .linear import __all__ as _linear
 from .loss import *
@@ -26,6 +28,7 @@ __all__ = [
     *_activation,
     *_contrastive,
     *_cross_entropy,
+    *_gating,
     *_linear,
     *_loss,
     *_nll,

@@ -1,0 +1,57 @@
+"""Primitives of the gates."""
+
+from __future__ import annotations
+
+import torch
+
+from ..formulas import gating as formula
+from ..formulas.activation import ACTIVATIONS
+from ..formulas.precision import HALF
+from .activation import ATEN
+from .library import R, launcher, primitive
+
+
+def _forward(x, b, dim, gate_first, f):
+    if x.dtype in HALF:
+        return formula.gate(x, b, dim, gate_first, f)
+    a, value = formula.halves(x, b, dim, gate_first)
+    return ATEN[f].forward(a).mul_(value).contiguous()
+
+
+def _backward(dy, x, b, dim, gate_first, f, *needs):
+    if x.dtype in HALF or not all(needs[: 1 if b is None else 2]):
+        return formula.gate_backward(dy, x, b, dim, gate_first, f, *needs)
+    a, value = formula.halves(x, b, dim, gate_first)
+    dx, db = torch.empty_like(x), None if b is None else torch.empty_like(b)
+    to_a, to_b = formula.halves(dx, db, dim, gate_first)
+    y = ATEN[f].forward(a)
+    torch.mul(dy, y, out=to_b)
+    saved = y if ACTIVATIONS[f].saves_output else a
+    to_a.copy_(ATEN[f].backward(dy * value, saved))
+    return dx, db
+
+
+def _sharding(x, b, dim, gate_first, f):
+    return (([i], [i, i]) for i in range(x.dim()) if b is not None or i != dim)
+
+
+def _backward_sharding(dy, x, b, dim, gate_first, f, need_a, need_b):
+    for (i,), inputs in _sharding(x, b, dim, gate_first, f):
+        yield [i if need_a else R, i if need_b and b is not None else R], [i, *inputs]
+
+
+forward = primitive(
+    "gate_forward(Tensor x, Tensor? b, int dim, bool gate_first, str f) -> Tensor",
+    formula=formula.gate,
+    aten=_forward,
+    triton=launcher("gating", "forward"),
+    sharding=_sharding,
+)
+backward = primitive(
+    "gate_backward(Tensor dy, Tensor x, Tensor? b, int dim, bool gate_first, str f, bool need_a, "
+    "bool need_b) -> (Tensor da, Tensor db)",
+    formula=formula.gate_backward,
+    aten=_backward,
+    triton=launcher("gating", "backward"),
+    sharding=_backward_sharding,
+)
