@@ -93,19 +93,20 @@ def _row_sums(
     KIND: tl.constexpr, WIDE: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     """Σ g x̂ / n of each row, and Σ g / n where there is a MEAN."""
-    row, exists, column = tile_of(tl.program_id(0), rows, ROWS, BLOCK, WIDE, False)
-    first = (row * n)[:, None]
-    along = tl.zeros((ROWS, BLOCK), ALONG.dtype.element_ty)
-    total = tl.zeros((ROWS, BLOCK), ALONG.dtype.element_ty)
-    for start in range(0, n, BLOCK):
-        place = start + column
-        inside = exists[:, None] & (place < n)
-        g = _weighted(read(DY + first, place, inside), WEIGHT, place, n, KIND)
-        along += g * _unit(X + first, MEAN, RSTD, row, exists, place, inside)
-        total += g
-    tl.store(ALONG + row, tl.sum(along, 1) / n, exists)
-    if MEAN is not None:
-        tl.store(TOTAL + row, tl.sum(total, 1) / n, exists)
+    for tile in range(tl.program_id(0), tiles, tl.num_programs(0)):
+        row, exists, column = tile_of(tile, rows, ROWS, BLOCK, WIDE, False)
+        first = (row * n)[:, None]
+        along = tl.zeros((ROWS, BLOCK), ALONG.dtype.element_ty)
+        total = tl.zeros((ROWS, BLOCK), ALONG.dtype.element_ty)
+        for start in range(0, n, BLOCK):
+            place = start + column
+            inside = exists[:, None] & (place < n)
+            g = _weighted(read(DY + first, place, inside), WEIGHT, place, n, KIND)
+            along += g * _unit(X + first, MEAN, RSTD, row, exists, place, inside)
+            total += g
+        tl.store(ALONG + row, tl.sum(along, 1) / n, exists)
+        if MEAN is not None:
+            tl.store(TOTAL + row, tl.sum(total, 1) / n, exists)
 
 
 @kernel

@@ -285,10 +285,20 @@ NORMS = {
 def test_norms(name, dtype):
     """Around powers of two, whatever the blocks are; of many rows; of rows longer than a block."""
     shapes = [*pairs((1, 2, 5), around(4), dtype), *zip((1, 2, 5), around(64), strict=True)]
-    shapes += [(1, 1), (300, 5)] + [(1, 1025), (2, 2049)] * (dtype == DOUBLE)
+    shapes += [(1, 1), (300, 5)] + [(1, 1025), (17, 2049)] * (dtype == DOUBLE)
     function, vectors = NORMS[name]
     for m, n in shapes:
         agree(function, dtype, (m, n), *vectors * [(n,)])
+
+
+@pytest.mark.parametrize("dtype", TOLERANCE)
+def test_gates(dtype, monkeypatch):
+    """Around the rows and columns of a tile, of one long row too, and of rows in several tiles."""
+    monkeypatch.setattr(kernels("gating"), "BLOCK", 32)
+    forget_plans(monkeypatch, "gating")
+    for m, n in [*pairs(around(4), around(8), dtype), (1, 1), (3, 33)]:
+        agree(lambda F, x: F.glu(x), dtype, (m, 2 * n))
+        agree(lambda F, x: F.glu(x, 0), dtype, (2 * m, n))
 
 
 #: what no other test here calls in half precision, and shapes around its blocks there
