@@ -267,6 +267,10 @@ DEVICE_FUNCTIONS: dict[str, tuple[Any, ...]] = {
 }  # fmt: skip
 
 
+#: the activations whose derivative is taken at y
+SAVES_OUTPUT = frozenset({"relu", "relu6", "hardtanh", "sigmoid", "tanh"})
+
+
 def constants(name: str | None, which: int, parameters: tuple[float, ...]) -> dict[str, Any]:
     """A kernel's F, A and B for the value (``which`` 0) or the derivative (1) of an activation;
     each None where there is none."""

@@ -13,9 +13,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .activation import DEVICE_FUNCTIONS
+from .activation import DEVICE_FUNCTIONS, SAVES_OUTPUT
 from .launch import Launch, cdiv, kernel, next_power_of_2, planned
-from .linear import SAVES_OUTPUT
 from .pointwise import BLOCK
 from .rows import read, write
 
@@ -71,7 +70,7 @@ def plan(
         named.update(D=derivative, OF_OUTPUT=f in SAVES_OUTPUT, da_row=strides[2])
     return (_backward if backward else _forward).launch(
         cdiv(rows, tile) * blocks, rows=rows, n=n, blocks=blocks, a_row=strides[0],
-        b_row=strides[1], **named,
+        b_row=strides[1], **named, num_warps=8 if dtype == torch.float64 else 4,
     )  # fmt: skip
 
 

@@ -18,8 +18,6 @@ from .launch import Launch, cdiv, kernel, multiprocessors, planned
 from .matmul import product
 from .rows import column_sum, partial_sums, read, write
 
-SAVES_OUTPUT = frozenset({"relu", "relu6", "hardtanh", "sigmoid", "tanh"})
-
 
 @kernel
 def _columns(
@@ -140,7 +138,7 @@ def activation_forward(
     x: Tensor, weight: Tensor, bias: Tensor | None, activation: str, parameters: Any, *, ours: bool
 ) -> tuple[Tensor, Tensor | None]:
     """y = f(z), and z where the derivative needs it: by us from the product's epilogue."""
-    keep_z = activation not in SAVES_OUTPUT
+    keep_z = activation not in activations.SAVES_OUTPUT
     if ours:
         shape = (*x.shape[:-1], weight.shape[0])
         return product(_rows_of(x), weight.t(), bias, activation, tuple(parameters), keep_z, shape)

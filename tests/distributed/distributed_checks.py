@@ -590,6 +590,8 @@ def cases_of_placements():
             yield f"{name}, sum", by("sum", name), (x, t), both, P, both
     yield "layer_norm", layer_norm, (x, slopes, b), [S(0), R, R], S(0), [S(0), P, P]
     yield "rms_norm", rms_norm, (x, slopes), [S(0), R], S(0), [S(0), P]
+    yield "swiglu, halves", functional.swiglu, (x,), [S(0)], S(0), [S(0)]
+    yield "swiglu, two tensors", functional.swiglu, (x, t), [S(1)] * 2, S(1), [S(1)] * 2
     yield "normalize", functional.normalize, (x,), [S(0)], S(0), [S(0)]
     yield "prelu, rows", functional.prelu, (x, slopes), [S(0), R], S(0), [S(0), P]
     yield "prelu, channels", functional.prelu, (x, slopes), [S(1), S(0)], S(1), [S(1), S(0)]
