@@ -190,6 +190,14 @@ def test_info_nce_of_a_zero_vector(backend):
     compare(functional.info_nce, stock_info_nce, [q, normal(3, 2)], rtol=1e-9, atol=1e-6)
 
 
+@pytest.mark.parametrize("length", [0.5e-12, 0.999e-12, 1.001e-12])
+def test_info_nce_of_a_vector_about_as_long_as_1e_12(length, backend):
+    """A shorter one is divided by a constant, whose gradient has no part along the vector."""
+    q = normal(3, 2)
+    q[1] = torch.tensor([0.6, 0.8]) * length
+    compare(functional.info_nce, stock_info_nce, [q, normal(3, 2)], rtol=1e-6, atol=1e-6)
+
+
 def test_info_nce_keeps_one_number_a_pair():
     """Nothing of the size of the similarities is saved but G."""
     saved = []
