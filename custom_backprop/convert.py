@@ -1,8 +1,8 @@
 """Swaps the ``torch.nn`` layers of an existing model for ours, and back.
 
-Each of our modules is a subclass of torch's that overrides ``forward`` and nothing else, so a swap
-is a change of class: parameters, buffers, hooks, names, the optimizer that refers to the
-parameters, and every checkpoint stay what they are.
+Each of our modules is a subclass of torch's that overrides only ``forward``, so a swap changes the
+class and nothing else: parameters, buffers, hooks and names stay, an optimizer still refers to the
+same parameters, and checkpoints load.
 """
 
 from __future__ import annotations
@@ -22,12 +22,11 @@ DROP_INS: dict[type, type] = {
 
 
 def convert(model: Model) -> Model:
-    """Makes every layer of ``model`` for which there is a drop-in ours, in place.
+    """Replaces every layer of ``model`` that has a drop-in here, in place.
 
-    Layers of exactly torch's class are swapped. A subclass (of yours, of a parametrization, of a
-    sharding wrapper) has a ``forward`` of its
-    own and is left as it is, and so is what a model calls as a function: use
-    :mod:`custom_backprop.functional` there.
+    Only layers of exactly torch's class are swapped. A subclass (yours, a parametrization's, a
+    sharding wrapper's) has a ``forward`` of its own and is left alone. So are functions that a
+    model calls: use :mod:`custom_backprop.functional` there.
 
     Args:
         model: a module, possibly itself such a layer.
@@ -43,7 +42,7 @@ def convert(model: Model) -> Model:
 
 def revert(model: Model) -> Model:
     """The opposite of :func:`convert`: every drop-in becomes torch's class again. Layers that torch
-    lacks stay.
+    does not have stay.
 
     Raises:
         TypeError: ``model`` is not a module.

@@ -1,16 +1,15 @@
-"""What backpropagation costs, layer by layer: products, bytes moved, bytes saved for backward; of a
-model's stock layers against ours.
+"""What backpropagation costs, layer by layer, with stock's layers and with ours: flops, bytes
+moved, bytes saved for backward.
 
-``flops`` are those of products (matrices, convolutions, attention; a multiplication and an addition
-are two), by the formulas of ``torch.utils.flop_counter``, to which this module adds those of our
-primitives. ``bytes`` are what the operators called read and write, each argument and each result
-once, nothing for a view. An operator of ours that a Triton kernel runs is one operator; one that
-ATen runs
-is the calls beneath it. ``saved`` is what autograd saves between forward and backward: each storage
-once, whole, in the layer that saves it first, without parameters and buffers, which stay anyway.
+``flops`` counts products (matrices, convolutions, attention), a multiplication and an addition as
+two, by the formulas of ``torch.utils.flop_counter`` and those of our primitives. ``bytes`` counts
+what the operators read and write: each argument and each result once, a view not at all. Where a
+Triton kernel runs our operator, that is one operator; where ATen runs it, the calls beneath it
+count. ``saved`` counts what autograd saves between forward and backward: each storage once, whole,
+in the layer that saves it first. Parameters and buffers do not count, since they stay anyway.
 
-Flops and bytes are seen by a dispatch mode, which makes our ops call the dispatcher's operators.
-What is saved is seen without one.
+A dispatch mode sees flops and bytes; it makes our ops call the dispatcher's operators. What is
+saved is seen without a mode.
 """
 
 from __future__ import annotations

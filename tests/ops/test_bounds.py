@@ -63,8 +63,8 @@ def test_frames_of_one_forward(spec):
     functions, files = A_LOSS if y.dim() == 0 else AN_OP
     assert len(frames) <= functions + AN_OP[0] * further, told
     assert len({file for file, _ in frames}) <= files, told
-    rooms = {file.stem if file.stem == "route" else file.parent.name for file, _ in frames}
-    assert rooms <= {"functional", "route", "ops", "backends"}, told
+    packages = {file.stem if file.stem == "route" else file.parent.name for file, _ in frames}
+    assert packages <= {"functional", "route", "ops", "backends"}, told
 
 
 def test_lines_of_a_definition():
@@ -83,13 +83,13 @@ def test_lines_of_a_definition():
         assert source.count("\n") <= 40 * ops + 20, f"{file.name}: {source.count(chr(10))} lines"
 
 
-@pytest.mark.parametrize("room", ["functional", "ops", "backends"])
-def test_nothing_central_names_ops(room):
+@pytest.mark.parametrize("package", ["functional", "ops", "backends"])
+def test_nothing_central_names_ops(package):
     """A new op edits no file that names other ops: what is not a family's file names none."""
     families = {file.stem for file in (PACKAGE / "formulas").glob("*.py")} - {"__init__"}
     ops = {spec.name for spec in database().values()}
-    for file in (PACKAGE / room).glob("*.py"):
+    for file in (PACKAGE / package).glob("*.py"):
         if file.stem not in families:
             nodes = ast.walk(ast.parse(file.read_text()))
             strings = {n.value for n in nodes if isinstance(n, ast.Constant)}
-            assert not ops & strings, f"{room}/{file.name} names {sorted(ops & strings)}"
+            assert not ops & strings, f"{package}/{file.name} names {sorted(ops & strings)}"
