@@ -6,13 +6,18 @@ from __future__ import annotations
 import pytest
 import torch
 from helpers import DEVICE
+from torch.utils._pytree import tree_leaves
 from torch.utils.checkpoint import checkpoint
 
 from custom_backprop import functional
 from custom_backprop.backends.loss import primitives
 from custom_backprop.ops.gradient import is_made_in_forward
+from custom_backprop.testing import Make, database
+from custom_backprop.testing.checks import Recorder
 
 FORWARD_OP = primitives["mse_loss"][0]
+#: operators whose second result is made for backward where one is wanted
+MAKING = {*(f"{name}_forward" for name in primitives), "cross_entropy_forward", "info_nce"}
 
 
 def loss(x):
@@ -126,6 +131,25 @@ def test_not_made_where_it_would_not_serve():
 
     torch.func.grad(inside)(x.detach())
     assert made == [False]
+
+
+MAKERS = [s for s in database().values() if MAKING & {s.name, f"{s.name}_forward"}]
+
+
+@pytest.mark.parametrize("spec", MAKERS, ids=str)
+def test_made_only_where_a_gradient_is_wanted(spec, backend):
+    sample = spec.large(Make(DEVICE, torch.float32), "small")
+    frozen = [a.detach() if isinstance(a, torch.Tensor) else a for a in sample.args]
+    made = []
+    for enabled, args in ((True, sample.args), (False, sample.args), (True, frozen)):
+        with torch.set_grad_enabled(enabled), Recorder() as recorder:
+            spec.function(*args, **sample.kwargs)
+        made += [
+            any(t.numel() for t in tree_leaves(operator(*given))[1:] if t is not None)
+            for operator, given, _ in recorder.calls.values()
+            if operator._schema.name.split("::")[1] in MAKING
+        ]
+    assert made == [True, False, False]
 
 
 def test_second_derivative():
