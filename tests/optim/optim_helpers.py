@@ -12,6 +12,7 @@ from torch.nn import Parameter
 
 import custom_backprop
 from custom_backprop import optim
+from custom_backprop.nn.utils import clip_grad_norm_
 from custom_backprop.optim.lion import PlainLion
 
 HAS_KERNELS = custom_backprop.backends.why_not("triton", DEVICE) is None
@@ -142,3 +143,14 @@ def assert_equal(mine: Any, theirs: Any, tolerance: float = 1e-12) -> None:
             assert_equal(a, b, tolerance)
     else:
         assert mine == theirs
+
+
+def assert_clip_alike(our: Any, their: Any, mine: Any, theirs: Any) -> None:
+    """Three steps of ours, which clips to a norm of 0.5, and of torch's after torch's clipping."""
+    for step in range(3):
+        give_gradients(mine, step, skip=False)
+        give_gradients(theirs, step, skip=False)
+        our.step()
+        clip_grad_norm_(theirs, 0.5)
+        their.step()
+    assert_equal(mine, theirs)

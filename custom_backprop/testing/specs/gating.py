@@ -10,15 +10,9 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ... import functional, nn
-from ..spec import Make, OpSpec, Sample
+from ..spec import ELEMENTWISE_SIZES, Make, OpSpec, Sample
 
-SIZES = {
-    "awkward": (37, 514),
-    "small": (64, 64),
-    "medium": (256, 256),
-    "large": (1024, 1024),
-    "huge": (16384, 4096),
-}
+SIZES = {**ELEMENTWISE_SIZES, "awkward": (37, 514)}
 
 
 def _reference(f: Callable[..., Tensor], first: bool) -> Callable[..., Tensor]:
