@@ -10,10 +10,14 @@ from ..formulas.precision import HALF
 from .activation import ATEN
 from .library import R, launcher, primitive
 
+aten = torch.ops.aten
+
 
 def _forward(x, b, dim, gate_first, f):
     if x.dtype in HALF:
         return formula.gate(x, b, dim, gate_first, f)
+    if f == "sigmoid" and b is None and not gate_first:
+        return aten.glu.default(x, dim)
     a, value = formula.halves(x, b, dim, gate_first)
     return ATEN[f].forward(a).mul_(value).contiguous()
 
@@ -21,13 +25,14 @@ def _forward(x, b, dim, gate_first, f):
 def _backward(dy, x, b, dim, gate_first, f, *needs):
     if x.dtype in HALF or not all(needs[: 1 if b is None else 2]):
         return formula.gate_backward(dy, x, b, dim, gate_first, f, *needs)
+    if f == "sigmoid" and b is None and not gate_first:
+        return aten.glu_backward.default(dy, x, dim), None
+    dx, db = x.new_empty(x.shape), None if b is None else b.new_empty(b.shape)
     a, value = formula.halves(x, b, dim, gate_first)
-    dx, db = torch.empty_like(x), None if b is None else torch.empty_like(b)
     to_a, to_b = formula.halves(dx, db, dim, gate_first)
     y = ATEN[f].forward(a)
     torch.mul(dy, y, out=to_b)
-    saved = y if ACTIVATIONS[f].saves_output else a
-    to_a.copy_(ATEN[f].backward(dy * value, saved))
+    to_a.copy_(ATEN[f].backward(dy * value, y if ACTIVATIONS[f].saves_output else a))
     return dx, db
 
 
