@@ -79,6 +79,7 @@ def test_where_half_precision_is_rounded(casting, dtype, weight_dtype, backend):
         ((torch.ones(2, 8), (4,)), RuntimeError),
         ((torch.ones(2, 8), ()), RuntimeError),
         ((torch.ones(2, 8), (8,), torch.ones(7)), RuntimeError),
+        ((torch.ones(2, 8), (8,), torch.ones(9)), RuntimeError),
         ((torch.ones(2, 8), 8), TypeError),
         ((torch.arange(8), (8,)), NotImplementedError),
     ],
