@@ -24,8 +24,10 @@ SHAPE = {"normalized_shape": (5, 2), "eps": 0.1}
 
 
 def layer_norm(input, normalized_shape, weight=None, bias=None, eps=1e-5):
-    """Stock's; under torch.func, where its second derivatives are wrong (tests/ops/test_norm.py),
-    the definition."""
+    """Stock's; under torch.func, where its second derivatives are wrong, the definition; and of a
+    bias alone, where it has none, without it (tests/ops/test_norm.py)."""
+    if weight is None and bias is not None:
+        return layer_norm(input, normalized_shape, eps=eps) + bias
     if not torch._C._are_functorch_transforms_active():
         return F.layer_norm(input, normalized_shape, weight, bias, eps)
     dims = list(range(-len(normalized_shape), 0))
