@@ -1,10 +1,10 @@
 """layer_norm and rms_norm: one kernel each way for both, on ``rows.py``.
 
-Statistics are of float32 (of float64, float64). Forward takes the mean out before it adds squares,
-block by block (Welford, 1962). Where a row fits a block, both of its loops are one step, and
-the row is read once. Backward reads x and dy once: a few programs walk the rows, each
-with its sums of dw and db in registers, which one more kernel adds up. The sums of a row that is
-longer than a block are taken first. KIND and formulas: ``custom_backprop/formulas/norm.py``.
+Statistics are float32 (of float64, float64). Forward takes the mean out before it adds squares,
+block by block (Welford, 1962). If a row fits a block, both of its loops are one step, and the row
+is read once. Backward reads x and dy once: a few programs walk the rows, each with its sums of dw
+and db in registers, and one more kernel adds those up. The sums of a row that is longer than a
+block are computed first. KIND and formulas: ``custom_backprop/formulas/norm.py``.
 """
 
 from __future__ import annotations

@@ -3,22 +3,18 @@ tensor or over the old one."""
 
 from __future__ import annotations
 
-from collections.abc import Iterable
-from typing import Any
-
 import torch
-from torch import Tensor
 
 from ..formulas import scale as formula
-from .library import R, Sharding, launcher, primitive
+from .library import R, launcher, primitive
 
 
-def _aten_(grad: Tensor, dy: Tensor) -> None:
+def _aten_(grad, dy):
     if dy.item() != 1:  # on a CPU reading a number is free; a pass over the gradient is not
         grad.mul_(dy)
 
 
-def _vmap(info: Any, in_dims: Any, grad: Tensor, dy: Tensor) -> tuple[Tensor, int]:
+def _vmap(info, in_dims, grad, dy):
     grad = grad if in_dims[0] is None else grad.movedim(in_dims[0], 0)
     if in_dims[1] is None:
         return scale(grad, dy), 0
@@ -26,7 +22,7 @@ def _vmap(info: Any, in_dims: Any, grad: Tensor, dy: Tensor) -> tuple[Tensor, in
     return grad * dy.movedim(in_dims[1], 0).reshape(dims), 0
 
 
-def _sharding(grad: Tensor, dy: Tensor) -> Iterable[Sharding]:
+def _sharding(grad, dy):
     return (([i], [i, R]) for i in range(grad.dim()))
 
 
