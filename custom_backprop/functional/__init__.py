@@ -21,6 +21,8 @@ from .normalize import *
 from .normalize import __all__ as _normalize
 from .prelu import *
 from .prelu import __all__ as _prelu
+from .rotary import *
+from .rotary import __all__ as _rotary
 from .softmax import *
 from .softmax import __all__ as _softmax
 
@@ -35,5 +37,6 @@ __all__ = [
     *_norm,
     *_normalize,
     *_prelu,
+    *_rotary,
     *_softmax,
 ]

@@ -21,6 +21,8 @@ from .norm import __all__ as _norm
 from .prelu import *
 from .prelu import __all__ as _prelu
 from .refuse import refuse as _refuse
+from .rotary import *
+from .rotary import __all__ as _rotary
 from .softmax import *
 from .softmax import __all__ as _softmax
 
@@ -34,6 +36,7 @@ __all__ = [
     *_nll,
     *_norm,
     *_prelu,
+    *_rotary,
     *_softmax,
 ]
 
