@@ -65,16 +65,19 @@ class Definition(Protocol):
 
     Attributes:
         forward_op, backward_op: the primitives.
-        has_statistics: forward_op returns ``(y, *statistics)``. ``setup_context`` may save the
-            statistics; they are not outputs of the op.
+        outputs: how many. Default: 1. If more, forward_op returns a tuple of them.
+        has_statistics: forward_op returns ``(*outputs, *statistics)``. ``setup_context`` may save
+            the statistics; they are not outputs of the op.
         autocast: what autocast does on each device, such as :data:`FLOAT32`. Default: nothing.
 
     Forward is ``forward_op``. ``setup_context(ctx, inputs, output)`` saves tensors, only through
     ``save_for_backward``. ``backward(run, ctx, dy)`` returns the gradient of the first argument, or
     a tuple of those of the first few arguments, in which a gradient that is not needed may be
-    anything. ``run`` is an implementation of ``backward_op``. ``ctx.is_differentiated`` is true if
-    the result of backward is itself differentiated: statistics are constants then, and must be
-    computed again. ``jvp(ctx, *tangents)`` gets the same saved tensors.
+    anything. It gets one dy for each output; if there are several, some may be None, not all.
+    ``run`` is an implementation of ``backward_op``. ``ctx.is_differentiated`` is true if the result
+    of backward is itself differentiated: statistics are constants then, and must be computed again.
+    ``jvp(ctx, *tangents)`` gets the same saved tensors, and returns a tuple if there are several
+    outputs.
     """
 
     forward_op: Primitive
@@ -92,32 +95,36 @@ def op(definition: Any, stock: Callable[..., Any] | None = None) -> Callable[...
     forward_op, backward_op = definition.forward_op, definition.backward_op
     setup_context, define_backward = definition.setup_context, definition.backward
     has_statistics: bool = getattr(definition, "has_statistics", False)
+    count: int = getattr(definition, "outputs", 1)
+    returned = slice(count) if count > 1 else 0
+    is_tuple = has_statistics or count > 1
     autocast: dict[str, str] = getattr(definition, "autocast", {})
 
     def value(which: str, args: tuple[Any, ...]) -> Any:
-        """The output alone."""
+        """The outputs without the statistics."""
         output = getattr(forward_op, which)(*args)
-        return output[0] if has_statistics else output
+        return output[returned] if is_tuple else output
 
     def forward(ctx: Any, *args_and_which: Any) -> Any:
         args = args_and_which[:-1]
         output = getattr(forward_op, args_and_which[-1])(*args)
         ctx.set_materialize_grads(False)
         setup_context(ctx, args, output)
-        return output[0] if has_statistics else output
+        return output[returned] if is_tuple else output
 
-    def backward(ctx: Any, dy: Tensor | None, *_: Tensor | None) -> Any:
-        needs = ctx.needs_input_grad
-        if dy is None:
+    def backward(ctx: Any, *dys: Tensor | None) -> Any:
+        needs, dys = ctx.needs_input_grad, dys[:count]
+        given = [dy for dy in dys if dy is not None]
+        if not given:
             return (None,) * len(needs)
-        which = _for_gradient(dy)
+        which = _for_gradient(*given)
         ctx.is_differentiated = which == "derivative"
         ctx.which = which = "formula" if which == "derivative" else which
         if autocast and _compiling():  # a compiler runs backward under the autocast of forward
-            with torch.autocast(dy.device.type, enabled=False):
-                grads = define_backward(getattr(backward_op, which), ctx, dy)
+            with torch.autocast(given[0].device.type, enabled=False):
+                grads = define_backward(getattr(backward_op, which), ctx, *dys)
         else:
-            grads = define_backward(getattr(backward_op, which), ctx, dy)
+            grads = define_backward(getattr(backward_op, which), ctx, *dys)
         if type(grads) is tuple:
             grads = [g if need else None for g, need in zip(grads, needs, strict=False)]
             return *grads, *(None,) * (len(needs) - len(grads))
@@ -129,8 +136,8 @@ def op(definition: Any, stock: Callable[..., Any] | None = None) -> Callable[...
 
     def transformable_setup(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
         if has_statistics:
-            ctx.mark_non_differentiable(*output[1:])
-            ctx.statistics = len(output) - 1
+            ctx.mark_non_differentiable(*output[count:])
+            ctx.statistics = len(output) - count
         ctx.set_materialize_grads(False)
         setup_context(_Saving(ctx), inputs, output)
 
@@ -138,8 +145,10 @@ def op(definition: Any, stock: Callable[..., Any] | None = None) -> Callable[...
         return backward(_Saved(ctx), *grads)
 
     def transformable_jvp(ctx: Any, *tangents: Any) -> Any:
-        tangent = definition.jvp(_Saved(ctx), *tangents)
-        return (tangent, *(None,) * ctx.statistics) if has_statistics else tangent
+        result = definition.jvp(_Saved(ctx), *tangents)
+        if not has_statistics:
+            return result
+        return *(result if count > 1 else (result,)), *(None,) * ctx.statistics
 
     eager = _function(definition, forward=forward, backward=backward)
     transformable = _function(
@@ -185,7 +194,7 @@ def op(definition: Any, stock: Callable[..., Any] | None = None) -> Callable[...
             if _is_beyond_a_function(several):
                 return value("formula", args)
             outputs = transformable.apply(*args)
-            return outputs[0] if has_statistics else outputs
+            return outputs[returned] if is_tuple else outputs
         return apply(*args, "operator") if _grad_enabled() else value("operator", args)
 
     def traced(args: tuple[Any, ...]) -> Any:
@@ -223,14 +232,17 @@ def run_of_gradient(backward_op: Primitive, dy: Tensor) -> Callable[..., Any]:
     return backward_op.formula if which == "derivative" else getattr(backward_op, which)
 
 
-def _for_gradient(dy: Tensor) -> str:
+def _for_gradient(*dys: Tensor) -> str:
     """The name of the implementation for backward; or "derivative", which means the formula,
     because the result of backward is itself differentiated or batched."""
     if _compiling():
         return "operator" if get_backend() == "triton" else "traced"
-    if _grad_enabled() or forward_ad._current_level >= 0 or is_wrapped(dy) or is_batched(dy):
+    if _grad_enabled() or forward_ad._current_level >= 0:
         return "derivative"
-    return backend_of(dy) if is_plain((dy,)) else "operator"
+    for dy in dys:
+        if is_wrapped(dy) or is_batched(dy):
+            return "derivative"
+    return backend_of(dys[0]) if is_plain(dys) else "operator"
 
 
 def is_ours(x: Any) -> bool:
