@@ -38,7 +38,7 @@ class Powers:
     outputs, has_statistics = 2, True
 
     def setup_context(ctx, inputs, output):
-        y, z, s = output
+        *_, s = output
         ctx.save_for_backward(inputs[0], s)
 
     def backward(run, ctx, dy, dz):
@@ -60,7 +60,8 @@ def x():
 
 def test_first_and_second_derivatives(x):
     y, z = powers(x)
-    assert torch.equal(y, x * x) and torch.equal(z, x**3)
+    assert torch.equal(y, x * x)
+    assert torch.equal(z, x**3)
     assert gradcheck(powers, x, check_forward_ad=True, check_batched_grad=True)
     assert gradgradcheck(powers, x)
 
@@ -74,8 +75,10 @@ def test_an_output_that_nobody_uses(x, used):
 def test_without_a_gradient(x):
     with torch.no_grad():
         y, z = powers(x)
-    assert torch.equal(y, x * x) and torch.equal(z, x**3)
-    assert not y.requires_grad and not z.requires_grad
+    assert torch.equal(y, x * x)
+    assert torch.equal(z, x**3)
+    assert not y.requires_grad
+    assert not z.requires_grad
 
 
 def test_torch_func(x):
@@ -83,7 +86,8 @@ def test_torch_func(x):
     _, tangents = torch.func.jvp(powers, (x,), (x,))
     torch.testing.assert_close(tangents, (2 * x * x, 3 * x**3))
     y, z = torch.func.vmap(powers)(x)
-    assert torch.equal(y, x * x) and torch.equal(z, x**3)
+    assert torch.equal(y, x * x)
+    assert torch.equal(z, x**3)
     rows = torch.func.vmap(torch.func.grad(lambda row: (row * powers(row)[1]).sum()))(x)
     torch.testing.assert_close(rows, 4 * x**3)
     with forward_ad.dual_level():
