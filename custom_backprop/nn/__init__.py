@@ -8,6 +8,8 @@ from .contrastive import *
 from .contrastive import __all__ as _contrastive
 from .cross_entropy import *
 from .cross_entropy import __all__ as _cross_entropy
+from .dropout import *
+from .dropout import __all__ as _dropout
 from .gating import *
 from .gating import __all__ as _gating
 from .linear import *
@@ -30,6 +32,7 @@ __all__ = [
     *_activation,
     *_contrastive,
     *_cross_entropy,
+    *_dropout,
     *_gating,
     *_linear,
     *_loss,

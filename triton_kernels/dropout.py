@@ -1,0 +1,111 @@
+"""Dropout by a mask that is made where it is needed: one pass each way, and nothing is stored.
+
+Words come from Philox 4x32-10. Its four results are those of four neighbours, so that an element
+costs a quarter of a call. Formulas: ``custom_backprop/formulas/dropout.py``.
+
+For other kernels: :func:`word_of` is the word of any element, and :func:`words_of` those of a
+block. An element is kept where its word is not below p 2^32.
+"""
+
+from __future__ import annotations
+
+import math
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from .launch import Launch, cdiv, kernel, next_power_of_2, planned
+from .pointwise import block_of, grid
+from .rows import read, write
+
+
+@triton.jit
+def word_of(seed, index):
+    """The random uint32 of each element: ``index`` is a block of numbers of elements, of int32 or
+    int64, and ``seed`` the int64 that was drawn for the call."""
+    first, second, third, fourth = tl.randint4x(seed, index >> 2)
+    lane = index & 3
+    return tl.where(
+        lane < 2, tl.where(lane == 0, first, second), tl.where(lane == 2, third, fourth)
+    )
+
+
+@triton.jit
+def words_of(seed, start, BLOCK: tl.constexpr):
+    """Those of the BLOCK elements from ``start`` on, both multiples of 4, at a quarter of the
+    cost."""
+    counter = start // 4 + tl.arange(0, BLOCK // 4)
+    first, second, third, fourth = tl.randint4x(seed, counter)
+    return tl.join(tl.join(first, third), tl.join(second, fourth)).reshape(BLOCK)
+
+
+@triton.jit
+def _dropped(x, keep, scale, add, instead, SHIFTED: tl.constexpr):
+    """y of a block. A NaN that is dropped stays one, as in torch."""
+    zero = tl.zeros((), x.dtype)
+    y = x * tl.where(keep, tl.full((), scale, x.dtype), zero)
+    if SHIFTED:
+        y += tl.where(keep, tl.full((), add, x.dtype), tl.full((), instead, x.dtype))
+    return y
+
+
+@kernel
+def _elements(
+    X, RESIDUAL, SEED, Y, n, threshold: tl.uint32, scale: tl.float64, add: tl.float64,
+    instead: tl.float64, SHIFTED: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
+    """y = r + m a x + b, one word an element."""
+    start, offsets, inside = block_of(tl.program_id(0), n, BLOCK)
+    keep = words_of(tl.load(SEED), start, BLOCK) >= threshold
+    y = _dropped(read(X + start, offsets, inside), keep, scale, add, instead, SHIFTED)
+    if RESIDUAL is not None:
+        y += read(RESIDUAL + start, offsets, inside)
+    write(Y + start, offsets, inside, y)
+
+
+@kernel
+def _features(
+    X, SEED, Y, rows, n, blocks, threshold: tl.uint32, scale: tl.float64, add: tl.float64,
+    instead: tl.float64, SHIFTED: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
+    """The same of (rows, n), one word a row."""
+    row = (tl.program_id(0) // blocks).to(tl.int64) * ROWS + tl.arange(0, ROWS)
+    column = (tl.program_id(0) % blocks).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
+    keep = (word_of(tl.load(SEED), row) >= threshold)[:, None]
+    place = row[:, None] * n + column[None, :]
+    inside = (row < rows)[:, None] & (column < n)[None, :]
+    y = _dropped(read(X, place, inside), keep, scale, add, instead, SHIFTED)
+    write(Y, place, inside, y)
+
+
+@planned
+def plan(shape: tuple[int, ...], features: bool, shifted: bool, dtype: torch.dtype) -> Launch:
+    """Of a contiguous tensor, without the numbers, which may be others at every call."""
+    n = math.prod(shape)
+    if not features:
+        return _elements.launch(**grid(n, dtype), SHIFTED=shifted)
+    rows, size = shape[0] * shape[1], grid(n, dtype)["BLOCK"]
+    n //= rows
+    block = min(next_power_of_2(n), size)
+    tile, blocks = min(next_power_of_2(rows), size // block), cdiv(n, block)
+    return _features.launch(
+        cdiv(rows, tile) * blocks, rows=rows, n=n, blocks=blocks, SHIFTED=shifted, ROWS=tile,
+        BLOCK=block, num_warps=8 if dtype == torch.float64 else 4,
+    )  # fmt: skip
+
+
+def dropout(
+    x: Tensor, residual: Tensor | None, seed: Tensor, threshold: int, scale: float, add: float,
+    instead: float, features: bool, dtype: torch.dtype,
+) -> Tensor:  # fmt: skip
+    """y of ``dtype``, contiguous: scale x + add where a word is not below ``threshold``, else
+    ``instead``, plus the residual. Backward is the same of dy."""
+    x, residual = x.contiguous(), None if residual is None else residual.contiguous()
+    y = torch.empty_like(x, dtype=dtype)
+    if x.numel():
+        launch = plan(tuple(x.shape), features, bool(add or instead), x.dtype)
+        numbers = {"threshold": threshold, "scale": scale, "add": add, "instead": instead}
+        launch(*(x, seed, y) if features else (x, residual, seed, y), **numbers)
+    return y
