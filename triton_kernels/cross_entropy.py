@@ -13,6 +13,7 @@ import triton.language as tl
 from torch import Tensor
 
 from . import rows as row_kernels
+from .elementary import expm1, log1p_positive
 from .launch import Launch, kernel, multiprocessors, planned
 from .nll import MEAN, NONE, class_of, share_of, total_weight, view_of
 from .pointwise import like
@@ -38,6 +39,12 @@ def _soft(
     return tl.where(inside, u, 0.0)
 
 
+@triton.jit
+def _logit_of(X, start, t, s_n):
+    """x_t of each row, -inf where it has no class."""
+    return tl.sum(read(X, start + (t * s_n)[:, None], (t >= 0)[:, None], float("-inf")), 1)
+
+
 @kernel
 def _forward(
     X, TARGET, WEIGHT, TOTAL, LOSS, DX, LARGEST, LOG_SUM,
@@ -48,7 +55,8 @@ def _forward(
 ):  # fmt: skip
     """The loss of each row, or their sum a program; dx for a dy of 1; m and log z = log Σ e^(x-m).
 
-    With q the target's share of a class and w its sum, loss = -Σ q log p and dx = w p - q.
+    With q the target's share of a class and w its sum, loss = -Σ q log p and dx = w p - q. The
+    class of a hard target is left out of z's sum S, since 1 - p_t = S / z: nothing cancels.
     """
     SOFT: tl.constexpr = PROBABILITIES or SMOOTHING > 0
     dtype: tl.constexpr = tl.float64 if X.dtype.element_ty == tl.float64 else tl.float32
@@ -71,7 +79,7 @@ def _forward(
         # what is read row by row, before what takes longest
         t, counted, w = class_of(TARGET, WEIGHT, row, alive, n, ignore_index, PROBABILITIES, dtype)
         hard, chosen = w * (1 - SMOOTHING), t.to(column.dtype)[:, None]
-        x_t = tl.sum(read(X, start + (t * s_n)[:, None], (t >= 0)[:, None]), 1)
+        x_t = _logit_of(X, start, t, s_n)
         u = tl.zeros((ROWS, BLOCK), dtype)
         if LOOP:
             m = tl.full((ROWS, BLOCK), lowest(dtype), dtype)
@@ -80,26 +88,32 @@ def _forward(
                 place = done + column
                 inside = alive[:, None] & (place < n)
                 x = read(X + start, place * s_n, inside, float("-inf"))
-                m, z = online(m, z, x, False)
+                m, z = online(m, z, tl.where(place == chosen, float("-inf"), x), False)
                 if SOFT:
                     u += _soft(Q, WEIGHT, s_n, place, inside, n, PROBABILITIES, SMOOTHING, dtype)
-            m, z = online_of_rows(m, z, False)
+            others, z = online_of_rows(m, z, False)
+            m = tl.maximum(others, x_t)
+            rest = z * tl.exp(others - m)
         else:
             inside = alive[:, None] & (column < n)
             x = read(X + start, column * s_n, inside, float("-inf"))
             m = tl.maximum(tl.max(x, 1), lowest(dtype))
             x -= m[:, None]
             e = tl.exp(x)
-            z = tl.sum(e, 1)
+            rest = tl.sum(tl.where(column == chosen, 0.0, e), 1)
             if SOFT:
                 u = _soft(Q, WEIGHT, s_n, column, inside, n, PROBABILITIES, SMOOTHING, dtype)
-        mass = hard + tl.sum(u, 1) if SOFT else hard
-        log_z = tl.log(z)
-        loss = hard * (log_z - (x_t - m))
+        soft = tl.sum(u, 1) if SOFT else tl.zeros((ROWS,), dtype)
+        e_t = tl.exp(x_t - m)
+        z = rest + e_t
+        certain = (x_t == m) & (rest < 1)
+        log_z = tl.where(certain, log1p_positive(tl.where(certain, rest, 0.0)), tl.log(z))
+        loss = hard * (log_z + tl.where(t < 0, 0.0, m - x_t))
         if LARGEST is not None:
             tl.store(LARGEST + row, m, alive)
             tl.store(LOG_SUM + row, log_z, alive)
-        of_p, of_q = (share * mass / z)[:, None], (share * hard)[:, None]
+        of_p = (share * (hard + soft) / z)[:, None]
+        of_t = (share * (e_t * soft - rest * hard) / z)[:, None]
         if SOFT or DX is not None:
             soft_loss = tl.zeros((ROWS, BLOCK), dtype)
             last = tl.cdiv(n, BLOCK) * BLOCK - BLOCK if LOOP else 0
@@ -109,14 +123,14 @@ def _forward(
                 if LOOP:
                     x = read(X + start, place * s_n, inside) - m[:, None]
                     e = tl.exp(x)
-                q = tl.where(place == chosen, of_q, 0.0)
+                dx = tl.where(place == chosen, of_t, e * of_p)
                 if SOFT:
                     if LOOP:
                         u = _soft(Q, WEIGHT, s_n, place, inside, n, PROBABILITIES, SMOOTHING, dtype)
                     soft_loss += tl.where(inside, u * (x - log_z[:, None]), 0.0)
-                    q += share * u
+                    dx -= share * u
                 if DX is not None:
-                    dx = tl.where(counted[:, None], e * of_p - q, 0.0)
+                    dx = tl.where(counted[:, None], dx, 0.0)
                     write(DX + start, place * s_n, inside, dx)
             loss -= tl.sum(soft_loss, 1)
         loss = tl.where(counted, loss, 0.0)
@@ -149,23 +163,26 @@ def _backward(
         t, counted, w = class_of(TARGET, WEIGHT, row, alive, n, ignore_index, PROBABILITIES, dtype)
         hard, chosen = w * (1 - SMOOTHING), t.to(column.dtype)[:, None]
         dy = share_of(DY, TOTAL, row, alive, rows, PER_ROW, MEAN, dtype)[:, None]
-        mass = hard
+        soft = tl.zeros((ROWS,), dtype)
         if SOFT and DX is not None:
             u = tl.zeros((ROWS, BLOCK), dtype)
             for done in range(0, n, BLOCK):
                 place = done + column
                 inside = alive[:, None] & (place < n)
                 u += _soft(Q, WEIGHT, s_n, place, inside, n, PROBABILITIES, SMOOTHING, dtype)
-            mass += tl.sum(u, 1)
+            soft += tl.sum(u, 1)
+        log_p_t = _logit_of(X, start, t, s_n)[:, None] - m - log_z
+        of_p = dy * (hard + soft)[:, None]
+        of_t = dy * (tl.exp(log_p_t) * soft[:, None] + expm1(log_p_t) * hard[:, None])
         for done in range(0, n, BLOCK):
             place = done + column
             inside = alive[:, None] & (place < n)
             log_p = read(X + start, place * s_n, inside) - m - log_z
             if DX is not None:
-                q = tl.where(place == chosen, hard[:, None], 0.0)
+                dx = tl.where(place == chosen, of_t, tl.exp(log_p) * of_p)
                 if SOFT:
-                    q += _soft(Q, WEIGHT, s_n, place, inside, n, PROBABILITIES, SMOOTHING, dtype)
-                dx = dy * (tl.exp(log_p) * mass[:, None] - q)
+                    u = _soft(Q, WEIGHT, s_n, place, inside, n, PROBABILITIES, SMOOTHING, dtype)
+                    dx -= dy * u
                 write(DX + start, place * s_n, inside, tl.where(counted[:, None], dx, 0.0))
             if DTARGET is not None:
                 dt = dy * (SMOOTHING - 1) * log_p

@@ -25,7 +25,7 @@ aten = torch.ops.aten
 #: elements of a chunk: 2 MiB of float32
 CHUNK = 2**19
 
-#: up to so many elements a call costs more than a pass, and the fewest calls are stock's own four
+#: up to so many elements a call costs more than a pass
 SMALL = 2**16
 
 
@@ -92,8 +92,7 @@ def _walk(x, q, dy, losses, statistics, dx, dtarget):
     class probabilities."""
     over_dx, scratch = dx is not None and dx.dtype == wide(x.dtype), None
     rowwise = dy is not None and dy.dim() > 0
-    by_logarithm = q.is_soft or dtarget is not None
-    softmax = aten._log_softmax.out if by_logarithm else aten._softmax.out
+    softmax = aten._log_softmax.out if q.is_soft else aten._softmax.out
     for rows in _chunks(x):
         z = widen(x[rows])
         if not over_dx:
@@ -105,7 +104,13 @@ def _walk(x, q, dy, losses, statistics, dx, dtarget):
             # the largest probability of a row is e^0 / Σ e^(x - m): its logarithm is exact where
             # that of a small p_t is not
             m, top = z.amax(1, True), p.amax(1, True)
-            log_sum = top.neg_() if by_logarithm else top.log_().neg_()
+            log_sum = top.neg_() if q.is_soft else top.log_().neg_()
+        if not q.is_soft:
+            # 1 - p_t and, where p_t is the largest, log p_t: they would cancel
+            others = p.scatter_(1, index, 0).sum(1, True)
+            if losses is not None:
+                log_sum = torch.where(others < 0.5, torch.log1p(-others).neg_(), log_sum)
+        if losses is not None:
             if hard is not None:
                 torch.mul(hard, log_sum - (z.gather(1, index) - m), out=losses[rows])
             if u is not None:
@@ -118,16 +123,14 @@ def _walk(x, q, dy, losses, statistics, dx, dtarget):
             torch.mul(p, slope if q.weight is None else slope * q.weight, out=dtarget[rows])
         if dx is None:
             continue
-        if by_logarithm:
-            p.exp_()
         k_hard = None if hard is None else k * hard
         if u is None:
-            p.mul_(k_hard)
+            p.mul_(k_hard).scatter_(1, index, others.mul_(k_hard).neg_())
         else:
             total = k * u.sum(1, keepdim=True)
-            p.mul_(total if k_hard is None else total + k_hard).sub_(u * k)
-        if k_hard is not None:
-            p.scatter_add_(1, index, -k_hard)
+            p.exp_().mul_(total if k_hard is None else total + k_hard).sub_(u * k)
+            if k_hard is not None:
+                p.scatter_add_(1, index, -k_hard)
         if not over_dx:
             dx[rows] = p
 
@@ -152,12 +155,20 @@ def _classes(x, target, weight, reduction, ignore_index):
 
 
 def _small(x, target, weight, reduction, ignore_index):
-    """The loss and its gradient for dy = 1, in stock's own four calls."""
-    log_p = torch._log_softmax(x, 1, False)
-    loss, total = nll.forward_aten(log_p, target, weight, reduction, ignore_index)
+    """The loss and its gradient for dy = 1, in few calls; None where the logarithm of a p_t has
+    lost its digits."""
+    p = torch._softmax(x, 1, False)
+    index = target.clamp(0, x.shape[1] - 1).unsqueeze(1)  # ignored rows too, and weigh 0 below
+    p_t = p.gather(1, index)
+    if p_t.min() < torch.finfo(x.dtype).tiny:
+        return None
+    others = p.scatter_(1, index, 0).sum(1, True)
+    log_p_t = torch.where(others < 0.5, torch.log1p(-others), p_t.log())
+    p.scatter_(1, index, log_p_t)
+    loss, total = nll.forward_aten(p, target, weight, reduction, ignore_index)
     one = x.new_ones(())
-    d = nll.backward_aten(one, log_p, target, weight, total, reduction, ignore_index)
-    return loss, torch._log_softmax_backward_data(d, log_p, 1, x.dtype)
+    d = nll.backward_aten(one, p, target, weight, total, reduction, ignore_index)
+    return loss, p.scatter_(1, index, others.neg_()).mul_(d.gather(1, index).neg_())
 
 
 def _forward(x, target, weight, reduction, ignore_index, smoothing, makes):
@@ -165,9 +176,11 @@ def _forward(x, target, weight, reduction, ignore_index, smoothing, makes):
     if smoothing == 0 and not target.is_floating_point():
         if makes == NOTHING:
             return _classes(dense, target, weight, reduction, ignore_index), None
-        if makes == GRADIENT and x.dim() == 2 and x.numel() <= SMALL and x.dtype not in HALF:
-            loss, gradient = _small(dense, target, weight, reduction, ignore_index)
-            return loss, _like(gradient, x)
+        small = x.is_cpu and x.dim() == 2 and 0 < x.numel() <= SMALL and x.dtype not in HALF
+        if makes == GRADIENT and small:
+            found = _small(dense, target, weight, reduction, ignore_index)
+            if found is not None:
+                return found[0], _like(found[1], x)
     q = _Target(dense, target, weight, reduction, ignore_index, smoothing)
     made = _made(dense, makes)
     rows = dense.new_zeros((x.shape[0], *x.shape[2:]), dtype=wide(x.dtype))

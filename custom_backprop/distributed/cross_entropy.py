@@ -7,6 +7,9 @@ label_smoothing,
     L = log Z - (1 - s) (x_t - m) - s/C Σ_c (x_c - m)
     dx_c = dy (p_c - (1 - s) [c = t] - s/C),  p_c = e^(x_c - m) / Z.
 
+p_t - 1 is not computed by subtraction: see :mod:`custom_backprop.formulas.cross_entropy`. Z is S +
+e^(x_t - m) with S = Σ_{c != t} e^(x_c - m), and log Z is log1p(S) where x_t = m.
+
 Each rank knows its part of every sum over c, and x_t is such a sum, too, with one term. So two
 all-reduces give all ranks the loss: one for m, and one for the sums, two or three numbers per row.
 dx_c needs only m and Z, which every rank then has: backward sends nothing.
@@ -48,12 +51,14 @@ class _VocabParallelCrossEntropy(torch.autograd.Function):
         z = wide - largest.unsqueeze(1)
         here = counted & (target >= first) & (target < first + x.shape[1])
         index = torch.where(here, target - first, 0).unsqueeze(1)
-        terms = [torch.where(here, z.gather(1, index).squeeze(1), 0)]
+        hit, z_t = here.unsqueeze(1), z.gather(1, index)
+        terms = [torch.where(hit, z_t, 0).squeeze(1)]
         if smoothing:
             terms.append(z.sum(1))
-        sums = torch.stack([*terms, z.exp_().sum(1)])
+        others = z.exp_().scatter_(1, index, torch.where(hit, 0, z_t.exp()))
+        sums = torch.stack([*terms, others.sum(1)])
         dist.all_reduce(sums, group=group)
-        log_z = sums[-1].log()
+        log_z = torch.where(sums[0] == 0, sums[-1].log1p(), (sums[-1] + sums[0].exp()).log())
         rows = log_z - (1 - smoothing) * sums[0]
         if smoothing:
             rows -= smoothing / classes * sums[1]
@@ -79,8 +84,10 @@ class _VocabParallelCrossEntropy(torch.autograd.Function):
     def _gradient(ctx: Any, dy: Tensor) -> Tensor:
         x, target, here, index, largest, log_z, w = ctx.saved_tensors
         classes, ignore_index, reduction, smoothing = ctx.options
-        d = torch.sub(widen(x), largest.unsqueeze(1)).sub_(log_z.unsqueeze(1)).exp_()
-        d.scatter_add_(1, index, here.to(d.dtype).unsqueeze(1).mul_(smoothing - 1))
+        d = torch.sub(widen(x), largest.unsqueeze(1)).sub_(log_z.unsqueeze(1))
+        log_p = d.gather(1, index)
+        of_class = torch.where(here.unsqueeze(1), log_p.expm1() + smoothing, log_p.exp())
+        d.exp_().scatter_(1, index, of_class)
         if smoothing:
             d -= smoothing / classes
         d *= (w * of_rows(dy, target, w, reduction, ignore_index)).unsqueeze(1)

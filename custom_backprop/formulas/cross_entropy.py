@@ -21,6 +21,16 @@ t alone. With s = label_smoothing:
 For the first, Q = h and dx = dy h (p - [c = t]). Probabilities y have a gradient, too:
 dy_rc = dL_r w_c (1 - s) (lse_r - x_rc).
 
+Where p_t is nearly 1, p_t - 1 and log p_t cancel: in float32 no digit is left once x_t leads by 17,
+and the row stops learning ("softmax collapse", Prieto et al., arXiv 2501.04697). Nothing
+cancels in the sum of the other probabilities,
+
+    o_r = Σ_{c != t} p_rc,  p_t - 1 = -o_r,  log p_t = log(1 - o_r):
+
+the hard part of dx is dy h p_c for c != t and -dy h o for c = t, and its loss is -h log1p(-o) where
+o < 1/2. From x, o = S / (S + e^(x_t - m)) with S = Σ_{c != t} e^(x_c - m); if m = x_t, the loss is
+h log1p(S).
+
 Reductions are those of :mod:`custom_backprop.formulas.nll`.
 """
 
@@ -56,6 +66,21 @@ def _parts(
     return torch.where(counted, class_weight * (smoothing / x.shape[1]), 0), index, w
 
 
+def _others(p: Tensor, index: Tensor) -> tuple[Tensor, Tensor]:
+    """([c = t], o): which is the class of each row, and the sum of the others' p, (N, 1) or (N, 1,
+    D)."""
+    hit = onehot(index, p)
+    return hit, torch.where(hit, 0, p).sum(1, keepdim=True)
+
+
+def _surprise(log_p: Tensor, index: Tensor) -> Tensor:
+    """-log p_t of each row."""
+    others = _others(log_p.exp(), index)[1].squeeze(1)
+    likely = others < 0.5
+    exact = -torch.log1p(-torch.where(likely, others, 0))
+    return torch.where(likely, exact, -log_p.gather(1, index.unsqueeze(1)).squeeze(1))
+
+
 def forward(
     x: Tensor,
     target: Tensor,
@@ -71,7 +96,7 @@ def forward(
     u, index, w = _parts(wide, target, weight, ignore_index, smoothing)
     rows = torch.zeros_like(w)
     if index is not None:
-        rows = rows - (1 - smoothing) * w * log_p.gather(1, index.unsqueeze(1)).squeeze(1)
+        rows = rows + (1 - smoothing) * w * _surprise(log_p, index)
     if u is not None:
         rows = rows - (u * log_p).sum(1)
     if index is not None:
@@ -116,10 +141,12 @@ def backward(
     rows = of_rows(dy, target, w, reduction, ignore_index).unsqueeze(1)
     dx = dtarget = x.new_empty(0)
     if need_x:
-        q = torch.zeros_like(wide) if u is None else u
+        p = log_p.exp()
+        d = torch.zeros_like(p) if u is None else p * u.sum(1, keepdim=True) - u
         if index is not None:
-            q = torch.where(onehot(index, x), q + (1 - smoothing) * w.unsqueeze(1), q)
-        dx = (rows * (log_p.exp() * q.sum(1, keepdim=True) - q)).to(x.dtype)
+            hit, others = _others(p, index)
+            d = d + (1 - smoothing) * w.unsqueeze(1) * torch.where(hit, -others, p)
+        dx = (rows * d).to(x.dtype)
     if need_target:
         class_weight = 1 if weight is None else along_classes(weight.to(wide.dtype), x)
         dtarget = (-rows * (1 - smoothing) * class_weight * log_p).to(target.dtype)

@@ -508,6 +508,20 @@ def check_vocabulary_parallel(mesh):
                     assert_close(shard.grad, stock.grad[:, mesh_part(classes)], rtol=0, atol=1e-10)
 
 
+def check_confident_vocabulary_parallel(mesh):
+    """A float32 loss and gradient keep their digits where 1 - p has none."""
+    x = torch.randn(5, 2 * RANKS)
+    target = torch.arange(5) % (2 * RANKS)
+    x.scatter_(1, target.unsqueeze(1), x.amax(1, True) + torch.arange(5.0, 30.0, 5.0).unsqueeze(1))
+    part, exact = x[:, mesh_part(2 * RANKS)].requires_grad_(), x.double().requires_grad_()
+    loss = vocab_parallel_cross_entropy(part, target, mesh.get_group(), reduction="none")
+    expected = functional.cross_entropy(exact, target, reduction="none")
+    loss.sum().backward()
+    expected.sum().backward()
+    assert_close(loss.double(), expected, rtol=2e-6, atol=0)
+    assert_close(part.grad.double(), exact.grad[:, mesh_part(2 * RANKS)], rtol=2e-6, atol=0)
+
+
 def mesh_part(classes):
     """The classes that DTensor gives to this rank."""
     share = -(-classes // RANKS)

@@ -73,6 +73,7 @@ CHECKS = {
     "refusals",
     "triplets",
     "vocabulary_parallel",
+    "confident_vocabulary_parallel",
     "edges_of_vocabulary_parallel",
     "second_derivatives_of_classes",
 }
