@@ -88,7 +88,7 @@ def _forward(
                 place = done + column
                 inside = alive[:, None] & (place < n)
                 x = read(X + start, place * s_n, inside, float("-inf"))
-                m, z = online(m, z, tl.where(place == chosen, float("-inf"), x), False)
+                m, z = online(m, z, tl.where(column == chosen - done, float("-inf"), x), False)
                 if SOFT:
                     u += _soft(Q, WEIGHT, s_n, place, inside, n, PROBABILITIES, SMOOTHING, dtype)
             others, z = online_of_rows(m, z, False)
@@ -112,8 +112,9 @@ def _forward(
         if LARGEST is not None:
             tl.store(LARGEST + row, m, alive)
             tl.store(LOG_SUM + row, log_z, alive)
-        of_p = (share * (hard + soft) / z)[:, None]
-        of_t = (share * (e_t * soft - rest * hard) / z)[:, None]
+        share_p = share / z
+        of_p = (share_p * (hard + soft))[:, None]
+        of_t = (share_p * (e_t * soft - rest * hard))[:, None]
         if SOFT or DX is not None:
             soft_loss = tl.zeros((ROWS, BLOCK), dtype)
             last = tl.cdiv(n, BLOCK) * BLOCK - BLOCK if LOOP else 0
