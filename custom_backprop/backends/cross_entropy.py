@@ -166,7 +166,7 @@ def _small(x, target, weight, reduction, ignore_index):
     log_p_t = torch.where(others < 0.5, torch.log1p(-others), p_t.log())
     p.scatter_(1, index, log_p_t)
     loss, total = nll.forward_aten(p, target, weight, reduction, ignore_index)
-    one = x.new_ones(())
+    one = torch.ones_like(loss)
     d = nll.backward_aten(one, p, target, weight, total, reduction, ignore_index)
     return loss, p.scatter_(1, index, others.neg_()).mul_(d.gather(1, index).neg_())
 
@@ -185,7 +185,8 @@ def _forward(x, target, weight, reduction, ignore_index, smoothing, makes):
     made = _made(dense, makes)
     rows = dense.new_zeros((x.shape[0], *x.shape[2:]), dtype=wide(x.dtype))
     dx, statistics = (made if makes == which else None for which in (GRADIENT, STATISTICS))
-    dy = q.shares(x.new_ones(())) if makes == GRADIENT else None
+    ones = x.new_ones(rows.shape if reduction == NONE else ())
+    dy = q.shares(ones) if makes == GRADIENT else None
     _walk(dense, q, dy, rows.unsqueeze(1), statistics, dx, None)
     if not q.probabilities:
         rows.masked_fill_(target == ignore_index, 0)

@@ -14,6 +14,8 @@ from .gating import *
 from .gating import __all__ as _gating
 from .linear import *
 from .linear import __all__ as _linear
+from .linear_cross_entropy import *
+from .linear_cross_entropy import __all__ as _linear_cross_entropy
 from .loss import *
 from .loss import __all__ as _loss
 from .nll import *
@@ -35,6 +37,7 @@ __all__ = [
     *_dropout,
     *_gating,
     *_linear,
+    *_linear_cross_entropy,
     *_loss,
     *_nll,
     *_norm,

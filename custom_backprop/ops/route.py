@@ -58,6 +58,8 @@ _compiling = torch.compiler.is_dynamo_compiling
 #: up to float32, or float32 down to the autocast dtype
 FLOAT32 = {"cpu": "float32", "cuda": "float32"}
 LOWER = {"cpu": "lower", "cuda": "lower"}
+#: or nothing: the op has an argument that tells its primitives what to cast
+OWN = {"cpu": "own", "cuda": "own"}
 
 
 class Definition(Protocol):
@@ -266,7 +268,7 @@ def _is_beyond_a_function(several: bool) -> bool:
 def _cast(args: tuple[Any, ...], device: str, policy: str | None) -> tuple[Any, ...]:
     """Casts as autocast does for torch's own operator. Primitives then ignore autocast
     (``backends/library.py``)."""
-    if policy is None or not torch.is_autocast_enabled(device):
+    if policy in (None, "own") or not torch.is_autocast_enabled(device):
         return args
     target = torch.get_autocast_dtype(device) if policy == "lower" else torch.float32
     return tuple(

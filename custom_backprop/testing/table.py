@@ -3,7 +3,11 @@ custom_backprop.testing.table > docs/ops.md``."""
 
 from __future__ import annotations
 
+from pathlib import Path
+
 from .database import database
+
+CHECKOUT = Path(__file__).parents[2]
 
 HEAD = """\
 # Ops
@@ -25,10 +29,9 @@ def markdown() -> str:
         families.setdefault(spec.family, []).append(f"| `{spec.name}`{module} | {formula} |")
     parts = [HEAD]
     for family, rows in families.items():
-        links = (
-            f"[derivation](../custom_backprop/formulas/{family}.py), "
-            f"[kernels](../triton_kernels/{family}.py)"
-        )
+        links = f"[derivation](../custom_backprop/formulas/{family}.py)"
+        if (CHECKOUT / "triton_kernels" / f"{family}.py").exists():  # and not those of others
+            links += f", [kernels](../triton_kernels/{family}.py)"
         parts.append(
             "\n".join([f"## {family}", "", links, "", "| op | formula |", "|---|---|", *rows, ""])
         )
