@@ -3,6 +3,8 @@ by hand. One file an op family."""
 
 from .activation import *
 from .activation import __all__ as _activation
+from .attention import *
+from .attention import __all__ as _attention
 from .contrastive import *
 from .contrastive import __all__ as _contrastive
 from .cross_entropy import *
@@ -32,6 +34,7 @@ from .softmax import __all__ as _softmax
 
 __all__ = [
     *_activation,
+    *_attention,
     *_contrastive,
     *_cross_entropy,
     *_dropout,

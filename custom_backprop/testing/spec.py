@@ -115,6 +115,8 @@ class OpSpec:
         batched: False if vmap cannot batch torch's own op either (data-dependent shapes).
         elementwise: each element of the result depends only on the same element of its one tensor.
             Every 16-bit number is then tried.
+        reads_output: backward reads the output, which must then not be changed in place, even where
+            the reference lets that pass.
         representative: it represents similar ops in tests that are too slow to run on all: Inductor
             and compiled transformations.
     """
@@ -132,6 +134,7 @@ class OpSpec:
     low_precision: tuple[torch.dtype, ...] = (torch.float32, torch.bfloat16, torch.float16)
     batched: bool = True
     elementwise: bool = False
+    reads_output: bool = False
     representative: bool = False
     module_variants: tuple[dict[str, Any], ...] = ()
 

@@ -1,0 +1,111 @@
+"""Spec of attention."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import nullcontext
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torch.nn.attention import SDPBackend, sdpa_kernel
+
+from ... import functional
+from ..spec import Make, OpSpec, Sample
+
+#: (batch, heads of queries, heads of keys, queries, keys, size of a head), and options
+SIZES: dict[str, Any] = {
+    "awkward": ((1, 4, 2, 67, 131, 24), {"enable_gqa": True, "window": (40, None)}),
+    "small": ((1, 2, 2, 32, 32, 32), {}),
+    "medium": ((2, 4, 4, 128, 128, 64), {"is_causal": True}),
+    "large": ((4, 8, 2, 1024, 1024, 128), {"is_causal": True, "enable_gqa": True}),
+    "huge": ((4, 32, 32, 4096, 4096, 128), {"is_causal": True}),
+}
+
+
+def stock(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attn_mask: Tensor | None = None,
+    dropout_p: float = 0.0,
+    is_causal: bool = False,
+    *,
+    window: tuple[int | None, int | None] | None = None,
+    alibi_slopes: Tensor | None = None,
+    **options: Any,
+) -> Tensor:
+    """torch's own, with the window and ALiBi in a mask."""
+    if window is not None or alibi_slopes is not None:
+        L, S = query.shape[-2], key.shape[-2]
+        place = torch.arange(S, device=query.device) - torch.arange(L, device=query.device)[:, None]
+        bias = query.new_zeros(L, S)
+        if window is not None:
+            left, right = (2**31 if w is None else w for w in window)
+            outside = (place < S - L - left) | (place > S - L + right)
+            bias = bias.masked_fill(outside, float("-inf"))
+        if is_causal:
+            bias, is_causal = bias.masked_fill(place > 0, float("-inf")), False
+        if alibi_slopes is not None:
+            bias = bias - alibi_slopes.to(bias.dtype)[:, None, None] * (place - S + L).abs()
+        if attn_mask is None:
+            attn_mask = bias
+        elif attn_mask.dtype == torch.bool:
+            attn_mask = bias.masked_fill(~attn_mask, float("-inf"))
+        else:
+            attn_mask = attn_mask + bias
+    # in float64, the oracle, by its formula: its kernels have no second derivative and no tangent
+    by_formula = query.dtype == torch.float64
+    with sdpa_kernel(SDPBackend.MATH) if by_formula else nullcontext():
+        return F.scaled_dot_product_attention(
+            query, key, value, attn_mask, dropout_p, is_causal, **options
+        )
+
+
+def _qkv(
+    make: Make, B: int, H: int, K: int, L: int, S: int, E: int, width: int | None = None
+) -> tuple[Tensor, ...]:
+    return make.tensor(B, H, L, E), make.tensor(B, K, S, E), make.tensor(B, K, S, width or E)
+
+
+def _samples(make: Make) -> Iterator[Sample]:
+    yield Sample(_qkv(make, 1, 2, 2, 3, 3, 2), {"is_causal": True}, name="causal")
+    q, k, v = _qkv(make, 2, 4, 2, 2, 3, 2, 3)
+    bias = make.tensor(1, 4, 1, 3)
+    options: Any = {"scale": 0.4, "enable_gqa": True}
+    yield Sample((q, k, v, bias), options, name="a mask's gradient, grouped queries")
+    mask = torch.tensor([[True, True, False], [False] * 3], device=make.device)
+    yield Sample(
+        (make.tensor(2, 2), make.tensor(3, 2), make.tensor(3, 2), mask, 0.0, False),
+        {"window": (1, 1)},
+        name="2-d, a row that attends to nothing",
+    )
+    slopes = make.tensor(2, low=0.1, high=1.0, requires_grad=False)
+    yield Sample(
+        (make.tensor(2, 3, 2), make.tensor(4, 2), make.tensor(2, 4, 2)),
+        {"is_causal": True, "window": (2, None), "alibi_slopes": slopes},
+        name="window, ALiBi, shared keys",
+    )
+    yield Sample(_qkv(make, 1, 1, 1, 2, 0, 2), name="no keys")
+
+
+def _regimes(make: Make) -> Iterator[Sample]:
+    yield from ()
+
+
+SPECS = [
+    OpSpec(
+        name="scaled_dot_product_attention",
+        family="attention",
+        formula="y = P v, P = softmax(c q kᵀ + b);  "
+        "ds = P (dy vᵀ - dy · y), dq = c ds k, dk = c dsᵀ q, dv = Pᵀ dy, db = ds",
+        function=functional.scaled_dot_product_attention,
+        reference=stock,
+        samples=_samples,
+        large=lambda make, size: Sample(_qkv(make, *SIZES[size][0]), SIZES[size][1]),
+        regimes=_regimes,
+        reads_output=True,
+        representative=True,
+    ),
+]
