@@ -23,8 +23,10 @@ def _forward(x, weight, bias, eps, kind):
     w = weight if weight is None or kind != "gemma" else formula.factor(weight, kind)
     if w is not None and w.dtype != x.dtype:
         return formula.norm(x, weight, bias, eps, kind)
-    y, rstd = aten._fused_rms_norm.default(x, x.shape[-1:], w, eps)
-    return y, None, rstd
+    norm = aten.linalg_vector_norm.default(x, 2, (-1,), True)  # ATen's rms_norm writes x²
+    rstd = norm.square_().div_(x.shape[-1]).add_(eps).rsqrt_()
+    y = x * rstd
+    return y if w is None else y.mul_(w), None, rstd
 
 
 def _backward(dy, x, weight, mean, rstd, kind, *needs):
