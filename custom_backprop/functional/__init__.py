@@ -11,6 +11,8 @@ from .cross_entropy import *
 from .cross_entropy import __all__ as _cross_entropy
 from .dropout import *
 from .dropout import __all__ as _dropout
+from .embedding import *
+from .embedding import __all__ as _embedding
 from .gating import *
 from .gating import __all__ as _gating
 from .linear import *
@@ -38,6 +40,7 @@ __all__ = [
     *_contrastive,
     *_cross_entropy,
     *_dropout,
+    *_embedding,
     *_gating,
     *_linear,
     *_linear_cross_entropy,

@@ -19,9 +19,12 @@ SETS = [
     for spec in SPECS
     for i, arguments in enumerate((spec.module[2], *spec.module_variants))
 ]
-#: PyTorch's deprecated names for others, where parameters are made, and what a result takes of
-#: memory, which it does not show
-NOT_MET = {"size_average", "reduce", "min_value", "max_value", "device", "dtype", "options"}
+#: PyTorch's deprecated names for others, where parameters are made and of what, and what a result
+#: takes of memory, which it does not show
+NOT_MET = {
+    "size_average", "reduce", "min_value", "max_value", "device", "dtype", "options", "_weight",
+    "_freeze",
+}  # fmt: skip
 #: (module, argument) that stock's own forward ignores
 IGNORED = {("AlphaDropout", "inplace"), ("FeatureAlphaDropout", "inplace")}
 
@@ -65,7 +68,8 @@ def outcome(module, inputs):
 
 def differ(some, others):
     return len(some) != len(others) or any(
-        a.shape != b.shape or not torch.equal(a, b) for a, b in zip(some, others, strict=True)
+        a.shape != b.shape or a.layout != b.layout or not torch.equal(a.to_dense(), b.to_dense())
+        for a, b in zip(some, others, strict=True)
     )
 
 

@@ -30,7 +30,7 @@ def assert_same(traced, twin, inputs):
     for module in (traced, twin):
         leaves = [t.detach().clone().requires_grad_(t.requires_grad) for t in inputs]
         y = module(*leaves)
-        wanted = [t for t in leaves if t.requires_grad]
+        wanted = [t for t in leaves if t.requires_grad] or list(module.parameters())
         torch.manual_seed(1)
         grads = torch.autograd.grad(y, wanted, torch.randn_like(y)) if y.requires_grad else ()
         found.append((y, grads))
