@@ -16,7 +16,7 @@ aten = torch.ops.aten
 
 
 def _forward(x, weight, bias, eps, kind):
-    if not x.numel() or (x.dtype in HALF and kind in ("layer", "llama")):
+    if not x.numel() or x.dtype in HALF:
         return formula.norm(x, weight, bias, eps, kind)  # ATen's statistics would be of x's dtype
     if kind == "layer":
         return aten.native_layer_norm.default(x, x.shape[-1:], weight, bias, eps)
