@@ -27,13 +27,13 @@ def _backward(dy, x, b, dim, gate_first, f, *needs):
         return formula.gate_backward(dy, x, b, dim, gate_first, f, *needs)
     if f == "sigmoid" and b is None and not gate_first:
         return aten.glu_backward.default(dy, x, dim), None
-    dx, db = x.new_empty(x.shape), None if b is None else b.new_empty(b.shape)
     a, value = formula.halves(x, b, dim, gate_first)
-    to_a, to_b = formula.halves(dx, db, dim, gate_first)
     y = ATEN[f].forward(a)
-    torch.mul(dy, y, out=to_b)
-    to_a.copy_(ATEN[f].backward(dy * value, y if ACTIVATIONS[f].saves_output else a))
-    return dx, db
+    da = ATEN[f].backward(dy * value, y if ACTIVATIONS[f].saves_output else a)
+    db = y.mul_(dy)
+    if b is None:
+        return formula.packed(da, db, dim, gate_first), None
+    return da.contiguous(), db.contiguous()
 
 
 def _sharding(x, b, dim, gate_first, f):

@@ -25,7 +25,17 @@ from .kernels import kernels
 from .library import P, R, primitive
 from .selection import get_backend
 
-_forward = torch.nn.functional.linear
+_product = torch.nn.functional.linear
+
+
+def _forward(x, weight, bias):
+    """torch's product, which of an input that is not 2-D would return a view where there is a
+    bias."""
+    if x.dim() == 2 or bias is None:
+        return _product(x, weight, bias)
+    y = x.new_empty(*x.shape[:-1], weight.shape[0])
+    torch.addmm(bias, rows(x), weight.t(), out=rows(y))
+    return y
 
 
 def _backward(dy, x, weight, need_x, need_weight, need_bias):
@@ -52,7 +62,7 @@ def _activation_backward(activations, dy, x, weight, saved, activation, paramete
 
 
 def _traced_forward(x, weight, bias, activation, parameters):
-    z, a = _forward(x, weight, bias), ACTIVATIONS[activation]
+    z, a = _product(x, weight, bias), ACTIVATIONS[activation]
     return a.value(z, *parameters), None if a.saves_output else z
 
 
@@ -130,7 +140,7 @@ forward = primitive(
     aten=_forward,
     triton=_kernels("forward"),
     fake=_fake_forward,
-    traced=_forward,
+    traced=_product,
     sharding=_sharding,
     flops=_flops,
 )

@@ -16,15 +16,6 @@ from torch import Tensor
 from .activation import ACTIVATIONS
 from .precision import widen
 
-#: the gates -> f
-GATES = {
-    "glu": "sigmoid",
-    "reglu": "relu",
-    "geglu": "gelu",
-    "geglu_tanh": "gelu_tanh",
-    "swiglu": "silu",
-}
-
 
 def halves(x: Tensor, b: Tensor | None, dim: int, gate_first: bool) -> tuple[Tensor, Tensor]:
     """a and b: what was given, or the halves of x."""

@@ -21,6 +21,8 @@ from .linear_cross_entropy import *
 from .linear_cross_entropy import __all__ as _linear_cross_entropy
 from .loss import *
 from .loss import __all__ as _loss
+from .mlp import *
+from .mlp import __all__ as _mlp
 from .nll import *
 from .nll import __all__ as _nll
 from .norm import *
@@ -45,6 +47,7 @@ __all__ = [
     *_linear,
     *_linear_cross_entropy,
     *_loss,
+    *_mlp,
     *_nll,
     *_norm,
     *_normalize,

@@ -21,11 +21,13 @@ from __future__ import annotations
 
 from torch import Tensor
 
-from ..formulas.gating import GATES
 from ..ops import gating as ops
 from ..ops.route import overridable
 
 __all__ = ["geglu", "glu", "reglu", "swiglu"]
+
+#: ``approximate`` -> the activation
+GELU = {"none": "gelu", "tanh": "gelu_tanh"}
 
 
 @overridable
@@ -33,7 +35,7 @@ def glu(
     input: Tensor, dim: int = -1, value: Tensor | None = None, gate_first: bool = False
 ) -> Tensor:
     """y = σ(a) b;  da = dy b σ(a) (1 - σ(a)), db = dy σ(a)."""
-    return _gate("glu", input, value, dim, gate_first)
+    return _gate("glu", "sigmoid", input, value, dim, gate_first)
 
 
 @overridable
@@ -41,7 +43,7 @@ def reglu(
     input: Tensor, value: Tensor | None = None, dim: int = -1, gate_first: bool = False
 ) -> Tensor:
     """y = max(a, 0) b;  da = dy b [a > 0], db = dy max(a, 0)."""
-    return _gate("reglu", input, value, dim, gate_first)
+    return _gate("reglu", "relu", input, value, dim, gate_first)
 
 
 @overridable
@@ -51,9 +53,9 @@ def geglu(
 ) -> Tensor:  # fmt: skip
     """y = gelu(a) b;  da = dy b gelu'(a), db = dy gelu(a). ``approximate`` is "none" or "tanh", as
     of :func:`gelu`."""
-    if approximate not in ("none", "tanh"):
-        raise RuntimeError(f"geglu: approximate must be 'none' or 'tanh', got {approximate!r}")
-    return _gate("geglu" if approximate == "none" else "geglu_tanh", input, value, dim, gate_first)
+    if approximate not in GELU:
+        raise not_a_gelu("geglu", approximate)
+    return _gate("geglu", GELU[approximate], input, value, dim, gate_first)
 
 
 @overridable
@@ -61,10 +63,15 @@ def swiglu(
     input: Tensor, value: Tensor | None = None, dim: int = -1, gate_first: bool = True
 ) -> Tensor:
     """y = silu(a) b;  da = dy b σ(a) (1 + a (1 - σ(a))), db = dy silu(a)."""
-    return _gate("swiglu", input, value, dim, gate_first)
+    return _gate("swiglu", "silu", input, value, dim, gate_first)
 
 
-def _gate(name, x, value, dim, gate_first):
+def not_a_gelu(name: str, approximate: str) -> RuntimeError:
+    """The error of the function ``name`` where ``approximate`` is not in :data:`GELU`."""
+    return RuntimeError(f"{name}: approximate must be 'none' or 'tanh', got {approximate!r}")
+
+
+def _gate(name, f, x, value, dim, gate_first):
     if value is not None and (value.shape != x.shape or value.dtype != x.dtype):
         raise RuntimeError(
             f"{name}: the gate and the value must have one shape and dtype, got {tuple(x.shape)} "
@@ -81,4 +88,4 @@ def _gate(name, x, value, dim, gate_first):
         dim %= count
     if not x.is_floating_point():
         raise NotImplementedError(f"{name} is not implemented for {x.dtype}")
-    return ops.gate(x, value, dim, gate_first, GATES[name])
+    return ops.gate(x, value, dim, gate_first, f)

@@ -363,3 +363,12 @@ def test_the_tangent_of_a_bias_alone_has_the_shape_of_the_output():
     for function in (functional.linear, F.linear):
         _, found = torch.func.jvp(lambda b, f=function: f(x, weight, b), (bias,), (t,))
         torch.testing.assert_close(found, t.expand(2, 3, 5))
+
+
+def test_an_output_with_leading_dimensions_may_be_changed_in_place(backend):
+    """Of such an input, and with a bias, torch's own product is a view."""
+    x, weight, bias = tensor(2, 3, 4), tensor(5, 4), tensor(5)
+    expected = torch.autograd.grad(F.linear(x, weight, bias).relu().sum(), (x, weight, bias))
+    y = functional.linear(x, weight, bias).relu_()
+    torch.testing.assert_close(torch.autograd.grad(y.sum(), (x, weight, bias)), expected)
+    functional.linear_activation(x, weight, bias, "gelu").mul_(2)
