@@ -19,17 +19,12 @@ SETS = [
     for spec in SPECS
     for i, arguments in enumerate((spec.module[2], *spec.module_variants))
 ]
-<<<<<<< HEAD
 #: PyTorch's deprecated names for others, where parameters are made and of what, and what a result
 #: takes of memory, which it does not show
 NOT_MET = {
     "size_average", "reduce", "min_value", "max_value", "device", "dtype", "options", "_weight",
-    "_freeze",
+    "_freeze", "recompute",
 }  # fmt: skip
-=======
-#: PyTorch's deprecated names for others, where parameters are made, and what changes no number
-NOT_MET = {"size_average", "reduce", "min_value", "max_value", "device", "dtype", "recompute"}
->>>>>>> 6bf833d (Gated MLPs (swiglu_mlp, geglu_mlp; nn.SwiGLUMLP, nn.GEGLUMLP) in one Function: saved are the two products, or with recompute the input alone; linear: the output of an input with leading dimensions is no view)
 #: (module, argument) that stock's own forward ignores
 IGNORED = {("AlphaDropout", "inplace"), ("FeatureAlphaDropout", "inplace")}
 
