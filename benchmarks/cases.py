@@ -57,6 +57,7 @@ def pair(spec: OpSpec, size: str, direction: str, device: str = "cpu") -> Pair:
         Make(device, torch.bfloat16 if size == HUGE else torch.float32, there=device == "cuda"),
         size,
     )
+    sample.kwargs.pop("seed", None)  # drawn at each call, as in training
     if direction == "forward":
         args = tuple(a.detach() if isinstance(a, torch.Tensor) else a for a in sample.args)
         return Pair(

@@ -17,7 +17,7 @@ import triton.language as tl
 from torch import Tensor
 
 from .launch import Launch, cdiv, kernel, next_power_of_2, planned
-from .pointwise import block_of, grid
+from .pointwise import block_of, grid, like
 from .rows import read, write
 
 
@@ -100,12 +100,12 @@ def dropout(
     x: Tensor, residual: Tensor | None, seed: Tensor, threshold: int, scale: float, add: float,
     instead: float, features: bool, dtype: torch.dtype,
 ) -> Tensor:  # fmt: skip
-    """y of ``dtype``, contiguous: scale x + add where a word is not below ``threshold``, else
-    ``instead``, plus the residual. Backward is the same of dy."""
-    x, residual = x.contiguous(), None if residual is None else residual.contiguous()
-    y = torch.empty_like(x, dtype=dtype)
+    """y of ``dtype``, with the strides of x if it is dense: scale x + add where a word is not below
+    ``threshold``, else ``instead``, plus the residual. Backward is the same of dy."""
+    rows, residual = x.contiguous(), None if residual is None else residual.contiguous()
+    y = torch.empty_like(rows, dtype=dtype)
     if x.numel():
         launch = plan(tuple(x.shape), features, bool(add or instead), x.dtype)
         numbers = {"threshold": threshold, "scale": scale, "add": add, "instead": instead}
-        launch(*(x, seed, y) if features else (x, residual, seed, y), **numbers)
-    return y
+        launch(*(rows, seed, y) if features else (rows, residual, seed, y), **numbers)
+    return y if x.is_contiguous() else like(y, x)

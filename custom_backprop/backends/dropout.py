@@ -17,10 +17,9 @@ CHUNK = 2**16
 
 def _in_chunks(x, seed, p, scale, add, instead):
     """m scale x + (add where kept, else instead), of words that are drawn in order."""
-    x = x.contiguous()
-    y = torch.empty_like(x)
+    y = torch.empty(x.shape, dtype=x.dtype)
     generator, bound = numpy.random.SFC64(int(seed)), formula.threshold(p) - 2**31
-    flat, out = x.view(-1), y.view(-1)
+    flat, out = x.contiguous().view(-1), y.view(-1)
     for part in slices(x.numel(), 1, CHUNK):
         m, scaled = out[part], flat[part] * scale
         torch.ge(formula.drawn(generator, len(m)), bound, out=m)
@@ -29,7 +28,7 @@ def _in_chunks(x, seed, p, scale, add, instead):
         m.mul_(scaled)
         if add or instead:
             m.add_(instead)
-    return y
+    return y if x.is_contiguous() else torch.empty_like(x).copy_(y)
 
 
 def _aten(x, residual, seed, p, alpha, features, philox):
@@ -65,7 +64,7 @@ forward = primitive(
     formula=formula.dropout,
     aten=_aten,
     triton=_forward,
-    fake=lambda x, residual, *_: x.new_empty(x.shape, dtype=formula.result_type(x, residual)),
+    fake=lambda x, residual, *_: torch.empty_like(x, dtype=formula.result_type(x, residual)),
     traced="kernel",
 )
 backward = primitive(
@@ -74,6 +73,6 @@ backward = primitive(
     formula=formula.dropout_backward,
     aten=_aten_backward,
     triton=_backward,
-    fake=lambda dy, *rest: dy.new_empty(dy.shape, dtype=rest[-1]),
+    fake=lambda dy, *rest: torch.empty_like(dy, dtype=rest[-1]),
     traced="kernel",
 )

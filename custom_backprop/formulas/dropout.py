@@ -62,16 +62,17 @@ def coefficients(p: float, alpha: bool) -> tuple[float, float, float]:
 def philox(seed: Tensor, counter: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """The four words of each counter, as int64 in [0, 2^32). ``seed`` has one element, of int64.
 
-    A product of two words wraps around in int64; its halves are right all the same.
+    A product of two words wraps around in int64, where its halves are right all the same. What is
+    above 32 bits is cut off where it would reach a product or a shift.
     """
-    c0, c1, c2, c3 = counter & _LOW, counter >> 32 & _LOW, counter * 0, counter * 0
-    k0, k1 = seed & _LOW, seed >> 32 & _LOW
+    c0, c1, c2, c3 = counter & _LOW, counter >> 32, counter * 0, counter * 0
+    k0, k1 = seed, seed >> 32
     for _ in range(_ROUNDS):
         first, second = c0 * _MULTIPLIERS[0], c2 * _MULTIPLIERS[1]
-        c0, c1 = (second >> 32 & _LOW) ^ c1 ^ k0, second & _LOW
-        c2, c3 = (first >> 32 & _LOW) ^ c3 ^ k1, first & _LOW
-        k0, k1 = k0 + _WEYL[0] & _LOW, k1 + _WEYL[1] & _LOW
-    return c0, c1, c2, c3
+        c0, c1 = (second >> 32 ^ c1 ^ k0) & _LOW, second
+        c2, c3 = (first >> 32 ^ c3 ^ k1) & _LOW, first
+        k0, k1 = k0 + _WEYL[0], k1 + _WEYL[1]
+    return c0, c1 & _LOW, c2, c3 & _LOW
 
 
 def drawn(generator: numpy.random.BitGenerator, count: int) -> Tensor:
@@ -99,22 +100,22 @@ def dropout(
     x: Tensor, residual: Tensor | None, seed: Tensor, p: float, alpha: bool, features: bool,
     by_philox: bool,
 ) -> Tensor:  # fmt: skip
-    """y, or residual + y, contiguous."""
+    """y, or residual + y, with the strides of x if it is dense."""
     scale, add, instead = coefficients(p, alpha)
     m = mask(seed, x.shape, p, features, by_philox).to(wide(x.dtype))
     y = x.to(m.dtype) * (m * scale)
     if alpha:
         y = y + (m * add + (1 - m) * instead)
-    return (y if residual is None else y + residual).to(result_type(x, residual)).contiguous()
+    return (y if residual is None else y + residual).to(result_type(x, residual))
 
 
 def dropout_backward(
     dy: Tensor, seed: Tensor, p: float, alpha: bool, features: bool, by_philox: bool,
     dtype: torch.dtype,
 ) -> Tensor:  # fmt: skip
-    """dx, contiguous."""
+    """dx, with the strides of dy if it is dense."""
     m = mask(seed, dy.shape, p, features, by_philox).to(wide(dy.dtype))
-    return (dy.to(m.dtype) * (m * coefficients(p, alpha)[0])).to(dtype).contiguous()
+    return (dy.to(m.dtype) * (m * coefficients(p, alpha)[0])).to(dtype)
 
 
 def result_type(x: Tensor, residual: Tensor | None) -> torch.dtype:

@@ -95,7 +95,8 @@ class _DropoutAdd(torch.nn.Module):
         return residual + self.dropout(input)
 
 
-ELEMENTS = (2, 7), (3,)
+ELEMENTS = (2, 5), (3,)
+CHANNELS = {1: ((3, 2, 2), (5, 2)), 2: ((2, 3, 2, 1),), 3: ((2, 2, 1, 2, 1), (3, 1, 2, 1))}
 
 SPECS = [
     _spec(
@@ -118,7 +119,7 @@ SPECS = [
         "feature_alpha_dropout",
         "y = a (m x - (1 - m) α + p α);  dx = m a dy, one m a channel",
         _reference("feature_alpha_dropout", True, True, 0),
-        ((3, 2, 3), (5, 3)),
+        ((3, 2, 2),),
         (nn.FeatureAlphaDropout, torch.nn.FeatureAlphaDropout),
         (3, 2, 5),
         features=True,
@@ -128,13 +129,13 @@ SPECS = [
             f"dropout{n}d",
             "y = m x / (1 - p);  dx = m dy / (1 - p), one m a channel",
             _reference(f"dropout{n}d", False, True, 3 if n == 1 else 5 if n == 3 else 0),
-            ((3, 2, *(2,) * n), (5, *((3,) if n == 2 else ()), *(2,) * n)),
+            shapes,
             (getattr(nn, f"Dropout{n}d"), getattr(torch.nn, f"Dropout{n}d")),
             (2, 3, *(2,) * n),
             features=True,
             spatial=n,
         )
-        for n in (1, 2, 3)
+        for n, shapes in CHANNELS.items()
     ),
     _spec(
         "dropout_add",
