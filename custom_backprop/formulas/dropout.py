@@ -92,8 +92,8 @@ def kept(seed: Tensor, count: int, p: float, by_philox: bool = True) -> Tensor:
 def mask(seed: Tensor, shape: torch.Size, p: float, features: bool, by_philox: bool) -> Tensor:
     """m of a tensor of ``shape``: of each element, or for ``features`` of each (i, j)."""
     own = shape[:2] if features else shape
-    m = kept(seed, own.numel(), p, by_philox).view(own)
-    return m.view(*own, *[1] * (len(shape) - len(own)))
+    m = kept(seed, own.numel(), p, by_philox)
+    return m.view((*own, *[1] * (len(shape) - len(own))))
 
 
 def dropout(
