@@ -4,6 +4,8 @@ per family of ops."""
 from . import utils as utils
 from .activation import *
 from .activation import __all__ as _activation
+from .attention import *
+from .attention import __all__ as _attention
 from .contrastive import *
 from .contrastive import __all__ as _contrastive
 from .cross_entropy import *
@@ -33,9 +35,12 @@ from .rotary import *
 from .rotary import __all__ as _rotary
 from .softmax import *
 from .softmax import __all__ as _softmax
+from .transformer import *
+from .transformer import __all__ as _transformer
 
 __all__ = [
     *_activation,
+    *_attention,
     *_contrastive,
     *_cross_entropy,
     *_dropout,
@@ -50,6 +55,7 @@ __all__ = [
     *_prelu,
     *_rotary,
     *_softmax,
+    *_transformer,
 ]
 
 for _name in __all__:
