@@ -9,6 +9,7 @@ from helpers import DEVICE
 from torch.utils.checkpoint import checkpoint
 
 from custom_backprop import functional, nn, use_backend
+from custom_backprop.backends.dropout import CHUNK
 from custom_backprop.formulas import dropout as formula
 
 SHAPES = {
@@ -115,6 +116,19 @@ def test_every_gradient_has_the_mask_of_the_output(name, dtype, backend):
         torch.testing.assert_close(elsewhere, dx)
 
 
+@pytest.mark.skipif(DEVICE != "cpu", reason="a CPU's chunks")
+@pytest.mark.parametrize("name", ["dropout", "alpha_dropout"])
+def test_words_that_are_drawn_in_chunks(name):
+    """Are those that are drawn at once, which a gradient that is differentiated takes."""
+    x = leaf(2 * CHUNK + 3)
+    y = of(name, x)
+    (dx,) = torch.autograd.grad(y.sum(), x, retain_graph=True)
+    (at_once,) = torch.autograd.grad(y.sum(), x, create_graph=True)
+    assert torch.equal(dx, at_once)
+    assert torch.equal(found_mask(name, x, y), dx != 0)
+    assert not torch.equal(dx[:CHUNK], dx[CHUNK : 2 * CHUNK])
+
+
 def test_a_second_derivative_by_dy(backend):
     x, dy = leaf(5, 7), leaf(5, 7)
     y = functional.dropout(x, P)
@@ -186,11 +200,9 @@ def test_randomness_of_vmap(gradient, backend):
 
 def test_compiled(backend):
     """Another mask at each call, which backward has too."""
-    compiled = torch.compile(
-        lambda t: functional.dropout(t, P), fullgraph=True, backend="aot_eager"
-    )
+    compiled = torch.compile(functional.dropout, fullgraph=True, backend="aot_eager")
     x = leaf(9, 31)
-    ys = [compiled(x), compiled(x)]
+    ys = [compiled(x, P), compiled(x, P)]
     assert not torch.equal(*ys)
     for y in ys:
         (dx,) = torch.autograd.grad(y.sum(), x)
@@ -317,7 +329,7 @@ def test_what_is_left_to_stock():
     for dtype in (torch.complex64, torch.int64):
         x = torch.ones(5, dtype=dtype)
         for functions in (F, functional):
-            with pytest.raises((RuntimeError, NotImplementedError), match="not implemented|cast"):
+            with pytest.raises((RuntimeError, NotImplementedError), match=r"not implemented|cast"):
                 functions.dropout(x, P)
 
 
