@@ -1,9 +1,11 @@
 """Compiles every kernel for several GPUs, without a GPU, and prints the resources that it takes.
-With --audit it runs every kernel in the interpreter and prints which memory it accesses.
+With --audit it runs every kernel in the interpreter and prints which memory it accesses; with
+--traffic, how many bytes each op moves, over the fewest possible.
 
-The kernels are those of the ops and of the optimizers. The exit code is 1 if a kernel spills, has
-atomics or takes more shared memory than a block has; in the audit, if it accesses memory that it
-must not; and if an op launches no kernel at all.
+The kernels are those of the ops and of the optimizers (--traffic: of the ops). The exit code is 1
+if a kernel spills, has atomics or takes more shared memory than a block has; in the audit, if it
+accesses memory that it must not; in the traffic, if a memory-bound op moves too much; and if an op
+launches no kernel at all.
 """
 
 from __future__ import annotations
@@ -16,7 +18,7 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
-from ..testing import TARGETS, Audit, AuditedLaunch, Resources, database
+from ..testing import TARGETS, Audit, AuditedLaunch, Resources, Traffic, database, traffic
 from ..testing.audit import audit_op
 from ..testing.offline import compile_calls, compile_op
 from ..testing.optimizers import OPTIMIZERS, audit_optimizer, steps
@@ -45,10 +47,16 @@ def add_parser(subparsers: Any) -> argparse.ArgumentParser:
         default=",".join(TARGETS),
         help="some of %(default)s (the default), with commas between",
     )
-    parser.add_argument(
+    interpreted = parser.add_mutually_exclusive_group()
+    interpreted.add_argument(
         "--audit",
         action="store_true",
         help="run the kernels in Triton's interpreter and watch every load and store",
+    )
+    interpreted.add_argument(
+        "--traffic",
+        action="store_true",
+        help="run the kernels in Triton's interpreter and count the bytes that they move",
     )
     return parser
 
@@ -58,32 +66,34 @@ def run(args: argparse.Namespace) -> int:
     check_json(args.json)
     if find_spec("triton") is None:
         refuse("the package triton is not installed")
-    optimizers = [n for n in OPTIMIZERS if not args.ops or n in args.ops or "optim" in args.ops]
+    known = () if args.traffic else OPTIMIZERS
+    optimizers = [n for n in known if not args.ops or n in args.ops or "optim" in args.ops]
     ops = [n for n in args.ops if n not in optimizers and not (optimizers and n == "optim")]
     names = [*(select(ops) if ops or not args.ops or not optimizers else []), *optimizers]
     targets = args.target.split(",")
     if unknown := [t for t in targets if t not in TARGETS]:
         refuse(f"no target {', '.join(unknown)}; there are {', '.join(TARGETS)}")
     start = time.perf_counter()
-    with interpreter(args.audit):
-        items = [(n,) for n in names] if args.audit else [(n, t) for n in names for t in targets]
-        results = in_processes(_audit if args.audit else _compile, items, args.jobs)
+    with interpreter(args.audit or args.traffic):
+        work = _audit if args.audit else _traffic if args.traffic else _compile
+        on = [(t,) for t in targets] if work is _compile else [()]
+        items = [(n, *target) for n in names for target in on]
+        results = in_processes(work, items, args.jobs)
     done = {
         item: result for item, result in results.items() if not isinstance(result, BaseException)
     }
     if args.audit:
         print(_audited({name: seen for (name,), seen in done.items()}))
-        found = [
-            {"op": name, **launch}
-            for (name,), seen in done.items()
-            for launch in seen.to_dict()["launches"]
-        ]
+    elif args.traffic:
+        print(_moved([moved for both in done.values() for moved in both]))
     else:
         for target in targets:
             print(f"\n{target}\n{_compiled({n: f for (n, t), f in done.items() if t == target})}")
-        found = [
-            {"op": name, **r.to_dict()} for (name, _), compiled in done.items() for r in compiled
-        ]
+    found = [
+        {"op": item[0], **one.to_dict()}
+        for item, result in done.items()
+        for one in (result.launches if args.audit else result)
+    ]
     faults = [
         f"{' on '.join(item)}: {type(e).__name__}: {e}"
         for item, e in results.items()
@@ -100,7 +110,7 @@ def run(args: argparse.Namespace) -> int:
     faults = list(dict.fromkeys(faults))
     for fault in faults:
         print(f"FAULT {fault}")
-    kind = "launches" if args.audit else "kernels"
+    kind = "launches" if args.audit else "directions" if args.traffic else "kernels"
     what = f"{len(found)} {kind} of {len(names) - len(optimizers)} ops"
     if optimizers:
         what += f" and {len(optimizers)} optimizers"
@@ -126,12 +136,16 @@ def _audit(name: str) -> Audit:
     return audit_optimizer(name) if name in OPTIMIZERS else audit_op(database()[name])
 
 
+def _traffic(name: str) -> list[Traffic]:
+    return traffic(database()[name])
+
+
 def _label(found: dict[str, Any]) -> str:
-    return (
-        f"{found['kernel']} ({found['signature']}; {found['constants']}) on {found['target']}"
-        if "target" in found
-        else found["kernel"]
-    )
+    if "target" in found:
+        return (
+            f"{found['kernel']} ({found['signature']}; {found['constants']}) on {found['target']}"
+        )
+    return found.get("kernel") or found["direction"]
 
 
 def _compiled(compiled: dict[str, list[Resources]]) -> str:
@@ -200,4 +214,13 @@ def _audited(audits: dict[str, Audit]) -> str:
             ]
         )
         rows[-1].append(", ".join(f"{name} x{times:.1f}" for name, times in again.items()))
+    return table(rows)
+
+
+def _moved(found: Iterable[Traffic]) -> str:
+    """One row for each op and direction."""
+    rows = [["op", "direction", "moved", "floor", "moved / floor", "memory-bound"]]
+    for f in found:
+        bound = "yes" if f.is_memory_bound else "no"
+        rows.append([f.op, f.direction, str(f.moved), str(f.floor), f"{f.ratio:.3f}", bound])
     return table(rows)

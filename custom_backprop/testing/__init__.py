@@ -1,5 +1,5 @@
 """Proof: :func:`validate` for any Function, kernel or module; the database of our own ops; the
-resources that a kernel takes and the memory that it accesses."""
+resources that a kernel takes, the memory that it accesses and the bytes that it moves."""
 
 from .audit import Audit, AuditedLaunch, audit
 from .checks import CHECKS
@@ -7,6 +7,7 @@ from .database import cases, check_op, database
 from .memory import peak_memory
 from .offline import TARGETS, Resources, compile_offline
 from .spec import Make, OpSpec, Sample
+from .traffic import Traffic, traffic
 from .validate import Report, Result, validate
 
 __all__ = [
@@ -20,11 +21,13 @@ __all__ = [
     "Resources",
     "Result",
     "Sample",
+    "Traffic",
     "audit",
     "cases",
     "check_op",
     "compile_offline",
     "database",
     "peak_memory",
+    "traffic",
     "validate",
 ]

@@ -1,23 +1,20 @@
 """The memory that a Triton kernel accesses, seen in the interpreter: a GPU's memory checker without
 a GPU.
-
-Every load and store of the interpreter passes through two methods of its builder, where the
-addresses of the active lanes are known.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator
-from contextlib import ExitStack, contextmanager
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field, replace
 from typing import Any
-from unittest.mock import patch
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from ..backends import interpreting, use_backend
+from ..backends import use_backend
+from .accesses import tensors_in, watched
 from .offline import both_ways
 from .spec import Make, OpSpec, Sample
 
@@ -42,6 +39,9 @@ class AuditedLaunch:
     floor: int
     reread: dict[str, float] = field(default_factory=dict)
     faults: list[str] = field(default_factory=list)
+
+    def to_dict(self) -> dict[str, Any]:
+        return asdict(self)
 
 
 @dataclass
@@ -111,77 +111,16 @@ def audit(*tensors: Tensor) -> Iterator[Audit]:
         print(seen)
         seen.raise_if_faulty()
     """
-    if not interpreting():
-        raise RuntimeError(
-            "an audit reads the memory accesses of Triton's interpreter: set TRITON_INTERPRET=1 "
-            "before the first import"
-        )
-    import triton.language as tl
-    from triton.runtime.interpreter import GridExecutor, TensorHandle, interpreter_builder
-
     seen = Audit()
-    running: list[_Memory] = []
-    builder, call = interpreter_builder, GridExecutor.__call__
-    load, store = builder.create_masked_load, builder.create_masked_store
 
-    def watched_call(executor: Any, *args: Any, **kwargs: Any) -> None:
-        given = {**dict(zip(executor.arg_names, args, strict=False)), **kwargs, "tensors": tensors}
-        running.append(_Memory(dict(_tensors_in(given.items()))))
-        try:
-            call(executor, *args, **kwargs)
-        finally:
-            seen.launches.append(
-                running.pop().report(
-                    f"{executor.fn.__module__.rpartition('.')[2]}.{executor.fn.__name__}"
-                )
-            )
+    def memory(given: dict[str, Tensor]) -> _Memory:
+        return _Memory({**given, **tensors_in({"tensors": tensors})})
 
-    def inside(pointers: Any, mask: Any, stores: bool) -> Any:
-        """The mask without the lanes that are out of bounds. These are reported and not
-        executed."""
-        active = np.broadcast_to(np.asarray(mask.data, bool), pointers.data.shape)
-        size = max(1, pointers.get_element_ty().primitive_bitwidth // 8)
-        allowed = active.copy()
-        allowed[active] = running[-1].access(
-            pointers.data[active].astype(np.int64), size, builder.grid_idx, stores
-        )
-        return TensorHandle(allowed, tl.int1)
+    def done(kernel: str, accessed: _Memory) -> None:
+        seen.launches.append(accessed.report(kernel))
 
-    def watched_load(pointers: Any, mask: Any, *rest: Any) -> Any:
-        return load(pointers, inside(pointers, mask, stores=False), *rest)
-
-    def watched_store(pointers: Any, value: Any, mask: Any, *rest: Any) -> Any:
-        return store(pointers, value, inside(pointers, mask, stores=True), *rest)
-
-    def counted(atomic: Callable[..., Any]) -> Callable[..., Any]:
-        def watched_atomic(*args: Any) -> Any:
-            running[-1].atomics += 1
-            return atomic(*args)
-
-        return watched_atomic
-
-    with ExitStack() as patches:
-        for owner, name, replacement in (
-            (GridExecutor, "__call__", watched_call),
-            (builder, "create_masked_load", watched_load),
-            (builder, "create_masked_store", watched_store),
-            (builder, "create_atomic_rmw", counted(builder.create_atomic_rmw)),
-            (builder, "create_atomic_cas", counted(builder.create_atomic_cas)),
-        ):
-            patches.enter_context(patch.object(owner, name, replacement))
+    with watched(memory, done):
         yield seen
-
-
-def _tensors_in(named: Iterable[tuple[str, Any]]) -> Iterator[tuple[str, Tensor]]:
-    """The tensors among a kernel's arguments, with those in tuples and the one of a tensor
-    descriptor."""
-    for name, a in named:
-        if isinstance(a, Tensor):
-            yield name, a
-        elif isinstance(a, tuple):
-            yield from _tensors_in((f"{name}[{i}]", item) for i, item in enumerate(a))
-        elif isinstance(getattr(a, "base", None), Tensor):
-            yield name, a.base
 
 
 class _Storage:

@@ -25,6 +25,7 @@ from custom_backprop.testing import (
     Report,
     Resources,
     Result,
+    Traffic,
     database,
 )
 
@@ -202,6 +203,15 @@ def test_audit_end_to_end(tmp_path):
     assert max(r["programs"] for r in found) > 1
 
 
+@needs_triton
+def test_traffic_end_to_end(tmp_path):
+    done = run("kernels", "relu", "--traffic", "--json", str(tmp_path / "f.json"))
+    assert done.returncode == 0, done.stdout + done.stderr
+    found = json.loads((tmp_path / "f.json").read_text())
+    assert [r["direction"] for r in found] == ["forward", "backward"]
+    assert all(r["moved"] == r["floor"] > 0 for r in found)
+
+
 SPILLED = Resources("activation._forward", "sm_90", "*fp32", "F=relu", 4, 255, 8, 0, 2, 1, 1, 1, 0)
 
 
@@ -228,6 +238,15 @@ def test_a_fault_of_the_audit_exits_with_1(planted, capsys):
     out = capsys.readouterr().out
     assert "FAULT relu: activation._forward: 1 loads outside every tensor" in out
     assert "X x2.0" in out
+
+
+@needs_triton
+def test_too_much_traffic_exits_with_1(planted, capsys):
+    planted([Traffic("relu", "forward", 16, 8, 0), Traffic("relu", "backward", 12, 12, 0)])
+    assert main(["kernels", "relu", "--traffic"]) == 1
+    out = capsys.readouterr().out
+    assert "FAULT relu: forward: moved 2.00 times as many bytes as it must" in out
+    assert "2 directions of 1 ops, 1 faults" in out
 
 
 @needs_triton
@@ -333,6 +352,7 @@ def test_nothing_checked_exits_with_1(planted, capsys):
     [
         (["--target", "sm_90"], [], "FAULT relu on sm_90: no kernel was launched"),
         (["--audit"], Audit(), "FAULT relu: no kernel was launched"),
+        (["--traffic"], [], "FAULT relu: no kernel was launched"),
     ],
 )
 def test_no_launch_exits_with_1(arguments, nothing, fault, planted, capsys):
