@@ -40,39 +40,47 @@ def _gather(
 
 
 @triton.jit
-def _add(sums, X, SOURCE, first, last, n, column, ROWS: tl.constexpr):
-    """``sums`` plus the rows of X in [first, last), or those that SOURCE names there."""
+def _add(sums, X, SOURCE, FACTOR, PICKED, v, first, last, n, column, ROWS: tl.constexpr):
+    """``sums`` plus the rows of X in [first, last), or those that SOURCE names there, times FACTOR,
+    or only where they PICKED v."""
     for start in range(first, last, ROWS):
         place = start + tl.arange(0, ROWS)
         inside = place < last
         row = place.to(tl.int64)
         if SOURCE is not None:
-            row = tl.load(SOURCE + row, inside, other=0)
-        sums += read(X + row[:, None] * n, column, inside[:, None] & (column < n))
+            row = tl.load(SOURCE + place, inside, other=0)
+        both = inside[:, None] & (column < n)
+        x = read(X + row[:, None] * n, column, both)
+        if FACTOR is not None:
+            x *= tl.load(FACTOR + place, inside, other=0.0)[:, None]
+        if PICKED is not None:
+            x = tl.where(tl.load(PICKED + row[:, None] * n + column, both, other=-1) == v, x, 0.0)
+        sums += x
     return sums
 
 
 @kernel
 def _chunk_sums(
-    X, SOURCE, INDEX, SUMS, n, blocks, padding, CHUNK: tl.constexpr, ROWS: tl.constexpr,
-    BLOCK: tl.constexpr,
+    X, SOURCE, FACTOR, PICKED, INDEX, SUMS, n, known, blocks, padding,
+    CHUNK: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     """Of each whole chunk of the sorted indices in which all are the same; else 0."""
     chunk = (tl.program_id(0) // blocks).to(tl.int64)
     column = tl.program_id(0) % blocks * BLOCK + tl.arange(0, BLOCK)[None, :]
     first = chunk * CHUNK
     index = tl.load(INDEX + first)
-    same = (index == tl.load(INDEX + first + CHUNK - 1)) & (index != padding)
+    wanted = (index >= 0) & (index < known) & (index != padding)
+    same = wanted & (index == tl.load(INDEX + first + CHUNK - 1))
     last = tl.where(same, first + CHUNK, first)
     sums = tl.zeros((ROWS, BLOCK), SUMS.dtype.element_ty)
-    sums = _add(sums, X, SOURCE, first, last, n, column, ROWS)
+    sums = _add(sums, X, SOURCE, FACTOR, PICKED, index, first, last, n, column, ROWS)
     write(SUMS + chunk * n, column, column < n, tl.sum(sums, 0)[None, :])
 
 
 @kernel
 def _row_sums(
-    X, SOURCE, BOUNDS, SUMS, OUT, n, blocks, padding, SCALE: tl.constexpr, CHUNK: tl.constexpr,
-    ROWS: tl.constexpr, BLOCK: tl.constexpr,
+    X, SOURCE, FACTOR, PICKED, BOUNDS, SUMS, OUT, n, blocks, padding,
+    SCALE: tl.constexpr, CHUNK: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     """dW_v: the rows of a run before its first whole chunk, the sums of its chunks, the rest."""
     v = (tl.program_id(0) // blocks).to(tl.int64)
@@ -82,13 +90,14 @@ def _row_sums(
     last = tl.where(v == padding, first, last)
     sums = tl.zeros((ROWS, BLOCK), dtype)
     if SUMS is None:
-        sums = _add(sums, X, SOURCE, first, last, n, column, ROWS)
+        sums = _add(sums, X, SOURCE, FACTOR, PICKED, v, first, last, n, column, ROWS)
     else:
         head = tl.minimum(tl.cdiv(first, CHUNK) * CHUNK, last)
         tail = tl.maximum(last // CHUNK * CHUNK, head)
-        sums = _add(sums, X, SOURCE, first, head, n, column, ROWS)
-        sums = _add(sums, SUMS, None, head // CHUNK, tail // CHUNK, n, column, ROWS)
-        sums = _add(sums, X, SOURCE, tail, last, n, column, ROWS)
+        sums = _add(sums, X, SOURCE, FACTOR, PICKED, v, first, head, n, column, ROWS)
+        whole = head // CHUNK, tail // CHUNK
+        sums = _add(sums, SUMS, None, None, None, v, whole[0], whole[1], n, column, ROWS)
+        sums = _add(sums, X, SOURCE, FACTOR, PICKED, v, tail, last, n, column, ROWS)
     total = tl.sum(sums, 0)
     if SCALE:
         total = total / tl.maximum(last - first, 1).to(dtype)
@@ -110,22 +119,60 @@ def plan_gather(
     )  # fmt: skip
 
 
+def tile_of_sums(n: int, dtype: torch.dtype, rows: int) -> dict[str, int]:
+    """Of at most ``rows`` rows that are added at once."""
+    size = TILE // 2 if dtype == torch.float64 else TILE
+    block = min(next_power_of_2(n), size)
+    rows = min(size // block, rows)
+    return {"ROWS": rows, "BLOCK": block, "num_warps": max(4 * rows * block // size, 1)}
+
+
 @planned
 def plan_sums(
     rows: int, added: int, n: int, padding: int, scale: bool, dtype: torch.dtype
 ) -> tuple[Launch | None, Launch]:
     """Of ``added`` rows of ``n`` in ``rows``: the chunks, if there is a whole one, then all."""
-    size = TILE // 2 if dtype == torch.float64 else TILE
-    block = min(next_power_of_2(n), size)
-    blocks = cdiv(n, block)
-    tile = {"ROWS": min(size // block, CHUNK), "BLOCK": block}
-    both = {
-        "n": n, "blocks": blocks, "padding": padding, "CHUNK": CHUNK, **tile,
-        "num_warps": max(4 * tile["ROWS"] * block // size, 1),
-    }  # fmt: skip
-    whole = added // CHUNK
-    chunks = _chunk_sums.launch(whole * blocks, **both) if whole else None
+    tile = tile_of_sums(n, dtype, CHUNK)
+    blocks, whole = cdiv(n, tile["BLOCK"]), added // CHUNK
+    both = {"n": n, "blocks": blocks, "padding": padding, "CHUNK": CHUNK, **tile}
+    chunks = _chunk_sums.launch(whole * blocks, known=rows, **both) if whole else None
     return chunks, _row_sums.launch(rows * blocks, SCALE=scale, **both)
+
+
+def sums_by_index(
+    x: Tensor, index: Tensor, rows: int, padding_idx: int, scale_grad_by_freq: bool,
+    of: Tensor | None = None, factor: Tensor | None = None, picked: Tensor | None = None,
+) -> Tensor:  # fmt: skip
+    """Σ of the rows of x whose index is v, for each v below ``rows``; x must be contiguous.
+
+    Args:
+        of: which row of x an entry of ``index`` means. Default: its own.
+        factor: what the row is multiplied by.
+        picked: of the shape of x; only elements that picked v are summed.
+    """
+    ordered, order = index.sort(stable=True)
+    bounds = torch.searchsorted(
+        ordered, torch.arange(rows + 1, device=index.device, dtype=index.dtype)
+    )
+    source = order if of is None else of[order]
+    if picked is not None:  # what one row of x has twice counts once
+        factor = x.new_ones(order.shape, dtype=accumulator(x.dtype))
+        again = (ordered[1:] == ordered[:-1]) & (source[1:] == source[:-1])
+        factor[1:].masked_fill_(again, 0)
+    elif factor is not None:
+        factor = factor[order]
+    out = x.new_empty(rows, x.shape[-1])
+    if out.numel():
+        chunks, all_rows = plan_sums(
+            rows, order.numel(), out.shape[1], padding_idx, scale_grad_by_freq, x.dtype
+        )
+        sums = None
+        if chunks is not None:
+            shape = order.numel() // CHUNK, out.shape[1]
+            sums = x.new_empty(shape, dtype=accumulator(x.dtype))
+            chunks(x, source, factor, picked, ordered, sums)
+        all_rows(x, source, factor, picked, bounds, sums, out)
+    return out
 
 
 def forward(
@@ -143,19 +190,4 @@ def backward(
     dy: Tensor, index: Tensor, rows: int, padding_idx: int, scale_grad_by_freq: bool
 ) -> Tensor:
     """dW, contiguous."""
-    ordered, source = index.reshape(-1).sort(stable=True)
-    bounds = torch.searchsorted(
-        ordered, torch.arange(rows + 1, device=index.device, dtype=index.dtype)
-    )
-    dw = dy.new_empty(rows, dy.shape[-1])
-    if dw.numel():
-        chunks, all_rows = plan_sums(
-            rows, source.numel(), dw.shape[1], padding_idx, scale_grad_by_freq, dy.dtype
-        )
-        dy, sums = dy.contiguous(), None
-        if chunks is not None:
-            shape = source.numel() // CHUNK, dw.shape[1]
-            sums = dy.new_empty(shape, dtype=accumulator(dy.dtype))
-            chunks(dy, source, ordered, sums)
-        all_rows(dy, source, bounds, sums, dw)
-    return dw
+    return sums_by_index(dy.contiguous(), index.reshape(-1), rows, padding_idx, scale_grad_by_freq)

@@ -14,6 +14,8 @@ from .arguments import not_tensors
 
 __all__ = ["embedding"]
 
+INDICES = (torch.int32, torch.int64)
+
 
 @overridable
 def embedding(
@@ -44,7 +46,11 @@ def embedding(
             ``sparse`` together with ``scale_grad_by_freq``.
         TypeError: what is no tensor.
     """
-    check_table("embedding", input, weight)
+    if not (
+        isinstance(input, Tensor) and isinstance(weight, Tensor) and input.dtype in INDICES
+        and weight.dim() == 2 and input.device == weight.device
+    ):  # fmt: skip
+        raise not_a_look_up("embedding", input, weight)
     padding = -1 if padding_idx is None else row_of_padding("embedding", padding_idx, weight)
     if sparse and scale_grad_by_freq:
         raise RuntimeError("embedding: scale_grad_by_freq is not supported for sparse gradients")
@@ -53,17 +59,17 @@ def embedding(
     return ops.embedding(weight, input, padding, bool(scale_grad_by_freq), bool(sparse))
 
 
-def check_table(name, input, weight):
+def not_a_look_up(name, input, weight):
+    """The error, where these are no indices and no table, or on two devices."""
     if not (isinstance(input, Tensor) and isinstance(weight, Tensor)):
-        raise not_tensors(name, input, weight)
-    if input.dtype not in (torch.int32, torch.int64):
-        raise RuntimeError(f"{name}: expected indices in int32 or int64, got {input.dtype}")
+        return not_tensors(name, input, weight)
+    if input.dtype not in INDICES:
+        return RuntimeError(f"{name}: expected indices in int32 or int64, got {input.dtype}")
     if weight.dim() != 2:
-        raise RuntimeError(f"{name}: 'weight' must be 2-D, got shape {tuple(weight.shape)}")
-    if input.device != weight.device:
-        raise RuntimeError(
-            f"{name}: expected all tensors on one device, got {input.device} and {weight.device}"
-        )
+        return RuntimeError(f"{name}: 'weight' must be 2-D, got shape {tuple(weight.shape)}")
+    return RuntimeError(
+        f"{name}: expected all tensors on one device, got {input.device} and {weight.device}"
+    )
 
 
 def row_of_padding(name, padding_idx, weight):

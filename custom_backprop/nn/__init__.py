@@ -14,6 +14,8 @@ from .dropout import *
 from .dropout import __all__ as _dropout
 from .embedding import *
 from .embedding import __all__ as _embedding
+from .embedding_bag import *
+from .embedding_bag import __all__ as _embedding_bag
 from .gating import *
 from .gating import __all__ as _gating
 from .linear import *
@@ -45,6 +47,7 @@ __all__ = [
     *_cross_entropy,
     *_dropout,
     *_embedding,
+    *_embedding_bag,
     *_gating,
     *_linear,
     *_linear_cross_entropy,
