@@ -93,24 +93,33 @@ def celu_derivative(x, A, B):
 
 @triton.jit
 def gelu(x, A, B):
-    return x * 0.5 * (1 + tl.erf(x * 0.7071067811865476))
+    tail = elementary.normal_tail(tl.abs(x))[0]
+    return x * tl.where(x < 0, tail, 1 - tail)
 
 
 @triton.jit
 def gelu_derivative(x, A, B):
-    half = 0.5 * (1 + tl.erf(x * 0.7071067811865476))
-    return half + x * tl.exp(-0.5 * x * x) * 0.3989422804014327
+    tail, e = elementary.normal_tail(tl.abs(x))
+    return tl.where(x < 0, tail, 1 - tail) + x * (e * 0.3989422804014327)
+
+
+@triton.jit
+def _gelu_inner(x):
+    """v = 2 √(2/π) (x + 0.044715 x³)."""
+    return 1.5957691216057308 * (x + 0.044715 * x * x * x)
 
 
 @triton.jit
 def gelu_tanh(x, A, B):
-    return 0.5 * x * (1 + elementary.tanh(0.7978845608028654 * (x + 0.044715 * x * x * x)))
+    return x * elementary.sigmoid(_gelu_inner(x))
 
 
 @triton.jit
 def gelu_tanh_derivative(x, A, B):
-    t = elementary.tanh(0.7978845608028654 * (x + 0.044715 * x * x * x))
-    return 0.5 * (1 + t) + 0.5 * x * (1 - t * t) * (0.7978845608028654 * (1 + 3 * 0.044715 * x * x))
+    v = _gelu_inner(x)
+    slope = 1.5957691216057308 * (1 + 3 * 0.044715 * x * x)
+    s = elementary.sigmoid(v)
+    return s + x * (s * elementary.sigmoid(-v)) * slope  # x times the slope may overflow
 
 
 @triton.jit

@@ -119,12 +119,13 @@ def _forward(
             soft_loss = tl.zeros((ROWS, BLOCK), dtype)
             last = tl.cdiv(n, BLOCK) * BLOCK - BLOCK if LOOP else 0
             for back in range(0, n if LOOP else BLOCK, BLOCK):
-                place = last - back + column
+                begin = last - back
+                place = begin + column
                 inside = alive[:, None] & (place < n)
                 if LOOP:
                     x = read(X + start, place * s_n, inside) - m[:, None]
                     e = tl.exp(x)
-                dx = tl.where(place == chosen, of_t, e * of_p)
+                dx = tl.where(column == chosen - begin, of_t, e * of_p)
                 if SOFT:
                     if LOOP:
                         u = _soft(Q, WEIGHT, s_n, place, inside, n, PROBABILITIES, SMOOTHING, dtype)

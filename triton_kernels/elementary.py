@@ -9,7 +9,8 @@ polynomials. float64 takes Triton's functions, which are exact there.
 
 Reduction of the argument after Cody and Waite (Software Manual for the Elementary Functions, 1980).
 The polynomial of tanh is that of Moshier's Cephes library; those of e^r and log(1 + u) are fitted
-for the least maximum of the relative error: 4e-9 and 5e-9.
+for the least maximum of the relative error: 4e-9 and 5e-9; that of the normal distribution's tail
+too, to 4e-9.
 """
 
 from __future__ import annotations
@@ -114,6 +115,22 @@ def sigmoid(x):
     e = exp_minus(tl.abs(x))
     s = 1 / (1 + e)
     return tl.where(x < 0, e * s, s)
+
+
+@triton.jit
+def normal_tail(u):
+    """(Φ(-u), e) with e = e^(-u²/2), for u >= 0: the normal distribution's function far from its
+    mean, where (1 + erf(x / √2)) / 2 cancels. Φ(-u) / e is a polynomial in 1 / (1 + 0.3 u)."""
+    e = exp_minus(0.5 * u * u)
+    if u.dtype == tl.float64:
+        tail = 0.5 * (1 - tl.erf(u * 0.7071067811865476))
+    else:
+        t = 1 / (1 + 0.3 * u)
+        p = ((-0.0206235521 * t + 0.112436063) * t - 0.228214652) * t + 0.191785927
+        p = ((p * t - 0.0794246367) * t + 0.0961574384) * t + 0.0783894442
+        p = ((p * t + 0.110235468) * t + 0.119571809) * t + 0.11968669
+        tail = p * t * e
+    return tail, e
 
 
 @triton.jit

@@ -112,7 +112,7 @@ def binary_cross_entropy_with_logits(x, t, p, A, B, C):
 
 @triton.jit
 def binary_cross_entropy_with_logits_dx(dy, x, t, p, A, B, C):
-    return dy * ((1 + (p - 1) * t) * sigmoid(x) - p * t)
+    return dy * ((1 - t) * sigmoid(x) - p * t * sigmoid(-x))
 
 
 @triton.jit

@@ -54,7 +54,14 @@ def _binary_cross_entropy_with_logits(x, t, p, k, y, g):
     if y is not None:  # (1 - t) x - min(x, 0) bears an infinite x, as max(x, 0) - t x does not
         torch.sub(1, t, out=y).mul_(x).sub_(x.clamp_max(0)).add_(x.abs().neg_().exp_().log1p_())
     if g is not None:
-        torch.sigmoid(x, out=g).sub_(t).mul_(k)
+        _binary_cross_entropy_with_logits_dx(x, t, k, g)
+
+
+def _binary_cross_entropy_with_logits_dx(x, t, k, g):
+    """k ((1 - t) σ(x) - t σ(-x)) into g. PyTorch's softplus_backward(v, x, 1) is v σ(x), and with
+    -1 v σ(-x); beyond 40, 1 + e^-40 is 1 in float64 too."""
+    aten.softplus_backward.grad_input(1 - t, x, 1, 40, grad_input=g)
+    g.sub_(aten.softplus_backward.default(t, x, -1, 40)).mul_(k)
 
 
 def _kl_div(x, t, v, k, y, g, log_target):
@@ -150,7 +157,7 @@ def _binary_cross_entropy_with_logits_total(x, t, v, k, g):
     total += torch.clamp_min(x, 0, out=g).addcmul_(t, x, value=-1).sum().item()
     if math.isnan(total):
         return _one_by_one(FILL["binary_cross_entropy_with_logits"], x, t, v, k, g)
-    torch.sigmoid(x, out=g).sub_(t).mul_(k)
+    _binary_cross_entropy_with_logits_dx(x, t, k, g)
     return total
 
 

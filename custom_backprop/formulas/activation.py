@@ -5,7 +5,10 @@ a pair (f, f'). If f' can be written with y = f(x) alone, y is saved for backwar
 memory, because the next layer saves y as its input anyway. For piecewise linear functions no
 accuracy is lost. For sigmoid and tanh, y is rounded: near the limits, the error of y (1 - y) and 1
 - y² is a unit in the last place of y, which is near 1, and not of their own. Both are 0 where y has
-reached its limit. PyTorch does the same.
+reached its limit. PyTorch does the same. To be exact they would have to save x, a tensor more in
+every model, and on a CPU to compute a sigmoid or a tanh again; so they are not. The ops that use x
+(silu, logsigmoid, gelu, mish, tanhshrink) do not cancel; a loss of a sigmoid is best written with
+logits.
 
 At a kink, where there is no derivative, f' is torch's, and so is f''. A tracer leaves it to
 autograd to differentiate f, so f is written such that autograd gives the same f'. NaN in gives NaN
@@ -22,6 +25,7 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
+from . import elementary
 from .constant import with_zero_slope
 from .precision import rounded_once
 
@@ -150,35 +154,38 @@ def celu_derivative(x: Tensor, alpha: float) -> Tensor:
     return torch.where(x <= 0, torch.exp((x / alpha).where(x < 0, 0)), 1.0)
 
 
+def _normal(x: Tensor) -> Tensor:
+    """Φ(x) = erfc(-x / √2) / 2, the normal distribution function. In (1 + erf(x / √2)) / 2 nothing
+    is left where erf is rounded to -1: in float32 below -5.4."""
+    return 0.5 * torch.special.erfc(x * -math.sqrt(0.5))
+
+
 def gelu(x: Tensor) -> Tensor:
-    """y = x Φ(x), with Φ(x) = (1 + erf(x / √2)) / 2, the normal distribution function (Hendrycks
-    and Gimpel, 2016)."""
-    return x * 0.5 * (1 + torch.erf(x * math.sqrt(0.5)))
+    """y = x Φ(x) (Hendrycks and Gimpel, 2016)."""
+    return x * _normal(x)
 
 
 def gelu_derivative(x: Tensor) -> Tensor:
     """f' = Φ + x φ, since Φ' = φ(x) = e^(-x²/2) / √(2π)."""
-    return 0.5 * (1 + torch.erf(x * math.sqrt(0.5))) + x * torch.exp(-0.5 * x * x) / math.sqrt(
-        2 * math.pi
-    )
+    return _normal(x) + x * torch.exp(-0.5 * x * x) / math.sqrt(2 * math.pi)
 
 
 def _gelu_inner(x: Tensor) -> tuple[Tensor, Tensor]:
-    """u = √(2/π) (x + 0.044715 x³), and u'."""
-    k = math.sqrt(2 / math.pi)
+    """v = 2 √(2/π) (x + 0.044715 x³), and v'."""
+    k = 2 * math.sqrt(2 / math.pi)
     return k * (x + 0.044715 * x * x * x), k * (1 + 3 * 0.044715 * x * x)
 
 
 def gelu_tanh(x: Tensor) -> Tensor:
-    """y = x (1 + tanh u) / 2."""
-    return 0.5 * x * (1 + torch.tanh(_gelu_inner(x)[0]))
+    """y = x (1 + tanh(v/2)) / 2 = x σ(v), which does not cancel where v is far below 0."""
+    return x * torch.sigmoid(_gelu_inner(x)[0])
 
 
 def gelu_tanh_derivative(x: Tensor) -> Tensor:
-    """f' = (1 + t) / 2 + x (1 - t²) u' / 2, with t = tanh u."""
-    u, du = _gelu_inner(x)
-    t = torch.tanh(u)
-    return 0.5 * (1 + t) + 0.5 * x * (1 - t * t) * du
+    """f' = σ(v) + x σ'(v) v', and σ'(v) = σ(v) σ(-v)."""
+    v, dv = _gelu_inner(x)
+    s = torch.sigmoid(v)
+    return s + x * (s * torch.sigmoid(-v)) * dv  # x v' alone may overflow
 
 
 def silu(x: Tensor) -> Tensor:
@@ -215,31 +222,14 @@ def sigmoid_derivative(y: Tensor) -> Tensor:
     return y * (1 - y)
 
 
-def _exp_of_minus_abs(x: Tensor) -> Tensor:
-    """e^-|x|, which cannot overflow. Here |x| is x at 0. With torch's abs, whose derivative is 0
-    there, the functions below would not be smooth."""
-    return torch.exp(torch.where(x < 0, x, -x))
-
-
-def _softplus(x: Tensor) -> Tensor:
-    """log(1 + e^x) = max(x, 0) + log(1 + e^-|x|)."""
-    return torch.where(x < 0, 0.0, x) + torch.log1p(_exp_of_minus_abs(x))
-
-
-def _sigmoid_to_the_end(x: Tensor) -> Tensor:
-    """σ(x). torch's own is 0 where e^-x overflows, although σ(x) = e^x is not 0 there yet."""
-    e = _exp_of_minus_abs(x)
-    return torch.where(x < 0, e, 1.0) / (1 + e)
-
-
 def logsigmoid(x: Tensor) -> Tensor:
     """y = log σ(x) = -softplus(-x)."""
-    return -_softplus(-x)
+    return -elementary.softplus(-x)
 
 
 def logsigmoid_derivative(x: Tensor) -> Tensor:
     """f' = σ'/σ = 1 - σ(x) = σ(-x)."""
-    return _sigmoid_to_the_end(-x)
+    return elementary.sigmoid(-x)
 
 
 def hardsigmoid(x: Tensor) -> Tensor:
@@ -286,14 +276,14 @@ def tanhshrink_derivative(x: Tensor) -> Tensor:
 def softplus(x: Tensor, beta: float, threshold: float) -> Tensor:
     """y = log(1 + e^(βx)) / β, and x where βx > θ (there they differ by less than e^-θ / β)."""
     z = x * beta
-    return torch.where(z > threshold, x, _softplus(z) / beta)
+    return torch.where(z > threshold, x, elementary.softplus(z) / beta)
 
 
 def softplus_derivative(x: Tensor, beta: float, threshold: float) -> Tensor:
     """f' = σ(βx), and 1 where βx > θ."""
     z = x * beta
     inside = torch.where(z >= threshold, threshold, z)
-    return torch.where(z > threshold, 1.0, _sigmoid_to_the_end(inside))
+    return torch.where(z > threshold, 1.0, elementary.sigmoid(inside))
 
 
 def softsign(x: Tensor) -> Tensor:
@@ -368,7 +358,7 @@ ACTIVATIONS = {
         Activation("gelu", "y = x Φ(x);  dx = dy (Φ + x φ)", gelu, gelu_derivative),
         Activation(
             "gelu_tanh",
-            "y = x (1 + t) / 2, t = tanh u(x);  dx = dy ((1 + t) + x (1 - t²) u') / 2",
+            "y = x σ(v), v = 2 √(2/π) (x + 0.044715 x³);  dx = dy (σ(v) + x v' σ(v) σ(-v))",
             gelu_tanh,
             gelu_tanh_derivative,
         ),

@@ -22,6 +22,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from .elementary import sigmoid, softplus
 from .precision import widen
 
 #: torch's own values of ``reduction``
@@ -206,11 +207,6 @@ def binary_cross_entropy_dt(x: Tensor, t: Tensor, v: None) -> Tensor:
     return torch.log1p(-x) - torch.log(x)
 
 
-def softplus(x: Tensor) -> Tensor:
-    """log(1 + e^x) = -log σ(-x), which cannot overflow and has every derivative at 0."""
-    return -torch.nn.functional.logsigmoid(-x)
-
-
 def binary_cross_entropy_with_logits(x: Tensor, t: Tensor, p: Tensor | None) -> Tensor:
     """l = -p t log σ(x) - (1 - t) log(1 - σ(x)) = p t softplus(-x) + (1 - t) softplus(x). No term
     is negative, so nothing cancels where the loss is near 0. Without a weight p for the positives,
@@ -219,9 +215,10 @@ def binary_cross_entropy_with_logits(x: Tensor, t: Tensor, p: Tensor | None) -> 
 
 
 def binary_cross_entropy_with_logits_dx(x: Tensor, t: Tensor, p: Tensor | None) -> Tensor:
-    """l_x = (1 - t) - (1 + (p - 1) t) σ(-x) = (1 + (p - 1) t) σ(x) - p t, and σ(x) - t where p =
-    1."""
-    return torch.sigmoid(x) - t if p is None else (1 + (p - 1) * t) * torch.sigmoid(x) - p * t
+    """l_x = (1 - t) σ(x) - p t σ(-x), since softplus' = σ. The usual form for p = 1 is the same,
+    σ(x) - t, but where t = 1 and σ(x) is nearly 1 it has no digits left: in float32 it is 0 from x
+    = 17 on."""
+    return (1 - t) * sigmoid(x) - (t if p is None else p * t) * sigmoid(-x)
 
 
 def binary_cross_entropy_with_logits_dt(x: Tensor, t: Tensor, p: Tensor | None) -> Tensor:
@@ -337,8 +334,7 @@ LOSSES = {
         ),
         Loss(
             "binary_cross_entropy_with_logits",
-            "l = p t softplus(-x) + (1 - t) softplus(x);  dx = dy (q σ(x) - p t), q = 1 + (p - "
-            "1) t, "
+            "l = p t softplus(-x) + (1 - t) softplus(x);  dx = dy ((1 - t) σ(x) - p t σ(-x)), "
             "dt = dy ((p - 1) softplus(-x) - x)",
             binary_cross_entropy_with_logits,
             binary_cross_entropy_with_logits_dx,

@@ -184,7 +184,7 @@ def binary_cross_entropy_with_logits(
     reduction: str = "mean",
     pos_weight: Tensor | None = None,
 ) -> Tensor:
-    """l = w (p t softplus(-x) + (1 - t) softplus(x));  dx = dy w ((1 + (p - 1) t) σ(x) - p t), dt =
+    """l = w (p t softplus(-x) + (1 - t) softplus(x));  dx = dy w ((1 - t) σ(x) - p t σ(-x)), dt =
     dy w ((p - 1) softplus(-x) - x).
 
     Args:

@@ -8,7 +8,8 @@ import torch
 from helpers import DEVICE
 from mpmath import mp
 
-from custom_backprop import functional
+from custom_backprop import functional, use_backend
+from custom_backprop.backends import BACKENDS, why_not
 
 mp.dps = 50
 EPS = {torch.float64: 2.0**-53, torch.float32: 2.0**-24, torch.bfloat16: 2.0**-8}
@@ -70,3 +71,71 @@ def test_cross_entropy_of_a_wide_row(reduction, backend):
     expected, gradient = loss_and_gradient(x.flatten().tolist(), 2)
     agree(loss.detach(), [expected], torch.float32, 40)
     agree(dx, gradient, torch.float32, 40)
+
+
+POINTS = (0.0, *(s * v for s in (1, -1) for v in (0.3, 1, 2.5, 5, 8, 12, 15, 17, 20, 40, 87, 100)))
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32], ids=str)
+@pytest.mark.parametrize("pos_weight", [None, 2.5])
+@pytest.mark.parametrize("reduction", ["none", "sum"])
+def test_binary_cross_entropy_with_logits(dtype, pos_weight, reduction, backend):
+    p = 1 if pos_weight is None else pos_weight
+    options = (
+        {} if pos_weight is None else {"pos_weight": torch.tensor(p, dtype=dtype, device=DEVICE)}
+    )
+    for t in (0.0, 1.0, 0.25):
+        points = [v for v in POINTS if t in (0, 1) or abs(v) > 5]  # dx is 0 at a point between
+        x = torch.tensor(points, dtype=dtype, device=DEVICE, requires_grad=True)
+        loss = functional.binary_cross_entropy_with_logits(
+            x, torch.full_like(x, t), reduction=reduction, **options
+        )
+        (dx,) = torch.autograd.grad(loss, x, torch.ones_like(loss))
+        e = [mp.exp(mp.mpf(v)) for v in x.tolist()]
+        losses = [p * t * mp.log1p(1 / v) + (1 - t) * mp.log1p(v) for v in e]
+        expected = [(1 - t) * v / (1 + v) - p * t / (1 + v) for v in e]
+        agree(loss.detach(), losses if reduction == "none" else [sum(losses)], dtype, 8)
+        agree(dx, expected, dtype, 8)
+
+
+def _gelu(x):
+    """Φ(x), and φ(x)."""
+    return mp.erfc(-x / mp.sqrt(2)) / 2, mp.exp(-x * x / 2) / mp.sqrt(2 * mp.pi)
+
+
+def _gelu_tanh(x):
+    k = 2 * mp.sqrt(2 / mp.pi)
+    cubic = mp.mpf(0.044715)
+    s = 1 / (1 + mp.exp(-k * (x + cubic * x**3)))
+    rest = 1 / (1 + mp.exp(k * (x + cubic * x**3)))
+    return s, s * rest * k * (1 + 3 * cubic * x * x)
+
+
+def _silu(x):
+    return 1 / (1 + mp.exp(-x)), 1 / ((1 + mp.exp(-x)) * (1 + mp.exp(x)))
+
+
+#: y = x g(x): (g, g') with 50 digits, and the options of the call
+FACTORS = {
+    "gelu": (_gelu, {}),
+    "gelu_tanh": (_gelu_tanh, {"approximate": "tanh"}),
+    "silu": (_silu, {}),
+}
+
+
+@pytest.mark.parametrize("name", FACTORS)
+@pytest.mark.parametrize(
+    "backend", [b for b in BACKENDS if b != "aten" and why_not(b, DEVICE) is None]
+)
+def test_activations(name, backend):
+    """By formula and kernel; ATen's own operators cancel in the tail of gelu."""
+    factors, options = FACTORS[name]
+    x = torch.tensor(POINTS, device=DEVICE, requires_grad=True)
+    with use_backend(backend):
+        y = getattr(functional, name.removesuffix("_tanh"))(x, **options)
+        (dx,) = torch.autograd.grad(y, x, torch.ones_like(y))
+    for i, v in enumerate(map(mp.mpf, x.tolist())):
+        g, slope = factors(v)
+        units = 8 + v * v if name == "gelu" else 8 + abs(v) ** 3  # of the exponent
+        agree(y[i].detach(), [v * g], torch.float32, units)
+        agree(dx[i], [g + v * slope], torch.float32, units)
