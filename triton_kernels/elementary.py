@@ -120,10 +120,15 @@ def sigmoid(x):
 @triton.jit
 def normal_tail(u):
     """(Φ(-u), e) with e = e^(-u²/2), for u >= 0: the normal distribution's function far from its
-    mean, where (1 + erf(x / √2)) / 2 cancels. Φ(-u) / e is a polynomial in 1 / (1 + 0.3 u)."""
+    mean, where (1 + erf(x / √2)) / 2 cancels. Φ(-u) / e is a polynomial in 1 / (1 + 0.3 u); in
+    float64 Laplace's continued fraction 1 / (u + 1 / (u + 2 / (u + ...))) / √(2π)."""
     e = exp_minus(0.5 * u * u)
     if u.dtype == tl.float64:
-        tail = 0.5 * (1 - tl.erf(u * 0.7071067811865476))
+        fraction = u + 1
+        for k in range(50):
+            fraction = u + (50 - k) / fraction
+        near = 0.5 * (1 - tl.erf(u * 0.7071067811865476))  # 3 is a compromise: both to 1e-13
+        tail = tl.where(u < 3, near, e * 0.3989422804014327 / fraction)
     else:
         t = 1 / (1 + 0.3 * u)
         p = ((-0.0206235521 * t + 0.112436063) * t - 0.228214652) * t + 0.191785927

@@ -157,7 +157,10 @@ def test_all_targets_ignored(backend):
     "name", ["softplus", "logsigmoid", "mish", "silu", "gelu", "sigmoid", "tanh", "elu"]
 )
 def test_far_from_zero(name, dtype, backend):
-    x = torch.tensor([-100.0, -30.0, 30.0, 100.0], dtype=dtype, device=DEVICE, requires_grad=True)
+    far = [-100.0, -30.0, 30.0, 100.0]
+    if name == "gelu" and dtype == torch.float64:
+        far.remove(-30.0)  # stock's is 0 there, the true value is not: see test_tails.py
+    x = torch.tensor(far, dtype=dtype, device=DEVICE, requires_grad=True)
     results = []
     for f, leaf in (
         (getattr(functional, name), x),

@@ -123,19 +123,23 @@ FACTORS = {
 }
 
 
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32], ids=str)
 @pytest.mark.parametrize("name", FACTORS)
 @pytest.mark.parametrize(
     "backend", [b for b in BACKENDS if b != "aten" and why_not(b, DEVICE) is None]
 )
-def test_activations(name, backend):
+def test_activations(name, dtype, backend):
     """By formula and kernel; ATen's own operators cancel in the tail of gelu."""
     factors, options = FACTORS[name]
-    x = torch.tensor(POINTS, device=DEVICE, requires_grad=True)
+    x = torch.tensor(POINTS, dtype=dtype, device=DEVICE, requires_grad=True)
     with use_backend(backend):
         y = getattr(functional, name.removesuffix("_tanh"))(x, **options)
         (dx,) = torch.autograd.grad(y, x, torch.ones_like(y))
     for i, v in enumerate(map(mp.mpf, x.tolist())):
         g, slope = factors(v)
-        units = 8 + v * v if name == "gelu" else 8 + abs(v) ** 3  # of the exponent
-        agree(y[i].detach(), [v * g], torch.float32, units)
-        agree(dx[i], [g + v * slope], torch.float32, units)
+        # the rounding of an exponent of v²/2, or of 0.07 v³
+        units = 8 + 2 * v * v if name == "gelu" else 8 + abs(v) ** 3
+        if name == "gelu" and backend == "triton" and dtype == torch.float64:
+            units += 1000  # see normal_tail
+        agree(y[i].detach(), [v * g], dtype, units)
+        agree(dx[i], [g + v * slope], dtype, units)
