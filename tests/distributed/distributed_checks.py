@@ -355,7 +355,8 @@ def check_ops_of_the_database(mesh):
                 else:
                     assert off < 1e-10, f"{label}: off by {off}"
                     followed.update([name] if any(p.is_shard() for p in placements) else [])
-    assert followed == database().keys() - {"info_nce"}
+    masks = {name for name, spec in database().items() if spec.family == "dropout"}
+    assert followed == database().keys() - {"info_nce"} - masks  # see check_dropout
     assert not refused & {
         name for name, spec in database().items() if spec.family in {"activation", "prelu"}
     }
@@ -721,6 +722,29 @@ def check_triplets(mesh):
             lambda t: distribute_tensor(t, mesh, [Replicate()]),
         )
         assert_close([whole(t) for t in found], expected, rtol=0, atol=1e-12)
+
+
+def check_dropout(mesh):
+    """Torch draws the mask, and each rank that of its shard. A seed is that of a whole tensor."""
+    x = torch.rand(16, 64, dtype=torch.float64) + 1
+    d = distribute_tensor(x, mesh, [Shard(0)]).requires_grad_()
+    seed = torch.tensor(3)
+    for call in (
+        lambda: functional.dropout(d, 0.3),
+        lambda: functional.dropout_add(d, torch.zeros_like(d), 0.3),
+    ):
+        with quiet():  # torch's generators on a CPU are those of the ranks
+            y = call()
+        kept = (whole(y) != 0).double()
+        assert 0.5 < kept.mean() < 0.9
+        assert_close(whole(y), kept * x / 0.7, rtol=0, atol=1e-12)
+        (dx,) = torch.autograd.grad(y.sum(), d)
+        assert_close(whole(dx), kept / 0.7, rtol=0, atol=1e-12)
+    with pytest.raises(RuntimeError, match=r"torch\.Tensor and DTensor"):
+        functional.dropout(d, 0.3, seed=seed)
+    replicated = [distribute_tensor(t, mesh, [Replicate()]) for t in (x, seed)]
+    y = functional.dropout(replicated[0], 0.3, seed=replicated[1])
+    assert torch.equal(whole(y), functional.dropout(x, 0.3, seed=seed))
 
 
 def main(rank, ranks):
