@@ -22,7 +22,7 @@ from .launch import Launch, cdiv, kernel, multiprocessors, planned
 from .pointwise import BLOCK, block_of, like
 from .rows import partial_sums, read, total, write
 
-NONE, MEAN = 0, 1
+NONE, MEAN, BATCHMEAN = 0, 1, 3
 
 #: programs a multiprocessor of a kernel that sums: enough to fill it, few enough for the second
 #: stage to be one block
@@ -209,14 +209,14 @@ DEVICE_FUNCTIONS = {
 
 @kernel
 def _forward(
-    X, T, V, W, Y, DX, n, blocks,
+    X, T, V, W, Y, DX, n, blocks, divisor,
     F: tl.constexpr, L_X: tl.constexpr, A: tl.constexpr, B: tl.constexpr, C: tl.constexpr,
-    REDUCED: tl.constexpr, MEAN: tl.constexpr, BLOCK: tl.constexpr,
+    REDUCED: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     """``blocks`` blocks a program: y = w l, or, if REDUCED, their sum in Y[program]; and dx = w
-    l_x, over n for a mean, if there is a DX.
+    l_x, over the divisor, if there is a DX.
 
-    V, W and DX may be None. Without V, v is 1.
+    V, W, DX and the divisor may be None. Without V, v is 1.
     """
     program = tl.program_id(0)
     sums = tl.zeros([BLOCK], Y.dtype.element_ty)
@@ -232,24 +232,29 @@ def _forward(
         else:
             write(Y + start, offsets, inside, loss)
         if DX is not None:
-            write(DX + start, offsets, inside, L_X(w / n if MEAN else w, x, t, v, A, B, C))
+            write(
+                DX + start,
+                offsets,
+                inside,
+                L_X(w if divisor is None else w / divisor, x, t, v, A, B, C),
+            )
     if REDUCED:
         tl.store(Y + program, tl.sum(sums))
 
 
 @kernel
 def _backward(
-    DY, X, T, V, W, DX, DT, DV, DW, n,
+    DY, X, T, V, W, DX, DT, DV, DW, n, divisor,
     F: tl.constexpr, L_X: tl.constexpr, L_T: tl.constexpr, L_V: tl.constexpr,
     A: tl.constexpr, B: tl.constexpr, C: tl.constexpr,
-    SCALAR: tl.constexpr, MEAN: tl.constexpr, BLOCK: tl.constexpr,
+    SCALAR: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
-    """The gradients that are wanted (else None), of one dy for all elements if SCALAR, over n for a
-    mean."""
+    """The gradients that are wanted (else None), of one dy for all elements if SCALAR, over the
+    divisor."""
     start, offsets, inside = block_of(tl.program_id(0), n, BLOCK)
     dy = upcast(tl.load(DY)) if SCALAR else read(DY + start, offsets, inside)
-    if MEAN:
-        dy = dy / n
+    if divisor is not None:
+        dy = dy / divisor
     x = read(X + start, offsets, inside)
     t = read(T + start, offsets, inside)
     v = 1.0 if V is None else read(V + start, offsets, inside)
@@ -266,32 +271,39 @@ def _backward(
         write(DV + start, offsets, inside, L_V(dy, x, t, v, A, B, C))
 
 
+def _divisor(x: Tensor, reduction: int) -> int | None:
+    return x.numel() if reduction == MEAN else x.shape[0] if reduction == BATCHMEAN else None
+
+
 def _parameters(given: tuple[Any, ...]) -> dict[str, Any]:
     return dict(zip("ABC", (*given, None, None, None), strict=False))
 
 
 @planned
-def plan(name: str, n: int, reduction: int, count: int, *parameters: Any) -> Launch:
+def plan(
+    name: str, n: int, divisor: int | None, reduction: int, count: int, *parameters: Any
+) -> Launch:  # fmt: skip
     """Forward of ``n`` elements, on ``count`` multiprocessors."""
     value, derivative, *_ = DEVICE_FUNCTIONS[name]
     blocks = cdiv(cdiv(n, BLOCK), PROGRAMS * count) if n and reduction != NONE else 1
     return _forward.launch(
-        cdiv(cdiv(n, BLOCK), blocks), n=n, blocks=blocks, F=value, L_X=derivative,
-        **_parameters(parameters), REDUCED=reduction != NONE, MEAN=reduction == MEAN, BLOCK=BLOCK,
+        cdiv(cdiv(n, BLOCK), blocks), n=n, blocks=blocks, divisor=divisor, F=value, L_X=derivative,
+        **_parameters(parameters), REDUCED=reduction != NONE, BLOCK=BLOCK,
     )  # fmt: skip
 
 
 @planned
 def plan_backward(
-    name: str, n: int, reduction: int, dtype: torch.dtype, scalar: bool, *parameters: Any
-) -> Launch:
+    name: str, n: int, divisor: int | None, reduction: int, dtype: torch.dtype, scalar: bool,
+    *parameters: Any,
+) -> Launch:  # fmt: skip
     """Backward of ``n`` elements, of one dy for all if ``scalar``."""
     functions = dict(zip(("F", "L_X", "L_T", "L_V"), DEVICE_FUNCTIONS[name], strict=True))
     # four gradients of doubles fill the registers of four warps
     block, warps = (BLOCK // 2, 8) if dtype == torch.float64 else (BLOCK, 4)
     return _backward.launch(
-        cdiv(n, block), n=n, **functions, **_parameters(parameters), SCALAR=scalar,
-        MEAN=reduction == MEAN, BLOCK=block, num_warps=warps,
+        cdiv(n, block), n=n, divisor=divisor, **functions, **_parameters(parameters), SCALAR=scalar,
+        BLOCK=block, num_warps=warps,
     )  # fmt: skip
 
 
@@ -305,16 +317,17 @@ def forward(
     dx = torch.empty_like(x) if make_dx else None
     layout = dx if dx is not None else x if x.is_contiguous() else torch.empty_like(x)
     operands = [None if a is None else like(a, layout) for a in (x, t, v, w)]
-    run = plan(name, n, reduction, multiprocessors(x.device), *parameters)
+    divisor = _divisor(x, reduction)
+    run = plan(name, n, divisor, reduction, multiprocessors(x.device), *parameters)
     if reduction == NONE:
         y = torch.empty_like(x)
         run(*operands, y, dx)
     elif n == 0:
-        y = x.new_full((), math.nan if reduction == MEAN else 0.0)
+        y = x.new_full((), math.nan if divisor == 0 else 0.0)
     else:
         y, partial = x.new_empty(()), partial_sums(x, run.programs)
         run(*operands, partial, dx)
-        total(partial, y, n if reduction == MEAN else None)
+        total(partial, y, divisor)
     return y, x.new_empty(0) if dx is None else dx
 
 
@@ -327,7 +340,8 @@ def backward(
     layout = next(g for g in grads if g is not None)
     operands = [None if a is None else like(a, layout) for a in (x, t, v, w)]
     scalar = not any(dy.stride())
-    run = plan_backward(name, x.numel(), reduction, x.dtype, scalar, *parameters)
+    divisor = _divisor(x, reduction)
+    run = plan_backward(name, x.numel(), divisor, reduction, x.dtype, scalar, *parameters)
     named = dict(zip(("DX", "DT", "DV", "DW"), grads, strict=True))
     run(dy if scalar else like(dy, layout), *operands, **named)
     return tuple(x.new_empty(0) if g is None else g for g in grads)

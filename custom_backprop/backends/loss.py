@@ -17,7 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..formulas.loss import LOG_0, LOSSES, MEAN, NONE, SUM, Loss, weighted
+from ..formulas.loss import LOG_0, LOSSES, NONE, SUM, Loss, divisor_of, weighted
 from ..formulas.precision import HALF, wide, widen
 from .library import P, Primitive, R, empty_if, launcher, primitive
 from .selection import functorch_active, is_traced
@@ -233,7 +233,7 @@ def _forward(loss, x, t, v, w, reduction, make_dx, *parameters):
     if not make_dx and n <= 2 * CHUNK and plain and loss.name in WHOLE:
         return WHOLE[loss.name](x, t, reduction, *parameters), None
     dx = torch.empty_like(x) if make_dx else None
-    total, scale = 0.0, 1 / n if reduction == MEAN and n else 1.0
+    total, scale = 0.0, 1 / (divisor_of(x, reduction) or 1)
     if make_dx and reduction != NONE and plain and loss.name in TOTAL:
         for xs, ts, vs, gs in _chunks(2 * CHUNK, x, t, v, dx):  # no scratch beside it
             total += TOTAL[loss.name](xs, ts, vs, scale, gs, *parameters)
@@ -252,8 +252,9 @@ def _forward(loss, x, t, v, w, reduction, make_dx, *parameters):
 
 
 def _reduced(x: Tensor, total: float, reduction: int) -> Tensor:
-    if reduction == MEAN:
-        total = total / x.numel() if x.numel() else math.nan
+    divisor = divisor_of(x, reduction)
+    if divisor is not None:
+        total = total / divisor if divisor else math.nan
     try:
         return x.new_full((), total)
     except RuntimeError:  # beyond the range of the dtype
@@ -264,7 +265,8 @@ def _backward(loss, dy, x, t, v, w, reduction, needs, *parameters):
     if x.device.type != "cpu":
         return loss.backward(dy, x, t, v, w, reduction, needs, *parameters)
     need_x, need_t, *others = needs
-    k = widen(dy) / x.numel() if reduction == MEAN else widen(dy)
+    divisor = divisor_of(x, reduction)
+    k = widen(dy) if divisor is None else widen(dy) / divisor
     dx, dt, *_ = grads = _gradients(x, needs)
     negated = need_t and loss.dt is None
     filled: Any = dx if need_x else dt if negated else None
@@ -309,7 +311,7 @@ def _checked(loss: Loss, run: Callable[..., Any]) -> Callable[..., Any]:
 def _shards(x, others, reduction):
     """The dimensions of x, and how it and the others lie if it is sharded there: as x, if they are
     as large. None for a mean, which divides by the count of all shards, which no shard knows."""
-    if reduction != MEAN:
+    if divisor_of(x, reduction) is None:
         for i in range(x.dim()):
             yield i, [i if t is not None and t.shape == x.shape else R for t in (x, *others)]
 

@@ -25,8 +25,8 @@ from torch import Tensor
 from .elementary import sigmoid, softplus
 from .precision import widen
 
-#: torch's own values of ``reduction``
-NONE, MEAN, SUM = 0, 1, 2
+#: torch's own values of ``reduction``, and the sum over the first dimension's length
+NONE, MEAN, SUM, BATCHMEAN = 0, 1, 2, 3
 
 #: replaces log 0 in t log t, which is 0 at t = 0: finite, and below the logarithm of every positive
 #: number
@@ -90,7 +90,8 @@ class Loss:
         *parameters: Any,
     ) -> tuple[Tensor, ...]:
         """dx, dt, dv and dw; an empty tensor for each that is not in ``needs``."""
-        scale = widen(dy) / x.numel() if reduction == MEAN else widen(dy)
+        divisor = divisor_of(x, reduction)
+        scale = widen(dy) if divisor is None else widen(dy) / divisor
         args = (*map(widen, (x, t, v)), *parameters)
         k = weighted(scale, widen(w))
 
@@ -138,9 +139,17 @@ def weighted(loss: Tensor, w: Tensor | None) -> Tensor:
     return loss if w is None else loss * w
 
 
+def divisor_of(x: Tensor, reduction: int) -> int | None:
+    """What the sum of the losses is divided by."""
+    return x.numel() if reduction == MEAN else x.shape[0] if reduction == BATCHMEAN else None
+
+
 def reduced(loss: Tensor, reduction: int) -> Tensor:
     """The elements themselves, their mean or their sum. The mean of no elements is NaN."""
-    return loss.mean() if reduction == MEAN else loss.sum() if reduction == SUM else loss
+    if reduction in (NONE, MEAN):
+        return loss.mean() if reduction == MEAN else loss
+    divisor = divisor_of(loss, reduction)
+    return loss.sum() if divisor is None else loss.sum() / divisor
 
 
 def mse_loss(x: Tensor, t: Tensor, v: None) -> Tensor:

@@ -17,7 +17,7 @@ from torch import Tensor
 from torch.nn import _reduction as _Reduction
 
 from ..backends.selection import backend_of, is_traced, is_transformed
-from ..formulas.loss import SUM
+from ..formulas.loss import BATCHMEAN, SUM
 from ..ops.loss import pointwise
 from ..ops.route import overridable
 from .arguments import common_dtype, number, reduction_of, together
@@ -247,8 +247,11 @@ def kl_div(
             f"{target.dtype}"
         )
     x, t = together(input, target)
+    divided = batchmean and input.dim() > 0
+    if divided and enum == SUM and x.shape == input.shape:
+        return pointwise("kl_div", x, t, None, None, BATCHMEAN, log_target)
     loss = pointwise("kl_div", x, t, None, None, enum, log_target)
-    return loss / input.shape[0] if batchmean and input.dim() else loss
+    return loss / input.shape[0] if divided else loss
 
 
 @overridable

@@ -76,7 +76,7 @@ def pointwise(
     Args:
         x, t, v, w: input, target, the loss's third tensor and the weight, floating-point, of the
             same shape and dtype; v and w may be None.
-        reduction: 0, 1 or 2, for the loss of each element, their mean or their sum.
+        reduction: one of those in ``formulas/loss.py``.
         parameters: the loss's own, in order.
     """
     function = _PLAIN[name]

@@ -537,6 +537,15 @@ def test_batchmean_beside_a_deprecated_argument(backend):
     agree("kl_div", inputs("kl_div", 4, 3), {"reduction": "batchmean", "size_average": True})
 
 
+@pytest.mark.parametrize("shape", [(4, 3), (1, 3), (3,), (), (0, 3), (4, 0)])
+@pytest.mark.parametrize("dy", [1.0, None])
+def test_batchmean(shape, dy, backend):
+    """The divisor is the length of the input, before it is broadcast."""
+    x, _ = inputs("kl_div", *shape)
+    _, t = inputs("kl_div", *((4, 3) if shape in ((1, 3), (3,)) else shape))
+    agree("kl_div", [x, t], {"reduction": "batchmean"}, dy)
+
+
 def test_derivatives_of_the_logits_loss_at_zero(backend):
     """softplus is smooth there, whatever it is computed from."""
     x, t = (
