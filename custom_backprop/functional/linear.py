@@ -113,9 +113,10 @@ def _check(name: str, x: Tensor, weight: Tensor, bias: Tensor | None) -> None:
             f"{tuple(weight.shape)}"
         )
     if x.dtype != weight.dtype or (bias is not None and bias.dtype != weight.dtype):
-        if torch.is_autocast_enabled(x.device.type):
-            return
-        got = ", ".join(str(t.dtype) for t in given)
+        dtypes = [t.dtype for t in given]
+        if torch.is_autocast_enabled(x.device.type) and torch.float64 not in dtypes:
+            return  # it casts them to one; float64 it leaves
+        got = ", ".join(map(str, dtypes))
         raise RuntimeError(f"{name}: input, weight and bias must have the same dtype, got {got}")
 
 
