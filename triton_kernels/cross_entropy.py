@@ -205,8 +205,10 @@ def _dense(x: Tensor) -> Tensor:
 def plan(
     backward: bool, shape: tuple[int, ...], strides: tuple[int, ...], dtype: torch.dtype,
     count: int, probabilities: bool, reduction: int, ignore_index: int, smoothing: float,
+    both: bool = False,
 ) -> Launch:  # fmt: skip
-    """Of the rows of a dense (outer, C, inner), on ``count`` multiprocessors."""
+    """Of the rows of a dense (outer, C, inner), on ``count`` multiprocessors. ``both``: the loss of
+    each row and dx."""
     outer, n, inner = shape
     named: dict[str, int] = {"PER_ROW": reduction == NONE}
     if not backward:
@@ -214,8 +216,8 @@ def plan(
         named = {"REDUCE": reduction != NONE, "ALL": FEW if few else 0}
     live = 4 if probabilities or smoothing > 0 else 2
     looped = n > row_kernels.row_config(n, inner, dtype, live).block
-    if looped and (row_kernels.far(outer * n * inner) or named.get("ALL")):
-        live = 4  # an offset of 64 bits takes two registers, the rows' weights some more
+    if looped and (row_kernels.far(outer * n * inner) or named.get("ALL") or both):
+        live = 4  # an offset of 64 bits takes two registers, the rows' weights or losses some more
     return over_rows(
         _backward if backward else _forward, shape, [strides], dtype, live, count, **named,
         ignore_index=ignore_index, MEAN=reduction == MEAN, PROBABILITIES=probabilities,
@@ -239,21 +241,25 @@ def _prepare(
 
 def forward(
     x: Tensor, target: Tensor, weight: Tensor | None, reduction: int, ignore_index: int,
-    smoothing: float, makes: int,
+    smoothing: float, makes: int, loss: Tensor | None = None, dx: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
     """The loss, and what it ``makes`` for backward: nothing, dx for a dy of 1, or (m, log Σ
-    e^(x-m)) of each row."""
+    e^(x-m)) of each row. Losses of rows and dx may go to memory that is given; dx may be x, since
+    a program reads what it writes first."""
     x, target, weight, total = _prepare(x, target, weight, reduction, ignore_index, FEW)
     shape = (x.shape[0], *x.shape[2:])
-    dx = torch.empty_like(x) if makes == GRADIENT else None
+    if makes == GRADIENT and dx is None:
+        dx = torch.empty_like(x)
     statistics = row_kernels.partial_sums(x, 2, *shape) if makes == STATISTICS else None
     saved = dx if dx is not None else statistics if statistics is not None else x.new_empty(0)
     if not x.numel():
         nothing = float("nan") if reduction == MEAN else 0.0
         return x.new_full(shape if reduction == NONE else (), nothing), saved
     v, of = view_of(x), (target.is_floating_point(), reduction, ignore_index, smoothing)
-    run = plan(False, v.shape, v.stride(), x.dtype, multiprocessors(x.device), *of)
-    loss = x.new_empty(shape if reduction == NONE else ())
+    both = dx is not None and reduction == NONE
+    run = plan(False, v.shape, v.stride(), x.dtype, multiprocessors(x.device), *of, both)
+    if loss is None:
+        loss = x.new_empty(shape if reduction == NONE else ())
     in_one = reduction == NONE or run.programs == 1
     partial = loss if in_one else row_kernels.partial_sums(x, run.programs)
     m, log_z = (None, None) if statistics is None else statistics

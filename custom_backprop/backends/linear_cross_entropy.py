@@ -12,6 +12,7 @@ from functools import partial
 from math import prod
 
 import torch
+from torch.nn.functional import linear
 
 from ..formulas import linear_cross_entropy as formula
 from ..formulas.cross_entropy import GRADIENT, NOTHING
@@ -19,25 +20,27 @@ from ..formulas.loss import NONE
 from ..formulas.nll import along_classes, reduced
 from ..formulas.precision import HALF, wide, widen
 from . import cross_entropy
-from .library import empty_if, primitive, slices
+from .library import empty_if, launcher, primitive, slices
 
 
-def rows_of_chunk(rows: int, itemsize: int, device: torch.device) -> int:
-    """How many rows to take at once, of ``rows``.
+def rows_of_chunk(rows: int, width: int, itemsize: int, device: torch.device) -> int:
+    """How many of ``rows`` to take at once, with ``width`` logits each, of ``itemsize`` bytes.
 
-    A chunk of n rows reads the weight W for the logits and again for dx, and reads and writes dW.
-    These are the bytes that a whole product would move once. With W of C·H numbers, in bfloat16 and
-    with dW in float32, a chunk moves 12 C·H bytes for 6 n C·H operations. An H100 does 266
-    operations while memory moves a byte (798 TFLOP/s, 3.0 TB/s), so below n = 12 / 6 · 266 = 530
-    rows the products wait for memory. Eight times that hides all but an eighth of the traffic: 4096
-    rows of half precision, 2048 of float32. Neither C nor H counts.
+    A chunk of n rows reads the layer's weight for the logits and again for dx, and reads and writes
+    dW: of H·width numbers, in bfloat16 and dW in float32, 12 H·width bytes for 6 n H·width
+    operations. An H100 does 266 operations in the time of a byte (798 TFLOP/s, 3.0 TB/s), so below
+    n = 12 · 266 / 6 = 530 rows the products wait for memory. With eight times as many, an eighth
+    of their time is left: 4096 rows of half precision, 2048 of float32.
 
-    A CPU of a few cores does some 10 operations a byte, so that far fewer rows do: measured at
-    C = 32000 and H = 512, from 128 rows on the time is that of one product.
+    A core of a CPU does some 20 operations in the time of a byte. Measured there at H = 512 and a
+    width of 32000: 128 rows take 1 % longer than 256, which is the quickest, and 64 rows 5 %.
+
+    Where rows are short, as many fit in the memory that those numbers take at a width of 32000.
+    Then the cost of the calls does not show.
     """
-    most = 128 if device.type == "cpu" else max(8192 // itemsize, 1)
-    chunks = -(-rows // most)
-    return max(-(-rows // max(chunks, 1)), 1)
+    least, numbers = (128, 2**22) if device.type == "cpu" else (8192 // itemsize, 2**27)
+    chunks = max(-(-rows // max(least, numbers // max(width, 1))), 1)
+    return max(-(-rows // chunks), 1)
 
 
 class _Gradients:
@@ -66,7 +69,7 @@ class _Gradients:
             d, k = d.mul_(k.unsqueeze(1)).flatten(1), k.new_ones(len(k))
         k = k.unsqueeze(1)
         if self.dx is not None:
-            self.dx[rows] = _product(d, self.weight).mul_(k)
+            _set_product(self.dx[rows], d, self.weight, k)
         relative = k if self.scale is None else k / self.scale
         if self.dw is not None:
             _add_product(self.dw, d.t(), (self.x[rows].to(self.product) * relative).to(d.dtype))
@@ -82,11 +85,13 @@ class _Gradients:
         return self.dx, dw, None if self.db is None else self.db.view(bias.shape).to(bias.dtype)
 
 
-def _product(a, b):
-    """a b in float32 or wider."""
-    if a.dtype in HALF:
-        return torch.mm(a, b, out_dtype=torch.float32)
-    return torch.mm(a, b)
+def _set_product(out, a, b, k):
+    """out = k (a b), rounded once."""
+    if out.dtype == a.dtype and a.dtype not in HALF:
+        torch.mm(a, b, out=out).mul_(k)
+    else:
+        found = torch.mm(a, b, torch.float32) if a.dtype in HALF else torch.mm(a, b)
+        out.copy_(found.mul_(k))
 
 
 def _add_product(total, a, b):
@@ -96,14 +101,47 @@ def _add_product(total, a, b):
     return torch.addmm(total, a, b, out_dtype=total.dtype, out=total)
 
 
-def _logits(x, weight, bias, softcap, widths):
-    l = torch.mm(x, weight.t()) if bias is None else torch.addmm(bias, x, weight.t())
-    if softcap:
-        l.div_(softcap).tanh_().mul_(softcap)
-    return l.view(len(x), *widths)
+class _Aten:
+    """What happens on a chunk of logits between the products, by PyTorch's operators, in float32
+    or wider."""
+
+    widen = staticmethod(widen)
+
+    @staticmethod
+    def softcap_(z, softcap):
+        z.div_(softcap).tanh_().mul_(softcap)
+
+    @staticmethod
+    def losses(logits, target, weight, ignore_index, smoothing, loss, makes, spare):
+        """Each row's cross-entropy in ``loss``, and its gradient."""
+        args = logits, target, weight, NONE, ignore_index, smoothing, makes
+        found, d = cross_entropy.forward.aten(*args)
+        if loss is not None:
+            loss.copy_(found)
+        return d
+
+    @staticmethod
+    def finish(logits, d, lse, k, z_loss, softcap):
+        """lse of each row; and the slope (d + 2 ζ k lse p) s' over d."""
+        if z_loss:
+            torch.logsumexp(logits, 1, out=lse)
+            if d is not None:
+                of_p = lse * (2 * z_loss) if k is None else lse * (2 * z_loss) * k
+                d.addcmul_((logits - lse.unsqueeze(1)).exp_(), of_p.unsqueeze(1))
+        if softcap and d is not None:
+            d.mul_(logits.div_(softcap).square_().neg_().add_(1))
 
 
-def _walk(run, tensors, options, k, of_z, of_log_p, needs, losses, lse, log_p):
+class _Triton:
+    """The same by kernels."""
+
+    widen = staticmethod(lambda t: widen(t) if t is not None and t.is_cpu else t)
+    softcap_ = launcher("linear_cross_entropy", "softcap_")
+    losses = launcher("linear_cross_entropy", "losses")
+    finish = launcher("linear_cross_entropy", "finish")
+
+
+def _walk(by, tensors, options, k, of_z, of_log_p, needs, losses, lse, log_p):
     """Fills what is not None: of each row the cross-entropy, lse and log p_rt. Returns the
     gradients that are needed, where ``k`` multiplies those of a row's loss. If the other two differ
     from it, the logits' gradient is put together of three."""
@@ -111,73 +149,70 @@ def _walk(run, tensors, options, k, of_z, of_log_p, needs, losses, lse, log_p):
     ignore_index, smoothing, softcap, z_loss, chunk, product = options
     need_x, need_weight, need_target, need_bias = needs
     makes = need_x, need_weight, need_bias
-    flat = linear_weight.flatten(0, -2).to(product)
-    flat_bias = None if bias is None else bias.flatten().to(product)
-    if x.is_cpu:  # whose products of half precision are slow, and round
-        flat, flat_bias, weight = widen(flat), widen(flat_bias), widen(weight)
+    flat = by.widen(linear_weight.flatten(0, -2).to(product))
+    flat_bias = None if bias is None else by.widen(bias.flatten().to(product))
+    weight = by.widen(weight)
     apart = of_z is not k or of_log_p is not None
     gradients = _Gradients(x, product, flat, torch.ones_like(k) if apart else k, makes)
     dtarget = empty_if(need_target, target)
-    for rows in slices(len(x), 1, chunk or rows_of_chunk(len(x), x.element_size(), x.device)):
+    wanted = GRADIENT if any(makes) else NOTHING
+    spare = not (softcap or z_loss or need_target or of_log_p is not None)
+    chunk = chunk or rows_of_chunk(len(x), len(flat), flat.element_size(), x.device)
+    for rows in slices(len(x), 1, chunk):
         t = target[rows]
-        l = _logits(
-            x[rows].to(product).to(flat.dtype), flat, flat_bias, softcap, linear_weight.shape[:-1]
-        )
-        given = l, t, weight, NONE, ignore_index, smoothing
-        row_losses, d = run(*given, GRADIENT if any(makes) else NOTHING)
-        if losses is not None:
-            losses[rows] = row_losses
-        if log_p is not None:
-            log_p[rows] = -run(l, t, None, NONE, ignore_index, 0.0, NOTHING)[0]
-        if z_loss or need_target:
-            e = widen(l)
-            sums = e.logsumexp(1)
-            if lse is not None:
-                lse[rows] = sums
-            e = e - sums.unsqueeze(1)
-        if dtarget is not None:
-            slope = (k[rows] * (smoothing - 1)).unsqueeze(1) * e
-            dtarget[rows] = slope if weight is None else slope * along_classes(weight, l)
-        if not any(makes):
-            continue
-        if apart:
-            d.mul_(k[rows].unsqueeze(1))
-        if z_loss:
-            sums = sums * (2 * z_loss) if not apart else sums * (2 * z_loss) * of_z[rows]
-            d.add_(e.exp_().mul_(sums.unsqueeze(1)))
-        if of_log_p is not None:
-            plain = run(l, t, None, NONE, ignore_index, 0.0, GRADIENT)[1]
-            d.sub_(plain.mul_(of_log_p[rows].unsqueeze(1)))
+        part = by.widen(x[rows].to(product))
+        z = linear(part, flat, flat_bias)
         if softcap:
-            d.mul_(l.div_(softcap).square_().neg_().add_(1))
-        gradients.add(rows, d)
+            by.softcap_(z, softcap)
+        l = z.view(len(part), *linear_weight.shape[:-1])
+        plain = l, t, None, ignore_index, 0.0
+        if log_p is not None:
+            by.losses(*plain, log_p[rows], NOTHING, False)
+        out = None if losses is None else losses[rows]
+        d = by.losses(l, t, weight, ignore_index, smoothing, out, wanted, spare)
+        if dtarget is not None:
+            slope = widen(l) - widen(l).logsumexp(1, keepdim=True)
+            slope.mul_((k[rows] * (smoothing - 1)).unsqueeze(1))
+            dtarget[rows] = slope if weight is None else slope.mul_(along_classes(weight, l))
+        if any(makes) and apart:
+            d.mul_(k[rows].unsqueeze(1))
+        if any(makes) and of_log_p is not None:
+            d.addcmul_(by.losses(*plain, None, GRADIENT, False), -of_log_p[rows].unsqueeze(1))
+        if z_loss or (softcap and any(makes)):
+            sums = k.new_empty(t.shape[:1] + l.shape[2:]) if lse is None else lse[rows]
+            of_p = of_z[rows] if apart else None
+            by.finish(l, d if any(makes) else None, sums, of_p, z_loss, softcap)
+        if any(makes):
+            gradients.add(rows, d)
+    if log_p is not None:
+        log_p.neg_()
     dx, dw, db = gradients.made(linear_weight, bias)
     return dx, dw, dtarget, db
 
 
-def _shares(x, linear_weight, target, weight, token_weight, reduction, ignore_index):
+def _shares(tensors, reduction, ignore_index):
     """ω_r, what a mean divides by, and their quotient: 0 for ignored rows, whatever the sum."""
+    x, linear_weight, target, _, weight, token_weight = tensors
     of_rows, total = formula.weights_of_rows(
         target, weight, token_weight, reduction, ignore_index, len(linear_weight), wide(x.dtype)
     )
     return of_rows, total, torch.where(of_rows == 0, 0, of_rows / total)
 
 
-def _forward(backend, *args):
-    *tensors, reduction, ignore_index, smoothing, softcap, z_loss, chunk, product = args[:-3]
-    log_probs, dtype, makes = args[-3:]
-    x, linear_weight, target, _, weight, token_weight = tensors
-    of_rows, total, share = _shares(
-        x, linear_weight, target, weight, token_weight, reduction, ignore_index
+def _forward(by, *args):
+    tensors, reduction, options, (log_probs, dtype, makes) = (
+        args[:6],
+        args[6],
+        args[7:-3],
+        args[-3:],
     )
-    losses = torch.empty_like(share)
-    lse = torch.empty_like(share) if z_loss else None
-    log_p = torch.empty_like(share) if log_probs else None
-    dx, dw, _, db = _walk(
-        getattr(cross_entropy.forward, backend), tensors,
-        (ignore_index, smoothing, softcap, z_loss, chunk, product), share, share, None,
-        (*makes[:2], False, makes[2]), losses, lse, log_p,
-    )  # fmt: skip
+    of_rows, total, share = _shares(tensors, reduction, options[0])
+    z_loss = options[3]
+    losses = share.new_empty(share.shape)
+    lse = share.new_empty(share.shape) if z_loss else None
+    log_p = share.new_empty(share.shape) if log_probs else None
+    needs = *makes[:2], False, makes[2]
+    dx, dw, _, db = _walk(by, tensors, options, share, share, None, needs, losses, lse, log_p)
     z = torch.zeros_like(losses) if lse is None else lse.square_().mul_(z_loss)
     loss, z = (
         reduced(torch.where(of_rows == 0, 0, of_rows * each), total, reduction).to(dtype)
@@ -186,29 +221,14 @@ def _forward(backend, *args):
     return loss, z, None if log_p is None else log_p.to(dtype), dx, dw, db
 
 
-def _backward(backend, *args):
-    (
-        *tensors,
-        dy,
-        dz,
-        dlog_p,
-        reduction,
-        ignore_index,
-        smoothing,
-        softcap,
-        z_loss,
-        chunk,
-        product,
-    ) = args[:-1]
-    x, linear_weight, target, _, weight, token_weight = tensors
-    *_, share = _shares(x, linear_weight, target, weight, token_weight, reduction, ignore_index)
+def _backward(by, *args):
+    tensors, (dy, dz, dlog_p), reduction, options = args[:6], args[6:9], args[9], args[10:-1]
+    *_, share = _shares(tensors, reduction, options[0])
     k = _times(share, dy)
-    of_log_p = None if dlog_p is None else _times((target != ignore_index).to(k.dtype), dlog_p)
-    return _walk(
-        getattr(cross_entropy.forward, backend), tensors,
-        (ignore_index, smoothing, softcap, z_loss, chunk, product), k,
-        k if dz is None else k + _times(share, dz), of_log_p, args[-1], None, None, None,
-    )  # fmt: skip
+    of_z = k if dz is None else k + _times(share, dz)
+    if dlog_p is not None:
+        dlog_p = _times((tensors[2] != options[0]).to(k.dtype), dlog_p)
+    return _walk(by, tensors, options, k, of_z, dlog_p, args[-1], None, None, None)
 
 
 def _times(share, g):
@@ -235,9 +255,13 @@ def _fake_backward(x, linear_weight, target, bias, *rest):
     return dx, dw, torch.empty_like(target) if need_target else None, db
 
 
-def _contiguous(run):
-    """The formula, whose results have the strides that the others give them."""
-    return lambda *args: tuple(t.contiguous() for t in run(*args))
+def _formula_forward(*args):
+    loss, z, log_p, *made = formula.forward(*args)
+    return loss, z, log_p if args[-3] else None, *_needed(made, args[-1])
+
+
+def _needed(grads, needs):
+    return tuple(g.contiguous() if need else None for g, need in zip(grads, needs, strict=True))
 
 
 def _flops(x, linear_weight, *rest):
@@ -258,9 +282,9 @@ forward = primitive(
     f"linear_cross_entropy_forward({_TENSORS}, {_OPTIONS}, bool log_probs, ScalarType dtype, "
     "bool[3] makes) -> (Tensor loss, Tensor z, Tensor log_p, Tensor dx, Tensor dlinear_weight, "
     "Tensor dbias)",
-    formula=_contiguous(formula.forward),
-    aten=partial(_forward, "aten"),
-    triton=partial(_forward, "triton"),
+    formula=_formula_forward,
+    aten=partial(_forward, _Aten),
+    triton=partial(_forward, _Triton),
     fake=_fake_forward,
     traced="kernel",
     flops=_flops,
@@ -269,9 +293,9 @@ backward = primitive(
     f"linear_cross_entropy_backward({_TENSORS}, Tensor? dy, Tensor? dz, Tensor? dlog_p, "
     f"{_OPTIONS}, bool[4] needs) -> (Tensor dx, Tensor dlinear_weight, Tensor dtarget, "
     "Tensor dbias)",
-    formula=_contiguous(formula.backward),
-    aten=partial(_backward, "aten"),
-    triton=partial(_backward, "triton"),
+    formula=lambda *args: _needed(formula.backward(*args), args[-1]),
+    aten=partial(_backward, _Aten),
+    triton=partial(_backward, _Triton),
     fake=_fake_backward,
     traced="kernel",
     flops=_flops,

@@ -159,9 +159,9 @@ def backward(
 
 
 def jvp(
-    tangents: Sequence[Tensor | None], tensors: Sequence[Any], reduction: int, ignore_index: int,
-    smoothing: float, softcap: float, z_loss: float, chunk: int, product: torch.dtype,
-    log_probs: bool,
+    tangents: Sequence[Tensor | None], tensors: Sequence[Any], log_probs: bool, reduction: int,
+    ignore_index: int, smoothing: float, softcap: float, z_loss: float, chunk: int,
+    product: torch.dtype,
 ) -> tuple[Tensor, Tensor, Tensor | None]:  # fmt: skip
     """The tangents of the loss, of the z-loss in it and of log p_rt, from those of x, W, the class
     probabilities and b."""

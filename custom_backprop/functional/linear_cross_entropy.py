@@ -12,7 +12,7 @@ from torch import Tensor
 from torch.nn import _reduction as _Reduction
 
 from ..ops import linear_cross_entropy as ops
-from ..ops.route import overridable
+from ..ops.route import OWN, overridable
 from .arguments import check_classes, check_weight, not_tensors
 
 __all__ = ["linear_cross_entropy"]
@@ -115,14 +115,16 @@ def linear_cross_entropy(
         weight, smoothing = None, 0.0
     product = input.dtype
     dtype = torch.promote_types(product, target.dtype) if probabilities else product
-    if torch.is_autocast_enabled(input.device.type) and product != torch.float64:
+    if _is_cast(input) and product != torch.float64:
         product = torch.get_autocast_dtype(input.device.type)
         dtype = torch.promote_types(dtype, torch.float32)
-    loss, z, log_p = ops.linear_cross_entropy(
+    in_parts = return_z_loss or return_log_probs
+    found = ops.linear_cross_entropy(
         input,
         linear_weight,
         target.long() if target.dtype == torch.uint8 else target,
         linear_bias,
+        in_parts,
         weight,
         token_weight,
         number,
@@ -135,13 +137,16 @@ def linear_cross_entropy(
         return_log_probs,
         dtype,
     )
-    if reduction == "none" and (len(outer) > 1 or not rows):
-        loss, z = (t.view((*rows, *outer)) for t in (loss, z))
-    if return_log_probs and (len(outer) > 1 or not rows):
-        log_p = log_p.view((*rows, *outer))
-    if not return_z_loss and not return_log_probs:
-        return loss
+    shape = (*rows, *outer)
+    if not in_parts:
+        return found if not found.dim() or found.shape == shape else found.view(shape)
+    loss, z, log_p = (t if not t.dim() or not t.numel() else t.view(shape) for t in found)
     return loss, *([z] if return_z_loss else []), *([log_p] if return_log_probs else [])
+
+
+def _is_cast(input: Tensor) -> bool:
+    """Whether autocast is on."""
+    return input.device.type in OWN and torch.is_autocast_enabled(input.device.type)
 
 
 def _is_common(input: Tensor, target: Tensor, outer: torch.Size) -> bool:
@@ -184,9 +189,8 @@ def _check_layer(
             f"{name}: expected a bias of shape {tuple(linear_weight.shape[:-1])}, got "
             f"{tuple(linear_bias.shape)}"
         )
-    autocast = torch.is_autocast_enabled(input.device.type)
     if not all(t.is_floating_point() for t in given) or (
-        not autocast and any(t.dtype != input.dtype for t in given)
+        any(t.dtype != input.dtype for t in given) and not _is_cast(input)
     ):
         got = ", ".join(str(t.dtype) for t in given)
         raise RuntimeError(

@@ -19,7 +19,7 @@ class LinearCrossEntropy:
     Σ_rows dl."""
 
     forward_op, backward_op = primitives.forward, primitives.backward
-    outputs, has_statistics = 3, True
+    has_statistics = True
     autocast = OWN
 
     @staticmethod
@@ -29,32 +29,52 @@ class LinearCrossEntropy:
         ctx.save_for_backward(*inputs[:6], *made)
 
     @staticmethod
-    def backward(run: Any, ctx: Any, *dys: Tensor | None) -> Any:
-        tensors, made = ctx.saved_tensors[:6], ctx.saved_tensors[6:]
-        dy = dys[0] if dys[1:] == (None, None) else None
-        if dy is not None and any(ctx.makes) and not ctx.is_differentiated:
+    def backward(run: Any, ctx: Any, dy: Tensor) -> Any:
+        made = ctx.saved_tensors[6:]
+        if any(ctx.makes) and not ctx.is_differentiated:
             dx, dw, db = (None if g is None else scaled(ctx, g, dy) for g in made)
             return dx, dw, None, db
-        return run(*tensors, *dys, *ctx.options, ctx.needs_input_grad[:4])
+        return run(*ctx.saved_tensors[:6], dy, None, None, *ctx.options, ctx.needs_input_grad[:4])
 
     @staticmethod
     def jvp(ctx: Any, *tangents: Any) -> Any:
-        options: Any = (*ctx.options, ctx.log_probs)
-        return formula.jvp(tangents[:4], ctx.saved_tensors[:6], *options)
+        return formula.jvp(tangents[:4], ctx.saved_tensors[:6], False, *ctx.options)[0]
+
+
+class LinearCrossEntropyInParts(LinearCrossEntropy):
+    """The same, and two more outputs: the z-loss in L, and log p_rt of each row."""
+
+    outputs = 3
+
+    @staticmethod
+    def backward(run: Any, ctx: Any, *dys: Tensor | None) -> Any:
+        dy, dz, dlog_p = dys
+        given = dy, dz, dlog_p if ctx.log_probs else None
+        return run(*ctx.saved_tensors[:6], *given, *ctx.options, ctx.needs_input_grad[:4])
+
+    @staticmethod
+    def jvp(ctx: Any, *tangents: Any) -> Any:
+        return formula.jvp(tangents[:4], ctx.saved_tensors[:6], ctx.log_probs, *ctx.options)
 
 
 _linear_cross_entropy = op(LinearCrossEntropy)
+_in_parts = op(LinearCrossEntropyInParts)
 
 
 def linear_cross_entropy(
-    x: Tensor, linear_weight: Tensor, target: Tensor, bias: Tensor | None, *rest: Any
-) -> Any:
-    """The loss, the z-loss in it, and log p_rt if wanted. The rest, which are ``forward``'s next
+    x: Tensor, linear_weight: Tensor, target: Tensor, bias: Tensor | None, in_parts: bool,
+    *rest: Any,
+) -> Any:  # fmt: skip
+    """The loss; ``in_parts`` the z-loss and log p_rt too. The rest, which are ``forward``'s next
     arguments, get no gradient."""
-    *options, log_probs, dtype = rest
-    scalar = options[2] != NONE and not target.requires_grad
-    makes = [t is not None and t.requires_grad for t in (x, linear_weight, bias)]
-    wanted = [t for t in (x, linear_weight, bias) if t is not None and t.requires_grad]
-    if not (wanted and is_made_in_forward(primitives.forward, wanted[0], scalar)):
+    given = x, linear_weight, target, bias, *rest
+    if in_parts:
+        return _in_parts(*given, [False] * 3)
+    leaves = x, linear_weight, bias
+    wanted = [t for t in leaves if t is not None and t.requires_grad]
+    scalar = rest[2] != NONE and not target.requires_grad
+    if wanted and is_made_in_forward(primitives.forward, wanted[0], scalar):
+        makes = [t is not None and t.requires_grad for t in leaves]
+    else:
         makes = [False] * 3
-    return _linear_cross_entropy(x, linear_weight, target, bias, *options, log_probs, dtype, makes)
+    return _linear_cross_entropy(*given, makes)

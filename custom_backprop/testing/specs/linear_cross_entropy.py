@@ -49,7 +49,7 @@ def linear_cross_entropy(
     if token_weight is None and not (z_loss or return_log_probs):
         return F.cross_entropy(z, target, weight, reduction=reduction, **options)
     rows = F.cross_entropy(z, target, weight, reduction="none", **options)
-    of_z = z_loss * z.logsumexp(input.dim() - 1).square()
+    of_z = z_loss * z.logsumexp(input.dim() - 1).square().to(rows.dtype)
     w = torch.ones_like(rows) if token_weight is None else token_weight
     total = w
     if not target.is_floating_point():
@@ -122,6 +122,19 @@ def _large(make: Make, size: str) -> Sample:
     return Sample((*layer, make.index(rows, high=classes)))
 
 
+def _regimes(make: Make) -> Iterator[Sample]:
+    """The soft cap and the z-loss, of rows that fit in one block, of rows that are read in a loop,
+    and of several predictions; with the logits of a chunk in int64."""
+    for options in ({"softcap": 30.0}, {"z_loss": 1e-4}, {"softcap": 30.0, "z_loss": 1e-4}):
+        for rows, classes in ((256, (1024,)), (256, (2**15,)), (256, (1024, 4)), (2**16, (2**15,))):
+            x, w = make.tensor(rows, 16), make.tensor(*classes, 16)
+            target = make.index(rows, *classes[1:], high=classes[0])
+            yield Sample((x, w, target), {**options, "chunk_size": rows}, name=f"{options}")
+    given = make.tensor(256, 16), make.tensor(2**15, 16), make.index(256, high=2**15)
+    options = {"z_loss": 1e-4, "return_z_loss": True, "return_log_probs": True}
+    yield Sample(given, {**options, "reduction": "none"}, name="all outputs")
+
+
 def inputs(make: Make) -> tuple[Tensor, Tensor]:
     return make.tensor(3, 4), torch.tensor([[0, 1], [2, 1], [1, 2]], device=make.device)
 
@@ -147,6 +160,7 @@ SPECS = [
         reference=linear_cross_entropy,
         samples=_samples,
         large=_large,
+        regimes=_regimes,
         module=(nn.LinearCrossEntropyLoss, nn.linear_cross_entropy._Stock, OPTIONS, inputs),
         module_variants=({**FEATURES, "out_features": (2,), "softcap": 2.0, "z_loss": 0.1},),
         representative=True,
