@@ -7,9 +7,10 @@ import torch
 from ..formulas import embedding_bag as formula
 from ..formulas.precision import HALF
 from . import embedding
-from .library import launcher, primitive
+from .library import builtin, launcher, primitive
 
-aten = torch.ops.aten
+_embedding_bag = builtin(torch.ops.aten._embedding_bag)
+_dense_backward = builtin(torch.ops.aten._embedding_bag_dense_backward)
 _MODES = {"sum": 0, "mean": 1, "max": 2}
 
 
@@ -24,7 +25,7 @@ def _within(index, bounds, per_sample):
 def _forward(weight, per_sample, index, bounds, mode, padding_idx, scale_grad_by_freq, sparse):
     bounds = bounds.contiguous()
     index, per_sample = _within(index, bounds, per_sample)
-    y, _, counted, picked = aten._embedding_bag.default(
+    y, _, counted, picked = _embedding_bag(
         weight, index, bounds[:-1], False, _MODES[mode], False, per_sample, False, padding_idx
     )
     return y, torch.where(counted.unsqueeze(1) > 0, picked, -1) if mode == "max" else None
@@ -38,9 +39,11 @@ def _weight_gradient(dy, per_sample, index, bounds, rows, mode, padding_idx, sca
         return dw.to(dy.dtype)
     bounds = bounds.contiguous()
     index, per_sample = _within(index, bounds, per_sample)
-    bag = formula.bags_of(index, bounds)
-    counted = torch.bincount(bag[index != padding_idx], minlength=dy.shape[0]).to(bounds.dtype)
-    return aten._embedding_bag_dense_backward.default(
+    counted = bounds.diff()
+    bag = torch.repeat_interleave(counted, output_size=index.shape[0])
+    if padding_idx >= 0:
+        counted = counted - torch.bincount(bag[index == padding_idx], minlength=dy.shape[0])
+    return _dense_backward(
         dy.contiguous(), index, bag, counted, counted[:0], rows, False, _MODES[mode],
         per_sample, padding_idx,
     )  # fmt: skip

@@ -22,7 +22,7 @@ from ..spec import Make, OpSpec, Sample
 SIZES = {
     "awkward": (11, 13, 3, 65),
     "small": (4, 4, 16, 64),
-    "medium": (16, 8, 32, 512),
+    "medium": (4, 32, 128, 512),
     "large": (512, 8, 2048, 256),
     "huge": (16384, 8, 2**17, 512),
 }
