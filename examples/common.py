@@ -64,12 +64,16 @@ def at_least(least: int) -> Callable[[str], int]:
 REMEDY = "delete it, or name another folder by --out, to start again"
 
 
-def options(name: str, description: str | None, **own: int | tuple[str, ...]) -> argparse.Namespace:
+def options(
+    name: str, description: str | None, **own: int | tuple[str, ...] | bool | Path | None
+) -> argparse.Namespace:
     """The command line of the example ``name``: --out, --device, --backend and --seed, and its
-    ``own`` options, each of them the default of a count, or a tuple of choices.
+    ``own`` options, each of them the default of a count, a tuple of choices, False for a switch, or
+    a file or None.
 
-    Creates the output folder, sets the backend, and limits torch to one thread: a second one does
-    not help with such small matrices, and costs much if the cores are busy.
+    Creates the output folder, sets the backend, and limits torch to one thread, or to --threads if
+    the example has this option: a second one does not help with small matrices, and costs much if
+    the cores are busy.
     """
     parser = argparse.ArgumentParser(
         description=description, formatter_class=argparse.RawDescriptionHelpFormatter
@@ -101,6 +105,10 @@ def options(name: str, description: str | None, **own: int | tuple[str, ...]) ->
         kind: dict[str, Any] = {"type": at_least(1), "default": default, "metavar": "N"}
         if isinstance(default, tuple):
             kind = {"choices": default, "default": default[0]}
+        elif default is False:
+            kind = {"action": "store_true"}
+        elif not isinstance(default, int):
+            kind = {"type": Path, "default": default, "metavar": "FILE"}
         parser.add_argument(f"--{option}", help="default: %(default)s", **kind)
     args = parser.parse_args()
     try:
@@ -111,7 +119,7 @@ def options(name: str, description: str | None, **own: int | tuple[str, ...]) ->
     # torch raises AssertionError for cuda if it was built without it
     except (AssertionError, OSError, RuntimeError, ValueError) as error:
         parser.error(str(error))
-    torch.set_num_threads(1)
+    torch.set_num_threads(getattr(args, "threads", 1))
     return args
 
 
