@@ -12,6 +12,7 @@ import torch
 
 from ..formulas import attention as formula
 from ..formulas.precision import wide, widen
+from .kernels import kernels
 from .library import P as PARTIAL
 from .library import R, primitive
 
@@ -66,6 +67,10 @@ def _forward(q, k, v, mask, slopes, noise, lowest, highest, scale):
         options = {"attn_mask": _numbers(mask, q), "scale": scale}
         y, l = _flash_forward(*_rows(q, k, v), 0.0, highest == 0, **options)
         return _as(q, y), l.contiguous()
+    return _forward_in_chunks(q, k, v, mask, slopes, noise, lowest, highest, scale)
+
+
+def _forward_in_chunks(q, k, v, mask, slopes, noise, lowest, highest, scale):
     y = like(q, v.shape[3])
     l = q.new_empty(q.shape[:3], dtype=wide(q.dtype))
     for b, i, j, s in _chunks(q, k, mask, slopes, lowest, highest, scale):
@@ -83,12 +88,17 @@ def _forward(q, k, v, mask, slopes, noise, lowest, highest, scale):
 
 
 def _backward(dy, q, k, v, mask, slopes, noise, y, l, lowest, highest, scale, *needs):
-    need_q, need_k, need_v, need_mask = needs
-    if not need_mask and _is_flash(q, k, v, slopes, noise, lowest, highest):
+    if not needs[3] and _is_flash(q, k, v, slopes, noise, lowest, highest):
         options = {"attn_mask": _numbers(mask, q), "scale": scale}
         tensors = *_rows(dy, q, k, v, y), l
         grads = _flash_backward(*tensors, 0.0, highest == 0, **options)
         return *map(_as, (q, k, v), grads), None
+    options = lowest, highest, scale
+    return _backward_in_chunks(dy, q, k, v, mask, slopes, noise, y, l, *options, *needs)
+
+
+def _backward_in_chunks(dy, q, k, v, mask, slopes, noise, y, l, lowest, highest, scale, *needs):
+    need_q, need_k, need_v, need_mask = needs
     dq = like(q).zero_() if need_q else None
     dk, dv = (
         like(t, dtype=wide(t.dtype)).zero_() if need else None
@@ -148,6 +158,26 @@ def _chunks(q, k, mask, slopes, lowest, highest, scale):
             yield b, i, j, formula.biased(s, part, slopes, lowest, highest, S - L, first, start)
 
 
+def _has_kernel(q, v, noise):
+    return noise is None and max(q.shape[3], v.shape[3]) <= kernels("attention").LARGEST[q.dtype]
+
+
+def _launch_forward(q, k, v, mask, slopes, noise, *options):
+    if not _has_kernel(q, v, noise):
+        return _forward_in_chunks(q, k, v, mask, slopes, noise, *options)
+    y, l = _fake_forward(q, k, v)
+    kernels("attention").forward(q, k, v, mask, slopes, *options, y, l)
+    return y, l
+
+
+def _launch_backward(dy, q, k, v, mask, slopes, noise, y, l, *rest):
+    if not _has_kernel(q, v, noise):
+        return _backward_in_chunks(dy, q, k, v, mask, slopes, noise, y, l, *rest)
+    grads = _fake_backward(dy, q, k, v, mask, *rest)
+    kernels("attention").backward(dy, q, k, v, mask, slopes, y, l, *rest[:3], *grads)
+    return grads
+
+
 def _by_formula(*args):
     """What a Function returns is no view, as y of grouped heads would be."""
     y, l = formula.attention(*args)
@@ -201,7 +231,7 @@ forward = primitive(
     f"attention_forward({_INPUTS}, {_OPTIONS}) -> (Tensor y, Tensor l)",
     formula=_by_formula,
     aten=_forward,
-    triton=_forward,
+    triton=_launch_forward,
     fake=_fake_forward,
     traced="kernel",
     sharding=_sharding,
@@ -212,7 +242,7 @@ backward = primitive(
     "-> (Tensor dq, Tensor dk, Tensor dv, Tensor dmask)",
     formula=formula.attention_backward,
     aten=_backward,
-    triton=_backward,
+    triton=_launch_backward,
     fake=_fake_backward,
     traced="kernel",
     sharding=_backward_sharding,

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-from operator import index
 
 import torch
 from torch import Tensor
@@ -133,7 +132,9 @@ def _band(window, excess):
     """The least and the largest j - i of a window."""
     if not isinstance(window, (tuple, list)) or len(window) != 2:
         raise ValueError(f"{_NAME}: window must be a pair (left, right), got {window!r}")
-    left, right = (None if w is None else index(w) for w in window)
+    left, right = window
+    if not all(w is None or isinstance(w, (int, torch.SymInt)) for w in window):
+        raise TypeError(f"{_NAME}: window must be of integers or None, got {window!r}")
     if (left or 0) < 0 or (right or 0) < 0:
         raise ValueError(f"{_NAME}: window must not be negative, got {window!r}")
     return None if left is None else excess - left, None if right is None else excess + right

@@ -70,11 +70,10 @@ def _qkv(
 
 
 def _samples(make: Make) -> Iterator[Sample]:
-    yield Sample(_qkv(make, 1, 2, 2, 3, 3, 2), {"is_causal": True}, name="causal")
-    q, k, v = _qkv(make, 2, 4, 2, 2, 3, 2, 3)
-    bias = make.tensor(1, 4, 1, 3)
+    yield Sample(_qkv(make, 1, 1, 1, 3, 2, 2), {"is_causal": True}, name="causal")
+    tensors = *_qkv(make, 2, 2, 1, 2, 2, 1, 2), make.tensor(2, 1, 2)
     options: Any = {"scale": 0.4, "enable_gqa": True}
-    yield Sample((q, k, v, bias), options, name="a mask's gradient, grouped queries")
+    yield Sample(tensors, options, name="a mask's gradient, grouped queries")
     mask = torch.tensor([[True, True, False], [False] * 3], device=make.device)
     yield Sample(
         (make.tensor(2, 2), make.tensor(3, 2), make.tensor(3, 2), mask, 0.0, False),
@@ -83,15 +82,36 @@ def _samples(make: Make) -> Iterator[Sample]:
     )
     slopes = make.tensor(2, low=0.1, high=1.0, requires_grad=False)
     yield Sample(
-        (make.tensor(2, 3, 2), make.tensor(4, 2), make.tensor(2, 4, 2)),
+        (make.tensor(2, 3, 1), make.tensor(4, 1), make.tensor(2, 4, 1)),
         {"is_causal": True, "window": (2, None), "alibi_slopes": slopes},
         name="window, ALiBi, shared keys",
     )
-    yield Sample(_qkv(make, 1, 1, 1, 2, 0, 2), name="no keys")
+    yield Sample(_qkv(make, 1, 1, 1, 2, 0, 1), name="no keys")
 
 
 def _regimes(make: Make) -> Iterator[Sample]:
-    yield from ()
+    """Heads of each width with all that adds to their scores, and every gradient left out once."""
+    everything: Any = {"enable_gqa": True, "window": (64, 64)}
+    everything["alibi_slopes"] = make.tensor(4, requires_grad=False)
+    if make.dtype == torch.float64:
+        tensors = _qkv(make, 2, 4, 2, 64, 64, 64)
+        yield Sample((*tensors, make.tensor(64, 64)), everything, name="float64")
+        return
+    for dtype, width, heads, frozen in (
+        (torch.float32, 64, 4, 0),
+        (torch.float32, 128, 1, 1),
+        (torch.bfloat16, 64, 4, 2),
+        (torch.bfloat16, 128, 1, None),
+        (torch.bfloat16, 256, 4, None),
+    ):
+        tensors = [t.detach().to(dtype) for t in _qkv(make, 2, 4, 2, 256, 256, width)]
+        for i, t in enumerate(tensors):
+            t.requires_grad_(i != frozen)
+        mask = make.tensor(2 if heads == 1 else 1, heads, 256, 256)
+        yield Sample((*tensors, mask), everything, name=f"{dtype}, heads of {width}")
+    mask = make.index(2, 1, 256, 256, high=2).bool()
+    yield Sample((*_qkv(make, 2, 4, 2, 256, 256, 32), mask), {"enable_gqa": True}, name="booleans")
+    yield Sample((*_qkv(make, 2, 4, 4, 256, 256, 32), make.tensor(256, 256)), name="a mask alone")
 
 
 SPECS = [
