@@ -93,8 +93,8 @@ def _backward(dy, q, k, v, mask, slopes, noise, y, l, lowest, highest, scale, *n
         tensors = *_rows(dy, q, k, v, y), l
         grads = _flash_backward(*tensors, 0.0, highest == 0, **options)
         return *map(_as, (q, k, v), grads), None
-    options = lowest, highest, scale
-    return _backward_in_chunks(dy, q, k, v, mask, slopes, noise, y, l, *options, *needs)
+    rest = noise, y, l, lowest, highest, scale, *needs
+    return _backward_in_chunks(dy, q, k, v, mask, slopes, *rest)
 
 
 def _backward_in_chunks(dy, q, k, v, mask, slopes, noise, y, l, lowest, highest, scale, *needs):

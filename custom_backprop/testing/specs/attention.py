@@ -104,7 +104,7 @@ def _regimes(make: Make) -> Iterator[Sample]:
         (torch.bfloat16, 128, 1, None),
         (torch.bfloat16, 256, 4, None),
     ):
-        tensors = [t.detach().to(dtype) for t in _qkv(make, 2, 4, 2, 256, 256, width)]
+        tensors = tuple(t.detach().to(dtype) for t in _qkv(make, 2, 4, 2, 256, 256, width))
         for i, t in enumerate(tensors):
             t.requires_grad_(i != frozen)
         mask = make.tensor(2 if heads == 1 else 1, heads, 256, 256)
