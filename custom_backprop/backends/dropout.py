@@ -6,8 +6,8 @@ import numpy
 import torch
 
 from ..formulas import dropout as formula
-from ..formulas.precision import HALF
-from .library import launcher, primitive, slices
+from ..formulas.precision import wide
+from .library import launcher, primitive
 
 _launch = launcher("dropout", "dropout")
 
@@ -15,33 +15,38 @@ _launch = launcher("dropout", "dropout")
 CHUNK = 2**16
 
 
-def _in_chunks(x, seed, p, scale, add, instead):
-    """m scale x + (add where kept, else instead), of words that are drawn in order."""
-    y = torch.empty(x.shape, dtype=x.dtype)
+def _chunks(t):
+    return t.contiguous().view(-1).split(CHUNK)
+
+
+def _in_chunks(x, residual, seed, p, scale, add, instead, dtype):
+    """m scale x, plus the residual; or plus ``add`` where kept, ``instead`` where dropped."""
+    y = torch.empty(x.shape, dtype=dtype)
     generator, bound = numpy.random.SFC64(int(seed)), formula.threshold(p) - 2**31
-    flat, out = x.contiguous().view(-1), y.view(-1)
-    for part in slices(x.numel(), 1, CHUNK):
-        m, scaled = out[part], flat[part] * scale
-        torch.ge(formula.drawn(generator, len(m)), bound, out=m)
-        if add or instead:
-            scaled.add_(add - instead)
-        m.mul_(scaled)
-        if add or instead:
-            m.add_(instead)
-    return y if x.is_contiguous() else torch.empty_like(x).copy_(y)
+    residuals = [None] * -(-x.numel() // CHUNK) if residual is None else _chunks(residual)
+    for a, r, out in zip(_chunks(x), residuals, _chunks(y), strict=True):
+        t = a.to(wide(x.dtype)) * scale
+        m = torch.ge(formula.drawn(generator, len(a)), bound, out=torch.empty_like(t))
+        if r is not None:
+            torch.add(t.mul_(m), r, out=out)
+        elif add or instead:
+            torch.add(t.add_(add - instead).mul_(m), instead, out=out)
+        else:
+            torch.mul(t, m, out=out)
+    return y if x.is_contiguous() else torch.empty_like(x, dtype=dtype).copy_(y)
 
 
 def _aten(x, residual, seed, p, alpha, features, philox):
-    if philox or features or x.dtype in HALF:
+    if philox or features:
         return formula.dropout(x, residual, seed, p, alpha, features, philox)
-    y = _in_chunks(x, seed, p, *formula.coefficients(p, alpha))
-    return y if residual is None else y + residual
+    dtype = formula.result_type(x, residual)
+    return _in_chunks(x, residual, seed, p, *formula.coefficients(p, alpha), dtype)
 
 
 def _aten_backward(dy, seed, p, alpha, features, philox, dtype):
-    if philox or features or dy.dtype in HALF:
+    if philox or features:
         return formula.dropout_backward(dy, seed, p, alpha, features, philox, dtype)
-    return _in_chunks(dy, seed, p, formula.coefficients(p, alpha)[0], 0.0, 0.0).to(dtype)
+    return _in_chunks(dy, None, seed, p, formula.coefficients(p, alpha)[0], 0.0, 0.0, dtype)
 
 
 def _forward(x, residual, seed, p, alpha, features, philox):

@@ -129,6 +129,16 @@ def test_words_that_are_drawn_in_chunks(name):
     assert not torch.equal(dx[:CHUNK], dx[CHUNK : 2 * CHUNK])
 
 
+@pytest.mark.parametrize("philox", [True, False])
+def test_an_operator_has_one_result(philox, backend):
+    """On every backend, and by its name."""
+    x, seed = torch.randn(3, 4, 5, device=DEVICE), torch.tensor(9, device=DEVICE)
+    for alpha, features in ((False, False), (True, False), (False, True)):
+        args = x, None, seed, P, alpha, features, philox or DEVICE != "cpu"
+        y = torch.ops.custom_backprop.dropout_forward(*args)
+        torch.testing.assert_close(y, formula.dropout(*args))
+
+
 def test_a_second_derivative_by_dy(backend):
     x, dy = leaf(5, 7), leaf(5, 7)
     y = functional.dropout(x, P)
