@@ -1,4 +1,4 @@
-"""layer_norm and rms_norm: one kernel each way for both, on ``rows.py``.
+"""layer_norm and rms_norm, also of a sum: one kernel each way for all, on ``rows.py``.
 
 Statistics are float32 (of float64, float64). Forward takes the mean out before it adds squares,
 block by block (Welford, 1962). If a row fits a block, both of its loops are one step, and the row
@@ -15,7 +15,18 @@ import triton.language as tl
 from torch import Tensor
 
 from .launch import Launch, cdiv, kernel, multiprocessors, planned
-from .rows import column_sum, far, over_rows, partial_sums, read, row_config, tile_of, write
+from .rows import (
+    centred,
+    centred_rows,
+    column_sum,
+    far,
+    over_rows,
+    partial_sums,
+    read,
+    row_config,
+    tile_of,
+    write,
+)
 
 #: programs a multiprocessor that backward is cut into where it adds up over rows, and the numbers
 #: that it needs for each element at once
@@ -40,13 +51,23 @@ def _unit(X, MEAN, RSTD, row, exists, place, inside):
     return x * tl.load(RSTD + row, exists, other=0.0)[:, None]
 
 
+@triton.jit
+def _input(X, RESIDUAL, place, inside):
+    """x; or with a RESIDUAL the sum, rounded as it is stored."""
+    x = read(X, place, inside)
+    if RESIDUAL is not None:
+        dtype: tl.constexpr = x.dtype
+        x = (x + read(RESIDUAL, place, inside)).to(X.dtype.element_ty).to(dtype)
+    return x
+
+
 @kernel
 def _forward(
-    X, WEIGHT, BIAS, Y, MEAN, RSTD, rows, n, tiles,
+    X, RESIDUAL, WEIGHT, BIAS, Y, SUM, MEAN, RSTD, rows, n, tiles,
     KIND: tl.constexpr, EPS: tl.constexpr, SEVERAL: tl.constexpr, LOOP: tl.constexpr,
     WIDE: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
-    """μ (where there is a MEAN) and r of each row, then y."""
+    """μ (where there is a MEAN) and r of each row, then y; of x, or of its SUM with a RESIDUAL."""
     dtype: tl.constexpr = tl.float64 if X.dtype.element_ty == tl.float64 else tl.float32
     program = tl.program_id(0)
     last = tiles if SEVERAL else program + 1
@@ -58,23 +79,27 @@ def _forward(
         squares = tl.zeros((ROWS, BLOCK), dtype)
         for start in range(0, n if LOOP else BLOCK, BLOCK):
             inside = alive & (start + column < n)
-            x = read(X + first, start + column, inside)
-            d = tl.where(inside, x - means, 0.0)
-            if MEAN is not None:
-                means += d / (start // BLOCK + 1)
-            squares += d * tl.where(inside, x - means, 0.0)
+            x = _input(X, RESIDUAL, first + start + column, inside)
+            if MEAN is None:
+                squares += x * x
+            else:
+                means, squares = centred(means, squares, x, inside, start // BLOCK + 1)
         mean = tl.zeros((ROWS, 1), dtype)
-        if MEAN is not None:
-            count = ((n - column + BLOCK - 1) // BLOCK).to(dtype)  # what each lane has seen
-            mean = tl.sum(means * count, 1)[:, None] / n
-            squares += count * (means - mean) * (means - mean)
-        rstd = 1 / tl.sqrt(tl.sum(squares, 1)[:, None] / n + EPS)
+        if MEAN is None:
+            square = tl.sum(squares, 1)
+        else:
+            seen = ((n - column + BLOCK - 1) // BLOCK).to(dtype)  # by each lane
+            of_row, square = centred_rows(means, squares, seen, n)
+            mean = of_row[:, None]
+        rstd = 1 / tl.sqrt(square[:, None] / n + EPS)
         end = tl.cdiv(n, BLOCK) * BLOCK - BLOCK if LOOP else 0
         for back in range(0, n if LOOP else BLOCK, BLOCK):
             place = end - back + column
             inside = alive & (place < n)
             if LOOP:
-                x = read(X + first, place, inside)
+                x = _input(X, RESIDUAL, first + place, inside)
+            if SUM is not None:
+                write(SUM + first, place, inside, x)
             y = (x - mean) * rstd
             if KIND == "llama":
                 y = y.to(X.dtype.element_ty).to(dtype)
@@ -111,12 +136,13 @@ def _row_sums(
 
 @kernel
 def _backward(
-    DY, X, WEIGHT, MEAN, RSTD, ALONG, TOTAL, DX, PARTIAL, rows, n, tiles, blocks,
+    DY, DSUM, X, WEIGHT, MEAN, RSTD, ALONG, TOTAL, DX, PARTIAL, rows, n, tiles, blocks,
     KIND: tl.constexpr, NEED_WEIGHT: tl.constexpr, NEED_BIAS: tl.constexpr,
     WIDE: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     """dx of some rows in one block of columns; and where there is a PARTIAL, their sums of dy x̂ and
-    of dy. A row of several blocks has its own sums in ALONG and TOTAL."""
+    of dy. A row of several blocks has its own sums in ALONG and TOTAL. What DSUM holds is added to
+    dx."""
     dtype: tl.constexpr = tl.float64 if X.dtype.element_ty == tl.float64 else tl.float32
     part, parts = tl.program_id(0) // blocks, tl.num_programs(0) // blocks
     # each thread adds up its own, so that no iteration waits for another's
@@ -143,7 +169,10 @@ def _backward(
             g -= along[:, None] * unit
             if MEAN is not None:
                 g -= total[:, None]
-            write(DX + first, column, inside, g * tl.load(RSTD + row, exists, other=0.0)[:, None])
+            dx = g * tl.load(RSTD + row, exists, other=0.0)[:, None]
+            if DSUM is not None:
+                dx += read(DSUM + first, column, inside)
+            write(DX + first, column, inside, dx)
     if PARTIAL is not None:
         column = start + tl.arange(0, BLOCK)
         place = part.to(tl.int64) * n + column
@@ -186,10 +215,11 @@ def plan_backward(
 
 
 def forward(
-    x: Tensor, weight: Tensor | None, bias: Tensor | None, eps: float, kind: str
-) -> tuple[Tensor, Tensor | None, Tensor]:
-    """y, μ (of "layer") and r of x (..., n)."""
-    x = x.contiguous()
+    x: Tensor, weight: Tensor | None, bias: Tensor | None, eps: float, kind: str,
+    residual: Tensor | None = None, h: Tensor | None = None,
+) -> tuple[Tensor, Tensor | None, Tensor]:  # fmt: skip
+    """y, μ (of "layer") and r of x (..., n); or of x + ``residual``, written to ``h``."""
+    x, residual = x.contiguous(), None if residual is None else residual.contiguous()
     weight, bias = (t if t is None else t.contiguous() for t in (weight, bias))
     dtype = x.dtype
     if kind == "llama" and weight is not None:
@@ -198,16 +228,26 @@ def forward(
     mean = torch.empty_like(rstd) if kind == "layer" else None
     if x.numel():
         run = plan_forward(rstd.numel(), x.shape[-1], x.dtype, multiprocessors(x.device), eps, kind)
-        run(x, weight, bias, y, mean, rstd)
+        run(x, residual, weight, bias, y, h, mean, rstd)
     return y, mean, rstd
+
+
+def add_forward(
+    x: Tensor, residual: Tensor, weight: Tensor | None, bias: Tensor | None, eps: float, kind: str
+) -> tuple[Tensor, Tensor, Tensor | None, Tensor]:
+    """y, h = x + residual, μ (of "layer") and r."""
+    h = x.new_empty(x.shape)
+    y, mean, rstd = forward(x, weight, bias, eps, kind, residual, h)
+    return y, h, mean, rstd
 
 
 def backward(
     dy: Tensor, x: Tensor, weight: Tensor | None, mean: Tensor | None, rstd: Tensor, kind: str,
-    need_x: bool, need_weight: bool, need_bias: bool,
+    need_x: bool, need_weight: bool, need_bias: bool, dh: Tensor | None = None,
 ) -> tuple[Tensor | None, Tensor | None, Tensor | None]:  # fmt: skip
-    """dx, dw and db; None for each that is not needed."""
+    """dx (plus ``dh``), dw and db; None for each that is not needed."""
     dy, x, rstd = dy.contiguous(), x.contiguous(), rstd.contiguous()
+    dh = None if dh is None else dh.contiguous()
     weight = None if weight is None else weight.contiguous()
     mean = mean.contiguous() if mean is not None and kind == "layer" else None
     rows, n = rstd.numel(), x.shape[-1]
@@ -224,7 +264,15 @@ def backward(
         if row_sums is not None and need_x:
             along, total = torch.empty_like(rstd), torch.empty_like(rstd)
             row_sums(dy, x, weight, mean, rstd, along, total)
-        run(dy, x, weight, mean, rstd, along, total, dx, partial)
+        run(dy, dh, x, weight, mean, rstd, along, total, dx, partial)
         if partial is not None:
             column_sum(partial, *[g for g in (dw, db) if g is not None])
     return dx, dw, db
+
+
+def add_backward(
+    dy: Tensor, dh: Tensor | None, h: Tensor, weight: Tensor | None, mean: Tensor | None,
+    rstd: Tensor, kind: str, need_x: bool, need_weight: bool, need_bias: bool,
+) -> tuple[Tensor | None, Tensor | None, Tensor | None]:  # fmt: skip
+    """:func:`backward` of h, with dh."""
+    return backward(dy, h, weight, mean, rstd, kind, need_x, need_weight, need_bias, dh)

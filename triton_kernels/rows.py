@@ -160,6 +160,23 @@ def online_of_rows(m, z, EXACT: tl.constexpr):
     return largest, tl.sum(z * (elementary.exp(d) if EXACT else tl.exp(d)), 1)
 
 
+@triton.jit
+def centred(mean, squares, x, inside, seen):
+    """(μ, Σ (x - μ)²) of each lane with one more number, of which it has then ``seen`` so many
+    (Welford, 1962)."""
+    d = tl.where(inside, x - mean, 0.0)
+    mean += d / seen
+    return mean, squares + d * tl.where(inside, x - mean, 0.0)
+
+
+@triton.jit
+def centred_rows(mean, squares, seen, n):
+    """(μ, Σ (x - μ)²) of each row of ``n`` from those of its lanes, which have ``seen`` so many."""
+    of_row = tl.sum(mean * seen, 1) / n
+    d = mean - of_row[:, None]
+    return of_row, tl.sum(squares + seen * d * d, 1)
+
+
 @kernel
 def _total(PARTIAL, WEIGHT, OUT, TOTAL, parts, n, MEAN: tl.constexpr, BLOCK: tl.constexpr):
     """Σ partial by one program; of a mean over n, or over Σ weight, which goes to TOTAL."""

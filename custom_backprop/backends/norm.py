@@ -46,6 +46,19 @@ def _backward(dy, x, weight, mean, rstd, kind, *needs):
     return dx, dw if needs[1] else None, db if needs[2] else None
 
 
+def _add_forward(x, residual, weight, bias, eps, kind):
+    h = (x + residual).contiguous()
+    y, *statistics = _forward(h, weight, bias, eps, kind)
+    return y, h, *statistics
+
+
+def _add_backward(dy, dh, h, weight, mean, rstd, kind, *needs):
+    if h.dtype in HALF:
+        return formula.add_norm_backward(dy, dh, h, weight, mean, rstd, kind, *needs)
+    dx, dw, db = _backward(dy, h, weight, mean, rstd, kind, *needs)
+    return dx if dx is None or dh is None else dx.add_(dh), dw, db
+
+
 def _fake(x, weight, bias, eps, kind):
     mean, rstd = (x.new_empty((*x.shape[:-1], 1), dtype=wide(x.dtype)) for _ in range(2))
     y = x.new_empty(x.shape, dtype=formula.dtype_of(x, weight, kind))
@@ -59,6 +72,15 @@ def _fake_backward(dy, x, weight, mean, rstd, kind, *needs):
     return tuple(t.new_empty(shape) if need else None for (t, shape), need in pairs)
 
 
+def _fake_add(x, residual, weight, bias, eps, kind):
+    y, *statistics = _fake(x, weight, bias, eps, kind)
+    return y, x.new_empty(x.shape), *statistics
+
+
+def _fake_add_backward(dy, dh, h, *rest):
+    return _fake_backward(dy, h, *rest)
+
+
 def _sharding(x, weight, bias, eps, kind):
     """By rows: a row's sum knows no shard of it."""
     return (([i, i if kind == "layer" else R, i], [i, R, R]) for i in range(x.dim() - 1))
@@ -68,6 +90,16 @@ def _backward_sharding(dy, x, weight, mean, rstd, kind, *needs):
     for i in range(dy.dim() - 1):
         grads = [lies if need else R for lies, need in zip((i, P, P), needs, strict=True)]
         yield grads, [i, i, R, i if kind == "layer" else R, i]
+
+
+def _add_sharding(x, residual, weight, bias, eps, kind):
+    for (y, *statistics), (row, *parameters) in _sharding(x, weight, bias, eps, kind):
+        yield [y, y, *statistics], [row, row, *parameters]
+
+
+def _add_backward_sharding(dy, dh, h, *rest):
+    for grads, (row, *others) in _backward_sharding(dy, h, *rest):
+        yield grads, [row, row, *others]
 
 
 forward = primitive(
@@ -87,4 +119,23 @@ backward = primitive(
     triton=launcher("norm", "backward"),
     fake=_fake_backward,
     sharding=_backward_sharding,
+)
+add_forward = primitive(
+    "add_norm_forward(Tensor x, Tensor residual, Tensor? weight, Tensor? bias, float eps, "
+    "str kind) -> (Tensor y, Tensor h, Tensor mean, Tensor rstd)",
+    formula=formula.add_norm,
+    aten=_add_forward,
+    triton=launcher("norm", "add_forward"),
+    fake=_fake_add,
+    sharding=_add_sharding,
+)
+add_backward = primitive(
+    "add_norm_backward(Tensor dy, Tensor? dh, Tensor h, Tensor? weight, Tensor? mean, "
+    "Tensor rstd, str kind, bool need_x, bool need_weight, bool need_bias) "
+    "-> (Tensor dx, Tensor dw, Tensor db)",
+    formula=formula.add_norm_backward,
+    aten=_add_backward,
+    triton=launcher("norm", "add_backward"),
+    fake=_fake_add_backward,
+    sharding=_add_backward_sharding,
 )

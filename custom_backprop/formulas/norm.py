@@ -20,6 +20,9 @@ The kinds:
     "torch"   y = w x̂ in float32, rounded once
     "llama"   x̂ is rounded to the dtype of x, then multiplied by w; y has the dtype of the product
     "gemma"   y = (1 + w) x̂ in float32, rounded once
+
+add_layer_norm and add_rms_norm normalise h = x + a, rounded to their dtype, and return h too. With
+dh its gradient, dx = da = the dx above + dh.
 """
 
 from __future__ import annotations
@@ -80,17 +83,49 @@ def jacobian(t: Tensor, unit: Tensor, rstd: Tensor, kind: str) -> Tensor:
 
 def norm_backward(
     dy: Tensor, x: Tensor, weight: Maybe, mean: Maybe, rstd: Tensor, kind: str,
-    need_x: bool, need_weight: bool, need_bias: bool,
+    need_x: bool, need_weight: bool, need_bias: bool, dh: Maybe = None,
 ) -> tuple[Maybe, Maybe, Maybe]:  # fmt: skip
-    """dx, dw and db; None for each that is not needed. What is rounded counts as unrounded."""
+    """dx (plus ``dh``), dw and db; None for each that is not needed. What is rounded counts as
+    unrounded."""
     x_hat, wide = unit(x, mean if kind == "layer" else None, rstd), widen(dy)
     like = x if weight is None else weight
     dx = dw = db = None
     if need_x:
         g = wide if weight is None else wide * factor(weight, kind)
-        dx = jacobian(g, x_hat, rstd, kind).to(x.dtype).contiguous()
+        dx = jacobian(g, x_hat, rstd, kind)
+        dx = (dx if dh is None else dx + widen(dh)).to(x.dtype).contiguous()
     if need_weight:
         dw = rows(wide * x_hat).sum(0).to(like.dtype)
     if need_bias:
         db = rows(wide).sum(0).to(like.dtype)
     return dx, dw, db
+
+
+def norm_jvp(
+    tx: Maybe, tw: Maybe, tb: Maybe, x: Tensor, weight: Maybe, eps: float, kind: str
+) -> Tensor:
+    """ty = w ∂x̂/∂x tx + x̂ tw + tb."""
+    mean, rstd = statistics(x, eps, kind)
+    x_hat = unit(x, mean, rstd)
+    ty = torch.zeros_like(x_hat) if tx is None else jacobian(tx, x_hat, rstd, kind)
+    ty = ty if weight is None else ty * factor(weight, kind)
+    ty = ty if tw is None else ty + x_hat * tw
+    return ty if tb is None else ty + tb
+
+
+def add_norm(
+    x: Tensor, residual: Tensor, weight: Maybe, bias: Maybe, eps: float, kind: str
+) -> tuple[Tensor, Tensor, Maybe, Tensor]:
+    """y, h, and of each row μ (None but for "layer") and r."""
+    h = (x + residual).contiguous()
+    y, mean, rstd = norm(h, weight, bias, eps, kind)
+    return y, h, mean, rstd
+
+
+def add_norm_backward(
+    dy: Tensor, dh: Maybe, h: Tensor, weight: Maybe, mean: Maybe, rstd: Tensor, kind: str,
+    need_x: bool, need_weight: bool, need_bias: bool,
+) -> tuple[Maybe, Maybe, Maybe]:  # fmt: skip
+    """dx, which is da too, dw and db; None for each that is not needed."""
+    needs = need_x, need_weight, need_bias
+    return norm_backward(dy, h, weight, mean, rstd, kind, *needs, dh)

@@ -17,7 +17,7 @@ from ..ops import norm as ops
 from ..ops.route import overridable
 from .arguments import number
 
-__all__ = ["layer_norm", "rms_norm"]
+__all__ = ["add_layer_norm", "add_rms_norm", "layer_norm", "rms_norm"]
 
 
 @overridable
@@ -66,12 +66,60 @@ def rms_norm(
         ValueError: another ``casting``.
         RuntimeError, NotImplementedError, TypeError: as :func:`layer_norm`.
     """
-    if casting not in CASTINGS:
-        raise ValueError(f"rms_norm: casting must be one of {', '.join(CASTINGS)}, got {casting!r}")
     return _norm("rms_norm", input, normalized_shape, weight, None, eps, casting)
 
 
-def _norm(name, x, shape, weight, bias, eps, kind):
+@overridable
+def add_layer_norm(
+    input: Tensor,
+    residual: Tensor,
+    normalized_shape: Sequence[int],
+    weight: Tensor | None = None,
+    bias: Tensor | None = None,
+    eps: float = 1e-5,
+) -> tuple[Tensor, Tensor]:
+    """(y, h), y = layer_norm(h), h = input + residual, in one pass;  dx = da = dx of the norm + dh.
+
+    y comes first, as of every norm; h is the residual of the next block. Autocast casts nothing.
+
+    Args:
+        residual: of the shape and dtype of ``input``.
+        input, normalized_shape, weight, bias, eps: as of :func:`layer_norm`.
+
+    Raises:
+        RuntimeError: another shape or dtype of ``residual``, or as of :func:`layer_norm`.
+        NotImplementedError, TypeError: as of :func:`layer_norm`.
+    """
+    return _norm("add_layer_norm", input, normalized_shape, weight, bias, eps, "layer", (residual,))
+
+
+@overridable
+def add_rms_norm(
+    input: Tensor,
+    residual: Tensor,
+    normalized_shape: Sequence[int],
+    weight: Tensor | None = None,
+    eps: float | None = None,
+    casting: str = "torch",
+) -> tuple[Tensor, Tensor]:
+    """(y, h), y = rms_norm(h), h = input + residual, in one pass;  dx = da = dx of the norm + dh.
+
+    Args:
+        residual: as of :func:`add_layer_norm`.
+        input, normalized_shape, weight, eps, casting: as of :func:`rms_norm`.
+
+    Raises:
+        ValueError, RuntimeError, NotImplementedError, TypeError: as of :func:`rms_norm` and
+            :func:`add_layer_norm`.
+    """
+    given = weight, None, eps, casting, (residual,)
+    return _norm("add_rms_norm", input, normalized_shape, *given)
+
+
+def _norm(name, x, shape, weight, bias, eps, kind, residual=()):
+    """Of x, or of what it and a residual add up to."""
+    if kind != "layer" and kind not in CASTINGS:
+        raise ValueError(f"{name}: casting must be one of {', '.join(CASTINGS)}, got {kind!r}")
     if not isinstance(x, Tensor):
         raise TypeError(f"{name}: input must be a Tensor, not {type(x).__name__}")
     if not isinstance(shape, (tuple, list)):
@@ -90,8 +138,19 @@ def _norm(name, x, shape, weight, bias, eps, kind):
     if type(eps) is not float:
         default = eps is None and kind != "layer"
         eps = torch.finfo(wide(x.dtype)).eps if default else number(name, eps)
+    for a in residual:
+        if not isinstance(a, Tensor):
+            raise TypeError(f"{name}: residual must be a Tensor, not {type(a).__name__}")
+        if a.shape != x.shape or a.dtype != x.dtype:
+            raise RuntimeError(
+                f"{name}: expected a residual of shape {tuple(x.shape)} and {x.dtype}, got "
+                f"{tuple(a.shape)} and {a.dtype}"
+            )
+    call = ops.add_norm if residual else ops.norm
     if n == 1:
-        return ops.norm(x, weight, bias, eps, kind)
-    rows = x.reshape(*x.shape[:-n], prod(shape))  # also where one of them is 0
+        return call(x, *residual, weight, bias, eps, kind)
+    # also where one of the dimensions is 0
+    rows = [t.reshape(*x.shape[:-n], prod(shape)) for t in (x, *residual)]
     flat = [None if t is None else t.flatten() for t in (weight, bias)]
-    return ops.norm(rows, *flat, eps, kind).view(x.shape)
+    found = call(*rows, *flat, eps, kind)
+    return tuple([t.view(x.shape) for t in found]) if residual else found.view(x.shape)

@@ -1,4 +1,4 @@
-"""Autograd of layer_norm and rms_norm. Saved are x and a row's statistics, not x̂."""
+"""Autograd of layer_norm and rms_norm, also of a sum. Saved are x and a row's statistics, not x̂."""
 
 from __future__ import annotations
 
@@ -34,15 +34,42 @@ class Norm:
 
     @staticmethod
     def jvp(ctx: Any, tx: Tensor | None, tw: Tensor | None, tb: Tensor | None, *_: None) -> Any:
-        """ty = w ∂x̂/∂x tx + x̂ tw + tb."""
         x, weight, *_ = ctx.saved_tensors
-        mean, rstd = formula.statistics(x, ctx.eps, ctx.kind)
-        unit = formula.unit(x, mean, rstd)
-        ty = torch.zeros_like(unit) if tx is None else formula.jacobian(tx, unit, rstd, ctx.kind)
-        ty = ty if weight is None else ty * formula.factor(weight, ctx.kind)
-        ty = ty if tw is None else ty + unit * tw
-        return ty if tb is None else ty + tb
+        return formula.norm_jvp(tx, tw, tb, x, weight, ctx.eps, ctx.kind)
+
+
+class AddNorm:
+    """y as of :class:`Norm` of h = x + a, and h;  dx = da = that dx + dh. Saved is h."""
+
+    forward_op, backward_op = primitives.add_forward, primitives.add_backward
+    has_statistics, outputs = True, 2
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: Any, output: Any) -> None:
+        _, _, weight, _, ctx.eps, ctx.kind = inputs
+        ctx.save_for_backward(output[1], weight, *output[2:])
+
+    @staticmethod
+    def backward(run: Any, ctx: Any, dy: Tensor | None, dh: Tensor | None) -> Any:
+        need_x, need_residual, *needs = ctx.needs_input_grad[:4]
+        if dy is None:
+            return dh, dh, None, None
+        h, weight, *statistics = ctx.saved_tensors
+        if ctx.is_differentiated:
+            statistics = formula.statistics(h, ctx.eps, ctx.kind)
+        needs = need_x or need_residual, *needs
+        dx, dw, db = run(dy, dh, h, weight, *statistics, ctx.kind, *needs)
+        return dx, dx, dw, db  # one tensor for both, as of torch's own sum
+
+    @staticmethod
+    def jvp(ctx: Any, tx: Any, ta: Any, tw: Any, tb: Any, *_: None) -> Any:
+        h, weight, *_ = ctx.saved_tensors
+        given = [t for t in (tx, ta) if t is not None]
+        th = sum(given[1:], given[0]) if given else torch.zeros_like(h)
+        return formula.norm_jvp(th, tw, tb, h, weight, ctx.eps, ctx.kind), th
 
 
 #: norm(x, weight, bias, eps, kind) of x (..., n)
 norm = op(Norm)
+#: add_norm(x, residual, weight, bias, eps, kind): y and h
+add_norm = op(AddNorm)

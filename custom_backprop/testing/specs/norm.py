@@ -46,6 +46,17 @@ def rms_norm(input, normalized_shape, weight=None, eps=None, casting="torch"):
     return F.rms_norm(input, normalized_shape, None, eps) * weight
 
 
+def _of_sum(norm):
+    """Of x + residual; casts as autocast does not."""
+
+    def reference(input, residual, *args, **named):
+        h = input + residual
+        with torch.autocast(h.device.type, enabled=False):
+            return norm(h, *args, **named), h
+
+    return reference
+
+
 def _call(make: Make, parameters: int, x: Tensor, *rest: Tensor | None, **named: Any) -> Sample:
     """Of x (a, b, ...), rows of (b, ...), with so many parameters."""
     name, shape = named.pop("name", ""), x.shape[1:]
@@ -88,6 +99,38 @@ def _spec(reference: Callable[..., Tensor], formula: str, parameters: int, **nam
     )
 
 
+def _add_call(make: Make, parameters: int, *shape: int, **named: Any) -> Sample:
+    x, a, name = make.tensor(*shape), make.tensor(*shape), named.pop("name", "")
+    given = (make.tensor(*shape[1:]) for _ in range(parameters))
+    return Sample((x, a, shape[1:], *given), named, name)
+
+
+def _add_samples(make: Make, parameters: int) -> Iterator[Sample]:
+    yield _add_call(make, parameters, 2, 3, name="rows")
+    yield _add_call(make, 0, 1, 1, 3, eps=0.1, name="two dimensions, no parameters")
+    yield _add_call(make, parameters, 0, 3, name="no rows")
+    for casting in () if parameters == 2 else ("llama", "gemma"):
+        yield _add_call(make, 1, 2, 2, eps=0.1, casting=casting, name=casting)
+
+
+def _add_regimes(make: Make, parameters: int) -> Iterator[Sample]:
+    yield _add_call(make, parameters, 64, 2**17, name="rows in a loop")
+    yield _add_call(make, 0, 2**16, 2**15, name="offsets in int64")
+
+
+def _add_spec(name: str, norm: Callable[..., Tensor], formula: str, parameters: int) -> OpSpec:
+    return OpSpec(
+        name=name,
+        family="norm",
+        formula=formula,
+        function=getattr(functional, name),
+        reference=_of_sum(norm),
+        samples=lambda make: _add_samples(make, parameters),
+        large=lambda make, size: _add_call(make, parameters, *SIZES[size]),
+        regimes=lambda make: _add_regimes(make, parameters),
+    )
+
+
 SPECS = [
     _spec(
         layer_norm,
@@ -102,5 +145,17 @@ SPECS = [
         1,
         module=(nn.RMSNorm, torch.nn.RMSNorm, SHAPE, lambda make: (make.tensor(3, 5, 2),)),
         module_variants=({**SHAPE, "elementwise_affine": False}, {**SHAPE, "casting": "gemma"}),
+    ),
+    _add_spec(
+        "add_layer_norm",
+        layer_norm,
+        "h = x + a, y = layer_norm(h);  dx = da = dh + r (g - Σ g / n - x̂ Σ g x̂ / n), g = w dy",
+        2,
+    ),
+    _add_spec(
+        "add_rms_norm",
+        rms_norm,
+        "h = x + a, y = rms_norm(h);  dx = da = dh + r (g - x̂ Σ g x̂ / n), g = w dy",
+        1,
     ),
 ]
