@@ -6,6 +6,8 @@ from .activation import *
 from .activation import __all__ as _activation
 from .attention import *
 from .attention import __all__ as _attention
+from .channel_norm import *
+from .channel_norm import __all__ as _channel_norm
 from .contrastive import *
 from .contrastive import __all__ as _contrastive
 from .cross_entropy import *
@@ -43,6 +45,7 @@ from .transformer import __all__ as _transformer
 __all__ = [
     *_activation,
     *_attention,
+    *_channel_norm,
     *_contrastive,
     *_cross_entropy,
     *_dropout,

@@ -3,6 +3,7 @@ an argument that does not reach the function is seen."""
 
 from __future__ import annotations
 
+import copy
 import inspect
 import pickle
 import warnings
@@ -54,7 +55,8 @@ def built(constructor, arguments):
 
 
 def outcome(module, inputs):
-    """The output, the gradients, and the input, which may be written over."""
+    """The output, the gradients, and the inputs and buffers, which may be written over."""
+    module = copy.deepcopy(module)
     leaves = [t.detach().clone().requires_grad_(t.requires_grad) for t in inputs]
     given = [t.clone() for t in leaves]
     with warnings.catch_warnings():
@@ -63,7 +65,8 @@ def outcome(module, inputs):
     wanted = [t for t in (*leaves, *module.parameters()) if t.requires_grad]
     torch.manual_seed(3)
     grads = torch.autograd.grad(y, wanted, torch.randn_like(y), allow_unused=True)
-    return [y.detach(), *[t.detach() for t in given], *[g for g in grads if g is not None]]
+    written = [*[t.detach() for t in given], *module.buffers()]
+    return [y.detach(), *written, *[g for g in grads if g is not None]]
 
 
 def differ(some, others):
