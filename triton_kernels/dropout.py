@@ -67,7 +67,7 @@ def _elements(
 
 @kernel
 def _features(
-    X, SEED, Y, rows, n, blocks, threshold: tl.uint32, scale: tl.float64, add: tl.float64,
+    X, RESIDUAL, SEED, Y, rows, n, blocks, threshold: tl.uint32, scale: tl.float64, add: tl.float64,
     instead: tl.float64, SHIFTED: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     """The same of (rows, n), one word a row."""
@@ -77,6 +77,8 @@ def _features(
     place = row[:, None] * n + column[None, :]
     inside = (row < rows)[:, None] & (column < n)[None, :]
     y = _dropped(read(X, place, inside), keep, scale, add, instead, SHIFTED)
+    if RESIDUAL is not None:
+        y += read(RESIDUAL, place, inside)
     write(Y, place, inside, y)
 
 
@@ -107,5 +109,5 @@ def dropout(
     if x.numel():
         launch = plan(tuple(x.shape), features, bool(add or instead), x.dtype)
         numbers = {"threshold": threshold, "scale": scale, "add": add, "instead": instead}
-        launch(*(rows, seed, y) if features else (rows, residual, seed, y), **numbers)
+        launch(rows, residual, seed, y, **numbers)
     return y if x.is_contiguous() else like(y, x)

@@ -20,19 +20,19 @@ def _chunks(t):
 
 
 def _in_chunks(x, residual, seed, p, scale, add, instead, dtype):
-    """m scale x, plus the residual; or plus ``add`` where kept, ``instead`` where dropped."""
+    """m scale x + (add where kept, else instead), plus the residual."""
     y = torch.empty(x.shape, dtype=dtype)
     generator, bound = numpy.random.SFC64(int(seed)), formula.threshold(p) - 2**31
-    residuals = [None] * -(-x.numel() // CHUNK) if residual is None else _chunks(residual)
-    for a, r, out in zip(_chunks(x), residuals, _chunks(y), strict=True):
+    chunks = _chunks(x)
+    residuals = [None] * len(chunks) if residual is None else _chunks(residual)
+    for a, r, out in zip(chunks, residuals, _chunks(y), strict=True):
         t = a.to(wide(x.dtype)) * scale
         m = torch.ge(formula.drawn(generator, len(a)), bound, out=torch.empty_like(t))
-        if r is not None:
-            torch.add(t.mul_(m), r, out=out)
-        elif add or instead:
-            torch.add(t.add_(add - instead).mul_(m), instead, out=out)
+        if add or instead:
+            t.add_(add - instead).mul_(m).add_(instead)
         else:
-            torch.mul(t, m, out=out)
+            t.mul_(m)
+        out.copy_(t) if r is None else torch.add(t, r, out=out)
     return y if x.is_contiguous() else torch.empty_like(x, dtype=dtype).copy_(y)
 
 

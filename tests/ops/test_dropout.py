@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import itertools
+
 import pytest
 import torch
 import torch.nn.functional as F
@@ -130,11 +132,13 @@ def test_words_that_are_drawn_in_chunks(name):
 
 
 @pytest.mark.parametrize("philox", [True, False])
-def test_an_operator_has_one_result(philox, backend):
-    """On every backend, and by its name."""
-    x, seed = torch.randn(3, 4, 5, device=DEVICE), torch.tensor(9, device=DEVICE)
-    for alpha, features in ((False, False), (True, False), (False, True)):
-        args = x, None, seed, P, alpha, features, philox or DEVICE != "cpu"
+@pytest.mark.parametrize("shape", [(3, 4, 5), (0, 4)])
+def test_an_operator_has_one_result(shape, philox, backend):
+    """On every backend, called by its name, with arguments that no function combines."""
+    x, r = torch.randn(2, *shape, device=DEVICE)
+    seed = torch.tensor(9, device=DEVICE)
+    for residual, alpha, features in itertools.product((None, r), (False, True), (False, True)):
+        args = x, residual, seed, P, alpha, features, philox or DEVICE != "cpu"
         y = torch.ops.custom_backprop.dropout_forward(*args)
         torch.testing.assert_close(y, formula.dropout(*args))
 
