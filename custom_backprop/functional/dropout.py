@@ -11,10 +11,9 @@ Args:
     p: the probability of a zero, in [0, 1]. It is met to within 2^-32.
     training: if false, or if p is 0 or ``input`` is empty, ``input`` itself is returned.
     inplace: write the result over ``input``.
-    seed: an int64 tensor of one element, on the device of ``input``, which is then all that the
-        mask depends on: it is the same on every device, eager or compiled. Default: drawn. (The
-        mask of a drawn seed differs from that on a CPU, where eager code makes it by a quicker
-        generator.)
+    seed: an int64 tensor of one element, on the device of ``input``. The mask then depends on it
+        alone, and is the same on every device, in eager and in compiled code. Default: drawn; on a
+        CPU eager code then makes the mask in a quicker way, so that it is another.
 
 Raises:
     ValueError: ``p`` is not in [0, 1].

@@ -160,6 +160,15 @@ def test_only_the_seed_is_saved(name, backend):
     assert [(t.dtype, t.numel()) for t in saved] == [(torch.int64, 1)]
 
 
+@each
+def test_no_value_is_read_on_a_gpu(name):
+    """It would wait, and a CUDA graph would repeat one mask. A meta tensor has none to read, and
+    counts as one of a GPU."""
+    x = torch.randn(SHAPES[name], device="meta", requires_grad=True)
+    y = of(name, x)
+    assert torch.autograd.grad(y.sum(), x)[0].is_meta
+
+
 def test_a_mask_is_that_of_torchs_generator(backend):
     x = leaf(9, 31)
     torch.manual_seed(3)
