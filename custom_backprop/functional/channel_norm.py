@@ -48,7 +48,7 @@ def batch_norm(
         NotImplementedError: an input that is not floating-point.
         TypeError: what is no tensor, or no number.
     """
-    _check("batch_norm", input, weight, bias, running_mean, running_var)
+    check("batch_norm", input, weight, bias, running_mean, running_var)
     eps = eps if type(eps) is float else number("batch_norm", eps)
     momentum = momentum if type(momentum) is float else number("batch_norm", momentum)
     if training and input.numel() and input.numel() == input.shape[1]:
@@ -67,7 +67,7 @@ def batch_norm(
         raise ValueError(ONE_OF_TWO)
     y, *found = ops.batch_norm(input, weight, bias, eps)
     if running_mean is not None and input.numel():
-        _move((running_mean, running_var), found, momentum)
+        move((running_mean, running_var), found, momentum)
     return y
 
 
@@ -96,7 +96,7 @@ def group_norm(
     """
     if isinstance(input, Tensor) and input.dim() < 2:
         raise RuntimeError(f"group_norm: expected an input (N, C, *), got {tuple(input.shape)}")
-    _check("group_norm", input, weight, bias, None, None)
+    check("group_norm", input, weight, bias, None, None)
     if not isinstance(num_groups, int):
         raise TypeError(f"group_norm: num_groups must be an int, not {type(num_groups).__name__}")
     if num_groups <= 0 or input.shape[1] % num_groups:
@@ -144,7 +144,7 @@ def instance_norm(
             "instance_norm: expected more than 1 spatial element when training, got an input of "
             f"shape {tuple(input.shape)}"
         )
-    _check("instance_norm", input, weight, bias, running_mean, running_var)
+    check("instance_norm", input, weight, bias, running_mean, running_var)
     eps = eps if type(eps) is float else number("instance_norm", eps)
     momentum = momentum if type(momentum) is float else number("instance_norm", momentum)
     if not use_input_stats:
@@ -157,7 +157,7 @@ def instance_norm(
     return _instances_as_batch(input, running, weight, bias, momentum, eps)
 
 
-def _move(running, found, momentum):
+def move(running, found, momentum):
     """Running statistics towards those that were found."""
     with torch.no_grad():
         for old, each in zip(running, found, strict=True):
@@ -182,7 +182,7 @@ def _instances_as_batch(x, running, weight, bias, momentum, eps):
     return y
 
 
-def _check(name, x, weight, bias, mean, variance):
+def check(name, x, weight, bias, mean, variance):
     """Raises what stock raises of tensors that do not fit."""
     if not isinstance(x, Tensor):
         raise TypeError(f"{name}: input must be a Tensor, not {type(x).__name__}")

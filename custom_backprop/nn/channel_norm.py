@@ -3,7 +3,10 @@ another ``forward``."""
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
+import torch.distributed as dist
 from torch import Tensor
 
 from .. import functional as F
@@ -16,21 +19,27 @@ __all__ = [
     "InstanceNorm1d",
     "InstanceNorm2d",
     "InstanceNorm3d",
+    "SyncBatchNorm",
 ]
+
+
+def _counted(module: torch.nn.modules.batchnorm._BatchNorm) -> tuple[tuple[Any, Any], bool, float]:
+    """The running statistics that take part, whether those of the batch do, and the momentum; the
+    batch is counted."""
+    tracks = module.training and module.track_running_stats
+    momentum = module.momentum or 0.0
+    if tracks and module.num_batches_tracked is not None:
+        module.num_batches_tracked.add_(1)
+        if module.momentum is None:  # the mean of all batches
+            momentum = 1.0 / float(module.num_batches_tracked)
+    running = module.running_mean, module.running_var
+    by_batch = module.training or all(t is None for t in running)
+    return (None, None) if module.training and not tracks else running, by_batch, momentum
 
 
 def _forward(self: torch.nn.modules.batchnorm._BatchNorm, input: Tensor) -> Tensor:
     self._check_input_dim(input)
-    tracks = self.training and self.track_running_stats
-    momentum = self.momentum or 0.0
-    if tracks and self.num_batches_tracked is not None:
-        self.num_batches_tracked.add_(1)
-        if self.momentum is None:  # the mean of all batches
-            momentum = 1.0 / float(self.num_batches_tracked)
-    running = self.running_mean, self.running_var
-    by_batch = self.training or all(t is None for t in running)
-    if self.training and not tracks:
-        running = None, None
+    running, by_batch, momentum = _counted(self)
     return F.batch_norm(input, *running, self.weight, self.bias, by_batch, momentum, self.eps)
 
 
@@ -82,3 +91,23 @@ class InstanceNorm3d(torch.nn.InstanceNorm3d):
     """See :func:`custom_backprop.functional.instance_norm`."""
 
     _apply_instance_norm = _apply
+
+
+class SyncBatchNorm(torch.nn.SyncBatchNorm):
+    """In training by the statistics of the batches of all ranks together, on every device: see
+    :func:`custom_backprop.distributed.sync_batch_norm`. Else, and of one process, see
+    :func:`custom_backprop.functional.batch_norm`.
+    """
+
+    def forward(self, input: Tensor) -> Tensor:
+        self._check_input_dim(input)
+        running, by_batch, momentum = _counted(self)
+        if self.training and dist.is_available() and dist.is_initialized():
+            group = self.process_group or dist.distributed_c10d._get_default_group()
+            if group.size() > 1:
+                from ..distributed import sync_batch_norm
+
+                return sync_batch_norm(
+                    input, *running, self.weight, self.bias, momentum, self.eps, group
+                )
+        return F.batch_norm(input, *running, self.weight, self.bias, by_batch, momentum, self.eps)

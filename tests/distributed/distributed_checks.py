@@ -13,6 +13,7 @@ from contextlib import contextmanager
 from datetime import timedelta
 from functools import partial
 from pathlib import Path
+from unittest import mock
 
 import pytest
 import torch
@@ -26,6 +27,7 @@ from torch.distributed.tensor import DTensor, Partial, Replicate, Shard, distrib
 from torch.distributed.tensor.debug import CommDebugMode
 from torch.distributed.tensor.parallel import ColwiseParallel, RowwiseParallel, parallelize_module
 from torch.multiprocessing import start_processes
+from torch.nn.parallel import DistributedDataParallel
 from torch.nn.utils import clip_grad_norm_
 from torch.testing import assert_close
 
@@ -35,6 +37,7 @@ import distributed as example
 
 from custom_backprop import functional, nn, optim
 from custom_backprop.distributed import vocab_parallel_cross_entropy
+from custom_backprop.testing.case import outputs
 from custom_backprop.testing.database import database
 from custom_backprop.testing.spec import Make
 
@@ -378,15 +381,16 @@ def difference(spec, sample, placements, mesh):
             stock.append(a)
     # torch refuses the product of an expanded DTensor of one dimension
     twice = spec.family != "linear" or sample.args[0].dim() > 1
+    result = spec.function(*ours, **sample.kwargs)
     found = derivatives(
-        spec.function(*ours, **sample.kwargs),
+        result,
         ours,
         lambda t: distribute_tensor(t, mesh, [Replicate()]),
         twice,
     )
     expected = derivatives(spec.reference(*stock, **sample.kwargs), stock, lambda t: t, twice)
     leaves = [a for a in ours if isinstance(a, DTensor) and a.requires_grad]
-    for leaf, gradient in zip(leaves, found[1:], strict=False):
+    for leaf, gradient in zip(leaves, found[len(outputs(result)) :], strict=False):
         if leaf.numel() and any(p.is_shard() for p in leaf.placements):
             assert gradient.placements == leaf.placements, f"{spec.name}: {gradient.placements}"
     return max(map(error, map(whole, found), expected))
@@ -404,24 +408,27 @@ def error(mine, theirs):
     return torch.where(equal, 0, (mine - theirs).abs() / (1 + theirs.abs())).max().item()
 
 
-def derivatives(y, args, spread, twice=True):
-    """The output and its gradients by a plain backward. With ``twice``, also by one that makes a
+def derivatives(result, args, spread, twice=True):
+    """The outputs and their gradients by a plain backward. With ``twice``, also by one that makes a
     graph, and the gradients of a penalty on those."""
     leaves = [a for a in args if isinstance(a, torch.Tensor) and a.requires_grad]
+    ys = outputs(result)
     if not leaves:
-        return [y]
-    factor = spread(torch.sin(1 + torch.arange(y.numel(), dtype=y.dtype)).reshape(y.shape))
-    plain = torch.autograd.grad(y, leaves, factor, retain_graph=twice)
+        return [*ys]
+    factors = [
+        spread(torch.sin(1 + torch.arange(y.numel(), dtype=y.dtype)).reshape(y.shape)) for y in ys
+    ]
+    plain = torch.autograd.grad(ys, leaves, factors, retain_graph=twice)
     if not twice:
-        return [y, *plain]
-    grads = torch.autograd.grad(y, leaves, factor, create_graph=True)
-    penalty = sum((g.sin().sum() for g in grads), spread(torch.zeros((), dtype=y.dtype)))
+        return [*ys, *plain]
+    grads = torch.autograd.grad(ys, leaves, factors, create_graph=True)
+    penalty = sum((g.sin().sum() for g in grads), spread(torch.zeros((), dtype=ys[0].dtype)))
     second = (
         torch.autograd.grad(penalty, leaves, materialize_grads=True)
         if penalty.requires_grad
         else []
     )
-    return [y, *plain, *grads, *second]
+    return [*ys, *plain, *grads, *second]
 
 
 def check_second_derivatives_of_classes(mesh):
@@ -722,6 +729,29 @@ def check_triplets(mesh):
             lambda t: distribute_tensor(t, mesh, [Replicate()]),
         )
         assert_close([whole(t) for t in found], expected, rtol=0, atol=1e-12)
+
+
+def check_batch_norm_of_all_ranks(mesh):
+    """Under DDP, against one process with the whole batch; a rank without samples too."""
+    for sizes in ([3, 1, 4, 2], [0, 2, 5, 1]):
+        whole_x = torch.randn(sum(sizes[:RANKS]), 3, 4, dtype=torch.float64) + 7
+        dy = torch.randn_like(whole_x)
+        dist.broadcast(whole_x, 0)
+        dist.broadcast(dy, 0)
+        rows = slice(sum(sizes[:RANK]), sum(sizes[: RANK + 1]))
+        stock = torch.nn.BatchNorm1d(3, momentum=None, dtype=torch.float64)
+        alone, x = stock(whole_x.requires_grad_()), whole_x[rows].detach().requires_grad_()
+        dx, *expected = torch.autograd.grad(alone, [whole_x, stock.weight, stock.bias], dy)
+        ours = nn.SyncBatchNorm(3, momentum=None, dtype=torch.float64)
+        with mock.patch.object(DistributedDataParallel, "_passing_sync_batchnorm_handle"):
+            model = DistributedDataParallel(ours)  # it refuses stock's, which needs a GPU
+        y = model(x)
+        y.backward(dy[rows] * RANKS)  # DDP divides by it
+        assert_close(y, alone[rows], rtol=1e-12, atol=1e-12)
+        assert_close(x.grad, dx[rows] * RANKS, rtol=1e-12, atol=1e-12)
+        assert_close([ours.weight.grad, ours.bias.grad], expected, rtol=1e-12, atol=1e-12)
+        assert_close(list(ours.buffers()), list(stock.buffers()), rtol=1e-12, atol=1e-12)
+        assert_close(ours.eval()(x), stock.eval()(x), rtol=1e-12, atol=1e-12)
 
 
 def check_dropout(mesh):

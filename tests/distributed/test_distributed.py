@@ -76,6 +76,7 @@ CHECKS = {
     "confident_vocabulary_parallel",
     "edges_of_vocabulary_parallel",
     "second_derivatives_of_classes",
+    "batch_norm_of_all_ranks",
 }
 
 

@@ -186,3 +186,19 @@ def test_stocks_second_derivative_under_torch_func_is_wrong():
     torch.testing.assert_close(ours[1][0], ours[0][1].permute(2, 0, 1))
     torch.testing.assert_close(ours[0], stock[0])
     assert not torch.allclose(stock[1][0], ours[1][0]), "stock is right now"
+
+
+def test_stock_has_no_second_derivative_of_a_bias_alone():
+    """torch 2.13: it takes the weight that is not there. When this fails, the spec's reference can
+    be stock's there too."""
+    x, b = (t.requires_grad_() for t in tensors((4, 3), 3))
+    mean, variance = torch.zeros(3).to(x), torch.ones(3).to(x)
+
+    def second(module):
+        y = module.batch_norm(x, mean, variance, None, b)
+        dx, db = torch.autograd.grad(y.pow(3).sum(), (x, b), create_graph=True)
+        return torch.autograd.grad(dx.sin().sum() + db.sin().sum(), x)[0]
+
+    assert second(functional).isfinite().all()
+    with pytest.raises(RuntimeError, match="Expected a proper Tensor but got None"):
+        second(F)

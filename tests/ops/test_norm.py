@@ -156,3 +156,47 @@ def test_stock_has_no_second_derivative_of_a_bias_alone(backend):
     assert second(functional).isfinite().all()
     with pytest.raises(RuntimeError, match="undefined Tensor"):
         second(F)
+
+
+@pytest.mark.parametrize("shape", [(7, 1), (3, 129), (2, 5000)])
+@pytest.mark.parametrize("used", ["both", "y", "h"])
+@pytest.mark.parametrize("name", ["layer_norm", "rms_norm"])
+def test_a_sum_and_its_norm(name, used, shape, backend):
+    """Rows in a loop too, and where one output alone is used."""
+    x, a = torch.randn(2, *shape, dtype=torch.float64, device=DEVICE).unbind()
+    w = torch.randn(shape[1]).to(x)
+    found = []
+    for ours in (True, False):
+        leaves = [t.detach().clone().requires_grad_() for t in (x, a, w)]
+        if ours:
+            y, h = getattr(functional, f"add_{name}")(*leaves[:2], (shape[1],), leaves[2])
+        else:
+            h = leaves[0] + leaves[1]
+            y = getattr(F, name)(h, (shape[1],), leaves[2])
+        loss = {"both": y.sin() + h.cos(), "y": y.sin(), "h": h.cos()}[used].sum()
+        grads = torch.autograd.grad(loss, leaves, allow_unused=True)
+        found.append((y, h, *[g for g in grads if g is not None]))
+    torch.testing.assert_close(*found, rtol=1e-9, atol=1e-11)
+
+
+def test_the_norm_of_a_sum_is_that_of_the_rounded_sum(backend):
+    """What comes out as h is what was normalised."""
+    x, a = torch.randn(2, 4, 96, device=DEVICE).bfloat16().unbind()
+    y, h = functional.add_layer_norm(x, a, (96,))
+    assert torch.equal(h, x + a)
+    expected = F.layer_norm((x + a).double(), (96,))
+    if backend != "triton" or not interpreting():  # which does not round h
+        torch.testing.assert_close(y.double(), expected, rtol=2**-8, atol=2**-8)
+
+
+@pytest.mark.parametrize("name", ["add_layer_norm", "add_rms_norm"])
+def test_bad_residuals(name):
+    call, x = getattr(functional, name), torch.ones(2, 8)
+    with pytest.raises(RuntimeError, match="residual of shape"):
+        call(x, torch.ones(8), (8,))
+    with pytest.raises(RuntimeError, match="residual of shape"):
+        call(x, x.double(), (8,))
+    with pytest.raises(TypeError, match="residual must be a Tensor"):
+        call(x, None, (8,))
+    with pytest.raises(RuntimeError, match="normalized_shape"):
+        call(x, x, (4,))

@@ -98,7 +98,11 @@ def batch_norm(
     input, running_mean, running_var, weight=None, bias=None, training=False, momentum=0.1,
     eps=1e-5,
 ):  # fmt: skip
-    """Stock's where it is right."""
+    """Stock's where it is right; of a bias alone, where its second derivative raises, without it
+    (tests/ops/test_batch_norm.py)."""
+    if weight is None and bias is not None:
+        y = batch_norm(input, running_mean, running_var, None, None, training, momentum, eps)
+        return y + bias.view(-1, *(1 for _ in input.shape[2:]))
     if training and torch._C._are_functorch_transforms_active():
         return _by_definition(input, [0, *range(2, input.dim())], weight, bias, eps)
     return F.batch_norm(input, running_mean, running_var, weight, bias, training, momentum, eps)
