@@ -72,10 +72,10 @@ def not_a_look_up(name, input, weight):
     )
 
 
-def row_of_padding(name, padding_idx, weight):
+def row_of_padding(name, padding_idx, weight, error=AssertionError):
     """The row, counted from the start."""
     if not -weight.shape[0] <= padding_idx < weight.shape[0]:
-        raise AssertionError(
+        raise error(
             f"{name}: padding_idx must be within num_embeddings, got {padding_idx} for a weight of "
             f"shape {tuple(weight.shape)}"
         )

@@ -53,7 +53,7 @@ def embedding_bag(
     """
     tensors = isinstance(input, Tensor) and isinstance(weight, Tensor)
     if tensors and (not weight.is_floating_point() or input.is_nested):
-        # nested, without a gradient, or in the order that stock's deprecated
+        # without a gradient, nested, or in stock's deprecated order
         return torch.nn.functional.embedding_bag(
             input, weight, offsets, max_norm, norm_type, scale_grad_by_freq, mode, sparse,
             per_sample_weights, include_last_offset, padding_idx,
@@ -69,7 +69,9 @@ def embedding_bag(
         or per_sample_weights is not None
     ):
         _check_options(mode, scale_grad_by_freq, sparse, per_sample_weights, input, weight)
-    padding = -1 if padding_idx is None else row_of_padding("embedding_bag", padding_idx, weight)
+    padding = -1
+    if padding_idx is not None:
+        padding = row_of_padding("embedding_bag", padding_idx, weight, RuntimeError)
     if input.dim() == 2 and offsets is None:
         bags, n = input.shape
         index, bounds = input.reshape(-1), n * torch.arange(bags + 1, device=input.device)

@@ -178,6 +178,7 @@ T, W, P = torch.tensor([0, 1]), torch.ones(3, 2), torch.ones(2)
         ((T, W, T[1:]), {}, RuntimeError, None),
         ((T, W, T[:0]), {"include_last_offset": True}, RuntimeError, "last offset"),
         ((T, W, torch.tensor([0, 3])), {}, RuntimeError, None),
+        ((T, W, T), {"padding_idx": 3}, RuntimeError, "padding_idx"),
     ],
 )
 def test_bad_calls_raise_what_stock_raises(args, options, error, match):
