@@ -20,8 +20,8 @@ from .rows import read, write
 #: rows whose sum is one program's work; their sums, in float32, are a 16th of the traffic of
 #: summing rows of bfloat16
 CHUNK = 32
-#: elements a program has at once, 16 a thread. Most rows of dW are nothing but zeros: small programs
-#: write more of them at once
+#: elements a program has at once, 16 a thread. Most rows of dW are zeros alone, and the smaller the
+#: programs, the more of them are written at once
 TILE = 2048
 
 

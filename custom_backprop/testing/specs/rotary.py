@@ -37,6 +37,9 @@ def _stock(input, cos, sin, interleaved=False, offset=0, positions=None):
     return torch.cat((y, rest), -1) if rest.shape[-1] else y
 
 
+torch.fx.wrap("_stock")  # looks at shapes: one node of a symbolic trace
+
+
 class _Stock(torch.nn.Module):
     """The same, as a module."""
 
@@ -47,11 +50,12 @@ class _Stock(torch.nn.Module):
         angle = torch.outer(
             torch.arange(max_positions).double(), base ** (-torch.arange(0, dim, 2).double() / dim)
         )
-        self.cos, self.sin, self.interleaved = angle.cos(), angle.sin(), interleaved
+        self.register_buffer("cos", angle.cos(), persistent=False)
+        self.register_buffer("sin", angle.sin(), persistent=False)
+        self.interleaved = interleaved
 
     def forward(self, input: Tensor) -> Tensor:
-        cos, sin = self.cos.to(input.device), self.sin.to(input.device)
-        return _stock(input, cos, sin, self.interleaved)
+        return _stock(input, self.cos, self.sin, self.interleaved)
 
 
 def _tables(make: Make, positions: int, half: int) -> tuple[Tensor, Tensor]:
