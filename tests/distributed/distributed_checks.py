@@ -614,6 +614,12 @@ def cases_of_placements():
     yield "rms_norm", rms_norm, (x, slopes), [S(0), R], S(0), [S(0), P]
     yield "swiglu, halves", functional.swiglu, (x,), [S(0)], S(0), [S(0)]
     yield "swiglu, two tensors", functional.swiglu, (x, t), [S(1)] * 2, S(1), [S(1)] * 2
+    weights = W, torch.randn(8, 8), torch.randn(8, 8)
+    for recompute in (False, True):
+        mlp = partial(functional.swiglu_mlp, recompute=recompute)
+        rows, columns = [S(0), R, R, R], [R, S(0), S(0), S(1)]
+        yield "swiglu_mlp, rows", mlp, (x, *weights), rows, S(0), [S(0), P, P, P]
+        yield "swiglu_mlp, columns", mlp, (x, *weights), columns, P, [P, *columns[1:]]
     yield "normalize", functional.normalize, (x,), [S(0)], S(0), [S(0)]
     yield "prelu, rows", functional.prelu, (x, slopes), [S(0), R], S(0), [S(0), P]
     yield "prelu, channels", functional.prelu, (x, slopes), [S(1), S(0)], S(1), [S(1), S(0)]
