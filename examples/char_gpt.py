@@ -327,9 +327,10 @@ def draw(learners: dict[str, Learner], memory: dict[str, int], args: Namespace) 
         ),
     ]
     for plot, (bars, unit, title) in zip(others, shown, strict=False):
-        plot.bar(list(bars), list(bars.values()), color=["C0", "0.75"], width=0.6)
+        drawn = plot.bar(list(bars), list(bars.values()), color=["C0", "0.75"], width=0.6)
+        plot.bar_label(drawn, fmt="%.0f")
         plot.set(ylabel=unit, title=title)
-        plot.grid(axis="x", visible=False)
+        plot.grid(visible=False)
     write(figure, args.out / "char_gpt.png")
 
 
