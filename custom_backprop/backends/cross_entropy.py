@@ -89,7 +89,8 @@ def _chunks(x):
 
 def _walk(x, q, dy, losses, statistics, dx, dtarget):
     """Fills what is not None: of each row its loss, m and log Σ e^(x - m), dx and the gradient of
-    class probabilities."""
+    class probabilities. dx may be x: a chunk's softmax is written over it when nothing else of x is
+    wanted."""
     over_dx, scratch = dx is not None and dx.dtype == wide(x.dtype), None
     rowwise = dy is not None and dy.dim() > 0
     softmax = aten._log_softmax.out if q.is_soft else aten._softmax.out
@@ -97,13 +98,16 @@ def _walk(x, q, dy, losses, statistics, dx, dtarget):
         z = widen(x[rows])
         if not over_dx:
             scratch = torch.empty_like(z) if scratch is None else scratch[: len(z)]
+        hard, index = (None, None) if q.probabilities else (q.hard[rows], q.index[rows])
+        if losses is not None:
+            m = z.amax(1, True)
+            lead = None if hard is None else z.gather(1, index) - m
         p = softmax(z, 1, False, out=dx[rows] if over_dx else scratch)
         u = q.soft(rows).expand_as(z) if q.is_soft else None
-        hard, index = (None, None) if q.probabilities else (q.hard[rows], q.index[rows])
         if losses is not None:
             # the largest probability of a row is e^0 / Σ e^(x - m): its logarithm is exact where
             # that of a small p_t is not
-            m, top = z.amax(1, True), p.amax(1, True)
+            top = p.amax(1, True)
             log_sum = top.neg_() if q.is_soft else top.log_().neg_()
         if not q.is_soft:
             # 1 - p_t and, where p_t is the largest, log p_t: they would cancel
@@ -112,7 +116,7 @@ def _walk(x, q, dy, losses, statistics, dx, dtarget):
                 log_sum = torch.where(others < 0.5, torch.log1p(-others).neg_(), log_sum)
         if losses is not None:
             if hard is not None:
-                torch.mul(hard, log_sum - (z.gather(1, index) - m), out=losses[rows])
+                torch.mul(hard, log_sum - lead, out=losses[rows])
             if u is not None:
                 losses[rows] -= (u * p).sum(1, keepdim=True)
             if statistics is not None:
@@ -171,7 +175,8 @@ def _small(x, target, weight, reduction, ignore_index):
     return loss, p.scatter_(1, index, others.neg_()).mul_(d.gather(1, index).neg_())
 
 
-def _forward(x, target, weight, reduction, ignore_index, smoothing, makes):
+def _forward(x, target, weight, reduction, ignore_index, smoothing, makes, dx=None):
+    """``dx`` is memory for the gradient, and may be a contiguous x."""
     dense = x.contiguous()
     if smoothing == 0 and not target.is_floating_point():
         if makes == NOTHING:
@@ -182,7 +187,7 @@ def _forward(x, target, weight, reduction, ignore_index, smoothing, makes):
             if found is not None:
                 return found[0], _like(found[1], x)
     q = _Target(dense, target, weight, reduction, ignore_index, smoothing)
-    made = _made(dense, makes)
+    made = _made(dense, makes) if dx is None else dx
     rows = dense.new_zeros((x.shape[0], *x.shape[2:]), dtype=wide(x.dtype))
     dx, statistics = (made if makes == which else None for which in (GRADIENT, STATISTICS))
     ones = x.new_ones(rows.shape if reduction == NONE else ())

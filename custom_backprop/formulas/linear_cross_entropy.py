@@ -74,8 +74,9 @@ def weights_of_rows(
     if target.is_floating_point():
         w = counted = torch.ones_like(target.select(1, 0), dtype=dtype)
     else:
-        _, w = classes_and_weights(target, weight, ignore_index, classes, dtype)
-        counted = (target != ignore_index).to(dtype)
+        w = counted = (target != ignore_index).to(dtype)
+        if weight is not None:
+            w = classes_and_weights(target, weight, ignore_index, classes, dtype)[1]
     if token_weight is not None:
         given = token_weight.to(dtype)
         w, counted = (torch.where(counted == 0, 0, each * given) for each in (w, counted))

@@ -101,8 +101,10 @@ def _samples(make: Make) -> Iterator[Sample]:
     yield Sample(three, options, name="weights of tokens, soft cap, z-loss, none")
     options = {**options, "weight": make.tensor(2, low=0.1, requires_grad=False)}
     yield Sample(three, options | {"reduction": "mean"}, name="the same, weight, mean")
+    plain = *_layer(make, (2, 2), (3, 2)), make.index(2, high=3)
+    yield Sample(plain, {"reduction": "none"}, name="none")
     one = *_layer(make, (2,), (3, 2)), make.index(1, high=3).view(())
-    yield Sample(one, {"reduction": "none"}, name="one row")
+    yield Sample(one, name="one row")
     options = {
         "weight": make.tensor(3, low=0.1, requires_grad=False),
         "token_weight": make.tensor(2, 1, low=0.1, requires_grad=False),
