@@ -181,7 +181,7 @@ LAYERS = [
 ]
 
 
-@pytest.mark.parametrize("options", LAYERS, ids=str)
+@pytest.mark.parametrize("options", LAYERS, ids=["gelu", "bias", "silu", "tanh"])
 @pytest.mark.parametrize("name", ["TransformerEncoderLayer", "TransformerDecoderLayer"])
 def test_layers(name, options):
     ours, theirs = twins(name, E, HEADS, 7, 0.0, **options)
