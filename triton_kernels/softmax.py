@@ -66,27 +66,54 @@ def _backward(
     LOG: tl.constexpr, NEGATE: tl.constexpr, SEVERAL: tl.constexpr, LOOP: tl.constexpr,
     WIDE: tl.constexpr, WIDE_COLUMNS: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
-    """A row's Σ dy of a log-softmax, else Σ y dy; then dx."""
+    """A row's sums, then dx. With k the place of the largest y, they leave out or subtract dy_k, so
+    that nothing cancels where y_k is nearly 1.
+
+    Lane by lane: the largest y (``top``), its dy (``s``), and of what was seen: for a log-softmax Σ
+    dy and Σ e^y without the largest, else Σ y (dy - s) and Σ y.
+    """
     dtype: tl.constexpr = tl.float64 if Y.dtype.element_ty == tl.float64 else tl.float32
+    least: tl.constexpr = float("-inf") if LOG else 0.0
     first = tl.program_id(0)
     for tile in range(first, tiles if SEVERAL else first + 1, tl.num_programs(0) if SEVERAL else 1):
         row, alive, column = tile_of(tile, rows, ROWS, BLOCK, WIDE, WIDE_COLUMNS)
         dy_start = DY + start_of(row, inner, s_outer, s_inner)
         y_start = start_of(row, inner, n * inner, 1)
         alive = alive[:, None]
+        a = tl.zeros((ROWS, BLOCK), dtype)
+        b = tl.zeros((ROWS, BLOCK), dtype)
         if LOOP:
-            total = tl.zeros((ROWS, BLOCK), dtype)
+            top = tl.full((ROWS, BLOCK), lowest(dtype), dtype)
+            s = tl.zeros((ROWS, BLOCK), dtype)
             for start in range(0, n, BLOCK):
                 place = start + column
                 inside = alive & (place < n)
                 dy = read(dy_start, place * s_n, inside)
-                total += dy if LOG else dy * read(Y + y_start, place * inner, inside)
+                y = read(Y + y_start, place * inner, inside, least)
+                larger = y > top
+                if LOG:
+                    a += tl.where(larger, s, dy)
+                    b += tl.exp(tl.where(larger, top, y))
+                else:
+                    a += tl.where(larger, (s - dy) * b, y * (dy - s))
+                    b += y
+                s, top = tl.where(larger, dy, s), tl.where(larger, y, top)
         else:
             inside = alive & (column < n)
             dy = read(dy_start, column * s_n, inside)
-            y = read(Y + y_start, column * inner, inside)
-            total = dy if LOG else dy * y
-        total = tl.sum(total, 1)[:, None]
+            y = read(Y + y_start, column * inner, inside, least)
+            s, top = dy, tl.where(y == y, y, least)
+            if not LOG:
+                b = y
+        largest = tl.max(top, 1)[:, None]
+        its = top == largest
+        if LOG:
+            total = tl.sum(a + s, 1)[:, None]
+            others = tl.sum(a + tl.where(its, 0.0, s), 1)[:, None]
+            rest = tl.sum(b + tl.where(its, 0.0, tl.exp(top)), 1)[:, None]
+        else:
+            dy_k = tl.max(tl.where(its, s, float("-inf")), 1)[:, None]
+            total = tl.sum(a + (s - dy_k) * b, 1)[:, None]
         last = tl.cdiv(n, BLOCK) * BLOCK - BLOCK if LOOP else 0
         for back in range(0, n if LOOP else BLOCK, BLOCK):
             place = last - back + column
@@ -94,7 +121,11 @@ def _backward(
             if LOOP:
                 dy = read(dy_start, place * s_n, inside)
                 y = read(Y + y_start, place * inner, inside)
-            dx = dy - tl.exp(y) * total if LOG else y * (dy - total)
+            if LOG:
+                certain = (y == largest) & (y > -0.6931471805599453)
+                dx = tl.where(certain, dy * rest - (1 - rest) * others, dy - tl.exp(y) * total)
+            else:
+                dx = y * ((dy - dy_k) - total)
             write(DX + y_start, place * inner, inside, -dx if NEGATE else dx)
 
 

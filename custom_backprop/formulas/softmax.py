@@ -28,14 +28,32 @@ def softmax(x: Tensor, dim: int) -> Tensor:
     return e / e.sum(dim, keepdim=True)
 
 
+def _of_largest(y: Tensor, dim: int) -> Tensor:
+    """Which y are the largest of their row."""
+    return y == y.amax(dim, keepdim=True)
+
+
+def _relative(v: Tensor, y: Tensor, dim: int) -> Tensor:
+    """v less the v of the largest y."""
+    if not y.shape[dim]:
+        return v
+    of_largest = _of_largest(y, dim)
+    theirs = torch.where(of_largest, v, 0).sum(dim, keepdim=True)
+    return v - theirs / of_largest.sum(dim, keepdim=True)
+
+
 def softmax_backward(dy: Tensor, y: Tensor, dim: int) -> Tensor:
     """dx = y (dy - Σ_j y_j dy_j).
 
     The quotient rule gives ∂y_j/∂x_i = y_j ([i = j] - y_i), so dx_i = Σ_j dy_j y_j ([i = j] - y_i)
     = y_i dy_i - y_i Σ_j y_j dy_j.
-    The y_i sum to one, hence the dx_i to zero: a shift of the input does not change a softmax.
+    The y_i sum to one, hence the dx_i to zero: a shift of the input does not change a softmax. For
+    the same reason a shift of dy does not change dx. If the largest y_k is nearly 1, dy_k and the
+    sum are nearly the same and their difference has no digits left; with dy relative to dy_k, dx_k
+    = -y_k Σ_j y_j (dy_j - dy_k), in which dy_k has no part.
     """
-    return y * (dy - (y * dy).sum(dim, keepdim=True))
+    e = _relative(dy, y, dim)
+    return y * (e - (y * e).sum(dim, keepdim=True))
 
 
 def softmax_jvp(tx: Tensor, y: Tensor, dim: int) -> Tensor:
@@ -69,14 +87,23 @@ def log_softmax_backward(dy: Tensor, y: Tensor, dim: int) -> Tensor:
     """dx = dy - e^y Σ_j dy_j.
 
     ∂y_j/∂x_i = [i = j] - e^(x_i) / Σ_k e^(x_k) = [i = j] - e^(y_i), so dx_i = dy_i - e^(y_i) Σ_j
-    dy_j.
+    dy_j. If the largest p_k = e^(y_k) is nearly 1, 1 - p_k is rather the sum r of the others: dx_k
+    = dy_k r - (1 - r) Σ_{j != k} dy_j.
     """
-    return dy - y.exp() * dy.sum(dim, keepdim=True)
+    p = y.exp()
+    dx = dy - p * dy.sum(dim, keepdim=True)
+    if not y.shape[dim]:
+        return dx
+    certain = _of_largest(y, dim) & (p > 0.5)
+    others, rest = (torch.where(certain, 0, v).sum(dim, keepdim=True) for v in (dy, p))
+    return torch.where(certain, dy * rest - (1 - rest) * others, dx)
 
 
 def log_softmax_jvp(tx: Tensor, y: Tensor, dim: int) -> Tensor:
-    """ty = tx - Σ_j e^(y_j) tx_j."""
-    return tx - (y.exp() * tx).sum(dim, keepdim=True)
+    """ty = tx - Σ_j e^(y_j) tx_j, of a tx relative to that of the largest y, which changes no
+    difference."""
+    e = _relative(tx, y, dim)
+    return e - (y.exp() * e).sum(dim, keepdim=True)
 
 
 @dataclass(frozen=True)

@@ -14,6 +14,10 @@ from custom_backprop.backends import BACKENDS, why_not
 mp.dps = 50
 EPS = {torch.float64: 2.0**-53, torch.float32: 2.0**-24, torch.bfloat16: 2.0**-8}
 MARGINS = (-100, -20, -1, 0, 1, 5, 14, 18, 40, 60, 100)
+#: formula and kernels; ATen's operators for these cancel, and an exact form would cost a pass
+exactly = pytest.mark.parametrize(
+    "backend", [b for b in BACKENDS if b != "aten" and why_not(b, DEVICE) is None]
+)
 each_dtype = pytest.mark.parametrize("dtype", EPS, ids=str)
 
 
@@ -125,11 +129,8 @@ FACTORS = {
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32], ids=str)
 @pytest.mark.parametrize("name", FACTORS)
-@pytest.mark.parametrize(
-    "backend", [b for b in BACKENDS if b != "aten" and why_not(b, DEVICE) is None]
-)
+@exactly
 def test_activations(name, dtype, backend):
-    """By formula and kernel; ATen's own operators cancel in the tail of gelu."""
     factors, options = FACTORS[name]
     x = torch.tensor(POINTS, dtype=dtype, device=DEVICE, requires_grad=True)
     with use_backend(backend):
@@ -143,3 +144,33 @@ def test_activations(name, dtype, backend):
             units += 1000  # see normal_tail
         agree(y[i].detach(), [v * g], dtype, units)
         agree(dx[i], [g + v * slope], dtype, units)
+
+
+def _softmaxes(x, dy):
+    """dx of softmax and of log_softmax."""
+    largest = max(x)
+    e = [mp.exp(mp.mpf(v) - largest) for v in x]
+    z, dy = sum(e), [mp.mpf(v) for v in dy]
+    p = [v / z for v in e]
+    mean, total = sum(q * d for q, d in zip(p, dy, strict=True)), sum(dy)
+    return {
+        "softmax": [q * (d - mean) for q, d in zip(p, dy, strict=True)],
+        "log_softmax": [d - q * total for q, d in zip(p, dy, strict=True)],
+    }
+
+
+@pytest.mark.parametrize("name", ["softmax", "log_softmax"])
+@pytest.mark.parametrize("classes", [7, 20001])
+@exactly
+def test_softmaxes(name, classes, backend):
+    """The gradient of a row of which one element is nearly 1; a long one is read in a loop."""
+    for dtype in (torch.float32, torch.float64) if classes == 7 else (torch.float32,):
+        for margin in (5, 15, 30, 60) if classes == 7 else (15,):
+            x = certain(margin, dtype, rows=1, classes=classes).requires_grad_()
+            dy = torch.randn(x.shape, dtype=dtype).to(DEVICE)
+            if name == "log_softmax":  # of an nll_loss
+                dy = torch.where(torch.arange(classes, device=DEVICE) == 2, dy, 0)
+            with use_backend(backend):
+                (dx,) = torch.autograd.grad(getattr(functional, name)(x, 1), x, dy)
+            for row, given, found in zip(x.tolist(), dy.tolist(), dx, strict=True):
+                agree(found, _softmaxes(row, given)[name], dtype, 64 + margin)
