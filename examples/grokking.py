@@ -9,9 +9,14 @@ and without weight decay the network stops or falls back ("softmax collapse", Pr
 number, exact up to a lead of 87, where e^-87 is the smallest normal number of float32.
 
 Two networks of our layers, 86 -> 128 -> 128 -> 43 with ReLU, begin with the same weights and see
-the same 80 % of the table in every step. Only the loss differs. There is no weight decay. Adam's
-epsilon, 1e-8 by default, is far below the gradient here: else it would stop both.
-RESULT
+the same 80 % of the table in every step. Only the loss differs. There is no weight decay, and
+Adam's epsilon is far below the gradient: the default of 1e-8 would stop both.
+
+What shows, on a CPU: to epoch 2000 the two are alike. Then stock's loss stays above 1e-8, its
+gradient rises a thousandfold, and the network falls back and begins again; ours falls on, to 3e-12
+at epoch 4000. With seed 0 the test accuracy is then 69 % by stock's and 77 % by ours; with seed 1,
+at epoch 6000, 48 % and 66 %. What does not show in a few minutes is the paper's sudden rise to 100
+%: both networks generalise slowly.
 
 A checkpoint is written every 100 epochs. After Ctrl-C the same command continues from the last one
 and ends with exactly the weights of an uninterrupted run. A finished run leaves its weights and its
