@@ -264,7 +264,7 @@ def plan(
     chunks = cdiv(length, size)
     parts, rows = spans * chunks, spans * (channels // group)
     cells = min(next_power_of_2(chunks * group), 128)
-    tall = min(next_power_of_2(rows), 1024 // cells)
+    tall = min(next_power_of_2(rows), 512 // cells, 64)
     warps = max(wide * block // 512, 1)
     named: dict[str, Any] = {
         "channels": channels, "inner": inner, "per": per, "length": length, "size": size,
@@ -278,7 +278,8 @@ def plan(
         taken = {k: v for k, v in named.items() if k in kernel.numbers + kernel.constexprs}
         return kernel.launch(programs, num_warps=warps, **{**taken, **own})
 
-    few, of_rows = max(tall * cells // 256, 1), cdiv(rows, tall)
+    # a division of float64 is a call, across which few registers live
+    few, of_rows = max(tall * cells // 128, 1), cdiv(rows, tall)
     given = eps if frozen else None  # r is given else
     return Plan(
         launch(_moments, parts * blocks, warps),
