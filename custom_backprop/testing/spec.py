@@ -117,6 +117,8 @@ class OpSpec:
             Every 16-bit number is then tried.
         reads_output: backward reads the output, which must then not be changed in place, even where
             the reference lets that pass.
+        read_twice: sums over more numbers than a program holds stand between two readings of what
+            goes in, in both directions; counted in the floor of its traffic.
         representative: it represents similar ops in tests that are too slow to run on all: Inductor
             and compiled transformations.
     """
@@ -135,6 +137,7 @@ class OpSpec:
     batched: bool = True
     elementwise: bool = False
     reads_output: bool = False
+    read_twice: bool = False
     representative: bool = False
     module_variants: tuple[dict[str, Any], ...] = ()
 

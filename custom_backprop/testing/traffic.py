@@ -121,6 +121,9 @@ def traffic(spec: OpSpec, size: str = "medium") -> list[Traffic]:
         "forward": _bytes(_distinct(given) | made),
         "backward": _bytes(_distinct([*dys, *saved])) + _bytes(_distinct(grads)),
     }
+    if spec.read_twice:
+        floors["forward"] += _bytes(_distinct(given))
+        floors["backward"] += _bytes(_distinct([*dys, *saved]))
     if all(key in made for key in _distinct(grads)):  # a loss makes its gradient in forward
         floors["backward"] = _bytes(_distinct(dys))
     flops = counter.get_total_flops()
