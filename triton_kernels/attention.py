@@ -316,21 +316,25 @@ def _backward_mask(
     tl.store(DMASK + place, db.to(DMASK.dtype.element_ty), (i < queries)[:, None] & (j < keys))
 
 
-def config(which: str, width: int, dtype: torch.dtype) -> tuple[int, int, int, int]:
+def config(which: str, width: int, dtype: torch.dtype, biased: bool) -> tuple[int, int, int, int]:
     """(M, N, warps, stages) of heads of ``width`` numbers: the largest tiles of which nothing
-    spills, on AMD's 64-wide warps either."""
+    spills, on AMD's 64-wide warps either. What is added to the scores takes registers, and halves
+    the steps of a walk."""
     if dtype == torch.float64:
         return (16, 16, 8, 1)
     if dtype == torch.float32:
         return (16, 32, 8, 1) if width <= 64 else (16, 16, 8, 1)
+    less = 2 if biased else 1
+    if which == "keys":
+        # an instruction of sm_90 multiplies 64 rows: here of keys, else of queries
+        M, N, stages = (64, 64, 2) if width <= 64 else (32, 64, 1) if width <= 128 else (32, 16, 1)
+        return (M // less, N, 4, stages)
     if which == "forward":
-        return (128, 64, 4 if width <= 64 else 8, 2) if width <= 128 else (64, 32, 4, 1)
-    if width <= 64:
-        return (64, 64, 4, 2)
-    if width <= 128:
-        # an instruction of sm_90 multiplies 64 rows: of queries, or of keys
-        return (32, 64, 4, 1) if which == "keys" else (64, 32, 4, 1)
-    return (32, 16, 4, 1)
+        if width <= 128:
+            return (128, 64 // less, 4 if width <= 64 else 8, 2)
+        return (64, 32 // less, 4, 1)
+    M, N, stages = (64, 64, 2) if width <= 64 else (64, 32, 1) if width <= 128 else (16, 32, 1)
+    return (M, N // less, 4, stages)
 
 
 KERNELS = {
@@ -345,12 +349,12 @@ KERNELS = {
 def plan(
     which: str, shape: tuple[int, ...], strides: tuple[tuple[str, tuple[int, ...]], ...],
     band: tuple[int | None, int | None], scale: float, dtype: torch.dtype, tf32: str,
-    of: tuple[bool, bool] | None,
+    biased: bool, of: tuple[bool, bool] | None,
 ) -> Launch:  # fmt: skip
     """A launch of one kernel, for (B, H, K, L, S, E, F)."""
     B, H, K, L, S, E, F = shape
     widths = [max(16, next_power_of_2(n)) for n in (E, F)]
-    M, N, warps, stages = config(which, max(widths), dtype)
+    M, N, warps, stages = config(which, max(widths), dtype, biased)
     named: dict[str, Any] = {
         f"{name}_{place}": stride
         for name, found in strides
@@ -407,7 +411,8 @@ def forward(
     q, k, v = _dense(q), _dense(k), _dense(v)
     slopes = None if slopes is None else slopes.contiguous()
     strides = (*_strides(q=q, k=k, v=v, y=y), _of_mask(mask))
-    options = (lowest, highest), scale, q.dtype, precision(), None
+    biased = mask is not None or slopes is not None
+    options = (lowest, highest), scale, q.dtype, precision(), biased, None
     plan("forward", _shape(q, k, v), strides, *options)(q, k, v, mask, slopes, y, l)
 
 
@@ -420,7 +425,8 @@ def backward(
     dy, q, k, v, y, l = _dense(dy), _dense(q), _dense(k), _dense(v), _dense(y), l.contiguous()
     slopes = None if slopes is None else slopes.contiguous()
     shape, of_mask = _shape(q, k, v), _of_mask(mask)
-    options = (lowest, highest), scale, q.dtype, precision()
+    biased = mask is not None or slopes is not None
+    options = (lowest, highest), scale, q.dtype, precision(), biased
     delta = torch.empty_like(l)
     if l.numel():
         strides = _strides(q=q, k=k, v=v, y=y, dy=dy, dq=q if dq is None else dq)
