@@ -316,25 +316,30 @@ def _backward_mask(
     tl.store(DMASK + place, db.to(DMASK.dtype.element_ty), (i < queries)[:, None] & (j < keys))
 
 
+#: (M, N, warps, stages) in half precision, for heads of up to 64, 128 and 256 numbers: the largest
+#: tiles of which nothing spills, on AMD's 64-wide warps either. An instruction of sm_90 multiplies
+#: 64 rows, of queries or in "keys" of keys
+TILES = {
+    "forward": ((128, 64, 8, 2), (128, 64, 8, 2), (64, 32, 4, 1)),
+    "queries": ((64, 64, 4, 2), (64, 32, 4, 1), (16, 32, 4, 1)),
+    "keys": ((64, 64, 4, 2), (32, 64, 4, 1), (32, 16, 4, 1)),
+}
+#: the same where something is added to the scores, which takes registers
+BIASED = {
+    "forward": ((128, 32, 8, 2), (128, 32, 8, 2), (64, 16, 4, 1)),
+    "queries": ((64, 32, 4, 2), (32, 32, 4, 1), (16, 16, 4, 1)),
+    "keys": ((32, 64, 4, 2), (16, 64, 4, 1), (16, 16, 4, 1)),
+    "mask": ((64, 32, 4, 2), (64, 16, 4, 1), (16, 32, 4, 1)),
+}
+
+
 def config(which: str, width: int, dtype: torch.dtype, biased: bool) -> tuple[int, int, int, int]:
-    """(M, N, warps, stages) of heads of ``width`` numbers: the largest tiles of which nothing
-    spills, on AMD's 64-wide warps either. What is added to the scores takes registers, and halves
-    the steps of a walk."""
+    """(M, N, warps, stages) of heads of ``width`` numbers."""
     if dtype == torch.float64:
         return (16, 16, 8, 1)
     if dtype == torch.float32:
         return (16, 32, 8, 1) if width <= 64 else (16, 16, 8, 1)
-    less = 2 if biased else 1
-    if which == "keys":
-        # an instruction of sm_90 multiplies 64 rows: here of keys, else of queries
-        M, N, stages = (64, 64, 2) if width <= 64 else (32, 64, 1) if width <= 128 else (32, 16, 1)
-        return (M // less, N, 4, stages)
-    if which == "forward":
-        if width <= 128:
-            return (128, 64 // less, 4 if width <= 64 else 8, 2)
-        return (64, 32 // less, 4, 1)
-    M, N, stages = (64, 64, 2) if width <= 64 else (64, 32, 1) if width <= 128 else (16, 32, 1)
-    return (M, N // less, 4, stages)
+    return (BIASED if biased else TILES)[which][(width > 64) + (width > 128)]
 
 
 KERNELS = {

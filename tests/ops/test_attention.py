@@ -11,6 +11,7 @@ import torch.nn.functional as F
 from helpers import DEVICE
 
 from custom_backprop import functional
+from custom_backprop.backends import attention as primitives
 from custom_backprop.backends import use_backend
 from custom_backprop.backends.kernels import kernels
 from custom_backprop.testing.specs.attention import stock
@@ -42,7 +43,7 @@ def assert_same(inputs, theirs=stock, **options):
         (((2, 3, 2), (2, 4, 2), (2, 4, 2)), {"is_causal": True}),
         (((2, 2, 2), (3, 2, 4, 2), (1, 1, 4, 1)), {}),
         (((1, 6, 2, 1), (2, 2, 3, 1), (1, 3, 3, 2)), {"enable_gqa": True}),
-        (((4, 2, 1), (2, 3, 1), (1, 3, 1)), {"enable_gqa": True}),
+        (((4, 2, 1), (2, 3, 1), (2, 3, 1)), {"enable_gqa": True}),
         (((2, 1, 3, 2), (2, 1, 2, 2), (2, 1, 2, 2), (2, 1, 1, 2)), {}),
         (((2, 2, 1, 3, 2), (2, 1, 2, 2), (2, 2), (2, 1, 1, 2)), {"scale": -1.5}),
         (((1, 1, 0, 2), (1, 1, 3, 2), (1, 1, 3, 2)), {}),
@@ -59,8 +60,11 @@ def test_shapes(shapes, options, backend):
     assert_same([tensor(*s) for s in shapes], **options)
 
 
-@pytest.mark.parametrize("window", [None, (5, 9), (0, None), (None, 0), (20, 2)], ids=str)
-@pytest.mark.parametrize("is_causal", [False, True])
+@pytest.mark.parametrize(
+    ("window", "is_causal"),
+    [(None, False), (None, True), ((5, 9), False), ((0, None), True), ((None, 0), False)],
+    ids=str,
+)
 @pytest.mark.parametrize(("L", "S"), [(37, 21), (18, 40)])
 def test_a_band_over_many_tiles(L, S, is_causal, window, backend):
     """The last query stands at the last key of a window; is_causal begins at the first of both.
@@ -69,6 +73,15 @@ def test_a_band_over_many_tiles(L, S, is_causal, window, backend):
     options = {"is_causal": is_causal, "window": window, "enable_gqa": True}
     slopes = torch.tensor([0.3, 0.1], device=DEVICE, dtype=torch.float64)
     assert_same(inputs, alibi_slopes=slopes, **options)
+
+
+@pytest.mark.parametrize("size", [40, 200])
+def test_chunks_of_batches_and_of_rows(size, monkeypatch):
+    monkeypatch.setattr(primitives, "CHUNK", size)
+    inputs = tensor(5, 2, 4, 2), tensor(5, 1, 6, 2), tensor(5, 1, 6, 3), tensor(5, 1, 4, 6)
+    with use_backend("aten"):
+        assert_same(inputs, enable_gqa=True, window=(3, 1))
+        assert_same((*inputs[:3], tensor(1, 2, 4, 1)), enable_gqa=True, window=(3, 1))
 
 
 def test_a_masks_gradient_over_many_tiles(backend):
@@ -114,9 +127,11 @@ def test_memory_is_in_the_order_of_the_query(options, name):
     with use_backend(name):
         y = attention(q, k, v, **options)
         grads = torch.autograd.grad(y, (q, k, v), torch.randn_like(y))
-        assert attention(q.contiguous(), k, v, **options).is_contiguous()
-    for t in (y, *grads):
-        assert t.transpose(1, 2).is_contiguous()
+        q, k, v = (t.detach().contiguous().requires_grad_() for t in (q, k, v))
+        z = attention(q, k, v, **options)
+        of_contiguous = torch.autograd.grad(z, (q, k, v), torch.randn_like(z))
+    assert all(t.transpose(1, 2).is_contiguous() for t in (y, *grads))
+    assert all(t.is_contiguous() for t in (z, *of_contiguous))
 
 
 @pytest.mark.parametrize(
@@ -242,15 +257,16 @@ def test_a_mask_and_is_causal_together(backend):
 
 
 def test_slopes_keep_their_digits_under_autocast(backend):
-    q, k, v = (tensor(1, 2, 6, 4, dtype=torch.float32) for _ in range(3))
-    slopes = torch.tensor([1.003, 1.0], device=DEVICE)
+    """In bfloat16 this one would be off by 0.2 %, and what it does to the farthest key by 3 %."""
+    k = torch.zeros(1, 1, 400, 2, device=DEVICE)
+    v = k.clone()
+    v[0, 0, 0] = 1e3
+    slopes = torch.tensor([0.0301], device=DEVICE)
     with torch.autocast(DEVICE, torch.bfloat16):
-        y = attention(q * 0, k, v, alibi_slopes=slopes)
-    distance = torch.arange(6.0)[:, None] - torch.arange(6.0)
-    P = torch.softmax(-slopes[:, None, None] * distance.abs().to(DEVICE), -1)
+        y = attention(k[:, :, :1], k, v, alibi_slopes=slopes)
+    P = torch.softmax(-slopes.double() * torch.arange(399, -1, -1, device=DEVICE), 0)
     assert y.dtype == torch.bfloat16
-    expected = (P @ v.bfloat16().float()).bfloat16()
-    torch.testing.assert_close(y, expected, rtol=1.6e-2, atol=4e-3)
+    assert abs(y[0, 0, 0, 0].item() / (P[0].item() * 1e3) - 1) < 0.01
 
 
 def test_a_query_that_is_not_a_number(backend):
