@@ -191,6 +191,7 @@ def _walk(by, tensors, options, k, of_z, of_log_p, needs, losses, lse, log_p):
             by.finish(l, d if any(makes) else None, sums, of_p, z_loss, softcap)
         if any(makes):
             gradients.add(rows, d)
+        del z, l, d, plain  # the next chunk takes their memory
     if log_p is not None:
         log_p.neg_()
     dx, dw, db = gradients.made(linear_weight, bias)
