@@ -77,6 +77,7 @@ CHECKS = {
     "edges_of_vocabulary_parallel",
     "second_derivatives_of_classes",
     "batch_norm_of_all_ranks",
+    "dropout",
 }
 
 
