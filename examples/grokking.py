@@ -16,7 +16,8 @@ What shows, on a CPU: to epoch 2000 the two are alike. Then stock's loss stays a
 gradient rises a thousandfold, and the network falls back and begins again; ours falls on, to 3e-12
 at epoch 4000. With seed 0 the test accuracy is then 69 % by stock's and 77 % by ours; with seed 1,
 at epoch 6000, 48 % and 66 %. What does not show in a few minutes is the paper's sudden rise to 100
-%: both networks generalise slowly.
+%: both networks generalise slowly. This setting is the one of nine tried where the difference is
+largest; of mod 59 it was 53 % and 57 %, of 70 % of mod 43 17 % and 18 %.
 
 A checkpoint is written every 100 epochs. After Ctrl-C the same command continues from the last one
 and ends with exactly the weights of an uninterrupted run. A finished run leaves its weights and its
