@@ -13,7 +13,6 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor
-from torch.utils.flop_counter import FlopCounterMode
 
 from ..backends import use_backend
 from .accesses import watched
@@ -99,6 +98,8 @@ def traffic(spec: OpSpec, size: str = "medium") -> list[Traffic]:
     Raises:
         RuntimeError: the interpreter is off.
     """
+    from torch.utils.flop_counter import FlopCounterMode  # which imports triton
+
     sample = spec.large(Make("cpu", torch.float32), size)
     given = [a for a in (*sample.args, *sample.kwargs.values()) if isinstance(a, Tensor)]
     with FlopCounterMode(display=False) as counter, use_backend("formula"), torch.no_grad():
