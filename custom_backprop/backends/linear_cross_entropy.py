@@ -289,8 +289,9 @@ def _backward_sharding(*args):
 
 
 def _flops(x, linear_weight, *rest):
-    """The logits, and once more for each of dx and dW."""
-    return 2 * prod(x) * prod(linear_weight[:-1]) * (1 + sum(rest[-1][:2]))
+    """The logits, once more for each of dx and dW, and db, a product with a vector."""
+    need_x, need_weight, *_, need_bias = rest[-1]
+    return 2 * x[0] * prod(linear_weight[:-1]) * (x[1] * (1 + need_x + need_weight) + need_bias)
 
 
 _TENSORS = (
