@@ -67,19 +67,16 @@ def _elements(
 
 @kernel
 def _features(
-    X, RESIDUAL, SEED, Y, rows, n, blocks, threshold: tl.uint32, scale: tl.float64, add: tl.float64,
+    X, SEED, Y, rows, n, blocks, threshold: tl.uint32, scale: tl.float64, add: tl.float64,
     instead: tl.float64, SHIFTED: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
-    """The same of (rows, n), one word a row."""
+    """y = m a x + b of (rows, n), one word a row."""
     row = (tl.program_id(0) // blocks).to(tl.int64) * ROWS + tl.arange(0, ROWS)
     column = (tl.program_id(0) % blocks).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
     keep = (word_of(tl.load(SEED), row) >= threshold)[:, None]
     place = row[:, None] * n + column[None, :]
     inside = (row < rows)[:, None] & (column < n)[None, :]
-    y = _dropped(read(X, place, inside), keep, scale, add, instead, SHIFTED)
-    if RESIDUAL is not None:
-        y += read(RESIDUAL, place, inside)
-    write(Y, place, inside, y)
+    write(Y, place, inside, _dropped(read(X, place, inside), keep, scale, add, instead, SHIFTED))
 
 
 @planned
@@ -103,11 +100,13 @@ def dropout(
     instead: float, features: bool, dtype: torch.dtype,
 ) -> Tensor:  # fmt: skip
     """y of ``dtype``, with the strides of x if it is dense: scale x + add where a word is not below
-    ``threshold``, else ``instead``, plus the residual. Backward is the same of dy."""
+    ``threshold``, else ``instead``; plus the residual, if not ``features``. Backward is the same of
+    dy."""
     rows, residual = x.contiguous(), None if residual is None else residual.contiguous()
     y = torch.empty_like(rows, dtype=dtype)
     if x.numel():
         launch = plan(tuple(x.shape), features, bool(add or instead), x.dtype)
         numbers = {"threshold": threshold, "scale": scale, "add": add, "instead": instead}
-        launch(rows, residual, seed, y, **numbers)
+        tensors = (rows, seed, y) if features else (rows, residual, seed, y)
+        launch(*tensors, **numbers)
     return y if x.is_contiguous() else like(y, x)

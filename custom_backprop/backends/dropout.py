@@ -50,7 +50,8 @@ def _aten_backward(dy, seed, p, alpha, features, philox, dtype):
 
 
 def _forward(x, residual, seed, p, alpha, features, philox):
-    if not philox:  # made by ATen, and the backend was changed since
+    # made by ATen, and the backend was changed since; or what no function combines
+    if not philox or (features and residual is not None):
         return formula.dropout(x, residual, seed, p, alpha, features, philox)
     numbers = formula.threshold(p), *formula.coefficients(p, alpha)
     return _launch(x, residual, seed, *numbers, features, formula.result_type(x, residual))

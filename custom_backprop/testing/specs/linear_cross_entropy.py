@@ -78,9 +78,8 @@ def _layer(make: Make, *shapes: tuple[int, ...]) -> Any:
 
 
 def _samples(make: Make) -> Iterator[Sample]:
-    x, w, b = _layer(make, (3, 2), (3, 2), (3,))
-    layer = x, w, some_classes(make, 3, high=3), b
-    yield Sample(layer, name="mean")
+    x, w, b = _layer(make, (2, 2), (3, 2), (3,))
+    yield Sample((x, w, some_classes(make, 2, high=3), b), name="mean")
     options: Any = {
         "weight": make.tensor(3, low=0.1, requires_grad=False),
         "ignore_index": 2,
@@ -88,21 +87,17 @@ def _samples(make: Make) -> Iterator[Sample]:
         "reduction": "sum",
         "chunk_size": 1,
     }
-    several = *_layer(make, (2, 2), (3, 2, 1, 2)), make.index(2, 2, 1, high=3)
+    several = *_layer(make, (2, 1), (3, 2, 1, 1)), make.index(2, 2, 1, high=3)
     yield Sample(several, options, name="several predictions, weight, smoothing, sum")
-    options = {
-        "token_weight": make.tensor(3, low=0.1, requires_grad=False),
-        "softcap": 4.0,
-        "z_loss": 0.1,
-        "reduction": "none",
-        "chunk_size": 2,
-    }
-    three = *_layer(make, (3, 2), (2, 2)), some_classes(make, 3, high=2)
-    yield Sample(three, options, name="weights of tokens, soft cap, z-loss, none")
-    options = {**options, "weight": make.tensor(2, low=0.1, requires_grad=False)}
-    yield Sample(three, options | {"reduction": "mean"}, name="the same, weight, mean")
-    plain = *_layer(make, (2, 2), (3, 2)), make.index(2, high=3)
-    yield Sample(plain, {"reduction": "none"}, name="none")
+    tokens = make.tensor(3, low=0.1, requires_grad=False)
+    options = {"token_weight": tokens, "softcap": 4.0, "z_loss": 0.1, "chunk_size": 2}
+    three = *_layer(make, (3, 1), (2, 1)), some_classes(make, 3, high=2)
+    yield Sample(
+        three, {**options, "reduction": "none"}, name="weights of tokens, soft cap, z-loss, none"
+    )
+    classes = make.tensor(2, low=0.1, requires_grad=False)
+    options = {"token_weight": tokens, "weight": classes, "softcap": 4.0}
+    yield Sample(three, options, name="weights of tokens and of classes, soft cap, mean")
     one = *_layer(make, (2,), (3, 2)), make.index(1, high=3).view(())
     yield Sample(one, name="one row")
     options = {
@@ -111,7 +106,7 @@ def _samples(make: Make) -> Iterator[Sample]:
         "label_smoothing": 0.3,
         "z_loss": 0.1,
     }
-    given = *_layer(make, (2, 2), (3, 1, 2)), make.probabilities(2, 3, 1, dim=1)
+    given = *_layer(make, (2, 1), (3, 1, 1)), make.probabilities(2, 3, 1, dim=1)
     yield Sample(given, options, name="probabilities, weights, smoothing, z-loss, mean")
     nothing = make.tensor(0, 2), make.tensor(3, 2), make.index(0, high=3), make.tensor(3)
     yield Sample(nothing, {"reduction": "sum"}, name="no rows")
@@ -126,9 +121,15 @@ def _large(make: Make, size: str) -> Sample:
 
 def _regimes(make: Make) -> Iterator[Sample]:
     """The soft cap and the z-loss, of rows that fit in one block, of rows that are read in a loop,
-    and of several predictions; with the logits of a chunk in int64."""
+    and of several predictions; with offsets in a chunk, and of classes, in int64."""
     for options in ({"softcap": 30.0}, {"z_loss": 1e-4}, {"softcap": 30.0, "z_loss": 1e-4}):
-        for rows, classes in ((256, (1024,)), (256, (2**15,)), (256, (1024, 4)), (2**16, (2**15,))):
+        for rows, classes in (
+            (256, (1024,)),
+            (256, (2**15,)),
+            (256, (1024, 4)),
+            (2**16, (2**15,)),
+            (1, (2**15, 2**16)),
+        ):
             x, w = make.tensor(rows, 16), make.tensor(*classes, 16)
             target = make.index(rows, *classes[1:], high=classes[0])
             yield Sample((x, w, target), {**options, "chunk_size": rows}, name=f"{options}")
@@ -165,6 +166,5 @@ SPECS = [
         regimes=_regimes,
         module=(nn.LinearCrossEntropyLoss, nn.linear_cross_entropy._Stock, OPTIONS, inputs),
         module_variants=({**FEATURES, "out_features": (2,), "softcap": 2.0, "z_loss": 0.1},),
-        representative=True,
     ),
 ]
