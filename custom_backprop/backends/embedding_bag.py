@@ -7,7 +7,7 @@ import torch
 from ..formulas import embedding_bag as formula
 from ..formulas.precision import HALF
 from . import embedding
-from .library import builtin, launcher, primitive
+from .library import P, R, builtin, launcher, primitive
 
 _embedding_bag = builtin(torch.ops.aten._embedding_bag)
 _dense_backward = builtin(torch.ops.aten._embedding_bag_dense_backward)
@@ -65,12 +65,22 @@ def _backward(
     return first if dw is None else dw, dp
 
 
+def _sharding(weight, per_sample, index, bounds, mode, *options):
+    yield [1, 1 if mode == "max" else R], [1, R, R, R]
+
+
+def _backward_sharding(dy, weight, per_sample, picked, *rest):
+    need_weight, need_per_sample = rest[-2:]
+    yield [1 if need_weight else R, P if need_per_sample else R], [1, 1, R, 1, R, R]
+
+
 forward = primitive(
     "embedding_bag_forward(Tensor weight, Tensor? per_sample_weights, Tensor index, Tensor bounds, "
     "str mode, int padding_idx, bool scale_grad_by_freq, bool sparse) -> (Tensor y, Tensor picked)",
     formula=formula.bag_forward,
     aten=_forward,
     triton=launcher("embedding_bag", "forward"),
+    sharding=_sharding,
 )
 backward = primitive(
     "embedding_bag_backward(Tensor dy, Tensor? weight, Tensor? per_sample_weights, Tensor? picked, "
@@ -80,4 +90,5 @@ backward = primitive(
     aten=_backward,
     triton=launcher("embedding_bag", "backward"),
     traced="kernel",  # a compiler would sum by atomics
+    sharding=_backward_sharding,
 )

@@ -23,8 +23,10 @@ from .precision import widen
 
 def bags_of(index: Tensor, bounds: Tensor) -> Tensor:
     """b(k); the number of bags, where an entry is behind the last."""
-    entry = indices(index, index.shape[0]).to(bounds.dtype)
-    return torch.searchsorted(bounds[1:].contiguous(), entry, right=True)
+    n, ends = index.shape[0], bounds[1:]
+    # the bags that end at entry k or before are counted: DTensor has no searchsorted
+    ended = ends.new_zeros(n + 1).index_add(0, ends.clamp(max=n), torch.ones_like(ends))
+    return ended.cumsum(0)[:n]
 
 
 def factors(

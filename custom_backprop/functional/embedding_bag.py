@@ -8,6 +8,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from ..formulas.constant import indices
 from ..ops import embedding_bag as ops
 from ..ops.route import overridable
 from .embedding import INDICES, not_a_look_up, renormalize, row_of_padding
@@ -74,7 +75,7 @@ def embedding_bag(
         padding = row_of_padding("embedding_bag", padding_idx, weight, RuntimeError)
     if input.dim() == 2 and offsets is None:
         bags, n = input.shape
-        index, bounds = input.reshape(-1), n * torch.arange(bags + 1, device=input.device)
+        index, bounds = input.reshape(-1), n * indices(input, bags + 1)
     else:
         index, bounds = input, _bounds(input, offsets, include_last_offset)
     if max_norm is not None:

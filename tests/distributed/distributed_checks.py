@@ -359,7 +359,8 @@ def check_ops_of_the_database(mesh):
                     assert off < 1e-10, f"{label}: off by {off}"
                     followed.update([name] if any(p.is_shard() for p in placements) else [])
     masks = {name for name, spec in database().items() if spec.family == "dropout"}
-    assert followed == database().keys() - {"info_nce"} - masks  # see check_dropout
+    # of the masks see check_dropout, of embedding_bag's columns check_placements
+    assert followed == database().keys() - {"info_nce", "embedding_bag"} - masks
     assert not refused & {
         name for name, spec in database().items() if spec.family in {"activation", "prelu"}
     }
@@ -379,8 +380,10 @@ def difference(spec, sample, placements, mesh):
         else:
             ours.append(a)
             stock.append(a)
-    # torch refuses the product of an expanded DTensor of one dimension
-    twice = spec.family != "linear" or sample.args[0].dim() > 1
+    # torch refuses the product of an expanded DTensor of one dimension, and has no second
+    # derivative of per-sample weights
+    vector = spec.family == "linear" and sample.args[0].dim() == 1
+    twice = not vector and sample.name != "sum, per-sample weights"
     result = spec.function(*ours, **sample.kwargs)
     found = derivatives(
         result,
@@ -614,6 +617,16 @@ def cases_of_placements():
     yield "rms_norm", rms_norm, (x, slopes), [S(0), R], S(0), [S(0), P]
     yield "swiglu, halves", functional.swiglu, (x,), [S(0)], S(0), [S(0)]
     yield "swiglu, two tensors", functional.swiglu, (x, t), [S(1)] * 2, S(1), [S(1)] * 2
+    bags = torch.randint(8, (4, 3))
+    for mode in ("sum", "mean", "max"):
+        look_up = partial(functional.embedding_bag, mode=mode)
+        yield f"embedding_bag, {mode}", look_up, (bags, W), [R, S(1)], S(1), [S(1)]
+
+    def weighted(index, weight, p):
+        return functional.embedding_bag(index, weight, mode="sum", per_sample_weights=p)
+
+    some = bags, W, torch.randn(4, 3)
+    yield "embedding_bag, weighted", weighted, some, [R, S(1), R], S(1), [S(1), P]
     weights = W, torch.randn(8, 8), torch.randn(8, 8)
     for recompute in (False, True):
         mlp = partial(functional.swiglu_mlp, recompute=recompute)
