@@ -214,7 +214,7 @@ def _backward_sharding(dy, q, k, v, mask, slopes, noise, y, l, *rest):
 
 
 def _flops(q, k, v, *_):
-    """q kᵀ and P v."""
+    """q kᵀ and P v of all keys, as torch counts them, also where a band leaves some out."""
     return 2 * prod(q[:3]) * k[2] * (q[3] + v[3])
 
 

@@ -85,7 +85,6 @@ def _samples(make: Make) -> Iterator[Sample]:
         "ignore_index": 2,
         "label_smoothing": 0.2,
         "reduction": "sum",
-        "chunk_size": 1,
     }
     several = *_layer(make, (2, 1), (3, 2, 1, 1)), make.index(2, 2, 1, high=3)
     yield Sample(several, options, name="several predictions, weight, smoothing, sum")
