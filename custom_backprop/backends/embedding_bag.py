@@ -69,9 +69,10 @@ def _sharding(weight, per_sample, index, bounds, mode, *options):
     yield [1, 1 if mode == "max" else R], [1, R, R, R]
 
 
-def _backward_sharding(dy, weight, per_sample, picked, *rest):
+def _backward_sharding(dy, weight, per_sample, picked, index, bounds, rows, mode, *rest):
     need_weight, need_per_sample = rest[-2:]
-    yield [1 if need_weight else R, P if need_per_sample else R], [1, 1, R, 1, R, R]
+    grads = [1 if need_weight else R, P if need_per_sample else R]
+    yield grads, [1, 1, R, 1 if mode == "max" else R, R, R]
 
 
 forward = primitive(
