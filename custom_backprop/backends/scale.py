@@ -6,7 +6,7 @@ from __future__ import annotations
 import torch
 
 from ..formulas import scale as formula
-from .library import R, launcher, primitive
+from .library import P, R, launcher, primitive
 
 
 def _aten_(grad, dy):
@@ -23,7 +23,7 @@ def _vmap(info, in_dims, grad, dy):
 
 
 def _sharding(grad, dy):
-    return (([i], [i, R]) for i in range(grad.dim()))
+    return (([i], [i, R]) for i in (P, *range(grad.dim())))
 
 
 scale = primitive(

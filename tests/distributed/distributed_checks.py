@@ -12,6 +12,7 @@ import warnings
 from contextlib import contextmanager
 from datetime import timedelta
 from functools import partial
+from itertools import product
 from pathlib import Path
 from unittest import mock
 
@@ -347,7 +348,7 @@ def check_ops_of_the_database(mesh):
                 refusal = None
                 try:
                     with quiet():  # about shapes that broadcast
-                        off = difference(spec, sample, placements, mesh)
+                        off = difference(spec, sample, placements, mesh, label)
                 # raised by ours, or by an operator of torch before it
                 except (NotImplementedError, RuntimeError) as raised:
                     refusal = str(raised)
@@ -359,16 +360,19 @@ def check_ops_of_the_database(mesh):
                     assert off < 1e-10, f"{label}: off by {off}"
                     followed.update([name] if any(p.is_shard() for p in placements) else [])
     masks = {name for name, spec in database().items() if spec.family == "dropout"}
-    # of the masks see check_dropout, of embedding_bag's columns check_placements
-    assert followed == database().keys() - {"info_nce", "embedding_bag"} - masks
+    # of the masks see check_dropout; of ops whose samples do not fit a shard, check_placements
+    elsewhere = {"embedding_bag", "geglu_mlp", "linear_cross_entropy"}
+    expected = database().keys() - {"info_nce"} - elsewhere - masks
+    assert followed == expected, followed ^ expected
     assert not refused & {
         name for name, spec in database().items() if spec.family in {"activation", "prelu"}
     }
 
 
-def difference(spec, sample, placements, mesh):
+def difference(spec, sample, placements, mesh, label):
     """The largest error of the output, its gradients and the gradients of a penalty on them,
-    computed on DTensors. The gradient of a sharded tensor is sharded in the same way."""
+    computed on DTensors. The gradient of a sharded tensor is sharded in the same way, where
+    backward sees that tensor."""
     given = iter(placements)
     ours, stock = [], []
     for a in sample.args:
@@ -395,7 +399,9 @@ def difference(spec, sample, placements, mesh):
     leaves = [a for a in ours if isinstance(a, DTensor) and a.requires_grad]
     for leaf, gradient in zip(leaves, found[len(outputs(result)) :], strict=False):
         if leaf.numel() and any(p.is_shard() for p in leaf.placements):
-            assert gradient.placements == leaf.placements, f"{spec.name}: {gradient.placements}"
+            # the backward of rotary sees dy alone, which is replicated
+            of = (Replicate(),) if spec.family == "rotary" else leaf.placements
+            assert gradient.placements == of, f"{label}: {gradient.placements} of {of}"
     return max(map(error, map(whole, found), expected))
 
 
@@ -628,11 +634,15 @@ def cases_of_placements():
     some = bags, W, torch.randn(4, 3)
     yield "embedding_bag, weighted", weighted, some, [R, S(1), R], S(1), [S(1), P]
     weights = W, torch.randn(8, 8), torch.randn(8, 8)
-    for recompute in (False, True):
-        mlp = partial(functional.swiglu_mlp, recompute=recompute)
+    for recompute, gated in product((False, True), (functional.swiglu_mlp, functional.geglu_mlp)):
+        mlp = partial(gated, recompute=recompute)
         rows, columns = [S(0), R, R, R], [R, S(0), S(0), S(1)]
-        yield "swiglu_mlp, rows", mlp, (x, *weights), rows, S(0), [S(0), P, P, P]
-        yield "swiglu_mlp, columns", mlp, (x, *weights), columns, P, [P, *columns[1:]]
+        yield f"{gated.__name__}, rows", mlp, (x, *weights), rows, S(0), [S(0), P, P, P]
+        yield f"{gated.__name__}, columns", mlp, (x, *weights), columns, P, [P, *columns[1:]]
+    for reduction, of in (("none", S(0)), ("sum", P)):
+        loss = partial(functional.linear_cross_entropy, reduction=reduction)
+        rows = [S(0), R, S(0)]
+        yield f"linear_cross_entropy, {reduction}", loss, (x, W, classes), rows, of, [S(0), P]
     yield "normalize", functional.normalize, (x,), [S(0)], S(0), [S(0)]
     yield "prelu, rows", functional.prelu, (x, slopes), [S(0), R], S(0), [S(0), P]
     yield "prelu, channels", functional.prelu, (x, slopes), [S(1), S(0)], S(1), [S(1), S(0)]
