@@ -106,6 +106,14 @@ def _cells_of(row, start, rows, channels, chunks, group, CELLS: tl.constexpr):
     return part, channel, (row < rows)[:, None] & (k < chunks * group)
 
 
+@triton.jit
+def _count(part, inner, per, length, size, chunks, BLOCK: tl.constexpr):
+    """How many of a channel's numbers the cells of these parts have."""
+    first = part % chunks * size
+    last = tl.minimum(first + size, length)
+    return _before(last, inner, per, BLOCK) - _before(first, inner, per, BLOCK)
+
+
 @kernel
 def _statistics(
     PARTIAL, MEAN, RSTD, VARIANCE, rows, n, channels, inner, per, length, size, chunks, group,
@@ -117,18 +125,14 @@ def _statistics(
     sums = tl.zeros((ROWS, CELLS), dtype)
     for start in range(0, chunks * group, CELLS):
         part, channel, inside = _cells_of(row, start, rows, channels, chunks, group, CELLS)
-        first = part % chunks * size
-        last = tl.minimum(first + size, length)
-        count = _before(last, inner, per, BLOCK) - _before(first, inner, per, BLOCK)
+        count = _count(part, inner, per, length, size, chunks, BLOCK)
         place = part.to(tl.int64) * channels + channel
         sums += tl.load(PARTIAL + place, inside, other=0.0) * count.to(dtype)
     mean = tl.sum(sums, 1)[:, None] / n
     squares = tl.zeros((ROWS, CELLS), dtype)
     for start in range(0, chunks * group, CELLS):
         part, channel, inside = _cells_of(row, start, rows, channels, chunks, group, CELLS)
-        first = part % chunks * size
-        last = tl.minimum(first + size, length)
-        count = _before(last, inner, per, BLOCK) - _before(first, inner, per, BLOCK)
+        count = _count(part, inner, per, length, size, chunks, BLOCK)
         place = part.to(tl.int64) * channels + channel
         d = tl.load(PARTIAL + place, inside, other=0.0) - mean
         squares += tl.where(inside, d * d * count.to(dtype), 0.0)

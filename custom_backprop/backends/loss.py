@@ -157,7 +157,8 @@ def _binary_cross_entropy_with_logits_total(x, t, v, k, g):
     total += torch.clamp_min(x, 0, out=g).addcmul_(t, x, value=-1).sum().item()
     if math.isnan(total):
         return _one_by_one(FILL["binary_cross_entropy_with_logits"], x, t, v, k, g)
-    _binary_cross_entropy_with_logits_dx(x, t, k, g)
+    for xs, ts, gs in _chunks(CHUNK // 8, x, t, g):  # beside which little memory is taken
+        _binary_cross_entropy_with_logits_dx(xs, ts, k, gs)
     return total
 
 

@@ -49,6 +49,18 @@ def common_dtype(*tensors: Tensor | None) -> torch.dtype:
     )
 
 
+def is_autocast(t: Tensor) -> bool:
+    """Whether autocast is on for the device of ``t``. Of meta torch may not be asked."""
+    return not t.is_meta and torch.is_autocast_enabled(t.device.type)
+
+
+def have_one_dtype(*tensors: Tensor) -> bool:
+    """Whether the tensors have one dtype, or will have when autocast has cast them, which leaves
+    float64."""
+    dtypes = {t.dtype for t in tensors}
+    return len(dtypes) == 1 or (torch.float64 not in dtypes and is_autocast(tensors[0]))
+
+
 def same_dtype(*tensors: Any) -> Any:
     """The tensors (or None) in their common dtype."""
     dtype = common_dtype(*tensors)
@@ -129,7 +141,7 @@ def check_weight(name: str, input: Tensor, weight: Tensor) -> None:
             f"{name}: weight must have the shape ({classes},), one number a class, got "
             f"{tuple(weight.shape)}"
         )
-    if weight.dtype != input.dtype and not torch.is_autocast_enabled(input.device.type):
+    if not have_one_dtype(input, weight):
         raise RuntimeError(
             f"{name}: expected a weight of the dtype of the input, {input.dtype}, got "
             f"{weight.dtype}"

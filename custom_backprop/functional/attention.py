@@ -8,8 +8,8 @@ import torch
 from torch import Tensor
 
 from ..ops.attention import attention
-from ..ops.route import LOWER, overridable
-from .arguments import not_tensors
+from ..ops.route import overridable
+from .arguments import have_one_dtype, is_autocast, not_tensors
 
 __all__ = ["scaled_dot_product_attention"]
 
@@ -112,16 +112,12 @@ def _check(q, k, v, mask, p):
             f"{_NAME}: expected all tensors on one device, got "
             f"{', '.join(str(t.device) for t in given)}"
         )
-    fits = mask is None or mask.dtype in (torch.bool, torch.float32, q.dtype)
-    if not (k.dtype == v.dtype == q.dtype and fits) and not _is_autocast(q):
+    fits = mask is None or mask.dtype in (torch.bool, torch.float32, q.dtype) or is_autocast(q)
+    if not (fits and have_one_dtype(q, k, v)):
         raise RuntimeError(
             f"{_NAME}: query, key and value must have the same dtype, and a mask that of the query,"
             f" bool or float32, got {', '.join(str(t.dtype) for t in given)}"
         )
-
-
-def _is_autocast(t):
-    return t.device.type in LOWER and torch.is_autocast_enabled(t.device.type)
 
 
 def _shapes(*tensors):
@@ -208,4 +204,4 @@ def _slopes(slopes, q):
             f"{_NAME} is not differentiable with respect to alibi_slopes, which requires grad: "
             "give what they add as attn_mask"
         )
-    return slopes.double() if _is_autocast(q) else slopes
+    return slopes.double() if is_autocast(q) else slopes

@@ -13,7 +13,7 @@ from ..formulas.activation import ACTIVATIONS
 from ..ops import linear as ops
 from ..ops.activation import activations
 from ..ops.route import overridable
-from .arguments import not_tensors, number
+from .arguments import have_one_dtype, not_tensors, number
 
 __all__ = ["linear", "linear_activation"]
 
@@ -112,11 +112,8 @@ def _check(name: str, x: Tensor, weight: Tensor, bias: Tensor | None) -> None:
             f"{name}: a bias of shape {tuple(bias.shape)} does not fit a weight of shape "
             f"{tuple(weight.shape)}"
         )
-    if x.dtype != weight.dtype or (bias is not None and bias.dtype != weight.dtype):
-        dtypes = [t.dtype for t in given]
-        if torch.is_autocast_enabled(x.device.type) and torch.float64 not in dtypes:
-            return  # it casts them to one; float64 it leaves
-        got = ", ".join(map(str, dtypes))
+    if not have_one_dtype(*given):
+        got = ", ".join(str(t.dtype) for t in given)
         raise RuntimeError(f"{name}: input, weight and bias must have the same dtype, got {got}")
 
 

@@ -12,8 +12,14 @@ from torch import Tensor
 from torch.nn import _reduction as _Reduction
 
 from ..ops import linear_cross_entropy as ops
-from ..ops.route import OWN, overridable
-from .arguments import check_classes, check_weight, not_tensors
+from ..ops.route import overridable
+from .arguments import (
+    check_classes,
+    check_weight,
+    have_one_dtype,
+    is_autocast,
+    not_tensors,
+)
 
 __all__ = ["linear_cross_entropy"]
 
@@ -115,7 +121,7 @@ def linear_cross_entropy(
         weight, smoothing = None, 0.0
     product = input.dtype
     dtype = torch.promote_types(product, target.dtype) if probabilities else product
-    if _is_cast(input) and product != torch.float64:
+    if is_autocast(input) and product != torch.float64:
         product = torch.get_autocast_dtype(input.device.type)
         dtype = torch.promote_types(dtype, torch.float32)
     in_parts = return_z_loss or return_log_probs
@@ -142,11 +148,6 @@ def linear_cross_entropy(
         return found if not found.dim() or found.shape == shape else found.view(shape)
     loss, z, log_p = (t if not t.dim() or not t.numel() else t.view(shape) for t in found)
     return loss, *([z] if return_z_loss else []), *([log_p] if return_log_probs else [])
-
-
-def _is_cast(input: Tensor) -> bool:
-    """Whether autocast is on."""
-    return input.device.type in OWN and torch.is_autocast_enabled(input.device.type)
 
 
 def _is_common(input: Tensor, target: Tensor, outer: torch.Size) -> bool:
@@ -189,9 +190,7 @@ def _check_layer(
             f"{name}: expected a bias of shape {tuple(linear_weight.shape[:-1])}, got "
             f"{tuple(linear_bias.shape)}"
         )
-    if not all(t.is_floating_point() for t in given) or (
-        any(t.dtype != input.dtype for t in given) and not _is_cast(input)
-    ):
+    if not (all(t.is_floating_point() for t in given) and have_one_dtype(*given)):
         got = ", ".join(str(t.dtype) for t in given)
         raise RuntimeError(
             f"{name}: input, weight and bias must be floating-point and have the same dtype, got "

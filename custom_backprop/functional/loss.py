@@ -20,7 +20,7 @@ from ..backends.selection import backend_of, is_traced, is_transformed
 from ..formulas.loss import BATCHMEAN, SUM
 from ..ops.loss import pointwise
 from ..ops.route import overridable
-from .arguments import common_dtype, number, reduction_of, together
+from .arguments import common_dtype, is_autocast, number, reduction_of, together
 
 __all__ = [
     "binary_cross_entropy",
@@ -158,8 +158,7 @@ def binary_cross_entropy(
         )
     if not input.is_floating_point():
         return torch.nn.functional.binary_cross_entropy(input, target, weight, reduction=reduction)
-    # of meta it may not be asked
-    autocast = not input.is_meta and torch.is_autocast_enabled(input.device.type)
+    autocast = is_autocast(input)
     if autocast and input.is_cuda:
         raise RuntimeError(
             "binary_cross_entropy is unsafe to autocast: use "

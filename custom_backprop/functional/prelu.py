@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-import torch
 from torch import Tensor
 
 from ..ops import prelu as ops
 from ..ops.route import overridable
-from .arguments import not_tensors
+from .arguments import have_one_dtype, not_tensors
 
 __all__ = ["prelu"]
 
@@ -28,14 +27,10 @@ def prelu(input: Tensor, weight: Tensor) -> Tensor:
     """
     if not (isinstance(input, Tensor) and isinstance(weight, Tensor)):
         raise not_tensors("prelu", input, weight)
-    dtypes = input.dtype, weight.dtype
-    if input.dtype != weight.dtype and (
-        torch.float64 in dtypes  # which autocast does not cast
-        or input.is_meta
-        or not torch.is_autocast_enabled(input.device.type)
-    ):
+    if not have_one_dtype(input, weight):
         raise RuntimeError(
-            f"prelu: input and weight must have the same dtype, got {dtypes[0]} and {dtypes[1]}"
+            f"prelu: input and weight must have the same dtype, got {input.dtype} and "
+            f"{weight.dtype}"
         )
     channels = input.shape[1] if input.dim() > 1 else 1
     if weight.dim() > 1 or weight.numel() not in (1, channels):

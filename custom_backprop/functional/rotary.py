@@ -26,7 +26,7 @@ def rotary_embedding(
     Args:
         input: (..., seq, dim), floating-point: the queries or keys of scaled_dot_product_attention,
             (batch, heads, seq, dim). Of other orders take a view, as ``x.transpose(1, 2)`` of
-            (batch, seq, heads, dim): no stride is too odd, and the result has the same.
+            (batch, seq, heads, dim): any strides will do, and the result has the same.
         cos, sin: (positions, half), of the dtype of ``input``, or float32 for half precision. The
             first 2 half numbers of a row are turned, and the rest passes through. They have no
             gradient. :class:`custom_backprop.nn.RotaryEmbedding` makes them.

@@ -53,7 +53,7 @@ class _GatedMLP(torch.nn.Module):
 
 
 class SwiGLUMLP(_GatedMLP):
-    """y = (silu(x Wg) x Wu) Wd: the MLP of Llama, in one Function. See
+    """y = (silu(x Wgᵀ) x Wuᵀ) Wdᵀ: the MLP of Llama, in one Function. See
     :func:`custom_backprop.functional.swiglu_mlp`.
 
     Its layers are ``gate_proj``, ``up_proj`` and ``down_proj``. If one of them has hooks, or is no
@@ -75,7 +75,7 @@ class SwiGLUMLP(_GatedMLP):
 
 
 class GEGLUMLP(_GatedMLP):
-    """y = (gelu(x Wg) x Wu) Wd: the MLP of T5 1.1 and Gemma, in one Function. See
+    """y = (gelu(x Wgᵀ) x Wuᵀ) Wdᵀ: the MLP of T5 1.1 and Gemma, in one Function. See
     :func:`custom_backprop.functional.geglu_mlp`.
 
     Args:

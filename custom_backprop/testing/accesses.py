@@ -45,8 +45,8 @@ def watched(
     """
     if not interpreting():
         raise RuntimeError(
-            "an audit reads the memory accesses of Triton's interpreter: set TRITON_INTERPRET=1 "
-            "before the first import"
+            "memory accesses are seen in Triton's interpreter alone: set TRITON_INTERPRET=1 before "
+            "the first import"
         )
     import triton.language as tl
     from triton.runtime.interpreter import GridExecutor, TensorHandle, interpreter_builder

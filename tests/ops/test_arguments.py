@@ -129,3 +129,39 @@ def test_ignored_rows_have_no_gradient_even_of_nan(dtype, backend):
     assert (ours[1] == 0).all()
     assert (ours[3] == 0).all()
     assert torch.equal(ours.isnan(), stock.isnan())
+
+
+CLASSES = torch.tensor([0, 1], device=DEVICE)
+
+#: function -> the rest of its arguments after an input (2, 4), made by a function of a shape
+OF_ONE_DTYPE = {
+    "linear": lambda t: (t(3, 4),),
+    "linear_activation": lambda t: (t(3, 4), None, "relu"),
+    "swiglu_mlp": lambda t: (t(3, 4), t(3, 4), t(4, 3)),
+    "scaled_dot_product_attention": lambda t: (t(3, 4), t(3, 4)),
+    "linear_cross_entropy": lambda t: (t(3, 4), CLASSES),
+    "prelu": lambda t: (t(4),),
+    "cross_entropy": lambda t: (CLASSES, t(4).abs()),
+}
+
+
+@pytest.mark.parametrize("name", OF_ONE_DTYPE)
+def test_dtypes_that_differ(name, backend):
+    """Autocast makes one of float32 and bfloat16, and leaves float64, as stock's does."""
+
+    def given(dtype):
+        return OF_ONE_DTYPE[name](lambda *shape: torch.randn(shape, device=DEVICE, dtype=dtype))
+
+    function, x = getattr(functional, name), torch.randn(2, 4, device=DEVICE)
+    for dtype in (torch.bfloat16, torch.float64):
+        with pytest.raises(RuntimeError, match="dtype"):
+            function(x, *given(dtype))
+    with torch.autocast(DEVICE, torch.bfloat16):
+        function(x, *given(torch.bfloat16))
+        with pytest.raises(RuntimeError, match="dtype"):
+            function(x.double(), *given(torch.float32))
+        with pytest.raises(RuntimeError, match="dtype"):
+            function(x, *given(torch.float64))
+    meta = [a.to("meta") if isinstance(a, torch.Tensor) else a for a in given(torch.bfloat16)]
+    with pytest.raises(RuntimeError, match="dtype"):
+        function(x.to("meta"), *meta)

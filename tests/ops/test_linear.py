@@ -357,15 +357,6 @@ def test_complex_numbers_are_left_to_stock(backend):
     torch.testing.assert_close(*results)
 
 
-@pytest.mark.parametrize("op", ["linear", "linear_activation"])
-def test_autocast_leaves_float64(op, backend):
-    x, weight = tensor(3, 4).double(), tensor(5, 4).float()
-    arguments = ("relu",) if op == "linear_activation" else ()
-    expected = f"{op}: input, weight and bias must have the same dtype, got torch.float64, torch.fl"
-    with torch.autocast(DEVICE), pytest.raises(RuntimeError, match=expected):
-        getattr(functional, op)(x, weight, None, *arguments)
-
-
 def test_the_tangent_of_a_bias_alone_has_the_shape_of_the_output():
     x, weight, bias = tensor(2, 3, 4), tensor(5, 4), tensor(5)
     t = torch.randn_like(bias)
