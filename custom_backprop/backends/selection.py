@@ -139,6 +139,11 @@ def is_plain(args: tuple[Any, ...]) -> bool:
     ) and _PLAIN_TYPES.issuperset(map(type, args))
 
 
+def is_autocast(t: torch.Tensor) -> bool:
+    """Whether autocast is on for the device of ``t``. Of meta torch may not be asked."""
+    return not t.is_meta and torch.is_autocast_enabled(t.device.type)
+
+
 def is_traced() -> bool:
     """Whether a compiler, an exporter or a tracer looks on: it is shown a formula, and no value is
     looked at."""

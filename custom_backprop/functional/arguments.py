@@ -11,6 +11,8 @@ import torch
 from torch import Tensor
 from torch.nn import _reduction as _Reduction
 
+from ..backends.selection import is_autocast
+
 
 def number(name: str, p: Any) -> float:
     """A parameter of the function ``name`` as a float.
@@ -49,16 +51,10 @@ def common_dtype(*tensors: Tensor | None) -> torch.dtype:
     )
 
 
-def is_autocast(t: Tensor) -> bool:
-    """Whether autocast is on for the device of ``t``. Of meta torch may not be asked."""
-    return not t.is_meta and torch.is_autocast_enabled(t.device.type)
-
-
-def have_one_dtype(*tensors: Tensor) -> bool:
-    """Whether the tensors have one dtype, or will have when autocast has cast them, which leaves
-    float64."""
-    dtypes = {t.dtype for t in tensors}
-    return len(dtypes) == 1 or (torch.float64 not in dtypes and is_autocast(tensors[0]))
+def cast_to_one_dtype(*tensors: Tensor) -> bool:
+    """Whether autocast will cast tensors of several dtypes to one: it is on, and none is float64,
+    which it leaves."""
+    return is_autocast(tensors[0]) and all(t.dtype != torch.float64 for t in tensors)
 
 
 def same_dtype(*tensors: Any) -> Any:
@@ -141,7 +137,7 @@ def check_weight(name: str, input: Tensor, weight: Tensor) -> None:
             f"{name}: weight must have the shape ({classes},), one number a class, got "
             f"{tuple(weight.shape)}"
         )
-    if not have_one_dtype(input, weight):
+    if weight.dtype != input.dtype and not cast_to_one_dtype(input, weight):
         raise RuntimeError(
             f"{name}: expected a weight of the dtype of the input, {input.dtype}, got "
             f"{weight.dtype}"

@@ -7,9 +7,10 @@ import math
 import torch
 from torch import Tensor
 
+from ..backends.selection import is_autocast
 from ..ops.attention import attention
 from ..ops.route import overridable
-from .arguments import have_one_dtype, is_autocast, not_tensors
+from .arguments import cast_to_one_dtype, not_tensors
 
 __all__ = ["scaled_dot_product_attention"]
 
@@ -113,7 +114,7 @@ def _check(q, k, v, mask, p):
             f"{', '.join(str(t.device) for t in given)}"
         )
     fits = mask is None or mask.dtype in (torch.bool, torch.float32, q.dtype) or is_autocast(q)
-    if not (fits and have_one_dtype(q, k, v)):
+    if not (fits and (k.dtype == v.dtype == q.dtype or cast_to_one_dtype(q, k, v))):
         raise RuntimeError(
             f"{_NAME}: query, key and value must have the same dtype, and a mask that of the query,"
             f" bool or float32, got {', '.join(str(t.dtype) for t in given)}"

@@ -13,7 +13,7 @@ from ..formulas.activation import ACTIVATIONS
 from ..ops import linear as ops
 from ..ops.activation import activations
 from ..ops.route import overridable
-from .arguments import have_one_dtype, not_tensors, number
+from .arguments import cast_to_one_dtype, not_tensors, number
 
 __all__ = ["linear", "linear_activation"]
 
@@ -112,7 +112,8 @@ def _check(name: str, x: Tensor, weight: Tensor, bias: Tensor | None) -> None:
             f"{name}: a bias of shape {tuple(bias.shape)} does not fit a weight of shape "
             f"{tuple(weight.shape)}"
         )
-    if not have_one_dtype(*given):
+    differ = x.dtype != weight.dtype or (bias is not None and bias.dtype != weight.dtype)
+    if differ and not cast_to_one_dtype(*given):
         got = ", ".join(str(t.dtype) for t in given)
         raise RuntimeError(f"{name}: input, weight and bias must have the same dtype, got {got}")
 

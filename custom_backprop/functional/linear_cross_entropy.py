@@ -11,13 +11,13 @@ import torch
 from torch import Tensor
 from torch.nn import _reduction as _Reduction
 
+from ..backends.selection import is_autocast
 from ..ops import linear_cross_entropy as ops
 from ..ops.route import overridable
 from .arguments import (
+    cast_to_one_dtype,
     check_classes,
     check_weight,
-    have_one_dtype,
-    is_autocast,
     not_tensors,
 )
 
@@ -190,7 +190,9 @@ def _check_layer(
             f"{name}: expected a bias of shape {tuple(linear_weight.shape[:-1])}, got "
             f"{tuple(linear_bias.shape)}"
         )
-    if not (all(t.is_floating_point() for t in given) and have_one_dtype(*given)):
+    if not all(t.is_floating_point() for t in given) or (
+        any(t.dtype != input.dtype for t in given) and not cast_to_one_dtype(*given)
+    ):
         got = ", ".join(str(t.dtype) for t in given)
         raise RuntimeError(
             f"{name}: input, weight and bias must be floating-point and have the same dtype, got "

@@ -16,11 +16,11 @@ import torch
 from torch import Tensor
 from torch.nn import _reduction as _Reduction
 
-from ..backends.selection import backend_of, is_traced, is_transformed
+from ..backends.selection import backend_of, is_autocast, is_traced, is_transformed
 from ..formulas.loss import BATCHMEAN, SUM
 from ..ops.loss import pointwise
 from ..ops.route import overridable
-from .arguments import common_dtype, is_autocast, number, reduction_of, together
+from .arguments import common_dtype, number, reduction_of, together
 
 __all__ = [
     "binary_cross_entropy",

@@ -28,7 +28,7 @@ from torch import Tensor
 
 from ..ops import mlp as ops
 from ..ops.route import overridable
-from .arguments import have_one_dtype, not_tensors
+from .arguments import cast_to_one_dtype, not_tensors
 from .gating import GELU, not_a_gelu
 
 __all__ = ["geglu_mlp", "swiglu_mlp"]
@@ -90,7 +90,7 @@ def _mlp(
     if any(t.device != x.device for t in given):
         got = ", ".join(str(t.device) for t in given)
         raise RuntimeError(f"{name}: expected all tensors on one device, got {got}")
-    if not have_one_dtype(*given):
+    if any(t.dtype != x.dtype for t in given) and not cast_to_one_dtype(*given):
         got = ", ".join(str(t.dtype) for t in given)
         raise RuntimeError(f"{name}: all tensors must have the same dtype, got {got}")
     if x.dim() == 1:  # as a row: what comes of it is then a view that autograd knows

@@ -6,7 +6,7 @@ from torch import Tensor
 
 from ..ops import prelu as ops
 from ..ops.route import overridable
-from .arguments import have_one_dtype, not_tensors
+from .arguments import cast_to_one_dtype, not_tensors
 
 __all__ = ["prelu"]
 
@@ -27,7 +27,7 @@ def prelu(input: Tensor, weight: Tensor) -> Tensor:
     """
     if not (isinstance(input, Tensor) and isinstance(weight, Tensor)):
         raise not_tensors("prelu", input, weight)
-    if not have_one_dtype(input, weight):
+    if input.dtype != weight.dtype and not cast_to_one_dtype(input, weight):
         raise RuntimeError(
             f"prelu: input and weight must have the same dtype, got {input.dtype} and "
             f"{weight.dtype}"
