@@ -32,7 +32,7 @@ LOG2E = tl.constexpr(1 / math.log(2))
 @triton.jit
 def _exp2(x):
     """2^x. Of float64 there is no instruction, and e^x is exact."""
-    return tl.exp(x / 1.4426950408889634) if x.dtype == tl.float64 else tl.exp2(x)
+    return tl.exp(x / LOG2E) if x.dtype == tl.float64 else tl.exp2(x)
 
 
 @triton.jit

@@ -5,6 +5,8 @@ Formulas: ``custom_backprop/formulas/softmax.py``.
 
 from __future__ import annotations
 
+import math
+
 import torch
 import triton
 import triton.language as tl
@@ -12,6 +14,8 @@ from torch import Tensor
 
 from .launch import Launch, kernel, multiprocessors, planned
 from .rows import lowest, online, online_of_rows, over_rows, read, start_of, tile_of, write
+
+LOG_HALF = tl.constexpr(math.log(0.5))
 
 
 @triton.jit
@@ -122,7 +126,7 @@ def _backward(
                 dy = read(dy_start, place * s_n, inside)
                 y = read(Y + y_start, place * inner, inside)
             if LOG:
-                certain = (y == largest) & (y > -0.6931471805599453)
+                certain = (y == largest) & (y > LOG_HALF)
                 dx = tl.where(certain, dy * rest - (1 - rest) * others, dy - tl.exp(y) * total)
             else:
                 dx = y * ((dy - dy_k) - total)
