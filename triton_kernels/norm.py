@@ -83,13 +83,14 @@ def _forward(
             if MEAN is None:
                 squares += x * x
             else:
-                means, squares = centred(means, squares, x, inside, start // BLOCK + 1)
+                seen = tl.full((), start // BLOCK + 1, dtype)
+                means, squares = centred(means, squares, x, inside, seen)
         mean = tl.zeros((ROWS, 1), dtype)
         if MEAN is None:
             square = tl.sum(squares, 1)
         else:
-            seen = ((n - column + BLOCK - 1) // BLOCK).to(dtype)  # by each lane
-            of_row, square = centred_rows(means, squares, seen, n)
+            of_lane = ((n - column + BLOCK - 1) // BLOCK).to(dtype)  # how many it has seen
+            of_row, square = centred_rows(means, squares, of_lane, n)
             mean = of_row[:, None]
         rstd = 1 / tl.sqrt(square[:, None] / n + EPS)
         end = tl.cdiv(n, BLOCK) * BLOCK - BLOCK if LOOP else 0

@@ -162,10 +162,10 @@ def online_of_rows(m, z, EXACT: tl.constexpr):
 
 @triton.jit
 def centred(mean, squares, x, inside, seen):
-    """(μ, Σ (x - μ)²) of each lane with one more number, of which it has then ``seen`` so many
-    (Welford, 1962)."""
+    """(μ, Σ (x - μ)²) of each lane with one more number, of which it has then ``seen`` so many, in
+    the dtype of x (Welford, 1962)."""
     d = tl.where(inside, x - mean, 0.0)
-    mean += d / seen
+    mean += d * (1 / seen)  # one division, not one a number
     return mean, squares + d * tl.where(inside, x - mean, 0.0)
 
 
