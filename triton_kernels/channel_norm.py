@@ -1,4 +1,5 @@
-"""group_norm, instance_norm and batch_norm: the same kernels for all three.
+"""group_norm, instance_norm and batch_norm: the same kernels for all three. (Groups that fit a
+block are read once, by ``group_norm.py``.)
 
 x is seen as (N, C, S) with any strides. A *cell* is some of a channel's numbers: a part of one
 sample, or for batch_norm a part of all samples. Forward takes (μ, Σ (x - μ)²) of each cell, merges
@@ -20,6 +21,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from . import group_norm
 from .launch import Kernel, Launch, cdiv, kernel, multiprocessors, next_power_of_2, planned
 from .rows import centred, centred_rows, column_sum, far, partial_sums, read, write
 
@@ -301,21 +303,35 @@ def _without_gaps(t: Tensor, last: bool) -> Tensor:
     return t.movedim(1, -1).contiguous().movedim(-1, 1) if last else t.contiguous()
 
 
-def _view(
-    x: Tensor, groups: int, eps: float | None = None, frozen: bool = False
-) -> tuple[Tensor, bool, Plan]:
-    """x (N, C, *) without gaps in memory, whether its channels are last there, and the plan."""
+def _dense(x: Tensor) -> tuple[Tensor, bool]:
+    """x (N, C, *) without gaps in memory, and whether its channels are last there."""
     last = x.dim() > 3 and not x.is_contiguous() and x.movedim(1, -1).is_contiguous()
-    x = _without_gaps(x, last)
-    samples, channels = x.shape[:2]
-    inner = x.shape[2:].numel()
+    return _without_gaps(x, last), last
+
+
+def _sizes(x: Tensor) -> tuple[int, int, int]:
+    """(N, C, S)"""
+    return x.shape[0], x.shape[1], x.shape[2:].numel()
+
+
+def _read_once(x: Tensor, last: bool, groups: int) -> bool:
+    """Whether each of its groups lies in one piece, as none of a batch does, nor where channels
+    are last; and fits a block."""
+    _, channels, inner = _sizes(x)
+    return groups > 0 and not last and group_norm.fits(channels // groups, inner, x.dtype)
+
+
+def _plan(
+    x: Tensor, last: bool, groups: int, eps: float | None = None, frozen: bool = False
+) -> Plan:
+    """The plan of x (N, C, *), whose channels may be the last in memory."""
+    samples, channels, inner = _sizes(x)
     numbers, runs_along_channels = channels * inner, last or inner == 1
     if runs_along_channels and not groups:  # a sample continues the one before
         samples, inner = 1, samples * inner
     strides = (numbers, 1, channels) if runs_along_channels else (numbers, inner, 1)
-    count = multiprocessors(x.device)
-    shape = (samples, channels, inner)
-    return x, last, plan(shape, strides, groups, x.dtype, count, eps, frozen)
+    shape, count = (samples, channels, inner), multiprocessors(x.device)
+    return plan(shape, strides, groups, x.dtype, count, eps, frozen)
 
 
 def _contiguous(*tensors: Any) -> Any:
@@ -332,11 +348,17 @@ def forward(
     mean, rstd = partial_sums(x, *shape), partial_sums(x, *shape)
     if not x.numel():
         return torch.empty_like(x), mean.zero_(), rstd.zero_()
-    x, _, run = _view(x, groups, eps)
-    y, partial = torch.empty_like(x), partial_sums(x, 2, run.parts, x.shape[1])
+    x, last = _dense(x)
+    y, parameters = torch.empty_like(x), _contiguous(weight, bias)
+    if _read_once(x, last, groups):
+        whole = group_norm.plan_forward(*_sizes(x), groups, x.dtype, eps)
+        whole(x, *parameters, y, mean, rstd)
+        return y, mean, rstd
+    run = _plan(x, last, groups, eps)
+    partial = partial_sums(x, 2, run.parts, x.shape[1])
     run.moments(x, partial)
     run.statistics(partial, mean, rstd, variance)
-    run.normalise(x, *_contiguous(weight, bias), mean, rstd, y)
+    run.normalise(x, *parameters, mean, rstd, y)
     return y, mean, rstd
 
 
@@ -350,21 +372,27 @@ def backward(
     dw, db = (like.new_zeros(x.shape[1]) if need else None for need in (need_weight, need_bias))
     if not x.numel():
         return torch.empty_like(x) if need_x else None, dw, db
-    x, last, run = _view(x, groups, eps, frozen)
+    x, last = _dense(x)
     dy, dx = _without_gaps(dy, last), torch.empty_like(x) if need_x else None
     weight, mean, rstd = _contiguous(weight, mean, rstd)
-    partial = None
-    if need_weight or need_bias or not frozen:
-        partial = partial_sums(x, 2, run.parts, x.shape[1])
-    run.sums(dy, x, weight, mean, rstd, partial, dx if frozen else None)
-    if partial is not None:
-        wanted = slice(0 if need_weight else 1, 2 if need_bias else 1)
-        if need_weight or need_bias:
-            column_sum(partial[wanted], *[g for g in (dw, db) if g is not None])
+    partial, sums = None, need_weight or need_bias
+    if _read_once(x, last, groups):
+        count = multiprocessors(x.device)
+        once, parts = group_norm.plan_backward(*_sizes(x), groups, x.dtype, count, sums)
+        partial = partial_sums(x, 2, parts, x.shape[1]) if sums else None
+        once(dy, x, weight, mean, rstd, dx, partial)
+    else:
+        run = _plan(x, last, groups, eps, frozen)
+        if sums or not frozen:
+            partial = partial_sums(x, 2, run.parts, x.shape[1])
+        run.sums(dy, x, weight, mean, rstd, partial, dx if frozen else None)
         if need_x and not frozen:
             along, total = partial_sums(x, run.rows), partial_sums(x, run.rows)
             run.sums_of_groups(partial, weight, along, total)
             run.input(dy, x, weight, mean, rstd, along, total, dx)
+    if sums and partial is not None:
+        wanted = slice(0 if need_weight else 1, 2 if need_bias else 1)
+        column_sum(partial[wanted], *[g for g in (dw, db) if g is not None])
     return dx, dw, db
 
 
@@ -391,9 +419,9 @@ def frozen_forward(
     """y, in one pass."""
     if not x.numel():
         return torch.empty_like(x)
-    x, _, run = _view(x, 0, eps, True)
+    x, last = _dense(x)
     y = torch.empty_like(x)
-    run.normalise(x, *_contiguous(weight, bias, mean, variance), y)
+    _plan(x, last, 0, eps, True).normalise(x, *_contiguous(weight, bias, mean, variance), y)
     return y
 
 

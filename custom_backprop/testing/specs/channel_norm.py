@@ -67,8 +67,13 @@ def _instance(make: Make, *shape: int, parameters: bool = True, **named: Any) ->
     return Sample((x, *given), named, named.pop("name", ""))
 
 
+def _group_large(make: Make, size: str) -> Sample:
+    """In groups of two channels; in two groups that are longer than a block, where audited."""
+    return _group(make, 2 if size == "awkward" else SIZES[size][1] // 2, *SIZES[size])
+
+
 def _group_samples(make: Make) -> Iterator[Sample]:
-    yield _group(make, 2, 1, 4, 2, name="groups of two channels")
+    yield _group(make, 2, 1, 6, 2, name="groups of three channels")
     yield _group(make, 2, 2, 2, 1, 2, 1, eps=0.1, name="a group a channel")
     yield _group(make, 1, 2, 3, parameters=False, name="no *, no parameters")
     yield _group(make, 2, 0, 4, 3, name="no samples")
@@ -87,6 +92,7 @@ def _group_regimes(make: Make) -> Iterator[Sample]:
     yield _group(make, 8, 64, 512, name="no *")
     yield _group(make, 32, 64, 256, 2**10, parameters=False, name="no parameters")
     yield _group(make, 32, 4, 256, 2**20 + 1, name="offsets in int64")
+    yield _group(make, 8, 2**20, 24, 2**6, name="groups that fit a block, offsets in int64")
     x = torch.empty(8, 64, 32, 32, device=make.device, dtype=make.dtype)
     x = x.contiguous(memory_format=torch.channels_last).requires_grad_()
     yield Sample((x, 32, make.tensor(64), make.tensor(64)), name="channels last")
@@ -148,8 +154,7 @@ SPECS = [
         function=functional.group_norm,
         reference=group_norm,
         samples=_group_samples,
-        read_twice=True,
-        large=lambda make, size: _group(make, SIZES[size][1] // 2, *SIZES[size]),
+        large=_group_large,
         regimes=_group_regimes,
         module=(
             nn.GroupNorm,
@@ -169,7 +174,6 @@ SPECS = [
         function=functional.instance_norm,
         reference=instance_norm,
         samples=_instance_samples,
-        read_twice=True,
         large=lambda make, size: _instance(make, *SIZES[size]),
         module=(
             nn.InstanceNorm1d,
