@@ -8,6 +8,7 @@ from typing import Any as _Any
 from . import functional, init, monitor, nn, optim, testing
 from .backends import get_backend, use_backend
 from .convert import convert, revert
+from .patch import patch
 
 if _TYPE_CHECKING:
     from . import cost as cost
@@ -24,6 +25,7 @@ __all__ = [
     "monitor",
     "nn",
     "optim",
+    "patch",
     "revert",
     "testing",
     "use_backend",

@@ -115,7 +115,7 @@ def _kernels_run_on_cuda() -> bool:
 #: the types of a tensor that listens to nothing
 TENSORS = frozenset({torch.Tensor, torch.nn.Parameter})
 #: those and the types that hide no tensor
-_PLAIN_TYPES = TENSORS | frozenset({type(None), bool, int, float, str, tuple, list, torch.dtype})
+PLAIN_TYPES = TENSORS | frozenset({type(None), bool, int, float, str, tuple, list, torch.dtype})
 
 _modes, _function_modes = torch._C._len_torch_dispatch_stack, torch._C._len_torch_function_stack
 functorch_active = torch._C._are_functorch_transforms_active
@@ -136,7 +136,7 @@ def is_plain(args: tuple[Any, ...]) -> bool:
         or _autocast_active()
         or forward_ad._current_level >= 0
         or torch._C._get_tracing_state()
-    ) and _PLAIN_TYPES.issuperset(map(type, args))
+    ) and PLAIN_TYPES.issuperset(map(type, args))
 
 
 def is_autocast(t: torch.Tensor) -> bool:
