@@ -1,68 +1,29 @@
 """Drop-in modules: subclasses of the ``torch.nn`` class that override only ``forward``. One file
-per family of ops."""
+per family of ops. A name that we do not have is ``torch.nn``'s: ``import custom_backprop.nn as nn``
+takes the place of ``import torch.nn as nn``."""
 
+from typing import TYPE_CHECKING
+
+import torch as _torch
+
+from ..fallback import fall_back as _fall_back
+from . import families as _families
+from . import functional as functional
 from . import utils as utils
-from .activation import *
-from .activation import __all__ as _activation
-from .attention import *
-from .attention import __all__ as _attention
-from .channel_norm import *
-from .channel_norm import __all__ as _channel_norm
-from .contrastive import *
-from .contrastive import __all__ as _contrastive
-from .cross_entropy import *
-from .cross_entropy import __all__ as _cross_entropy
-from .dropout import *
-from .dropout import __all__ as _dropout
-from .embedding import *
-from .embedding import __all__ as _embedding
-from .embedding_bag import *
-from .embedding_bag import __all__ as _embedding_bag
-from .gating import *
-from .gating import __all__ as _gating
-from .linear import *
-from .linear import __all__ as _linear
-from .linear_cross_entropy import *
-from .linear_cross_entropy import __all__ as _linear_cross_entropy
-from .loss import *
-from .loss import __all__ as _loss
-from .mlp import *
-from .mlp import __all__ as _mlp
-from .nll import *
-from .nll import __all__ as _nll
-from .norm import *
-from .norm import __all__ as _norm
-from .prelu import *
-from .prelu import __all__ as _prelu
+from .families import *
 from .refuse import refuse as _refuse
-from .rotary import *
-from .rotary import __all__ as _rotary
-from .softmax import *
-from .softmax import __all__ as _softmax
-from .transformer import *
-from .transformer import __all__ as _transformer
 
-__all__ = [
-    *_activation,
-    *_attention,
-    *_channel_norm,
-    *_contrastive,
-    *_cross_entropy,
-    *_dropout,
-    *_embedding,
-    *_embedding_bag,
-    *_gating,
-    *_linear,
-    *_linear_cross_entropy,
-    *_loss,
-    *_mlp,
-    *_nll,
-    *_norm,
-    *_prelu,
-    *_rotary,
-    *_softmax,
-    *_transformer,
-]
+__all__ = [name for name in vars(_families) if name[0] != "_"]
 
 for _name in __all__:
     _refuse(globals()[_name])
+
+if TYPE_CHECKING:
+    # ours a second time: of two stars with one name mypy keeps the first, pyright the last
+    from torch.nn import *  # type: ignore[assignment, no-redef]
+
+    from . import functional as functional
+    from . import utils as utils
+    from .families import *
+else:
+    __getattr__, __dir__ = _fall_back(__name__, _torch.nn)

@@ -1,13 +1,16 @@
-"""Multi-head attention as a module: ``torch.nn.MultiheadAttention`` with another ``forward``."""
+"""Multi-head attention as a module: ``torch.nn.MultiheadAttention`` with another ``forward``.
+The other names of this module are those of ``torch.nn.attention``, such as ``sdpa_kernel``."""
 
 from __future__ import annotations
 
 import math
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
 from .. import functional as F
+from ..fallback import fall_back
 
 __all__ = ["MultiheadAttention"]
 
@@ -139,3 +142,7 @@ def _with_weights(q, k, v, mask, p):
         scores = scores.masked_fill(~mask, -math.inf) if mask.dtype == torch.bool else scores + mask
     weights = F.dropout(F.softmax(scores, -1), p)
     return weights @ v, weights
+
+
+if not TYPE_CHECKING:  # a type checker takes this module for torch's: see nn/__init__.py
+    __getattr__, __dir__ = fall_back(__name__, torch.nn.attention)

@@ -1,20 +1,23 @@
-"""Clipping of gradients and of weights. The functions for gradients are PyTorch's own."""
+"""Clipping of gradients and of weights. The functions for gradients are PyTorch's own, and so is
+every other name of ``torch.nn.utils``."""
 
 from __future__ import annotations
 
 from collections.abc import Iterable
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
-from torch.nn.utils import clip_grad_norm_, clip_grad_value_, clip_grads_with_norm_, get_total_norm
+from torch.nn.utils import *
+from torch.nn.utils import __all__ as _stock
+from torch.nn.utils import parametrizations as parametrizations
+from torch.nn.utils import parametrize as parametrize
+from torch.nn.utils import rnn as rnn
+from torch.nn.utils import stateless as stateless
 
-__all__ = [
-    "clip_grad_norm_",
-    "clip_grad_value_",
-    "clip_grads_with_norm_",
-    "clip_weights_",
-    "get_total_norm",
-]
+from ..fallback import fall_back
+
+__all__ = [*_stock, "clip_weights_"]
 
 
 @torch.no_grad()
@@ -38,3 +41,7 @@ def clip_weights_(parameters: Tensor | Iterable[Tensor], clip_value: float) -> N
     if parameters:
         torch._foreach_clamp_min_(parameters, -clip_value)
         torch._foreach_clamp_max_(parameters, clip_value)
+
+
+if not TYPE_CHECKING:
+    __getattr__, __dir__ = fall_back(__name__, torch.nn.utils)
