@@ -21,9 +21,10 @@ from torch import Tensor
 from torch.overrides import handle_torch_function, has_torch_function
 from torch.utils import checkpoint
 
-from . import functional
+from . import functional, nn
 from .backends.selection import PLAIN_TYPES, TENSORS, get_backend, is_traced
-from .conversions.generated import made_of, subclass
+from .conversions.generated import Members, made_of, subclass
+from .deferred import of_head
 from .dtensor import is_dtensor
 
 F = TypeVar("F", bound=Callable[..., Any])
@@ -99,15 +100,18 @@ def patch(model: Any = None) -> Any:
             "model before"
         )
     if not is_patched(model):
-        base: type = type(model)
-        model.__class__ = subclass(base, _patched)
+        for head in _heads(model):
+            _become(head, _deferring)
+        _become(model, _patched)
     return model
 
 
 def unpatch(model: Model) -> Model:
     """The opposite of ``patch(model)``."""
-    if is_patched(model):
-        model.__class__ = made_of(type(model))[0]  # type: ignore[index]
+    for module in model.modules() if is_patched(model) else ():
+        made = made_of(type(module))
+        if made is not None and made[1] in (_patched, _deferring):
+            module.__class__ = made[0]
     return model
 
 
@@ -151,8 +155,45 @@ class Patch:
         return patched  # type: ignore[return-value]
 
 
-def _patched(base: type) -> dict[str, Any]:
-    return {"forward": Patch()(base.forward)}  # type: ignore[attr-defined]
+def _become(module: torch.nn.Module, members: Members) -> None:
+    base: type = type(module)
+    module.__class__ = subclass(base, members)
+
+
+def _patched(base: Any) -> dict[str, Any]:
+    return {"forward": Patch()(base.forward)}
+
+
+def _deferring(base: Any) -> dict[str, Any]:
+    """Of a vocabulary head."""
+    stock = base.forward
+
+    @functools.wraps(stock)
+    def forward(self: torch.nn.Linear, input: Tensor) -> Tensor:
+        found = of_head(self, input) if is_active() else None
+        return stock(self, input) if found is None else found
+
+    return {"forward": forward}
+
+
+def _heads(model: torch.nn.Module) -> list[torch.nn.Module]:
+    """The linear layers that make logits of a vocabulary: what ``get_output_embeddings()`` returns;
+    else the one layer that has the shape of an embedding."""
+    modules = list(model.modules())
+    asked: list[Any] = [
+        m.get_output_embeddings for m in modules if hasattr(m, "get_output_embeddings")
+    ]
+    if asked:
+        found = [get() for get in asked]
+    else:
+        tables = [m.weight.shape for m in modules if isinstance(m, torch.nn.Embedding)]
+        found = [m for m in modules if _is_linear(m) and m.weight.shape in tables]
+        found = found if len(found) == 1 else []
+    return [m for m in dict.fromkeys(found) if _is_linear(m)]
+
+
+def _is_linear(module: Any) -> bool:
+    return type(module) in (torch.nn.Linear, nn.Linear)
 
 
 def _choice(name: str, its: Callable[..., Any]) -> Callable[..., Any]:

@@ -42,6 +42,7 @@ def linear_cross_entropy(
     chunk_size: int | None = None,
     return_z_loss: bool = False,
     return_log_probs: bool = False,
+    dtype: torch.dtype | None = None,
 ) -> Any:
     """Cross-entropy of a linear layer's logits, of which memory sees a chunk of rows at a time:
     L_r = ω_r (Σ_c q_rc (lse_r - l_rc) + ζ lse_r²), l = s(x Wᵀ + b), lse_r = log Σ_c e^(l_rc);
@@ -75,6 +76,8 @@ def linear_cross_entropy(
             :func:`custom_backprop.backends.linear_cross_entropy.rows_of_chunk` decides.
         return_z_loss: also returns the part of the loss that is z-loss, reduced in the same way.
         return_log_probs: also returns log p_rt of each row, 0 where it is ignored; for classes.
+        dtype: of the results. By default that of stock's loss of such logits: the input's; float32
+            under autocast.
 
     Returns:
         The loss; or a tuple of it and what else is asked for, in this order. All are
@@ -120,10 +123,10 @@ def linear_cross_entropy(
         target = of_class * ((1 - smoothing) * target + smoothing / weight.numel())
         weight, smoothing = None, 0.0
     product = input.dtype
-    dtype = torch.promote_types(product, target.dtype) if probabilities else product
+    found_in = torch.promote_types(product, target.dtype) if probabilities else product
     if is_autocast(input) and product != torch.float64:
         product = torch.get_autocast_dtype(input.device.type)
-        dtype = torch.promote_types(dtype, torch.float32)
+        found_in = torch.promote_types(found_in, torch.float32)
     in_parts = return_z_loss or return_log_probs
     found = ops.linear_cross_entropy(
         input,
@@ -141,7 +144,7 @@ def linear_cross_entropy(
         chunk or 0,
         product,
         return_log_probs,
-        dtype,
+        dtype or found_in,
     )
     shape = (*rows, *outer)
     if not in_parts:
