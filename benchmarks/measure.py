@@ -6,7 +6,7 @@ from __future__ import annotations
 import ctypes
 import statistics
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -46,26 +46,39 @@ def compare(
     until all of several calls in a row have run.
     """
     both = ours, stock
-    if device != "cuda":
-        timers: list[Timer] = [partial(_clocked, call, prepare) for call in both]
-    elif host or any(waits(call, prepare) for call in both):
-        timers = [partial(_finished, call, prepare) for call in both]
+    if device != "cuda" or host or any(waits(call, prepare) for call in both):
+        timers: list[Timer] = [clock(call, device, prepare) for call in both]
     else:
         timers = [Recorded(call, prepare) for call in both]
     once = max(timer(3) for timer in timers)
     calls = max(1, int(2e-3 / once))
-    pairs = max(7, min(2000, int(seconds / (2 * calls * once))))
-    mine: list[float] = []
-    theirs: list[float] = []
-    turns = [(mine, timers[0]), (theirs, timers[1])]
-    for i in range(pairs):
-        for times, timer in turns if i % 2 else turns[::-1]:
-            times.append(timer(calls))
-    ratios = sorted(t / m for m, t in zip(mine, theirs, strict=True))
+    return comparison(
+        *take_turns(timers, max(7, min(2000, int(seconds / (2 * calls * once)))), calls)
+    )
+
+
+def take_turns(timers: Sequence[Timer], rounds: int, calls: int = 1) -> list[list[float]]:
+    """Seconds per call of each timer, by round. Every other round is in reverse order."""
+    times: list[list[float]] = [[] for _ in timers]
+    turns = list(zip(times, timers, strict=True))
+    for i in range(rounds):
+        for found, timer in turns if i % 2 else turns[::-1]:
+            found.append(timer(calls))
+    return times
+
+
+def comparison(ours: Sequence[float], stock: Sequence[float]) -> Comparison:
+    """Of seconds per call, by round."""
+    ratios = sorted(s / o for o, s in zip(ours, stock, strict=True))
     low, _, high = statistics.quantiles(ratios, n=4)
     return Comparison(
-        statistics.median(mine), statistics.median(theirs), statistics.median(ratios), low, high
+        statistics.median(ours), statistics.median(stock), statistics.median(ratios), low, high
     )
+
+
+def clock(call: Callable[..., Any], device: str, prepare: Prepare = tuple) -> Timer:
+    """Times calls by the clock; on a GPU until it has finished all of them."""
+    return partial(_finished if device == "cuda" else _clocked, call, prepare)
 
 
 def reuse_freed_memory() -> bool:

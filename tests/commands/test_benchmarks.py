@@ -3,12 +3,16 @@
 from __future__ import annotations
 
 import importlib
+import importlib.util
+import json
 import sys
 from pathlib import Path
 
 import pytest
 import torch
+from helpers import assert_is_a_picture
 
+import custom_backprop
 from custom_backprop.testing import database
 
 sys.path.append(str(Path(__file__).parents[2]))  # the benchmarks are not installed
@@ -41,3 +45,72 @@ def test_an_op_that_fails_costs_one_row(monkeypatch, capsys):
     assert row["error"] == "out of something"
     assert "relu small forward" in capsys.readouterr().err
     assert "| relu | failed |" in report._markdown({}, [row], "name")
+
+
+@pytest.fixture
+def models(monkeypatch, tmp_path):
+    """``benchmarks.models``, and its main() with options. Results go to tmp_path."""
+    module = importlib.import_module("benchmarks.models")
+
+    def main(*options):
+        command = ["models", "--quick", "--device", "cpu", "--out", str(tmp_path), *options]
+        monkeypatch.setattr(sys, "argv", command)
+        return module.main()
+
+    return module, main
+
+
+def test_models_are_trained(models, tmp_path):
+    _, main = models
+    names = ["resnet", "swiglu-mlp"]
+    if importlib.util.find_spec("transformers"):
+        names += ["llama", "gpt2", "bert", "vit"]
+    assert main(*names) == 0
+    rows = json.loads((tmp_path / "models-cpu.json").read_text())["rows"]
+    assert [(r["network"], r["side"]) for r in rows] == [
+        (name, side) for name in names for side in ("stock", "converted")
+    ]
+    for row in rows:
+        assert row["difference"] < 1e-5
+        assert min(row["per_second"], row["peak_bytes"], row["ratio"]) > 0
+    assert_is_a_picture(tmp_path / "models-cpu.png")
+
+
+def test_models_say_what_they_skip(models, monkeypatch, tmp_path, capsys):
+    _, main = models
+    find_spec = importlib.util.find_spec
+    monkeypatch.setattr(
+        importlib.util, "find_spec", lambda name: find_spec(name) if name == "torch" else None
+    )
+    assert main("llama") == 1
+    assert main("vit", "swiglu-mlp") == 0
+    for text in (capsys.readouterr().err, (tmp_path / "models-cpu.md").read_text()):
+        assert "skipped: vit, which need `pip install 'custom_backprop[hf]'`" in text
+
+
+def test_a_side_that_fails_costs_one_cell(models, monkeypatch, tmp_path, capsys):
+    def fails(model):
+        raise RuntimeError("out of something")
+
+    _, main = models
+    monkeypatch.setattr(custom_backprop, "convert", fails)
+    assert main("swiglu-mlp") == 1
+    assert "swiglu-mlp converted: out of something" in capsys.readouterr().err
+    page = (tmp_path / "models-cpu.md").read_text()
+    assert page.count("| failed |") == 3, "of speed, memory and loss"
+
+
+def test_an_interrupted_benchmark_keeps_what_it_has(models, monkeypatch, tmp_path, capsys):
+    module, main = models
+    measured = module.measured
+
+    def interrupted(name, *rest):
+        if name == "resnet":
+            raise KeyboardInterrupt
+        return measured(name, *rest)
+
+    monkeypatch.setattr(module, "measured", interrupted)
+    assert main("swiglu-mlp", "resnet") == 130
+    assert "have the models before resnet" in capsys.readouterr().err
+    rows = json.loads((tmp_path / "models-cpu.json").read_text())["rows"]
+    assert {r["network"] for r in rows} == {"swiglu-mlp"}
