@@ -22,7 +22,10 @@ def _parameters(x, *tensors):
 
 def _inputs(*tensors):
     """x, and dy beside it, in a memory format that ATen knows."""
-    x = dense(tensors[-1], tensors[-1])
+    x = tensors[-1]
+    if x.is_contiguous():  # the format need not be asked for, which is slow
+        return [t.contiguous() for t in tensors]
+    x = dense(x, x)
     memory_format = suggest_memory_format(x)
     return [dense(t, x).contiguous(memory_format=memory_format) for t in tensors]
 
@@ -98,9 +101,14 @@ def _instances_backward(dy, x, weight, given, mean, rstd, needs):
 
 def _gradients(x, weight, grads, needs):
     """Each as its tensor is; None for each that is not needed."""
-    dx, dtype = _output(grads[0], x) if needs[0] else None, (x if weight is None else weight).dtype
-    pairs = zip(grads[1:], needs[1:], strict=True)
-    return dx, *(g.to(dtype) if need else None for g, need in pairs)
+    dtype = (x if weight is None else weight).dtype
+    need_x, need_weight, need_bias = needs
+    dx, dw, db = grads
+    return (
+        _output(dx, x) if need_x else None,
+        dw.to(dtype) if need_weight else None,
+        db.to(dtype) if need_bias else None,
+    )
 
 
 def _fake_backward(dy, x, weight, *rest):
@@ -129,10 +137,10 @@ def _batch_forward(x, weight, bias, eps):
     if not x.numel() or given is None:
         return formula.batch_norm(x, weight, bias, eps)
     # running statistics that move all the way are those of the batch
-    mean, variance = x.new_zeros((2, x.shape[1]), dtype=wide(x.dtype)).unbind()
+    mean, variance = (x.new_zeros(x.shape[1], dtype=wide(x.dtype)) for _ in range(2))
     options = True, 1.0, eps
     y, mean, rstd = aten.native_batch_norm.default(*_inputs(x), *given, mean, variance, *options)
-    return _output(y, x), mean, variance.clone(), rstd
+    return _output(y, x), mean, variance, rstd
 
 
 def _batch_backward(dy, x, weight, mean, rstd, *needs):

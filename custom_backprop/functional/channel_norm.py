@@ -48,7 +48,7 @@ def batch_norm(
         NotImplementedError: an input that is not floating-point.
         TypeError: what is no tensor, or no number.
     """
-    if isinstance(input, Tensor) and input.shape == (0,) and weight is None and bias is None:
+    if weight is None and bias is None and isinstance(input, Tensor) and input.shape == (0,):
         return input.clone()  # as stock does, though it has no channels
     check("batch_norm", input, weight, bias, running_mean, running_var)
     eps = eps if type(eps) is float else number("batch_norm", eps)
@@ -160,14 +160,13 @@ def instance_norm(
 
 
 def move(running, found, momentum):
-    """Running statistics towards those that were found."""
-    with torch.no_grad():
-        for old, each in zip(running, found, strict=True):
-            new = each.detach()  # also from forward mode
-            if old.dtype == new.dtype:
-                old.lerp_(new, momentum)
-            else:  # half precision, rounded once
-                old.copy_(widen(old).lerp(new, momentum))
+    """Running statistics towards those that were found. No gradient flows into them."""
+    for old, each in zip(running, found, strict=True):
+        new = each.detach()  # also from forward mode
+        if old.dtype == new.dtype:
+            old.lerp_(new, momentum)
+        else:  # half precision, rounded once
+            old.copy_(widen(old).lerp(new, momentum))
 
 
 def _instances_as_batch(x, running, weight, bias, momentum, eps):
@@ -192,18 +191,19 @@ def check(name, x, weight, bias, mean, variance):
         raise IndexError(f"{name}: expected an input (N, C, *), got shape {tuple(x.shape)}")
     if not x.is_floating_point():
         raise NotImplementedError(f"{name} is not implemented for {x.dtype}")
-    given = {"weight": weight, "bias": bias, "running_mean": mean, "running_var": variance}
-    for which, t in given.items():
+    expected, dtype = x.shape[1:2], x.dtype
+    given = ("weight", weight), ("bias", bias), ("running_mean", mean), ("running_var", variance)
+    for which, t in given:
         if t is None:
             continue
-        if t.shape != x.shape[1:2]:
+        if t.shape != expected:
             raise RuntimeError(
                 f"{name}: {which} should contain {x.shape[1]} elements, one a channel of an input "
                 f"of shape {tuple(x.shape)}, got shape {tuple(t.shape)}"
             )
-        if t.dtype not in (x.dtype, wide(x.dtype)):
+        if t.dtype != dtype and t.dtype != wide(dtype):
             raise RuntimeError(
-                f"{name}: expected a {which} of the dtype of the input, {x.dtype}, got {t.dtype}"
+                f"{name}: expected a {which} of the dtype of the input, {dtype}, got {t.dtype}"
             )
-        if which.startswith("running") and t.requires_grad:
+        if t.requires_grad and (t is mean or t is variance):
             raise RuntimeError(f"{name} is not differentiable with respect to {which}")
