@@ -13,6 +13,8 @@ from __future__ import annotations
 
 import contextlib
 import math
+import threading
+import weakref
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
@@ -21,6 +23,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import cross_entropy, linear
 from torch.nn.modules.module import _has_any_global_hook
+from torch.optim.optimizer import register_optimizer_step_post_hook
 from torch.utils._pytree import tree_map_only
 
 from . import functional
@@ -41,6 +44,10 @@ class _Product:
     #: whether a loss was computed of them that never made them
     is_fused: bool = False
 
+    def __post_init__(self) -> None:
+        _watch_optimizers(1)
+        weakref.finalize(self, _watch_optimizers, -1)
+
     def context(self) -> Any:
         """The autocast of the call."""
         device, dtype = self.weight.device.type, self.autocast
@@ -53,6 +60,28 @@ class _Product:
 
 _NONE = contextlib.nullcontext()
 _has_autocast = torch.amp.is_autocast_available
+
+
+_lock = threading.Lock()
+_products, _hook = 0, None
+
+
+def _watch_optimizers(change: int) -> None:
+    """One product more or less whose weight must not change unnoticed. Torch's fused optimizers,
+    and ours that are made of them, leave the versions of parameters as they are."""
+    global _products, _hook
+    with _lock:
+        _products += change
+        if _products and _hook is None:
+            _hook = register_optimizer_step_post_hook(_have_stepped)
+        elif not _products and _hook is not None:
+            _hook.remove()
+            _hook = None
+
+
+def _have_stepped(optimizer: torch.optim.Optimizer, *_: Any) -> None:
+    for group in optimizer.param_groups:
+        torch.autograd.graph.increment_version(group["params"])
 
 
 class _Node(torch.autograd.Function):
@@ -218,8 +247,14 @@ def of_head(head: torch.nn.Linear, x: Any) -> Deferred | None:
     return _node(x, product, torch.empty(shape, dtype=dtype, device="meta"), None, None)
 
 
-#: fewer logits than these, and a fused loss takes longer
-LEAST = 2**18
+#: with fewer logits, of 4 MiB in float32, a fused loss takes longer on a CPU
+LEAST = 2**20
+
+
+def _next(of: Deferred, function: Any, x: Tensor, shadow: Tensor, cap: Any) -> Any:
+    """What ``function`` makes of deferred logits."""
+    of.check()
+    return _node(x, of.product, shadow, (of, function), cap)
 
 
 def _node(x: Tensor, product: _Product, *given: Any) -> Any:
@@ -247,8 +282,7 @@ def _stepped(func: Any, self: Any, *args: Any, **kwargs: Any) -> Any:
         return NotImplemented
     rows = self.x[args[0]] if func is Tensor.__getitem__ else self.x
     rows = rows.reshape(*shadow.shape[:-1], self.x.shape[-1])
-    step = self, lambda logits: func(logits, *args, **kwargs)
-    return _node(rows, self.product, shadow, step, self.cap)
+    return _next(self, lambda logits: func(logits, *args, **kwargs), rows, shadow, self.cap)
 
 
 def _is_of_rows(dim: int, index: Any) -> bool:
@@ -270,8 +304,8 @@ def _capped(func: Any, self: Any, *args: Any, **kwargs: Any) -> Any:
         return NotImplemented
     if type(number) not in (int, float) or number <= 0 or (name == "mul" and number != cap):
         return NotImplemented
-    step = self, lambda logits: func(logits, *args)
-    return _node(self.x, self.product, func(self.shadow, *args), step, (name, number))
+    shadow = func(self.shadow, *args)
+    return _next(self, lambda logits: func(logits, *args), self.x, shadow, (name, number))
 
 
 def _loss(

@@ -123,7 +123,7 @@ def is_patched(model: torch.nn.Module) -> bool:
 
 def is_active() -> bool:
     """Whether a patch is active in this thread or task."""
-    return _depth.get() > 0
+    return not is_traced() and _depth.get() > 0
 
 
 class Patch:
@@ -240,7 +240,7 @@ _REENTRANT = checkpoint.CheckpointFunction
 
 
 def _again(function: Callable[..., Any]) -> Callable[..., Any]:
-    return Patch()(function) if is_active() and not is_traced() else function
+    return Patch()(function) if is_active() else function
 
 
 def _checkpointed(function: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
