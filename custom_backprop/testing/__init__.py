@@ -1,7 +1,9 @@
-"""Proof: :func:`validate` for any Function, kernel or module; the database of our own ops; the
-resources that a kernel takes, the memory that it accesses and the bytes that it moves."""
+"""Proof: :func:`validate` for any Function, kernel or module; :func:`bisect` for a whole model;
+the database of our own ops; the resources that a kernel takes, the memory that it accesses and the
+bytes that it moves."""
 
 from .audit import Audit, AuditedLaunch, audit
+from .bisect import Bisection, Layer, bisect
 from .checks import CHECKS
 from .database import cases, check_op, database
 from .memory import peak_memory
@@ -15,6 +17,8 @@ __all__ = [
     "TARGETS",
     "Audit",
     "AuditedLaunch",
+    "Bisection",
+    "Layer",
     "Make",
     "OpSpec",
     "Report",
@@ -23,6 +27,7 @@ __all__ = [
     "Sample",
     "Traffic",
     "audit",
+    "bisect",
     "cases",
     "check_op",
     "compile_offline",
