@@ -13,6 +13,8 @@ from twins import MODELS, assert_equal_training, batches, small, train, twins
 
 import custom_backprop
 
+pytestmark = pytest.mark.usefixtures("fused")
+
 
 def test_compiled_with_dynamic_shapes():
     """Two lengths, in as many graphs as torch's own model."""

@@ -14,6 +14,7 @@ from twins import MODELS, assert_equal_training, batches, gradients, small, trai
 
 import custom_backprop
 
+pytestmark = pytest.mark.usefixtures("fused")
 STEPS = 3
 
 
@@ -143,10 +144,10 @@ def with_adapters(model, *targets):
     return peft.get_peft_model(model, config)
 
 
-def flops_of_backward(model, batch):
-    loss = model(**batch).loss
+def flops(model, batch):
+    """Of the products of forward and backward. A loss may make its gradient in forward."""
     with FlopCounterMode(display=False) as counter:
-        loss.backward()
+        model(**batch).loss.backward()
     return counter.get_total_flops()
 
 
@@ -168,13 +169,13 @@ def test_lora(first, targets):
 
 @pytest.mark.parametrize("targets", [("q_proj",), ("down_proj", "lm_head")], ids=" ".join)
 def test_frozen_weights_cost_no_gradient(targets):
-    """Backward of the whole step makes no more products than torch's."""
+    """The whole step makes no more products than torch's."""
     (batch,) = batches("llama", 1)
     stock, ours = (with_adapters(m, *targets) for m in twins("llama"))
-    least = flops_of_backward(stock, batch)
-    assert flops_of_backward(ours, batch) <= least
+    least = flops(stock, batch)
+    assert flops(ours, batch) <= least
     ours.requires_grad_()
-    assert flops_of_backward(ours, batch) > 1.5 * least
+    assert flops(ours, batch) > 1.2 * least
 
 
 @pytest.mark.parametrize("reentrant", [True, False])
@@ -204,13 +205,12 @@ def test_checkpointing_by_a_list_of_operators():
     products = [aten.mm.default, aten.addmm.default, ours.linear_forward.default]
     contexts = partial(create_selective_checkpoint_contexts, products)
     (batch,) = batches("bert", 1)
-    for model in twins("bert"):
-        expected, least = train(model, [batch]), flops_of_backward(model, batch)
-        model = small("bert")
+    for model, other in zip(twins("bert"), twins("bert"), strict=True):
+        expected, least = train(other, [batch]), flops(other, batch)
         model.gradient_checkpointing_enable({"use_reentrant": False})
-        assert flops_of_backward(model, batch) > least
+        assert flops(model, batch) > least
         model.gradient_checkpointing_enable({"use_reentrant": False, "context_fn": contexts})
-        assert flops_of_backward(model, batch) == least
+        assert flops(model, batch) == least
         assert_equal_training(train(model, [batch]), expected)
 
 
