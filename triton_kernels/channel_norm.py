@@ -412,6 +412,19 @@ def batch_backward(
     return backward(dy, x, weight, mean, rstd, 0, *needs)
 
 
+def batch_input(
+    dy: Tensor, x: Tensor, weight: Tensor | None, mean: Tensor, rstd: Tensor, along: Tensor,
+    total: Tensor,
+) -> Tensor:  # fmt: skip
+    """dx, given Σ g x̂ / n and Σ g / n, which may be of more samples than there are here."""
+    if not x.numel():
+        return torch.empty_like(x)
+    x, last = _dense(x)
+    dy, dx = _without_gaps(dy, last), torch.empty_like(x)
+    _plan(x, last, 0).input(dy, x, *_contiguous(weight, mean, rstd, along, total), dx)
+    return dx
+
+
 def frozen_forward(
     x: Tensor, weight: Tensor | None, bias: Tensor | None, mean: Tensor, variance: Tensor,
     eps: float,

@@ -1,4 +1,5 @@
-"""Primitives of group_norm and batch_norm, which has one more pair for constant statistics."""
+"""Primitives of group_norm and batch_norm. This one has one more pair for constant statistics, and
+its dx alone, for sums that are known."""
 
 from __future__ import annotations
 
@@ -179,6 +180,10 @@ def _fake_batch(x, weight, bias, eps):
     return torch.empty_like(dense(x, x)), *statistics
 
 
+def _fake_input(dy, x, *_):
+    return torch.empty_like(dense(x, x))
+
+
 def _fake_frozen(x, *_):
     return torch.empty_like(dense(x, x))
 
@@ -245,6 +250,13 @@ batch_backward = primitive(
     triton=launcher("channel_norm", "batch_backward"),
     fake=_fake_backward,
     sharding=_batch_backward_sharding,
+)
+batch_input = primitive(
+    "batch_norm_input(Tensor dy, Tensor x, Tensor? weight, Tensor mean, Tensor rstd, Tensor along, "
+    "Tensor total) -> Tensor",
+    formula=formula.batch_norm_input,
+    triton=launcher("channel_norm", "batch_input"),
+    fake=_fake_input,
 )
 frozen_forward = primitive(
     "frozen_norm_forward(Tensor x, Tensor? weight, Tensor? bias, Tensor mean, Tensor variance, "

@@ -56,13 +56,19 @@ class _SyncBatchNorm(torch.autograd.Function):
         given = dy, x, one, mean, variance, ctx.eps
         _, dw, db = primitives.frozen_backward(*given, False, True, True)
         sums, dx, like = torch.stack([dw, db]), None, x if weight is None else weight
-        if ctx.needs_input_grad[0]:
+        need_x, need_weight, need_bias = ctx.needs_input_grad[:3]
+        if need_x:
             dist.all_reduce(sums, group=ctx.group)
-            mean, rstd = formula.constants(mean, variance, ctx.eps)
-            along, total = (formula.spread(s, x) for s in sums / n)
-            g = widen(dy) - total - formula.unit(x, mean, rstd, 0) * along
-            dx = formula.affine(g * formula.spread(rstd, x), weight, None).to(x.dtype)
-        return dx, dw.to(like.dtype), db.to(like.dtype), None, None
+            along, total = sums / n if weight is None else sums / n * widen(weight)
+            statistics = formula.constants(mean, variance, ctx.eps)
+            dx = primitives.batch_input(dy, x, weight, *statistics, along, total)
+        return (
+            dx,
+            dw.to(like.dtype) if need_weight else None,
+            db.to(like.dtype) if need_bias else None,
+            None,
+            None,
+        )
 
 
 def sync_batch_norm(

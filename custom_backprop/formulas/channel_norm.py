@@ -139,6 +139,15 @@ def batch_norm_backward(
     return _backward(dy, x, weight, mean, rstd, 0, needs)
 
 
+def batch_norm_input(
+    dy: Tensor, x: Tensor, weight: Maybe, mean: Tensor, rstd: Tensor, along: Tensor, total: Tensor
+) -> Tensor:
+    """dx, given Σ g x̂ / n and Σ g / n, which may be of more samples than there are here."""
+    x, g = dense(x, x), affine(widen(dense(dy, x)), weight, None)
+    g = g - spread(total, x) - unit(x, mean, rstd, 0) * spread(along, x)
+    return (g * spread(rstd, x)).to(x.dtype)
+
+
 def frozen_norm(
     x: Tensor, weight: Maybe, bias: Maybe, mean: Tensor, variance: Tensor, eps: float
 ) -> Tensor:

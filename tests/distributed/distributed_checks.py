@@ -769,9 +769,11 @@ def check_batch_norm_of_all_ranks(mesh):
         dist.broadcast(dy, 0)
         rows = slice(sum(sizes[:RANK]), sum(sizes[: RANK + 1]))
         stock = torch.nn.BatchNorm1d(3, momentum=None, dtype=torch.float64)
+        stock.weight.data.copy_(torch.tensor([2.0, -1.0, 0.5]))
         alone, x = stock(whole_x.requires_grad_()), whole_x[rows].detach().requires_grad_()
         dx, *expected = torch.autograd.grad(alone, [whole_x, stock.weight, stock.bias], dy)
         ours = nn.SyncBatchNorm(3, momentum=None, dtype=torch.float64)
+        ours.weight.data.copy_(stock.weight.data)
         with mock.patch.object(DistributedDataParallel, "_passing_sync_batchnorm_handle"):
             model = DistributedDataParallel(ours)  # it refuses stock's, which needs a GPU
         y = model(x)
@@ -781,6 +783,28 @@ def check_batch_norm_of_all_ranks(mesh):
         assert_close([ours.weight.grad, ours.bias.grad], expected, rtol=1e-12, atol=1e-12)
         assert_close(list(ours.buffers()), list(stock.buffers()), rtol=1e-12, atol=1e-12)
         assert_close(ours.eval()(x), stock.eval()(x), rtol=1e-12, atol=1e-12)
+
+
+def check_batch_norm_of_all_ranks_without_parameters(mesh):
+    """Channels last."""
+    whole_x, dy = torch.randn(2, RANKS, 3, 2, 2, dtype=torch.float64)
+    dist.broadcast(whole_x, 0)
+    dist.broadcast(dy, 0)
+    whole_x = whole_x.contiguous(memory_format=torch.channels_last).requires_grad_()
+    x = whole_x[RANK : RANK + 1].detach().requires_grad_()
+    y = F.batch_norm(whole_x, None, None, training=True)
+    (expected,) = torch.autograd.grad(y, whole_x, dy)
+    ours = nn.SyncBatchNorm(3, affine=False, dtype=torch.float64)
+    (dx,) = torch.autograd.grad(ours(x), x, dy[RANK : RANK + 1])
+    assert_close(dx, expected[RANK : RANK + 1], rtol=1e-12, atol=1e-12)
+
+
+def check_batch_norm_of_all_ranks_has_no_second_derivative(mesh):
+    x = torch.randn(2, 3, requires_grad=True)
+    y = nn.SyncBatchNorm(3)(x)
+    (dx,) = torch.autograd.grad(y.square().sum(), x, create_graph=True)
+    with pytest.raises(RuntimeError, match="once_differentiable"):
+        dx.sum().backward()
 
 
 def check_dropout(mesh):

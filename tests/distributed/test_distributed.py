@@ -77,6 +77,8 @@ CHECKS = {
     "edges_of_vocabulary_parallel",
     "second_derivatives_of_classes",
     "batch_norm_of_all_ranks",
+    "batch_norm_of_all_ranks_without_parameters",
+    "batch_norm_of_all_ranks_has_no_second_derivative",
     "dropout",
 }
 

@@ -11,10 +11,16 @@ from helpers import DEVICE
 
 import custom_backprop
 from custom_backprop import functional, nn
+from custom_backprop.backends.channel_norm import batch_input
 
 
 def tensors(*shapes, dtype=torch.float64):
     return [torch.randn(s, dtype=dtype, device=DEVICE) for s in shapes]
+
+
+def each(t, x):
+    """One number a channel, to be broadcast over x."""
+    return t.view(-1, *(1 for _ in x.shape[2:]))
 
 
 def outcome(function, x, weight, bias, *args, **named):
@@ -79,6 +85,23 @@ def test_gradients_of_half_precision_are_summed_in_float32(backend):
     b = torch.zeros(2, device=DEVICE).bfloat16().requires_grad_()
     functional.batch_norm(x.bfloat16(), None, None, w, b, True).sum().backward()
     torch.testing.assert_close(b.grad, torch.full_like(b, 4096.0))
+
+
+@pytest.mark.parametrize("shape", [(4, 3, 7), (2, 3, 4, 5), (3, 9, 1, 67), (0, 3)])
+@pytest.mark.parametrize("last", [False, True])
+def test_sums_may_be_of_more_samples(shape, last, backend):
+    """What SyncBatchNorm's backward takes: a part's dx is that of the whole, given its sums."""
+    whole = (5, *shape[1:])
+    x, dy, w, mean = tensors(whole, whole, *2 * shape[1:2])
+    x = x.movedim(1, -1).contiguous().movedim(-1, 1) if last else x
+    x_hat, rstd, over = x - each(mean, x), w.exp(), [0, *range(2, len(shape))]
+    x_hat = x_hat * each(rstd, x)
+    along, total = w * (dy * x_hat).mean(over), w * dy.mean(over)
+    g = dy * each(w, x) - each(total, x)
+    expected = each(rstd, x) * (g - x_hat * each(along, x))
+    part = slice(shape[0])
+    dx = batch_input(dy[part], x[part], w, mean, rstd, along, total)
+    torch.testing.assert_close(dx, expected[part], rtol=1e-12, atol=1e-12)
 
 
 ONE = torch.ones(3)
