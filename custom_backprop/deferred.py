@@ -348,8 +348,12 @@ def _loss(
 
 
 def _observed(func: Any, self: Any, *args: Any, **kwargs: Any) -> Any:
-    """Who wants the gradient of logits that a loss did without would wait in vain."""
+    """Who wants the gradient of logits that a loss did without would wait in vain. FSDP does not:
+    it listens to every output, and the loss is one."""
     if isinstance(self, Deferred) and self.product.is_fused:
+        if args and args[0].__module__.startswith("torch.distributed."):
+            with torch._C.DisableTorchFunctionSubclass():
+                return func(self, *args, **kwargs)
         raise RuntimeError(
             f"{func.__name__}: the loss was computed without these logits of shape "
             f"{tuple(self.shadow.shape)}, so that they will have no gradient: call the model "
@@ -382,7 +386,7 @@ _METADATA = {
     *(
         getattr(Tensor, name).__get__
         for name in (
-            "device", "dtype", "grad_fn", "is_cpu", "is_cuda", "is_leaf", "is_meta", "is_mps",
+            "_base", "device", "dtype", "grad_fn", "is_cpu", "is_cuda", "is_leaf", "is_meta", "is_mps",
             "is_nested", "is_quantized", "is_sparse", "is_xpu", "layout", "ndim", "requires_grad",
             "shape",
         )

@@ -170,7 +170,7 @@ def _deferring(base: Any) -> dict[str, Any]:
 
     @functools.wraps(stock)
     def forward(self: torch.nn.Linear, input: Tensor) -> Tensor:
-        found = None if is_traced() or not is_active() else of_head(self, input)
+        found = of_head(self, input) if is_active() else None
         return stock(self, input) if found is None else found
 
     return {"forward": forward}

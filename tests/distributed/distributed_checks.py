@@ -36,7 +36,7 @@ sys.path.insert(0, str(Path(__file__).parents[2] / "examples"))
 
 import distributed as example
 
-from custom_backprop import functional, nn, optim
+from custom_backprop import deferred, functional, nn, optim, patch
 from custom_backprop.distributed import vocab_parallel_cross_entropy
 from custom_backprop.testing.case import outputs
 from custom_backprop.testing.database import database
@@ -828,6 +828,48 @@ def check_dropout(mesh):
     replicated = [distribute_tensor(t, mesh, [Replicate()]) for t in (x, seed)]
     y = functional.dropout(replicated[0], 0.3, seed=replicated[1])
     assert torch.equal(whole(y), functional.dropout(x, 0.3, seed=seed))
+
+
+class Words(torch.nn.Module):
+    """A language model, which returns the loss and the logits."""
+
+    def __init__(self):
+        super().__init__()
+        torch.manual_seed(0)
+        self.table, self.body = torch.nn.Embedding(11, 6), torch.nn.Linear(6, 6)
+        self.head = torch.nn.Linear(6, 11)
+
+    def forward(self, ids):
+        logits = self.head(self.body(self.table(ids)).tanh())
+        return F.cross_entropy(logits.view(-1, 11), ids.view(-1)), logits
+
+
+def by_fsdp(model, *parts):
+    for part in (*parts, model):
+        fully_shard(part)
+    return model
+
+
+def check_deferred_logits(mesh):
+    """Under DDP and FSDP the loss is fused with a head that is whole, and right with any other."""
+    ids = torch.arange(12).view(3, 4) % 11
+    wrappers = (
+        (DistributedDataParallel, True),
+        (partial(DistributedDataParallel, static_graph=True), False),
+        (partial(DistributedDataParallel, find_unused_parameters=True), False),
+        (by_fsdp, True),
+        (lambda model: by_fsdp(model, model.head), False),
+    )
+    stock = Words()
+    stock(ids)[0].backward()
+    for wrapped, is_fused in wrappers:
+        with quiet(), mock.patch.object(deferred, "LEAST", 0):
+            model = wrapped(patch(Words()))
+            loss, logits = model(ids)
+            loss.backward()
+        assert is_fused == (isinstance(logits, deferred.Deferred) and not logits.is_made())
+        for a, b in zip(model.parameters(), stock.parameters(), strict=True):
+            assert_close(whole(a.grad), b.grad)
 
 
 def main(rank, ranks):
