@@ -18,6 +18,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from .dropout import words_at
 from .elementary import upcast
 from .launch import Launch, cdiv, kernel, next_power_of_2, planned
 from .matmul import precision
@@ -91,6 +92,13 @@ def _biased(
 
 
 @triton.jit
+def _kept(SEED, row, at, keys, threshold, N: tl.constexpr):
+    """Which of N scores from key ``at`` on dropout keeps, in each row of all heads' scores."""
+    counter = row[:, None] * tl.cdiv(keys, 4) + (at // 4 + tl.arange(0, N // 4))[None, :]
+    return words_at(tl.load(SEED), counter) >= threshold
+
+
+@triton.jit
 def _keys_of(
     first, keys, lowest, highest, LOWEST: tl.constexpr, HIGHEST: tl.constexpr, M: tl.constexpr,
     N: tl.constexpr,
@@ -106,7 +114,9 @@ def _keys_of(
 
 @kernel
 def _forward(
-    Q, K, V, MASK, SLOPES, Y, L, heads, group, queries, keys, lowest, highest, scale: tl.float64,
+    Q, K, V, MASK, SLOPES, SEED, Y, L,
+    heads, group, queries, keys, lowest, highest, scale: tl.float64, threshold: tl.uint32,
+    factor: tl.float64,
     q_batch, q_head, q_row, k_batch, k_head, k_row, v_batch, v_head, v_row, y_batch, y_head, y_row,
     mask_batch, mask_head, mask_row, mask_column,
     LOWEST: tl.constexpr, HIGHEST: tl.constexpr, PRECISION: tl.constexpr, E: tl.constexpr,
@@ -126,6 +136,7 @@ def _forward(
 
     q = _load(Q, first, queries, q_row, E, M, E_WIDTH)
     i = first + tl.arange(0, M)
+    statistic = both.to(tl.int64) * queries + i
     m = tl.full((M,), float("-inf"), wide)
     z = tl.zeros((M,), wide)
     y = tl.zeros((M, F_WIDTH), wide)
@@ -146,19 +157,22 @@ def _forward(
         shrink = _exp2(m - shift)
         z = z * shrink + tl.sum(p, 1)
         y *= shrink[:, None]
+        if SEED is not None:
+            p *= _kept(SEED, statistic, at, keys, threshold, N)
         y = tl.dot(p.to(v.dtype), v, y, input_precision=PRECISION, out_dtype=wide)
         m = most
     dead = m == float("-inf")
     z = tl.where(dead, 1.0, z)
-    _store(Y, first, queries, y_row, y / z[:, None], F)
+    _store(Y, first, queries, y_row, y / z[:, None] * tl.full((), factor, wide), F)
     l = tl.where(dead, 0.0, m / tl.full((), LOG2E, wide)) + tl.log(z)
-    tl.store(L + both.to(tl.int64) * queries + i, l, i < queries)
+    tl.store(L + statistic, l, i < queries)
 
 
 @kernel
 def _backward_queries(
-    DY, Q, K, V, MASK, SLOPES, Y, L, DELTA, DQ,
-    heads, group, queries, keys, lowest, highest, scale: tl.float64,
+    DY, Q, K, V, MASK, SLOPES, SEED, Y, L, DELTA, DQ,
+    heads, group, queries, keys, lowest, highest, scale: tl.float64, threshold: tl.uint32,
+    factor: tl.float64,
     q_batch, q_head, q_row, k_batch, k_head, k_row, v_batch, v_head, v_row, y_batch, y_head, y_row,
     dy_batch, dy_head, dy_row, dq_batch, dq_head, dq_row,
     mask_batch, mask_head, mask_row, mask_column,
@@ -202,6 +216,8 @@ def _backward_queries(
             mask_column, scale, LOWEST, HIGHEST,
         )  # fmt: skip
         dp = tl.dot(dy, tl.trans(v), input_precision=PRECISION, out_dtype=wide)
+        if SEED is not None:
+            dp *= _kept(SEED, statistic, at, keys, threshold, N) * tl.full((), factor, wide)
         p = _exp2(s - l[:, None])
         ds = p * (dp - delta[:, None])
         rest += tl.sum(ds, 1)
@@ -216,8 +232,9 @@ def _backward_queries(
 
 @kernel
 def _backward_keys(
-    DY, Q, K, V, MASK, SLOPES, L, DELTA, DK, DV,
-    heads, group, queries, keys, lowest, highest, scale: tl.float64,
+    DY, Q, K, V, MASK, SLOPES, SEED, L, DELTA, DK, DV,
+    heads, group, queries, keys, lowest, highest, scale: tl.float64, threshold: tl.uint32,
+    factor: tl.float64,
     q_batch, q_head, q_row, k_batch, k_head, k_row, v_batch, v_head, v_row, dy_batch, dy_head,
     dy_row, dk_batch, dk_head, dk_row, dv_batch, dv_head, dv_row,
     mask_batch, mask_head, mask_row, mask_column,
@@ -259,24 +276,33 @@ def _backward_keys(
             mask_column, scale, LOWEST, HIGHEST,
         )  # fmt: skip
         p = _exp2(s - l[None, :])
+        if SEED is not None:
+            kept = tl.trans(_kept(SEED, statistic, at, keys, threshold, N))
         if DV is not None:
-            dv = tl.dot(p.to(dy.dtype), dy, dv, input_precision=PRECISION, out_dtype=wide)
+            dropped = p
+            if SEED is not None:
+                dropped *= kept
+            dv = tl.dot(dropped.to(dy.dtype), dy, dv, input_precision=PRECISION, out_dtype=wide)
         if DK is not None:
             delta = tl.load(DELTA + statistic, i < queries, other=0.0)
             dp = tl.dot(v, tl.trans(dy), input_precision=PRECISION, out_dtype=wide)
+            if SEED is not None:
+                dp *= kept * tl.full((), factor, wide)
             ds = p * (dp - delta[None, :])
             dk = tl.dot(ds.to(q.dtype), q, dk, input_precision=PRECISION, out_dtype=wide)
     if DK is not None:
         DK = _head(DK, batch, key_head, dk_batch, dk_head)
         _store(DK, at, keys, dk_row, dk * tl.full((), scale, wide), E)
     if DV is not None:
-        _store(_head(DV, batch, key_head, dv_batch, dv_head), at, keys, dv_row, dv, F)
+        DV = _head(DV, batch, key_head, dv_batch, dv_head)
+        _store(DV, at, keys, dv_row, dv * tl.full((), factor, wide), F)
 
 
 @kernel
 def _backward_mask(
-    DY, Q, K, V, MASK, SLOPES, L, DELTA, DMASK,
-    batches, heads, group, queries, keys, lowest, highest, scale: tl.float64,
+    DY, Q, K, V, MASK, SLOPES, SEED, L, DELTA, DMASK,
+    batches, heads, group, queries, keys, lowest, highest, scale: tl.float64, threshold: tl.uint32,
+    factor: tl.float64,
     q_batch, q_head, q_row, k_batch, k_head, k_row, v_batch, v_head, v_row, dy_batch, dy_head,
     dy_row, mask_batch, mask_head, mask_row, mask_column,
     LOWEST: tl.constexpr, HIGHEST: tl.constexpr, PRECISION: tl.constexpr, E: tl.constexpr,
@@ -310,6 +336,8 @@ def _backward_mask(
             lowest, highest, mask_row, mask_column, scale, LOWEST, HIGHEST,
         )  # fmt: skip
         dp = tl.dot(dy, tl.trans(v), input_precision=PRECISION, out_dtype=wide)
+        if SEED is not None:
+            dp *= _kept(SEED, statistic, at, keys, threshold, N) * tl.full((), factor, wide)
         db += _exp2(s - l[:, None]) * (dp - delta[:, None])
     row = both.to(tl.int64) * queries + i
     place = row[:, None] * keys + j[None, :]
@@ -331,15 +359,28 @@ BIASED = {
     "keys": ((32, 64, 4, 2), (16, 64, 4, 1), (16, 16, 4, 1)),
     "mask": ((64, 32, 4, 2), (64, 16, 4, 1), (16, 32, 4, 1)),
 }
+#: and with dropout, whose words take more of them
+DROPPED = BIASED | {
+    "keys": ((16, 64, 4, 2), (16, 32, 4, 1), (16, 16, 4, 1)),
+    "mask": ((32, 32, 4, 2), (64, 16, 4, 1), (16, 32, 4, 1)),
+}
+
+#: the seed, the least word that is kept, and what the kept are multiplied by; or None
+Dropout = tuple[Tensor, int, float] | None
 
 
-def config(which: str, width: int, dtype: torch.dtype, biased: bool) -> tuple[int, int, int, int]:
+def config(
+    which: str, width: int, dtype: torch.dtype, biased: bool, dropped: bool
+) -> tuple[int, int, int, int]:
     """(M, N, warps, stages) of heads of ``width`` numbers."""
     if dtype == torch.float64:
         return (16, 16, 8, 1)
     if dtype == torch.float32:
-        return (16, 32, 8, 1) if width <= 64 else (16, 16, 8, 1)
-    return (BIASED if biased else TILES)[which][(width > 64) + (width > 128)]
+        # a tile of dk and dv of 32 keys with dropout has 16 bytes on the stack of sm_80
+        small = width > 64 or (dropped and which == "keys")
+        return (16, 16 if small else 32, 8, 1)
+    tiles = DROPPED if dropped else BIASED if biased else TILES
+    return tiles[which][(width > 64) + (width > 128)]
 
 
 KERNELS = {
@@ -354,12 +395,13 @@ KERNELS = {
 def plan(
     which: str, shape: tuple[int, ...], strides: tuple[tuple[str, tuple[int, ...]], ...],
     band: tuple[int | None, int | None], scale: float, dtype: torch.dtype, tf32: str,
-    biased: bool, of: tuple[bool, bool] | None,
+    biased: bool, kept: tuple[int, float] | None, of: tuple[bool, bool] | None,
 ) -> Launch:  # fmt: skip
     """A launch of one kernel, for (B, H, K, L, S, E, F)."""
     B, H, K, L, S, E, F = shape
     widths = [max(16, next_power_of_2(n)) for n in (E, F)]
-    M, N, warps, stages = config(which, max(widths), dtype, biased)
+    M, N, warps, stages = config(which, max(widths), dtype, biased, kept is not None)
+    threshold, factor = kept or (0, 1.0)
     named: dict[str, Any] = {
         f"{name}_{place}": stride
         for name, found in strides
@@ -372,9 +414,9 @@ def plan(
     lowest, highest = (None if n is None else min(max(n, -L), S) for n in band)
     return KERNELS[which].launch(
         programs, heads=H, group=H // K, queries=L, keys=S, scale=scale, lowest=lowest or 0,
-        highest=highest or 0, LOWEST=lowest is not None, HIGHEST=highest is not None,
-        PRECISION=tf32, E=E, F=F, E_WIDTH=widths[0], F_WIDTH=widths[1], M=M, N=N,
-        num_warps=warps, num_stages=stages, **named,
+        highest=highest or 0, threshold=threshold, factor=factor, LOWEST=lowest is not None,
+        HIGHEST=highest is not None, PRECISION=tf32, E=E, F=F, E_WIDTH=widths[0],
+        F_WIDTH=widths[1], M=M, N=N, num_warps=warps, num_stages=stages, **named,
     )  # fmt: skip
 
 
@@ -407,43 +449,45 @@ def _shape(q: Tensor, k: Tensor, v: Tensor) -> tuple[int, ...]:
 
 
 def forward(
-    q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, slopes: Tensor | None,
+    q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, slopes: Tensor | None, dropout: Dropout,
     lowest: int | None, highest: int | None, scale: float, y: Tensor, l: Tensor,
 ) -> None:  # fmt: skip
     """Writes y, of any strides but that of its rows' numbers, and l."""
+    seed, kept = (None, None) if dropout is None else (dropout[0], dropout[1:])
     if not q.shape[:3].numel():
         return
     q, k, v = _dense(q), _dense(k), _dense(v)
     slopes = None if slopes is None else slopes.contiguous()
     strides = (*_strides(q=q, k=k, v=v, y=y), _of_mask(mask))
     biased = mask is not None or slopes is not None
-    options = (lowest, highest), scale, q.dtype, precision(), biased, None
-    plan("forward", _shape(q, k, v), strides, *options)(q, k, v, mask, slopes, y, l)
+    options = (lowest, highest), scale, q.dtype, precision(), biased, kept, None
+    plan("forward", _shape(q, k, v), strides, *options)(q, k, v, mask, slopes, seed, y, l)
 
 
 def backward(
     dy: Tensor, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, slopes: Tensor | None,
-    y: Tensor, l: Tensor, lowest: int | None, highest: int | None, scale: float,
+    dropout: Dropout, y: Tensor, l: Tensor, lowest: int | None, highest: int | None, scale: float,
     dq: Tensor | None, dk: Tensor | None, dv: Tensor | None, dmask: Tensor | None,
 ) -> None:  # fmt: skip
     """Writes those of the gradients that are given; dmask is contiguous."""
+    seed, kept = (None, None) if dropout is None else (dropout[0], dropout[1:])
     dy, q, k, v, y, l = _dense(dy), _dense(q), _dense(k), _dense(v), _dense(y), l.contiguous()
     slopes = None if slopes is None else slopes.contiguous()
     shape, of_mask = _shape(q, k, v), _of_mask(mask)
     biased = mask is not None or slopes is not None
-    options = (lowest, highest), scale, q.dtype, precision(), biased
+    options = (lowest, highest), scale, q.dtype, precision(), biased, kept
     delta = torch.empty_like(l)
     if l.numel():
         strides = _strides(q=q, k=k, v=v, y=y, dy=dy, dq=q if dq is None else dq)
         run = plan("queries", shape, (*strides, of_mask), *options, None)
-        run(dy, q, k, v, mask, slopes, y, l, delta, dq)
+        run(dy, q, k, v, mask, slopes, seed, y, l, delta, dq)
     if (dk is not None or dv is not None) and k.shape[:3].numel():
         given = {"dk": k if dk is None else dk, "dv": v if dv is None else dv}
         run = plan(
             "keys", shape, (*_strides(q=q, k=k, v=v, dy=dy, **given), of_mask), *options, None
         )
-        run(dy, q, k, v, mask, slopes, l, delta, dk, dv)
+        run(dy, q, k, v, mask, slopes, seed, l, delta, dk, dv)
     if dmask is not None and dmask.numel():
         shared = dmask.shape[0] > 1, dmask.shape[1] > 1
         run = plan("mask", shape, (*_strides(q=q, k=k, v=v, dy=dy), of_mask), *options, shared)
-        run(dy, q, k, v, mask, slopes, l, delta, dmask)
+        run(dy, q, k, v, mask, slopes, seed, l, delta, dmask)

@@ -3,8 +3,8 @@
 Words come from Philox 4x32-10. Its four results are those of four neighbours, so that an element
 costs a quarter of a call. Formulas: ``custom_backprop/formulas/dropout.py``.
 
-For other kernels: :func:`word_of` is the word of any element, and :func:`words_of` those of a
-block. An element is kept where its word is not below p 2^32.
+For other kernels: :func:`word_of` is the word of any element, :func:`words_of` those of a block,
+and :func:`words_at` those of a tile. An element is kept where its word is not below p 2^32.
 """
 
 from __future__ import annotations
@@ -33,12 +33,23 @@ def word_of(seed, index):
 
 
 @triton.jit
+def _fours(seed, counter):
+    """Those of 4 ``counter`` to 4 ``counter`` + 3, in two new dimensions."""
+    first, second, third, fourth = tl.randint4x(seed, counter)
+    return tl.join(tl.join(first, third), tl.join(second, fourth))
+
+
+@triton.jit
 def words_of(seed, start, BLOCK: tl.constexpr):
     """Those of the BLOCK elements from ``start`` on, both multiples of 4, at a quarter of the
     cost."""
-    counter = start // 4 + tl.arange(0, BLOCK // 4)
-    first, second, third, fourth = tl.randint4x(seed, counter)
-    return tl.join(tl.join(first, third), tl.join(second, fourth)).reshape(BLOCK)
+    return _fours(seed, start // 4 + tl.arange(0, BLOCK // 4)).reshape(BLOCK)
+
+
+@triton.jit
+def words_at(seed, counter):
+    """(M, 4 N) words, of four neighbours for each of (M, N) counters."""
+    return _fours(seed, counter).reshape(counter.shape[0], 4 * counter.shape[1])
 
 
 @triton.jit

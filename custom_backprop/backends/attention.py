@@ -11,6 +11,7 @@ from math import inf, prod
 import torch
 
 from ..formulas import attention as formula
+from ..formulas.dropout import coefficients, threshold
 from ..formulas.precision import wide, widen
 from .kernels import kernels
 from .library import P as PARTIAL
@@ -25,11 +26,11 @@ _flash_backward = aten._scaled_dot_product_flash_attention_for_cpu_backward.defa
 CHUNK = 2**18
 
 
-def _is_flash(q, k, v, slopes, noise, lowest, highest):
+def _is_flash(q, k, v, slopes, seed, lowest, highest):
     """Whether torch's kernel computes this."""
     return (
         slopes is None
-        and noise is None
+        and seed is None
         and lowest is None
         and highest in (None, 0)
         and q.shape[3] == v.shape[3]
@@ -63,15 +64,15 @@ def _numbers(mask, q):
     return q.new_zeros(mask.shape).masked_fill_(mask.logical_not(), -inf)
 
 
-def _forward(q, k, v, mask, slopes, noise, lowest, highest, scale):
-    if _is_flash(q, k, v, slopes, noise, lowest, highest):
+def _forward(q, k, v, mask, slopes, seed, p, lowest, highest, scale):
+    if _is_flash(q, k, v, slopes, seed, lowest, highest):
         options = {"attn_mask": _numbers(mask, q), "scale": scale}
         y, l = _flash_forward(*_rows(q, k, v), 0.0, highest == 0, **options)
         return _as(q, y), l.contiguous()
-    return _forward_in_chunks(q, k, v, mask, slopes, noise, lowest, highest, scale)
+    return _forward_in_chunks(q, k, v, mask, slopes, seed, p, lowest, highest, scale)
 
 
-def _forward_in_chunks(q, k, v, mask, slopes, noise, lowest, highest, scale):
+def _forward_in_chunks(q, k, v, mask, slopes, seed, p, lowest, highest, scale):
     y = like(q, v.shape[3])
     l = q.new_empty(q.shape[:3], dtype=wide(q.dtype))
     for b, i, j, s in _chunks(q, k, mask, slopes, lowest, highest, scale):
@@ -82,23 +83,25 @@ def _forward_in_chunks(q, k, v, mask, slopes, noise, lowest, highest, scale):
         # the largest of a row of P is e^0 / Σ e^(s - m)
         largest = P.amax(3)
         l[b, :, i] = torch.where(largest == 0, 0, most.squeeze(3) - largest.log())
-        if noise is not None:
-            P *= noise[b, :, i, j]
+        if seed is not None:
+            P *= _noise(P, seed, p, q, k, b, i, j)
         y[b, :, i] = formula.weighted(P, widen(v[b, :, j]))
     return y, l
 
 
-def _backward(dy, q, k, v, mask, slopes, noise, y, l, lowest, highest, scale, *needs):
-    if not needs[3] and _is_flash(q, k, v, slopes, noise, lowest, highest):
+def _backward(dy, q, k, v, mask, slopes, seed, y, l, p, lowest, highest, scale, *needs):
+    if not needs[3] and _is_flash(q, k, v, slopes, seed, lowest, highest):
         options = {"attn_mask": _numbers(mask, q), "scale": scale}
         tensors = *_rows(dy, q, k, v, y), l
         grads = _flash_backward(*tensors, 0.0, highest == 0, **options)
         return *map(_as, (q, k, v), grads), None
-    rest = noise, y, l, lowest, highest, scale, *needs
+    rest = seed, y, l, p, lowest, highest, scale, *needs
     return _backward_in_chunks(dy, q, k, v, mask, slopes, *rest)
 
 
-def _backward_in_chunks(dy, q, k, v, mask, slopes, noise, y, l, lowest, highest, scale, *needs):
+def _backward_in_chunks(
+    dy, q, k, v, mask, slopes, seed, y, l, p, lowest, highest, scale, *needs
+):  # fmt: skip
     need_q, need_k, need_v, need_mask = needs
     dq = like(q).zero_() if need_q else None
     dk, dv = (
@@ -112,12 +115,11 @@ def _backward_in_chunks(dy, q, k, v, mask, slopes, noise, y, l, lowest, highest,
         P, _ = _probabilities(s)
         dy_, k_, v_ = widen(dy[b, :, i]), widen(k[b, :, j]), widen(v[b, :, j])
         dP = formula.products(dy_, v_)
+        noise = None if seed is None else _noise(P, seed, p, q, k, b, i, j)
+        if dv is not None:
+            dv[b, :, j] += formula.gathered(formula.dropped(P, noise), dy_, v_)
         if noise is not None:
-            dP *= noise[b, :, i, j]
-            if dv is not None:
-                dv[b, :, j] += formula.gathered(P * noise[b, :, i, j], dy_, v_)
-        elif dv is not None:
-            dv[b, :, j] += formula.gathered(P, dy_, v_)
+            dP *= noise
         ds = formula.softmax_backward(dP, P, 3)
         if dmask is not None:
             part = dmask[b if len(dmask) > 1 else slice(None), :, i, j]
@@ -159,23 +161,34 @@ def _chunks(q, k, mask, slopes, lowest, highest, scale):
             yield b, i, j, formula.biased(s, part, slopes, lowest, highest, S - L, first, start)
 
 
-def _has_kernel(q, v, noise):
-    return noise is None and max(q.shape[3], v.shape[3]) <= kernels("attention").LARGEST[q.dtype]
+def _noise(P, seed, p, q, k, b, i, j):
+    """That of a chunk."""
+    return formula.noise_of(P, seed, p, q.shape[2], k.shape[2], b.start, i.start, j.start)
 
 
-def _launch_forward(q, k, v, mask, slopes, noise, *options):
-    if not _has_kernel(q, v, noise):
-        return _forward_in_chunks(q, k, v, mask, slopes, noise, *options)
+def _has_kernel(q, v):
+    return max(q.shape[3], v.shape[3]) <= kernels("attention").LARGEST[q.dtype]
+
+
+def _dropout(seed, p):
+    """What the kernels get of it."""
+    return None if seed is None else (seed, threshold(p), coefficients(p, False)[0])
+
+
+def _launch_forward(q, k, v, mask, slopes, seed, p, *options):
+    if not _has_kernel(q, v):
+        return _forward_in_chunks(q, k, v, mask, slopes, seed, p, *options)
     y, l = _fake_forward(q, k, v)
-    kernels("attention").forward(q, k, v, mask, slopes, *options, y, l)
+    dropout = _dropout(seed, p)
+    kernels("attention").forward(q, k, v, mask, slopes, dropout, *options, y, l)
     return y, l
 
 
-def _launch_backward(dy, q, k, v, mask, slopes, noise, y, l, *rest):
-    if not _has_kernel(q, v, noise):
-        return _backward_in_chunks(dy, q, k, v, mask, slopes, noise, y, l, *rest)
-    grads = _fake_backward(dy, q, k, v, mask, *rest)
-    kernels("attention").backward(dy, q, k, v, mask, slopes, y, l, *rest[:3], *grads)
+def _launch_backward(dy, q, k, v, mask, slopes, seed, y, l, p, *rest):
+    if not _has_kernel(q, v):
+        return _backward_in_chunks(dy, q, k, v, mask, slopes, seed, y, l, p, *rest)
+    grads, dropout = _fake_backward(dy, q, k, v, mask, *rest), _dropout(seed, p)
+    kernels("attention").backward(dy, q, k, v, mask, slopes, dropout, y, l, *rest[:3], *grads)
     return grads
 
 
@@ -195,18 +208,18 @@ def _fake_backward(dy, q, k, v, mask, *rest):
     return *grads, mask.new_empty(mask.shape) if need_mask else None
 
 
-def _sharding(q, k, v, mask, slopes, noise, *rest):
-    """Along the batch; and along the heads, if keys have as many."""
-    for i in (0, 1) if q.shape[1] == k.shape[1] else (0,):
+def _sharding(q, k, v, mask, slopes, seed, *rest):
+    """Along the batch; and along the heads, if keys have as many. A seed is that of whole
+    tensors."""
+    for i in () if seed is not None else (0, 1) if q.shape[1] == k.shape[1] else (0,):
         of_mask = None if mask is None else i if mask.shape[i] > 1 else R
         of_slopes = None if slopes is None else 0 if i else R
-        of_noise = None if noise is None else i
-        yield [i, i], [i, i, i, of_mask, of_slopes, of_noise]
+        yield [i, i], [i, i, i, of_mask, of_slopes, None]
 
 
-def _backward_sharding(dy, q, k, v, mask, slopes, noise, y, l, *rest):
+def _backward_sharding(dy, q, k, v, mask, slopes, seed, y, l, *rest):
     needs = rest[-4:]
-    for outputs, inputs in _sharding(q, k, v, mask, slopes, noise):
+    for outputs, inputs in _sharding(q, k, v, mask, slopes, seed):
         i = outputs[0]
         of_mask = PARTIAL if inputs[3] == R else inputs[3]
         grads = [g if need else R for g, need in zip((i, i, i, of_mask), needs, strict=True)]
@@ -224,8 +237,8 @@ def _backward_flops(dy, q, k, v, *rest):
     return 2 * prod(q[:3]) * k[2] * ((1 + need_q + need_k) * q[3] + (1 + need_v) * v[3])
 
 
-_INPUTS = "Tensor q, Tensor k, Tensor v, Tensor? mask, Tensor? slopes, Tensor? noise"
-_OPTIONS = "SymInt? lowest, SymInt? highest, float scale"
+_INPUTS = "Tensor q, Tensor k, Tensor v, Tensor? mask, Tensor? slopes, Tensor? seed"
+_OPTIONS = "float p, SymInt? lowest, SymInt? highest, float scale"
 _NEEDS = "bool need_q, bool need_k, bool need_v, bool need_mask"
 
 forward = primitive(

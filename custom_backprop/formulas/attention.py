@@ -21,11 +21,30 @@ ds = P (dP - Σ_j P dP) is the softmax's, and s is linear in q and k, so that
 
     db = ds,   dq = c ds k,   dk = c dsᵀ q.
 
+Where one key has nearly all of a row's P, its dP and Σ_j P dP are nearly the same, and in float32
+their difference has few digits or none: so it is in the kernels and in torch's flash kernel, but
+not here, where dP is relative to that of the largest P (:mod:`custom_backprop.formulas.softmax`).
+To be exact, forward would save which key is the largest of each row, and every kernel of backward
+would gather that key's row of v for each query and start from dy · v of it.
+
 No P is saved: with the logarithm of each row's sum, l = log Σ_j e^s, it is e^(s - l), block by
 block (Rabe and Staats, 2021; Dao et al., 2022); and Σ_j P dP = Σ_j P dy vᵀ = dy · y.
 
-Dropout multiplies P by ``noise``, which is 0 or 1 / (1 - p): then y = (P ∘ noise) v, dv = (P ∘
-noise)ᵀ dy and dP = (dy vᵀ) ∘ noise, and the rest stands.
+**Dropout** multiplies P by a noise n, which is 0 with probability p and else 1 / (1 - p):
+
+    y = (P ∘ n) v,   dv = (P ∘ n)ᵀ dy,   dP = n ∘ (dy vᵀ).
+
+The softmax is before it, so that l is that of the whole row, and ds as above; and
+
+    Σ_j P dP = Σ_j P n (dy vᵀ) = dy · (P ∘ n) v = dy · y
+
+stands: y has the noise already. No noise is stored. It is made from a seed where it is needed, as
+:mod:`custom_backprop.formulas.dropout` makes it: score (b, h, i, j) is kept where the word of
+
+    number ((b H + h) L + i) S' + j,   S' = 4 ⌈S / 4⌉,
+
+is not below p 2^32. Four neighbours of a row then are the four words of one counter, whatever S,
+and every block of every kernel finds the same noise, as do all backends.
 """
 
 from __future__ import annotations
@@ -36,6 +55,7 @@ import torch
 from torch import Tensor
 
 from .constant import indices
+from .dropout import coefficients, philox, threshold
 from .precision import widen
 from .softmax import softmax, softmax_backward, softmax_jvp
 
@@ -120,19 +140,45 @@ def attention(
     v: Tensor,
     mask: Tensor | None,
     slopes: Tensor | None,
-    noise: Tensor | None,
+    seed: Tensor | None,
+    p: float,
     lowest: int | None,
     highest: int | None,
     scale: float,
 ) -> tuple[Tensor, Tensor]:
     """y (B, H, L, F) and l (B, H, L), the latter in the dtype that is computed in."""
     P, l = probabilities(scores(widen(q), widen(k), mask, slopes, lowest, highest, scale))
+    noise = noise_of(P, seed, p, q.shape[2], k.shape[2])
     return weighted(dropped(P, noise), widen(v)).to(q.dtype), l
 
 
 def dropped(P: Tensor, noise: Tensor | None) -> Tensor:
-    """P ∘ noise."""
-    return P if noise is None else P * widen(noise)
+    """P ∘ n."""
+    return P if noise is None else P * noise
+
+
+def noise_of(
+    P: Tensor,
+    seed: Tensor | None,
+    p: float,
+    queries: int,
+    keys: int,
+    batch: int = 0,
+    first: int = 0,
+    start: int = 0,
+) -> Tensor | None:
+    """n of a block of P, whose first batch, query and key have these numbers, among so many queries
+    and keys; None without a seed."""
+    if seed is None:
+        return None
+    batches, heads, rows = (torch.arange(n, device=P.device) for n in P.shape[:3])
+    row = (batches.view(-1, 1, 1) + batch) * P.shape[1] + heads.view(-1, 1)
+    row = row * queries + rows + first
+    counters = torch.arange(start // 4, -(-(start + P.shape[3]) // 4), device=P.device)
+    counters = row.unsqueeze(3) * -(-keys // 4) + counters
+    words = torch.stack(philox(seed, counters), 4).flatten(3)
+    kept = words.narrow(3, start % 4, P.shape[3]) >= threshold(p)
+    return kept.to(P.dtype) * coefficients(p, False)[0]
 
 
 def attention_backward(
@@ -142,9 +188,10 @@ def attention_backward(
     v: Tensor,
     mask: Tensor | None,
     slopes: Tensor | None,
-    noise: Tensor | None,
+    seed: Tensor | None,
     y: Tensor,
     l: Tensor,
+    p: float,
     lowest: int | None,
     highest: int | None,
     scale: float,
@@ -157,6 +204,7 @@ def attention_backward(
     need_q, need_k, need_v, need_mask = needs
     dy, q_, k_, v_ = map(widen, (dy, q, k, v))
     P, _ = probabilities(scores(q_, k_, mask, slopes, lowest, highest, scale))
+    noise = noise_of(P, seed, p, q.shape[2], k.shape[2])
     dv = gathered(dropped(P, noise), dy, v).to(v.dtype) if need_v else None
     if not (need_q or need_k or need_mask):
         return None, None, dv, None
@@ -174,7 +222,8 @@ def attention_jvp(
     v: Tensor,
     mask: Tensor | None,
     slopes: Tensor | None,
-    noise: Tensor | None,
+    seed: Tensor | None,
+    p: float,
     lowest: int | None,
     highest: int | None,
     scale: float,
@@ -184,6 +233,7 @@ def attention_jvp(
     q, k, v = map(widen, (q, k, v))
     tq, tk, tv, tmask = map(widen, tangents)
     P, _ = probabilities(scores(q, k, mask, slopes, lowest, highest, scale))
+    noise = noise_of(P, seed, p, q.shape[2], k.shape[2])
     parts = [] if tv is None else [weighted(dropped(P, noise), tv)]
     ts = [scale * products(*pair) for pair in ((tq, k), (q, tk)) if None not in pair]
     ts += [] if tmask is None else [tmask.expand(P.shape)]

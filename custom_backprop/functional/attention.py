@@ -8,9 +8,10 @@ import torch
 from torch import Tensor
 
 from ..backends.selection import is_autocast
+from ..dtensor import is_dtensor
 from ..ops.attention import attention
 from ..ops.route import overridable
-from .arguments import cast_to_one_dtype, not_tensors
+from .arguments import cast_to_one_dtype, check_seed, drawn_seed, not_tensors
 
 __all__ = ["scaled_dot_product_attention"]
 
@@ -30,12 +31,13 @@ def scaled_dot_product_attention(
     enable_gqa: bool = False,
     window: tuple[int | None, int | None] | None = None,
     alibi_slopes: Tensor | None = None,
+    seed: Tensor | None = None,
 ) -> Tensor:
     """y = P v, P = softmax(c q kᵀ + b);  ds = P (dy vᵀ - dy · y), dq = c ds k, dk = c dsᵀ q,
-    dv = Pᵀ dy, db = ds.
+    dv = Pᵀ dy, db = ds. With dropout y = (P n) v, n of a seed; dy vᵀ and Pᵀ have n too.
 
     A query that may attend to nothing gets 0. No tensor of L x S numbers is written or saved, but
-    for the gradient of a mask, and the zeros of dropout.
+    for the gradient of a mask. Dropout saves a seed, and backward makes its zeros again.
 
     Args:
         query: (..., H, L, E), floating-point.
@@ -44,7 +46,7 @@ def scaled_dot_product_attention(
         value: (..., H, S, F).
         attn_mask: broadcasts to (..., H, L, S): booleans, of which True lets a query attend to a
             key, or numbers in the dtype of ``query`` or in float32, which are added to the scores.
-        dropout_p: the share of P that becomes 0, also in evaluation. The rest is divided by 1 - p.
+        dropout_p: the probability of a zero in P, also in evaluation. The rest is divided by 1 - p.
         is_causal: query i attends to keys 0 to i, whatever L and S.
         scale: c. Default: 1 / √E.
         enable_gqa: ``key`` and ``value`` have fewer heads, which divide H: each serves as many
@@ -53,13 +55,17 @@ def scaled_dot_product_attention(
             is no limit. The last query stands at the last key, as in decoding with a cache;
             ``(None, 0)`` is then the causal mask.
         alibi_slopes: (H,), the slope m of each head: -m |i + S - L - j| is added to the scores.
+        seed: that of dropout, an int64 tensor of one element on the device of ``query``. The zeros
+            then depend on it and on the shapes alone, and are the same on every device. Default: it
+            is drawn from torch's generator, so that ``torch.manual_seed``, checkpoints and ``vmap``
+            do what they do to :func:`custom_backprop.functional.dropout`.
 
     Returns:
         (..., H, L, F), in the dtype of ``query``.
 
     Raises:
-        RuntimeError: shapes, dtypes or devices do not fit, ``dropout_p`` is not in [0, 1], or
-            ``alibi_slopes`` requires grad.
+        RuntimeError: shapes, dtypes or devices do not fit, ``dropout_p`` is not in [0, 1],
+            ``alibi_slopes`` requires grad, or DTensors have dropout without a ``seed``.
         IndexError: a mask of fewer than two dimensions, or ``enable_gqa`` without heads.
         TypeError: something is no tensor, or no number.
         ValueError: ``window`` is no pair, or has a negative number.
@@ -67,6 +73,7 @@ def scaled_dot_product_attention(
     Derivation: :mod:`custom_backprop.formulas.attention`.
     """
     _check(query, key, value, attn_mask, dropout_p)
+    check_seed(_NAME, query, seed)
     if query.is_nested or not query.is_floating_point():
         return torch.nn.functional.scaled_dot_product_attention(
             query, key, value, attn_mask, dropout_p, is_causal, scale=scale, enable_gqa=enable_gqa
@@ -76,7 +83,7 @@ def scaled_dot_product_attention(
     lowest, highest = (None, None) if window is None else _band(window, S - L)
     if is_causal:
         highest = 0 if highest is None else min(highest, 0)
-    q, k, v, noise, leading = query, key, value, None, query.shape[:-2]
+    q, k, v, leading = query, key, value, query.shape[:-2]
     plain = q.dim() == 4 and k.dim() == v.dim() == 4 and k.shape[:2] == v.shape[:2] == leading
     if not plain:
         q, k, v, leading = _in_four_dimensions(q, k, v, enable_gqa)
@@ -84,9 +91,9 @@ def scaled_dot_product_attention(
         attn_mask = _mask_in_four_dimensions(attn_mask, leading, L, S)
     if alibi_slopes is not None:
         alibi_slopes = _slopes(alibi_slopes, q)
-    if dropout_p:
-        noise = torch.nn.functional.dropout(q.new_ones(*q.shape[:3], S), dropout_p)
-    y = attention(q, k, v, attn_mask, alibi_slopes, noise, lowest, highest, scale)
+    seed = _seed(seed, q) if dropout_p else None
+    p = float(dropout_p)
+    y = attention(q, k, v, attn_mask, alibi_slopes, seed, p, lowest, highest, scale)
     return y if plain else y.reshape(*leading, L, y.shape[3])
 
 
@@ -189,6 +196,15 @@ def _mask_in_four_dimensions(mask, leading, L, S):
         mask = mask.expand(*leading[:-1], *heads, L, S)
         return mask.reshape(math.prod(leading[:-1]), *heads, L, S)
     return mask.expand(*mask.shape[:-2], L, S).reshape(1, *heads, L, S)
+
+
+def _seed(seed, q):
+    if seed is None and is_dtensor(q):
+        raise RuntimeError(
+            f"{_NAME}: dropout of DTensors needs a seed, which is a replicated DTensor; or call it "
+            "on each rank's own tensors (to_local)"
+        )
+    return drawn_seed(q) if seed is None else seed
 
 
 def _slopes(slopes, q):

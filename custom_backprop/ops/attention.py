@@ -1,4 +1,5 @@
-"""Autograd of attention. Saved are q, k, v, y and one number a row: no matrix of scores."""
+"""Autograd of attention. Saved are q, k, v, y and one number a row: no matrix of scores, nor of
+dropout, which a seed makes again."""
 
 from __future__ import annotations
 
@@ -34,5 +35,5 @@ class Attention:
         return formula.attention_jvp(tangents[:4], *inputs, *ctx.options)
 
 
-#: attention(q, k, v, mask, slopes, noise, lowest, highest, scale): see formulas/attention.py
+#: attention(q, k, v, mask, slopes, seed, p, lowest, highest, scale): see formulas/attention.py
 attention = op(Attention)

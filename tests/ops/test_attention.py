@@ -9,11 +9,13 @@ import pytest
 import torch
 import torch.nn.functional as F
 from helpers import DEVICE
+from torch.utils.checkpoint import checkpoint
 
 from custom_backprop import functional
 from custom_backprop.backends import attention as primitives
 from custom_backprop.backends import use_backend
 from custom_backprop.backends.kernels import kernels
+from custom_backprop.formulas.dropout import kept as kept_by_dropout
 from custom_backprop.testing.specs.attention import stock
 
 attention = functional.scaled_dot_product_attention
@@ -166,26 +168,144 @@ def test_a_head_that_is_too_wide_for_the_kernels():
 
 
 class TestDropout:
-    def test_is_stocks_under_the_same_seed(self, backend):
-        inputs = tensor(2, 2, 3, 2), tensor(2, 2, 4, 2), tensor(2, 2, 4, 2)
-        results = []
-        for function in (attention, F.scaled_dot_product_attention):
-            torch.manual_seed(3)
-            y = function(*inputs, dropout_p=0.4)
-            results.append((y, *torch.autograd.grad(y, inputs, torch.ones_like(y))))
-        torch.testing.assert_close(*results)
+    P = 0.3
 
-    def test_everything_is_dropped(self, backend):
+    def noise(self, q, k, mask=None, p=P, **options):
+        """What P was multiplied by: the identity as the values gives P back, 0 / 0 where P is 0."""
+        S = k.shape[2]
+        v = torch.eye(S, dtype=q.dtype, device=DEVICE).expand(*k.shape[:2], S, S)
+        with torch.no_grad():
+            y, without = (attention(q, k, v, mask, d, **options) for d in (p, 0.0))
+        return y / without
+
+    @pytest.mark.parametrize("bound", [False, True])
+    def test_gradients_have_the_noise_of_the_output(self, bound, backend, monkeypatch):
+        """Over several tiles and chunks, none of them full; alone, and with all else."""
+        monkeypatch.setattr(primitives, "CHUNK", 500)
+        q, k, v = tensor(2, 4, 37, 3), tensor(2, 2, 45, 3), tensor(2, 2, 45, 2)
+        inputs, options = [q, k, v], {"enable_gqa": True}
+        if bound:
+            inputs.append(tensor(1, 4, 37, 45))
+            slopes = torch.rand(4, device=DEVICE, dtype=torch.float64)
+            options |= {"window": (22, 14), "alibi_slopes": slopes, "is_causal": True}
+        options["seed"] = torch.tensor(2**40 + 3, device=DEVICE)
+        noise = self.noise(q, k, *inputs[3:], **options)
+        met = noise[~noise.isnan()]
+        torch.testing.assert_close(met, (met != 0).double() / (1 - self.P), rtol=1e-9, atol=0)
+        assert 0 < met.count_nonzero() < met.numel()
+        expected = self.expected(inputs, noise.nan_to_num(), options)
+        y = attention(*inputs, dropout_p=self.P, **options)
+        found = y, *torch.autograd.grad(y, inputs, torch.ones_like(y))
+        torch.testing.assert_close(found, expected, rtol=1e-9, atol=1e-11)
+
+    def expected(self, inputs, noise, options):
+        """(P n) v and its gradients, by autograd."""
+        q, k, v, *mask = inputs
+        S = k.shape[2]
+        one = torch.eye(S, dtype=q.dtype, device=DEVICE).expand(*k.shape[:2], S, S)
+        P = stock(q, k, one, *mask, **{n: o for n, o in options.items() if n != "seed"})
+        y = (P * noise) @ v.repeat_interleave(q.shape[1] // v.shape[1], 1)
+        return y, *torch.autograd.grad(y, inputs, torch.ones_like(y))
+
+    @pytest.mark.parametrize("S", [16, 21])
+    def test_one_noise_on_every_backend(self, S, backend):
+        """Word ((b H + h) L + i) 4⌈S / 4⌉ + j, whatever the chunks and the band of keys."""
+        q, k = (tensor(2, 3, n, 2, requires_grad=False) for n in (18, S))
+        seed, columns = torch.tensor(-7, device=DEVICE), S + -S % 4
+        kept = kept_by_dropout(seed, 2 * 3 * 18 * columns, self.P).view(2, 3, 18, columns)[..., :S]
+        assert torch.equal(self.noise(q, k, seed=seed) != 0, kept)
+        noise = self.noise(q, k, seed=seed, window=(3, 2))
+        assert 0 < noise.isnan().sum() < noise.numel()
+        assert torch.equal((noise != 0) | noise.isnan(), kept | noise.isnan())
+
+    def test_statistics(self, backend):
+        """The share that is kept, and that no noise follows that of the next column, row, head,
+        batch or call. The bounds are five standard deviations."""
+        q = torch.zeros(2, 3, 40, 1, device=DEVICE)
+        one, two = (
+            ((self.noise(q, q) != 0).double() - (1 - self.P)) / (self.P * (1 - self.P)) ** 0.5
+            for _ in range(2)
+        )
+        bound = 5 / one.numel() ** 0.5
+        assert abs(one.mean()) < bound
+        for a, b in [(one, two)] + [
+            (one.narrow(d, 1, one.shape[d] - 1), one.narrow(d, 0, one.shape[d] - 1))
+            for d in range(4)
+        ]:
+            assert abs((a * b).mean()) < 1.5 * bound
+
+    def test_nothing_or_everything_is_dropped(self, backend):
+        """As stock has it: 1 gives zeros, and NaN of an infinite value; 0 draws nothing."""
         q, k, v = (tensor(1, 1, 2, 2) for _ in range(3))
         y = attention(q, k, v, dropout_p=1.0)
         assert not y.count_nonzero()
         assert not any(g.count_nonzero() for g in torch.autograd.grad(y.sum(), (q, k, v)))
+        before = torch.random.get_rng_state()
+        seed = torch.tensor(3, device=DEVICE)
+        assert torch.equal(attention(q, k, v, dropout_p=0.0, seed=seed), attention(q, k, v))
+        assert torch.equal(torch.random.get_rng_state(), before)
+        infinite = torch.full_like(v, math.inf)
+        for function in (attention, F.scaled_dot_product_attention):
+            assert function(q, k, infinite, dropout_p=1.0).isnan().all()
 
-    def test_the_share_of_zeros(self, backend):
-        q = torch.zeros(1, 1, 200, 1, device=DEVICE)
-        y = attention(q, q, torch.ones_like(q), dropout_p=0.25)
-        assert abs(y.mean().item() - 1) < 0.02
-        torch.testing.assert_close(attention(q, q, q + 1, dropout_p=0.0), q + 1)
+    def test_noise_is_that_of_torchs_generator(self, backend):
+        q = tensor(1, 2, 9, 2)
+        torch.manual_seed(3)
+        first, second = (attention(q, q, q, dropout_p=self.P) for _ in range(2))
+        assert not torch.equal(first, second)
+        torch.manual_seed(3)
+        assert torch.equal(attention(q, q, q, dropout_p=self.P), first)
+
+        def call(t):
+            return attention(t, t, t, dropout_p=self.P)
+
+        torch.manual_seed(3)
+        y = checkpoint(call, q, use_reentrant=False)
+        torch.rand(5, device=DEVICE)  # moves the generator on
+        grads = [torch.autograd.grad(out.sum(), q)[0] for out in (y, first)]
+        assert torch.equal(*grads)
+
+    def test_only_the_seed_is_saved_of_it(self, backend):
+        kept = []
+        q = tensor(1, 1, 40, 2)
+        with torch.autograd.graph.saved_tensors_hooks(lambda t: kept.append(t) or t, lambda t: t):
+            attention(q, q, q, dropout_p=self.P)
+        assert sorted(t.numel() for t in kept) == [1, 40, *[80] * 4]
+
+    @pytest.mark.parametrize("gradient", [False, True])
+    def test_randomness_of_vmap(self, gradient, backend):
+        q = torch.zeros(3, 1, 8, 4, device=DEVICE)
+        one = torch.eye(8, device=DEVICE).expand(3, 1, 8, 8)
+
+        def f(q, v):
+            return attention(q, q, v, dropout_p=self.P)
+
+        if gradient:
+            f = torch.func.grad(lambda q, v: attention(q, q, v, dropout_p=self.P).sum(), 1)
+        same = torch.vmap(f, randomness="same")(q, one)
+        assert torch.equal(same, same[:1].expand_as(same))
+        different = torch.vmap(f, randomness="different")(q, one)
+        assert all(not torch.equal(different[0], row) for row in different[1:])
+        with pytest.raises(RuntimeError, match="randomness"):
+            torch.vmap(f)(q, one)
+        seeds = torch.arange(3, device=DEVICE)
+        given = torch.vmap(lambda q, v, s: attention(q, q, v, dropout_p=self.P, seed=s))
+        rows = [
+            attention(a, a, b, dropout_p=self.P, seed=s)
+            for a, b, s in zip(q, one, seeds, strict=True)
+        ]
+        torch.testing.assert_close(given(q, one, seeds), torch.stack(rows))
+
+    def test_compiled(self, backend):
+        """Other zeros at each call, which backward has too."""
+        compiled = torch.compile(attention, fullgraph=True, backend="aot_eager")
+        v = torch.eye(8, dtype=torch.float64, device=DEVICE)[None, None].requires_grad_()
+        q, k = torch.zeros(2, 1, 1, 8, 4, dtype=torch.float64, device=DEVICE)
+        ys = [compiled(q, k, v, dropout_p=self.P) for _ in range(2)]
+        assert not torch.equal(*ys)
+        for y in ys:
+            (dv,) = torch.autograd.grad(y.sum(), v)
+            torch.testing.assert_close(dv, y.sum(2).unsqueeze(3).expand_as(v).detach())
 
 
 Q, K, V = torch.ones(1, 2, 3, 4), torch.ones(1, 2, 5, 4), torch.ones(1, 2, 5, 4)
@@ -237,8 +357,10 @@ def test_bad_calls_raise_what_stock_raises(args, options, backend):
         (TypeError, (Q, K, V), {"alibi_slopes": 0.5}),
         (RuntimeError, (Q, K, V), {"alibi_slopes": torch.ones(3)}),
         (RuntimeError, (Q, K, V), {"alibi_slopes": torch.ones(2, requires_grad=True)}),
+        (RuntimeError, (Q, K, V), {"seed": torch.tensor(1.0)}),
+        (RuntimeError, (Q, K, V), {"seed": torch.tensor([1, 2])}),
     ],
-    ids=range(10),
+    ids=range(12),
 )
 def test_bad_calls(error, args, options, backend):
     with pytest.raises(error, match="scaled_dot_product_attention"):

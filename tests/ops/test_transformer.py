@@ -10,6 +10,7 @@ import pytest
 import torch
 from helpers import DEVICE
 from torch.nn.functional import gelu
+from torch.utils.checkpoint import checkpoint
 
 import custom_backprop
 from custom_backprop import nn
@@ -138,10 +139,26 @@ def test_dropout_of_attention_is_that_of_training():
         assert torch.equal(some, others)
 
 
+@pytest.mark.parametrize("name", ["TransformerEncoderLayer", "TransformerDecoderLayer"])
+def test_dropout_of_a_layer_is_that_of_torchs_generator(name):
+    """In training, under ``manual_seed`` and in a checkpoint."""
+    layer, _ = twins(name, E, HEADS, 2 * E, dropout=0.3)
+    args = [tensor(L, BATCH, E) for _ in range(1 if "Encoder" in name else 2)]
+    found = []
+    for call in (layer, layer, lambda *args: checkpoint(layer, *args, use_reentrant=False)):
+        torch.manual_seed(3)
+        y = call(*args)
+        torch.rand(5, device=DEVICE)  # moves the generator on
+        found.append([y, *torch.autograd.grad(y.square().sum(), args)])
+    for again in found[1:]:
+        assert all(map(torch.equal, again, found[0]))
+    assert not torch.equal(layer(*args), found[0][0])
+
+
 def test_no_tensor_of_all_pairs_is_saved():
-    """Nor is a boolean mask made one of numbers."""
+    """Nor are the zeros of dropout; nor is a boolean mask made one of numbers."""
     n = 256
-    ours = nn.MultiheadAttention(E, HEADS, batch_first=True).to(DEVICE)
+    ours = nn.MultiheadAttention(E, HEADS, dropout=0.1, batch_first=True).to(DEVICE)
     x, saved = torch.randn(1, n, E, device=DEVICE), []
     padding = torch.zeros(1, n, dtype=torch.bool, device=DEVICE)
     with torch.autograd.graph.saved_tensors_hooks(lambda t: saved.append(t) or t, lambda t: t):

@@ -12,6 +12,7 @@ from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from ... import functional
+from ...formulas import dropout as formula
 from ..spec import Make, OpSpec, Sample
 
 #: (batch, heads of queries, heads of keys, queries, keys, size of a head), and options
@@ -34,9 +35,11 @@ def stock(
     *,
     window: tuple[int | None, int | None] | None = None,
     alibi_slopes: Tensor | None = None,
+    seed: Tensor | None = None,
     **options: Any,
 ) -> Tensor:
-    """torch's own, with the window and ALiBi in a mask."""
+    """torch's own, with the window and ALiBi in a mask; and torch's expressions where it cannot be
+    told which zeros to make."""
     if window is not None or alibi_slopes is not None:
         L, S = query.shape[-2], key.shape[-2]
         place = torch.arange(S, device=query.device) - torch.arange(L, device=query.device)[:, None]
@@ -55,12 +58,30 @@ def stock(
             attn_mask = bias.masked_fill(~attn_mask, float("-inf"))
         else:
             attn_mask = attn_mask + bias
+    if seed is not None:
+        return _dropped(query, key, value, attn_mask, dropout_p, is_causal, seed, **options)
     # in float64, the oracle, by its formula: its kernels have no second derivative and no tangent
     by_formula = query.dtype == torch.float64
     with sdpa_kernel(SDPBackend.MATH) if by_formula else nullcontext():
         return F.scaled_dot_product_attention(
             query, key, value, attn_mask, dropout_p, is_causal, **options
         )
+
+
+def _dropped(q, k, v, mask, p, is_causal, seed, *, scale=None, enable_gqa=False):
+    """(P n) v in four dimensions."""
+    k, v = (t.repeat_interleave(q.shape[1] // t.shape[1], 1) for t in (k, v))
+    scores = q @ k.mT * (q.shape[3] ** -0.5 if scale is None else scale)
+    if is_causal:
+        causal = torch.ones_like(scores[0, 0], dtype=torch.bool).tril()
+        scores = scores.masked_fill(~causal, float("-inf"))
+    if mask is not None:
+        allowed = mask.dtype == torch.bool
+        scores = scores.masked_fill(~mask, float("-inf")) if allowed else scores + mask
+    B, H, L, S = scores.shape
+    columns = S + -S % 4
+    kept = formula.kept(seed, B * H * L * columns, p).view(B, H, L, columns)[..., :S]
+    return (scores.softmax(3) * kept / (1 - p)) @ v
 
 
 def _qkv(
@@ -87,15 +108,21 @@ def _samples(make: Make) -> Iterator[Sample]:
         name="window, ALiBi, shared keys",
     )
     yield Sample(_qkv(make, 1, 1, 1, 2, 0, 1), name="no keys")
+    tensors = *_qkv(make, 2, 2, 1, 2, 5, 1), make.tensor(2, 5)
+    seed = torch.tensor(2**62 + 5, device=make.device)
+    options = {"enable_gqa": True, "seed": seed}
+    yield Sample((*tensors, 0.4), options, name="dropout")
 
 
 def _regimes(make: Make) -> Iterator[Sample]:
     """Heads of each width with all that adds to their scores, and every gradient left out once."""
     everything: Any = {"enable_gqa": True, "window": (64, 64)}
     everything["alibi_slopes"] = make.tensor(4, requires_grad=False)
+    dropout: Any = {"dropout_p": 0.1, "seed": torch.tensor(3, device=make.device)}
     if make.dtype == torch.float64:
         tensors = _qkv(make, 2, 4, 2, 64, 64, 64)
         yield Sample((*tensors, make.tensor(64, 64)), everything, name="float64")
+        yield Sample((*tensors, make.tensor(64, 64)), {**everything, **dropout}, name="dropout")
         return
     for dtype, width, heads, frozen in (
         (torch.float32, 64, 4, 0),
@@ -112,6 +139,15 @@ def _regimes(make: Make) -> Iterator[Sample]:
     mask = make.index(2, 1, 256, 256, high=2).bool()
     yield Sample((*_qkv(make, 2, 4, 2, 256, 256, 32), mask), {"enable_gqa": True}, name="booleans")
     yield Sample((*_qkv(make, 2, 4, 4, 256, 256, 32), make.tensor(256, 256)), name="a mask alone")
+    # dropout, alone and with all else
+    for dtype, width in (
+        (torch.float32, 64), (torch.float32, 128), (torch.bfloat16, 64), (torch.bfloat16, 128),
+        (torch.bfloat16, 256),
+    ):  # fmt: skip
+        tensors = _qkv(Make(make.device, dtype), 2, 4, 2, 256, 256, width)
+        mask = Make(make.device, dtype).tensor(256, 256)
+        yield Sample((*tensors, mask), {**everything, **dropout}, name=f"dropout, {dtype}")
+        yield Sample(tensors, {"enable_gqa": True, **dropout}, name=f"dropout alone, {dtype}")
 
 
 SPECS = [
