@@ -208,8 +208,9 @@ class TestDropout:
         return y, *torch.autograd.grad(y, inputs, torch.ones_like(y))
 
     @pytest.mark.parametrize("S", [16, 21])
-    def test_one_noise_on_every_backend(self, S, backend):
+    def test_one_noise_on_every_backend(self, S, backend, monkeypatch):
         """Word ((b H + h) L + i) 4⌈S / 4⌉ + j, whatever the chunks and the band of keys."""
+        monkeypatch.setattr(primitives, "CHUNK", 300)
         q, k = (tensor(2, 3, n, 2, requires_grad=False) for n in (18, S))
         seed, columns = torch.tensor(-7, device=DEVICE), S + -S % 4
         kept = kept_by_dropout(seed, 2 * 3 * 18 * columns, self.P).view(2, 3, 18, columns)[..., :S]
