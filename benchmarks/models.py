@@ -96,6 +96,8 @@ def measured(
         except RuntimeError as error:  # a compiler's too
             print(f"{name} {side}: {error}", file=sys.stderr)
             rows[side]["error"] = str(error)
+    if not trained:
+        return list(rows.values())
     tell("in turns")
     timers = [clock(run.step, device) for run in trained.values()]
     rounds = max(7, int(seconds / max(timer(1) for timer in timers)))
@@ -260,7 +262,8 @@ def plot(rows: list[dict[str, Any]], file: Path) -> None:
         panel.axhline(1, color="black", linewidth=0.8)
         panel.set_xticks(range(len(networks)), networks)
         panel.set_title(f"{title}, relative to stock's")
-    panels[1].legend(frameon=False)
+    handles, labels = panels[0].get_legend_handles_labels()
+    figure.legend(handles, labels, loc="outside lower center", ncols=len(sides), frameon=False)
     figure.savefig(file, dpi=110)
     plt.close(figure)
 
