@@ -115,6 +115,7 @@ class Deferred(Tensor):
         step: the logits that these are a view or a cast of, and the function that makes them.
         cap: how far ``cap * tanh(logits / cap)`` has come: "div", "tanh", "mul", and the number.
         made: the logits themselves, once somebody has asked for them.
+        hooks: of FSDP, for their gradient.
     """
 
     x: Tensor
@@ -123,6 +124,7 @@ class Deferred(Tensor):
     step: tuple[Deferred, Callable[[Tensor], Tensor]] | None
     cap: tuple[str, float] | None
     made: Tensor | None
+    hooks: list[Callable[[Tensor], Any]]
     _changes: int
     _changes_before: int
     _before: tuple[Any, ...]
@@ -135,7 +137,7 @@ class Deferred(Tensor):
             cls, shadow.shape, shadow.stride(), dtype=shadow.dtype, device=x.device
         )
         self.x, self.product, self.shadow, self.step, self.cap = x, product, shadow, step, cap
-        self.made, self._changes = None, 0
+        self.made, self.hooks, self._changes = None, [], 0
         self._before = _state(x), _state(product.weight), _state(product.bias)
         self._changes_before = step[0].changes() if step else 0
         return self
@@ -181,6 +183,8 @@ class Deferred(Tensor):
                             f"was made, of shape {tuple(self.shadow.shape)}: {_ADVICE}"
                         )
                     self.made = function(values)
+                for hook in self.hooks:
+                    self.made.register_hook(hook)
             self._changes = self.made._version
         return self.made
 
@@ -201,6 +205,11 @@ class Deferred(Tensor):
                     f"deferred logits of shape {tuple(self.shadow.shape)} were asked for after the "
                     f"{name} of their head had changed, as by an optimizer's step: {_ADVICE}"
                 )
+
+
+def unless_fused(output: Any) -> Any:
+    """What a model returns, with the logits made of which no loss was."""
+    return tree_map_only(Deferred, lambda d: d if d.product.is_fused else d.logits(), output)
 
 
 _ADVICE = (
@@ -349,9 +358,11 @@ def _loss(
 
 def _observed(func: Any, self: Any, *args: Any, **kwargs: Any) -> Any:
     """Who wants the gradient of logits that a loss did without would wait in vain. FSDP does not:
-    it listens to every output, and the loss is one."""
-    if isinstance(self, Deferred) and self.product.is_fused:
-        if args and args[0].__module__.startswith("torch.distributed."):
+    it listens to every output, and the loss is one. Should somebody make the logits all the same,
+    it hears of their gradient, too."""
+    if isinstance(self, Deferred) and self.product.is_fused and not self.is_made():
+        if args and getattr(args[0], "__module__", "").startswith("torch.distributed."):
+            self.hooks.append(args[0])
             with torch._C.DisableTorchFunctionSubclass():
                 return func(self, *args, **kwargs)
         raise RuntimeError(
@@ -386,9 +397,9 @@ _METADATA = {
     *(
         getattr(Tensor, name).__get__
         for name in (
-            "_base", "device", "dtype", "grad_fn", "is_cpu", "is_cuda", "is_leaf", "is_meta", "is_mps",
-            "is_nested", "is_quantized", "is_sparse", "is_xpu", "layout", "ndim", "requires_grad",
-            "shape",
+            "_base", "device", "dtype", "grad_fn", "is_cpu", "is_cuda", "is_leaf", "is_meta",
+            "is_mps", "is_nested", "is_quantized", "is_sparse", "is_xpu", "layout", "ndim",
+            "requires_grad", "shape",
         )
     ),
     *(

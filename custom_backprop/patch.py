@@ -24,7 +24,7 @@ from torch.utils import checkpoint
 from . import functional, nn
 from .backends.selection import PLAIN_TYPES, TENSORS, get_backend, is_traced
 from .conversions.generated import Members, made_of, subclass
-from .deferred import of_head
+from .deferred import of_head, unless_fused
 from .dtensor import is_dtensor
 
 F = TypeVar("F", bound=Callable[..., Any])
@@ -161,7 +161,16 @@ def _become(module: torch.nn.Module, members: Members) -> None:
 
 
 def _patched(base: Any) -> dict[str, Any]:
-    return {"forward": Patch()(base.forward)}
+    patched = Patch()(base.forward)
+
+    @functools.wraps(base.forward)
+    def forward(self: Any, *args: Any, **kwargs: Any) -> Any:
+        output = patched(self, *args, **kwargs)
+        if self._forward_hooks and not is_traced():  # FSDP's takes the weights of the head away
+            return unless_fused(output)
+        return output
+
+    return {"forward": forward}
 
 
 def _deferring(base: Any) -> dict[str, Any]:
@@ -170,7 +179,8 @@ def _deferring(base: Any) -> dict[str, Any]:
 
     @functools.wraps(stock)
     def forward(self: torch.nn.Linear, input: Tensor) -> Tensor:
-        found = of_head(self, input) if is_active() else None
+        # Dynamo cannot read the context: it is asked for first
+        found = None if is_traced() or not is_active() else of_head(self, input)
         return stock(self, input) if found is None else found
 
     return {"forward": forward}

@@ -3,60 +3,22 @@
 from __future__ import annotations
 
 import importlib
-import os
 import re
-import signal
-import subprocess
 import sys
-from contextlib import contextmanager, suppress
 from pathlib import Path
 
 import pytest
 import torch
 import torch.distributed as dist
+from helpers import output_of, started
 
 import custom_backprop
 
 TESTS = Path(__file__).parent
-SECONDS = 300  # a launch that takes longer counts as hung
 
 pytestmark = pytest.mark.skipif(
     not dist.is_available() or not dist.is_gloo_available(), reason="torch was built without gloo"
 )
-
-
-@contextmanager
-def started(*command):
-    """A process without the settings for Triton of tests/conftest.py. Neither it nor its children
-    outlive the block."""
-    path = os.pathsep.join(filter(None, [str(TESTS.parents[1]), os.environ.get("PYTHONPATH")]))
-    environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
-    environment |= {
-        "PYTHONPATH": path,
-        "OMP_NUM_THREADS": "1",
-        "CUDA_VISIBLE_DEVICES": "",
-        "PYTHONWARNINGS": "error::UserWarning",
-    }
-    pipes = {
-        "stdout": subprocess.PIPE,
-        "stderr": subprocess.STDOUT,
-        "text": True,
-        "start_new_session": True,
-    }
-    with subprocess.Popen(
-        [sys.executable, *map(str, command)], env=environment, **pipes
-    ) as process:
-        try:
-            yield process
-        finally:
-            with suppress(ProcessLookupError):
-                os.killpg(process.pid, signal.SIGKILL)
-
-
-def output_of(process):
-    output, _ = process.communicate(timeout=SECONDS)
-    assert process.returncode == 0, output
-    return output
 
 
 #: written out, so that the test notices a check that is gone
@@ -80,6 +42,7 @@ CHECKS = {
     "batch_norm_of_all_ranks_without_parameters",
     "batch_norm_of_all_ranks_has_no_second_derivative",
     "dropout",
+    "deferred_logits",
 }
 
 
