@@ -160,6 +160,14 @@ def test_stock_where_ours_does_not_fit() -> None:
             assert isinstance(F.relu(x).grad_fn, torch.autograd.function.BackwardCFunction)
 
 
+def test_what_others_have_put_there_stays(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(F, "softsign", len)
+    with custom_backprop.patch():
+        assert F.softsign is len
+        monkeypatch.setattr(F, "logsigmoid", abs)
+    assert (F.softsign, F.logsigmoid) == (len, abs)
+
+
 def test_what_cannot_be_patched() -> None:
     with pytest.raises(TypeError, match="Module"):
         custom_backprop.patch(3)  # type: ignore[call-overload]

@@ -344,3 +344,18 @@ def test_bad_options(error, told, options):
 def test_log_probabilities_need_classes():
     with pytest.raises(ValueError, match="classes"):
         ours(X, W, torch.rand(4, 5), return_log_probs=True)
+
+
+@pytest.mark.parametrize("counted", [0, 9, 70])
+@pytest.mark.parametrize("reduction", ["mean", "sum"])
+def test_a_cpu_computes_the_rows_that_count(counted, reduction):
+    leaves, t = layer(80, 2**12, features=3, dtype=torch.float32)
+    leaves, t = [leaf.detach().cpu().requires_grad_() for leaf in leaves], t.cpu()
+    t[counted:] = IGNORED
+    x, w, b = leaves
+    for autocast in (False, True):
+        with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
+            saved = ours(x, w, t, b, reduction=reduction).grad_fn.saved_tensors[0]
+        assert len(saved) == (80 if counted == 70 else (t != IGNORED).sum())
+    found, known = (gradients(f, leaves, t, reduction=reduction) for f in (ours, by_stock))
+    torch.testing.assert_close(found, known, equal_nan=True)
