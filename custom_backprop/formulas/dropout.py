@@ -63,14 +63,17 @@ def philox(seed: Tensor, counter: Tensor) -> tuple[Tensor, Tensor, Tensor, Tenso
     """The four words of each counter, as int64 in [0, 2^32). ``seed`` has one element, of int64.
 
     A product of two words wraps around in int64, where its halves are right all the same. What is
-    above 32 bits is cut off where it would reach a product or a shift.
+    above 32 bits is cut off where it would reach a product or a shift. Memory is written over where
+    it can be: to allocate it would take as long as to compute.
     """
+    counter = counter + seed * 0  # vmap may give each sample a seed
     c0, c1, c2, c3 = counter & _LOW, counter >> 32, counter * 0, counter * 0
     k0, k1 = seed, seed >> 32
     for _ in range(_ROUNDS):
         first, second = c0 * _MULTIPLIERS[0], c2 * _MULTIPLIERS[1]
-        c0, c1 = (second >> 32 ^ c1 ^ k0) & _LOW, second
-        c2, c3 = (first >> 32 ^ c3 ^ k1) & _LOW, first
+        c0 = (second >> 32).bitwise_xor_(c1).bitwise_xor_(k0).bitwise_and_(_LOW)
+        c2 = (first >> 32).bitwise_xor_(c3).bitwise_xor_(k1).bitwise_and_(_LOW)
+        c1, c3 = second, first
         k0, k1 = k0 + _WEYL[0], k1 + _WEYL[1]
     return c0, c1 & _LOW, c2, c3 & _LOW
 

@@ -828,6 +828,12 @@ def check_dropout(mesh):
     replicated = [distribute_tensor(t, mesh, [Replicate()]) for t in (x, seed)]
     y = functional.dropout(replicated[0], 0.3, seed=replicated[1])
     assert torch.equal(whole(y), functional.dropout(x, 0.3, seed=seed))
+    attention = functional.scaled_dot_product_attention
+    q, r = (t.view(2, 2, 4, 64) for t in (x, replicated[0]))
+    y = attention(r, r, r, dropout_p=0.3, seed=replicated[1])
+    assert torch.equal(whole(y), attention(q, q, q, dropout_p=0.3, seed=seed))
+    with pytest.raises(RuntimeError, match="dropout of DTensors needs a seed"):
+        attention(r, r, r, dropout_p=0.3)
 
 
 class Words(torch.nn.Module):
