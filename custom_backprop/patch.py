@@ -179,8 +179,7 @@ def _deferring(base: Any) -> dict[str, Any]:
 
     @functools.wraps(stock)
     def forward(self: torch.nn.Linear, input: Tensor) -> Tensor:
-        # Dynamo cannot read the context: it is asked for first
-        found = None if is_traced() or not is_active() else of_head(self, input)
+        found = of_head(self, input) if is_active() else None
         return stock(self, input) if found is None else found
 
     return {"forward": forward}
@@ -190,12 +189,9 @@ def _heads(model: torch.nn.Module) -> list[torch.nn.Module]:
     """The linear layers that make logits of a vocabulary: what ``get_output_embeddings()`` returns;
     else the one layer that has the shape of an embedding."""
     modules = list(model.modules())
-    asked: list[Any] = [
-        m.get_output_embeddings for m in modules if hasattr(m, "get_output_embeddings")
-    ]
-    if asked:
-        found = [get() for get in asked]
-    else:
+    asked: list[Any] = [m for m in modules if hasattr(m, "get_output_embeddings")]
+    found = [head for m in asked if (head := m.get_output_embeddings()) is not None]
+    if not found:
         tables = [m.weight.shape for m in modules if isinstance(m, torch.nn.Embedding)]
         found = [m for m in modules if _is_linear(m) and m.weight.shape in tables]
         found = found if len(found) == 1 else []

@@ -3,6 +3,7 @@ else."""
 
 from __future__ import annotations
 
+import asyncio
 import copy
 import inspect
 import io
@@ -80,6 +81,22 @@ def test_another_thread_sees_stock() -> None:
     assert not is_ours()
 
 
+def test_another_task_sees_stock() -> None:
+    async def inside() -> bool:
+        with custom_backprop.patch():
+            await asyncio.sleep(0)
+            return is_ours()
+
+    async def outside() -> bool:
+        await asyncio.sleep(0)
+        return is_ours()
+
+    async def both() -> list[bool]:
+        return await asyncio.gather(inside(), outside())
+
+    assert asyncio.run(both()) == [True, False]
+
+
 def test_a_models_forward_and_back() -> None:
     model = Model()
     stock, keys = type(model), list(model.state_dict())
@@ -96,6 +113,7 @@ def test_a_models_forward_and_back() -> None:
         assert isinstance(m(x).grad_fn, torch.autograd.function.BackwardCFunction)
         assert isinstance(m, stock)
         assert repr(m) == repr(Model())
+        assert repr(type(m)) == repr(Model)
         assert inspect.signature(m.forward) == inspect.signature(Model().forward)
         assert list(m.state_dict()) == keys
         assert type(unpatch(m)) is stock
