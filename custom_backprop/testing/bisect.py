@@ -219,7 +219,8 @@ def _ulps(ours: Tensor | None, stock: Tensor | None, noise: Tensor | None, eps: 
         return math.inf
     a, b, c = ((t.to_dense() if t.is_sparse else t).double() for t in (ours, stock, noise))
     error = _largest(_apart(a, b))
-    ulp = max(eps * _largest(b.nan_to_num(0, 0, 0)), _largest(_apart(c, b)))
+    own = _apart(c, b).nan_to_num(posinf=0)
+    ulp = max(eps * _largest(b.nan_to_num(0, 0, 0)), _largest(own))
     return error / ulp if ulp else math.inf if error else 0.0
 
 
