@@ -16,11 +16,22 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .elementary import exp, upcast
+from .elementary import exp, expm1, upcast
 from .launch import Launch, accumulator, cdiv, kernel, multiprocessors, next_power_of_2, planned
 from .loss import MEAN, NONE
 from .pointwise import BLOCK
-from .rows import lowest, online, online_of_rows, over_rows, read, rows_of, start_of, tile_of, write
+from .rows import (
+    log_of_sum,
+    lowest,
+    online_rest,
+    online_rest_of_rows,
+    over_rows,
+    read,
+    rows_of,
+    start_of,
+    tile_of,
+    write,
+)
 
 
 @triton.jit
@@ -190,14 +201,14 @@ def _softmax(
         row, alive, column = tile_of(tile, rows, ROWS, BLOCK, WIDE, WIDE_COLUMNS)
         s_start = S + start_of(row, inner, s_outer, s_inner)
         m = tl.full((ROWS, BLOCK), lowest(dtype), dtype)
-        z = tl.zeros((ROWS, BLOCK), dtype)
+        rest = tl.full((ROWS, BLOCK), -1, dtype)
         for start in range(0, n, BLOCK):
             place = start + column
             inside = alive[:, None] & (place < n)
             x = read(s_start, place * s_n, inside, float("-inf")) * SCALE
-            m, z = online(m, z, x, True)
-        m, z = online_of_rows(m, z, True)
-        log_z = tl.log(z)
+            m, rest = online_rest(m, rest, x, True)
+        m, rest = online_rest_of_rows(m, rest, True)
+        log_z = log_of_sum(rest)
         positive = (row * s_n if AMONG_KEYS else row * 0)[:, None]
         target = tl.sum(read(s_start, positive, alive[:, None]), 1) * SCALE
         tl.store(LOSS + row, log_z - (target - m), alive)
@@ -206,13 +217,20 @@ def _softmax(
             tl.store(LOG_SUM + row, log_z, alive)
 
 
+@triton.jit
+def _less(log_p, is_positive):
+    """p, or p - 1 of a positive."""
+    return tl.where(is_positive, expm1(log_p), exp(log_p))
+
+
 @kernel
 def _slope(
     S, G, LARGEST, LOG_SUM, COLUMN_LARGEST, COLUMN_LOG_SUM, rows, n,
     TEMPERATURE: tl.constexpr, AMONG_KEYS: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     """G = (softmax(s) - I) / τ, a tile a program; of the mean of both softmaxes if there are
-    statistics of columns. G may be S itself."""
+    statistics of columns. G may be S itself. P - 1 of a positive is e^log P - 1, which does not
+    cancel."""
     tiles = tl.cdiv(n, BLOCK)
     row = (tl.program_id(0) // tiles).to(tl.int64) * ROWS + tl.arange(0, ROWS)
     place = (tl.program_id(0) % tiles) * BLOCK + tl.arange(0, BLOCK)[None, :]
@@ -223,13 +241,13 @@ def _slope(
     s = read(S, here, inside) * SCALE
     m = tl.load(LARGEST + row, alive, other=0.0)[:, None]
     log_z = tl.load(LOG_SUM + row, alive, other=0.0)[:, None]
-    p = exp(s - m - log_z)
+    is_positive = place == (row[:, None] if AMONG_KEYS else 0)
+    slope = _less(s - m - log_z, is_positive)
     if COLUMN_LARGEST is not None:
         m = tl.load(COLUMN_LARGEST + place, place < n, other=0.0)
         log_z = tl.load(COLUMN_LOG_SUM + place, place < n, other=0.0)
-        p = (p + exp(s - m - log_z)) / 2
-    is_positive = place == (row[:, None] if AMONG_KEYS else 0)
-    write(G, here, inside, tl.where(is_positive, p - 1, p) * SCALE)
+        slope = (slope + _less(s - m - log_z, is_positive)) / 2
+    write(G, here, inside, slope * SCALE)
 
 
 def _reduced(loss: Tensor, reduction: int, dtype: torch.dtype) -> Tensor:

@@ -13,11 +13,23 @@ import triton.language as tl
 from torch import Tensor
 
 from . import rows as row_kernels
-from .elementary import expm1, log1p_positive
+from .elementary import expm1
 from .launch import Launch, kernel, multiprocessors, planned
 from .nll import MEAN, NONE, class_of, share_of, total_weight, view_of
 from .pointwise import like
-from .rows import lowest, online, online_of_rows, over_rows, read, start_of, tile_of, write
+from .rows import (
+    log_of_sum,
+    lowest,
+    online,
+    online_of_rows,
+    online_rest,
+    online_rest_of_rows,
+    over_rows,
+    read,
+    start_of,
+    tile_of,
+    write,
+)
 
 GRADIENT, STATISTICS = 1, 2
 
@@ -47,16 +59,18 @@ def _logit_of(X, start, t, s_n):
 
 @kernel
 def _forward(
-    X, TARGET, WEIGHT, TOTAL, LOSS, DX, LARGEST, LOG_SUM,
+    X, TARGET, WEIGHT, TOTAL, LOSS, DX, LARGEST, LOG_SUM, SHARES, OTHERS,
     rows, n, inner, tiles, s_outer, s_n, s_inner, ignore_index,
     PROBABILITIES: tl.constexpr, SMOOTHING: tl.constexpr, MEAN: tl.constexpr, REDUCE: tl.constexpr,
     ALL: tl.constexpr, SEVERAL: tl.constexpr, LOOP: tl.constexpr, WIDE: tl.constexpr,
     WIDE_COLUMNS: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
-    """The loss of each row, or their sum a program; dx for a dy of 1; m and log z = log Σ e^(x-m).
+    """The loss of each row, or their sum a program; dx for a dy of 1; m, log z = log Σ e^(x-m), and
+    of probabilities Q and T.
 
-    With q the target's share of a class and w its sum, loss = -Σ q log p and dx = w p - q. The
-    class of a hard target is left out of z's sum S, since 1 - p_t = S / z: nothing cancels.
+    With q the target's share of a class and Q its sum, loss = -Σ q log p and dx = Q p - q. The
+    class of a hard target is left out of z's sum, since 1 - p_t is the rest over z; of
+    probabilities the largest x is, and out of T, the sum of q: nothing cancels.
     """
     SOFT: tl.constexpr = PROBABILITIES or SMOOTHING > 0
     dtype: tl.constexpr = tl.float64 if X.dtype.element_ty == tl.float64 else tl.float32
@@ -81,7 +95,22 @@ def _forward(
         hard, chosen = w * (1 - SMOOTHING), t.to(column.dtype)[:, None]
         x_t = _logit_of(X, start, t, s_n)
         u = tl.zeros((ROWS, BLOCK), dtype)
-        if LOOP:
+        top = tl.zeros((ROWS, BLOCK), dtype)  # of probabilities, that of the largest x, not in u
+        if LOOP and PROBABILITIES:
+            of_lane = tl.full((ROWS, BLOCK), lowest(dtype), dtype)
+            rest = tl.full((ROWS, BLOCK), -1, dtype)
+            for done in range(0, n, BLOCK):
+                place = done + column
+                inside = alive[:, None] & (place < n)
+                x = read(X + start, place * s_n, inside, float("-inf"))
+                q = _soft(Q, WEIGHT, s_n, place, inside, n, PROBABILITIES, SMOOTHING, dtype)
+                u += tl.where(x > of_lane, top, q)
+                top = tl.where(x > of_lane, q, top)
+                of_lane, rest = online_rest(of_lane, rest, x, False)
+            m, rest = online_rest_of_rows(of_lane, rest, False)
+            u += tl.where(of_lane == m[:, None], 0.0, top)
+            top = tl.where(of_lane == m[:, None], top, 0.0)
+        elif LOOP:
             m = tl.full((ROWS, BLOCK), lowest(dtype), dtype)
             z = tl.zeros((ROWS, BLOCK), dtype)
             for done in range(0, n, BLOCK):
@@ -100,21 +129,32 @@ def _forward(
             m = tl.maximum(tl.max(x, 1), lowest(dtype))
             x -= m[:, None]
             e = tl.exp(x)
-            rest = tl.sum(tl.where(column == chosen, 0.0, e), 1)
+            apart = x == 0 if PROBABILITIES else column == chosen
+            rest = tl.sum(tl.where(apart, 0.0, e), 1)
+            if PROBABILITIES:
+                rest += tl.sum(tl.where(apart, 1.0, 0.0), 1) - 1  # more than 0 if several are equal
             if SOFT:
-                u = _soft(Q, WEIGHT, s_n, column, inside, n, PROBABILITIES, SMOOTHING, dtype)
+                q = _soft(Q, WEIGHT, s_n, column, inside, n, PROBABILITIES, SMOOTHING, dtype)
+                u = tl.where(apart, 0.0, q) if PROBABILITIES else q
+                top = tl.where(apart, q, 0.0)
         soft = tl.sum(u, 1) if SOFT else tl.zeros((ROWS,), dtype)
         e_t = tl.exp(x_t - m)
-        z = rest + e_t
-        certain = (x_t == m) & (rest < 1)
-        log_z = tl.where(certain, log1p_positive(tl.where(certain, rest, 0.0)), tl.log(z))
+        z = rest + (1 if PROBABILITIES else e_t)
+        log_z = log_of_sum(rest if PROBABILITIES else tl.where(x_t == m, rest, z - 1))
         loss = hard * (log_z + tl.where(t < 0, 0.0, m - x_t))
         if LARGEST is not None:
             tl.store(LARGEST + row, m, alive)
             tl.store(LOG_SUM + row, log_z, alive)
         share_p = share / z
+        of_t = share_p * (e_t * soft - rest * hard)
+        if PROBABILITIES:
+            others = soft
+            soft += tl.sum(top, 1)
+            of_t = share * others - share_p * rest * soft
+            if LARGEST is not None:
+                tl.store(SHARES + row, soft, alive)
+                tl.store(OTHERS + row, others, alive)
         of_p = (share_p * (hard + soft))[:, None]
-        of_t = (share_p * (e_t * soft - rest * hard))[:, None]
         if SOFT or DX is not None:
             soft_loss = tl.zeros((ROWS, BLOCK), dtype)
             last = tl.cdiv(n, BLOCK) * BLOCK - BLOCK if LOOP else 0
@@ -125,12 +165,16 @@ def _forward(
                 if LOOP:
                     x = read(X + start, place * s_n, inside) - m[:, None]
                     e = tl.exp(x)
-                dx = tl.where(column == chosen - begin, of_t, e * of_p)
+                dx = e * of_p
+                if not PROBABILITIES:
+                    dx = tl.where(column == chosen - begin, of_t[:, None], dx)
                 if SOFT:
                     if LOOP:
-                        u = _soft(Q, WEIGHT, s_n, place, inside, n, PROBABILITIES, SMOOTHING, dtype)
-                    soft_loss += tl.where(inside, u * (x - log_z[:, None]), 0.0)
-                    dx -= share * u
+                        q = _soft(Q, WEIGHT, s_n, place, inside, n, PROBABILITIES, SMOOTHING, dtype)
+                    soft_loss += tl.where(inside, q * (x - log_z[:, None]), 0.0)
+                    dx -= share * q
+                if PROBABILITIES:
+                    dx = tl.where((x == 0) & (rest < 1)[:, None], of_t[:, None], dx)
                 if DX is not None:
                     dx = tl.where(counted[:, None], dx, 0.0)
                     write(DX + start, place * s_n, inside, dx)
@@ -146,7 +190,7 @@ def _forward(
 
 @kernel
 def _backward(
-    DY, X, TARGET, WEIGHT, TOTAL, LARGEST, LOG_SUM, DX, DTARGET,
+    DY, X, TARGET, WEIGHT, TOTAL, LARGEST, LOG_SUM, SHARES, OTHERS, DX, DTARGET,
     rows, n, inner, tiles, s_outer, s_n, s_inner, ignore_index,
     PROBABILITIES: tl.constexpr, SMOOTHING: tl.constexpr, MEAN: tl.constexpr, PER_ROW: tl.constexpr,
     SEVERAL: tl.constexpr, WIDE: tl.constexpr, WIDE_COLUMNS: tl.constexpr,
@@ -166,7 +210,9 @@ def _backward(
         hard, chosen = w * (1 - SMOOTHING), t.to(column.dtype)[:, None]
         dy = share_of(DY, TOTAL, row, alive, rows, PER_ROW, MEAN, dtype)[:, None]
         soft = tl.zeros((ROWS,), dtype)
-        if SOFT and DX is not None:
+        if PROBABILITIES:
+            soft += tl.load(SHARES + row, alive, other=0.0)
+        elif SOFT and DX is not None:
             u = tl.zeros((ROWS, BLOCK), dtype)
             for done in range(0, n, BLOCK):
                 place = done + column
@@ -176,15 +222,23 @@ def _backward(
         log_p_t = _logit_of(X, start, t, s_n)[:, None] - m - log_z
         of_p = dy * (hard + soft)[:, None]
         of_t = dy * (tl.exp(log_p_t) * soft[:, None] + expm1(log_p_t) * hard[:, None])
+        certain = log_z < 0.69  # nearly log 2, at which p is 1/2
+        if PROBABILITIES:
+            of_t = dy * tl.load(OTHERS + row, alive, other=0.0)[:, None] + of_p * expm1(-log_z)
         for done in range(0, n, BLOCK):
             place = done + column
             inside = alive[:, None] & (place < n)
-            log_p = read(X + start, place * s_n, inside) - m - log_z
+            x = read(X + start, place * s_n, inside) - m
+            log_p = x - log_z
             if DX is not None:
-                dx = tl.where(place == chosen, of_t, tl.exp(log_p) * of_p)
+                dx = tl.exp(log_p) * of_p
+                if not PROBABILITIES:
+                    dx = tl.where(place == chosen, of_t, dx)
                 if SOFT:
                     u = _soft(Q, WEIGHT, s_n, place, inside, n, PROBABILITIES, SMOOTHING, dtype)
                     dx -= dy * u
+                if PROBABILITIES:
+                    dx = tl.where((x == 0) & certain, of_t, dx)
                 write(DX + start, place * s_n, inside, tl.where(counted[:, None], dx, 0.0))
             if DTARGET is not None:
                 dt = dy * (SMOOTHING - 1) * log_p
@@ -218,6 +272,8 @@ def plan(
     looped = n > row_kernels.row_config(n, inner, dtype, live).block
     if looped and (row_kernels.far(outer * n * inner) or named.get("ALL") or both):
         live = 4  # an offset of 64 bits takes two registers, the rows' weights or losses some more
+    if probabilities and not backward and dtype == torch.float64:
+        live = 8  # Q and T beside the rest, each number in two registers
     return over_rows(
         _backward if backward else _forward, shape, [strides], dtype, live, count, **named,
         ignore_index=ignore_index, MEAN=reduction == MEAN, PROBABILITIES=probabilities,
@@ -239,18 +295,25 @@ def _prepare(
     return x, target, weight, total_weight(x, target, weight, ignore_index)
 
 
+def _four(statistics: Tensor | None) -> list[Tensor | None]:
+    """m, log z, Q and T of each row; None for those that were not made."""
+    made: list[Tensor | None] = [] if statistics is None else list(statistics)
+    return made + [None] * (4 - len(made))
+
+
 def forward(
     x: Tensor, target: Tensor, weight: Tensor | None, reduction: int, ignore_index: int,
     smoothing: float, makes: int, loss: Tensor | None = None, dx: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
     """The loss, and what it ``makes`` for backward: nothing, dx for a dy of 1, or (m, log Σ
-    e^(x-m)) of each row. Losses of rows and dx may go to memory that is given; dx may be x, since
-    a program reads what it writes first."""
+    e^(x-m)) of each row, and of probabilities (Q, T). Losses of rows and dx may go to memory that
+    is given; dx may be x, since a program reads what it writes first."""
     x, target, weight, total = _prepare(x, target, weight, reduction, ignore_index, FEW)
     shape = (x.shape[0], *x.shape[2:])
     if makes == GRADIENT and dx is None:
         dx = torch.empty_like(x)
-    statistics = row_kernels.partial_sums(x, 2, *shape) if makes == STATISTICS else None
+    count = 4 if target.is_floating_point() else 2
+    statistics = row_kernels.partial_sums(x, count, *shape) if makes == STATISTICS else None
     saved = dx if dx is not None else statistics if statistics is not None else x.new_empty(0)
     if not x.numel():
         nothing = float("nan") if reduction == MEAN else 0.0
@@ -262,8 +325,7 @@ def forward(
         loss = x.new_empty(shape if reduction == NONE else ())
     in_one = reduction == NONE or run.programs == 1
     partial = loss if in_one else row_kernels.partial_sums(x, run.programs)
-    m, log_z = (None, None) if statistics is None else statistics
-    run(v, target, weight, total, partial, dx, m, log_z)
+    run(v, target, weight, total, partial, dx, *_four(statistics))
     if not in_one:
         row_kernels.total(partial, loss)
     return loss, saved
@@ -280,7 +342,8 @@ def backward(
     dtarget = torch.empty_like(target) if need_target else None
     v, of = view_of(x), (target.is_floating_point(), reduction, ignore_index, smoothing)
     run = plan(True, v.shape, v.stride(), x.dtype, multiprocessors(x.device), *of)
-    run(dy.contiguous(), v, target, weight, total, *statistics.contiguous(), DX=dx, DTARGET=dtarget)
+    made = _four(statistics.contiguous())
+    run(dy.contiguous(), v, target, weight, total, *made, DX=dx, DTARGET=dtarget)
     if dtarget is not None and dtarget.stride() != layout.stride():
         dtarget = torch.empty_like(layout).copy_(dtarget)
     nothing = x.new_empty(0)

@@ -161,6 +161,33 @@ def online_of_rows(m, z, EXACT: tl.constexpr):
 
 
 @triton.jit
+def online_rest(m, rest, x, EXACT: tl.constexpr):
+    """:func:`online` with z - 1 in place of z: the sum without the largest itself, beside whose 1
+    it could be lost. It starts at -1."""
+    d = tl.abs(x - m)
+    e = elementary.exp_minus(d) if EXACT else tl.exp(-d)
+    return tl.maximum(m, x), tl.where(x > m, (rest + 1) * e, rest + e)
+
+
+@triton.jit
+def online_rest_of_rows(m, rest, EXACT: tl.constexpr):
+    """(m, z - 1) of each row from those of its lanes."""
+    largest = tl.max(m, 1)
+    d = m - largest[:, None]
+    e = elementary.exp(d) if EXACT else tl.exp(d)
+    ties = tl.sum(tl.where(d == 0, 1.0, 0.0), 1)
+    return largest, tl.sum(tl.where(d == 0, rest, (rest + 1) * e), 1) + (ties - 1)
+
+
+@triton.jit
+def log_of_sum(rest):
+    """log z, from z - 1."""
+    small = (rest >= 0) & (rest < 1)
+    near = elementary.log1p_positive(tl.where(small, rest, 0.0))
+    return tl.where(small, near, tl.log(rest + 1))
+
+
+@triton.jit
 def centred(mean, squares, x, inside, seen):
     """(μ, Σ (x - μ)²) of each lane with one more number, of which it has then ``seen`` so many, in
     the dtype of x (Welford, 1962)."""

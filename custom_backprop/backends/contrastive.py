@@ -14,6 +14,7 @@ from ..formulas import contrastive as formula
 from ..formulas.linear import rows
 from ..formulas.loss import MEAN, NONE, SUM, reduced
 from ..formulas.precision import HALF, wide, widen
+from .cross_entropy import minus_log, without_
 from .library import P, R, launcher, primitive, slices
 
 #: elements of a chunk of differences: 2 MiB of float32, beside which the cost of the calls is small
@@ -86,14 +87,13 @@ def _info_nce(q, k, n, temperature, symmetric, reduction, makes_G):
         keys = k_ if n_ is None else k_[part]
         negatives = n_ if n_ is None or n_.dim() == 2 else n_[part]
         s, t = formula.logits(q_[part], keys, negatives, temperature), index[part]
-        if not makes_G:
-            losses[part] = -torch.log_softmax(s, 1).gather(1, t).squeeze(1)
-            continue
+        lead = s.gather(1, t) - s.amax(1, True)
         P = torch.softmax(s, 1)
-        # the largest of a row is e^0 / Σ e^(s - m): its logarithm is exact where that of a small
-        # P_t is not
-        losses[part] = (s.amax(1, True) - s.gather(1, t) - P.amax(1, True).log_()).squeeze(1)
-        G[part] = P.scatter_add_(1, t, P.new_full((), -1).expand_as(t)).div_(temperature)
+        top = P.amax(1, True)
+        others = without_(P, t)
+        losses[part] = (minus_log(top, others) - lead).squeeze(1)
+        if makes_G:
+            G[part] = P.scatter_(1, t, others.neg_()).div_(temperature)
     return reduced(losses, reduction).to(q.dtype), G
 
 

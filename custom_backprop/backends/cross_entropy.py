@@ -87,54 +87,80 @@ def _chunks(x):
     return slices(len(x), x.shape[1:].numel(), CHUNK)
 
 
+def without_(p: Tensor, index: Tensor) -> Tensor:
+    """1 - p_t of each row: the sum of p, in which p_t is set to 0. It would cancel."""
+    return p.scatter_(1, index, 0).sum(1, True)
+
+
+def minus_log(top: Tensor, others: Tensor) -> Tensor:
+    """log Σ e^(x - m) of each row, from its largest probability e^0 / Σ e^(x - m), whose logarithm
+    is exact where that of a small p_t is not; where it is nearly 1, from the sum of the others."""
+    return torch.where(others < 0.5, torch.log1p(-others), top.log()).neg_()
+
+
 def _walk(x, q, dy, losses, statistics, dx, dtarget):
-    """Fills what is not None: of each row its loss, m and log Σ e^(x - m), dx and the gradient of
-    class probabilities. dx may be x: a chunk's softmax is written over it when nothing else of x is
+    """Fills what is not None: of each row its loss and statistics, dx and the gradient of class
+    probabilities. dx may be x: a chunk's softmax is written over it when nothing else of x is
     wanted."""
     over_dx, scratch = dx is not None and dx.dtype == wide(x.dtype), None
     rowwise = dy is not None and dy.dim() > 0
-    softmax = aten._log_softmax.out if q.is_soft else aten._softmax.out
     for rows in _chunks(x):
         z = widen(x[rows])
         if not over_dx:
             scratch = torch.empty_like(z) if scratch is None else scratch[: len(z)]
-        hard, index = (None, None) if q.probabilities else (q.hard[rows], q.index[rows])
-        if losses is not None:
+        if not q.probabilities:
+            hard, index = q.hard[rows], q.index[rows]
+        if q.is_soft:
+            u = q.soft(rows).expand_as(z)
+        wants_logs = losses is not None or dtarget is not None
+        if wants_logs:
             m = z.amax(1, True)
-            lead = None if hard is None else z.gather(1, index) - m
-        p = softmax(z, 1, False, out=dx[rows] if over_dx else scratch)
-        u = q.soft(rows).expand_as(z) if q.is_soft else None
-        if losses is not None:
-            # the largest probability of a row is e^0 / Σ e^(x - m): its logarithm is exact where
-            # that of a small p_t is not
+            if not q.probabilities:
+                lead = z.gather(1, index) - m
+            if q.is_soft:
+                below = z - m
+            if q.is_soft and losses is not None:
+                losses[rows] = (u * below).sum(1, True).neg_()
+        p = aten._softmax.out(z, 1, False, out=dx[rows] if over_dx else scratch)
+        if wants_logs:
             top = p.amax(1, True)
-            log_sum = top.neg_() if q.is_soft else top.log_().neg_()
-        if not q.is_soft:
-            # 1 - p_t and, where p_t is the largest, log p_t: they would cancel
-            others = p.scatter_(1, index, 0).sum(1, True)
-            if losses is not None:
-                log_sum = torch.where(others < 0.5, torch.log1p(-others).neg_(), log_sum)
-        if losses is not None:
-            if hard is not None:
-                torch.mul(hard, log_sum - lead, out=losses[rows])
-            if u is not None:
-                losses[rows] -= (u * p).sum(1, keepdim=True)
-            if statistics is not None:
-                statistics[0, rows], statistics[1, rows] = m.squeeze(1), log_sum.squeeze(1)
         k = dy[rows] if rowwise else dy
+        if not q.is_soft:
+            others = without_(p, index)
+        else:
+            certain = torch.gt(p, 0.5, out=torch.empty_like(p))  # in p's dtype: it multiplies
+            others = p.addcmul_(p, certain, value=-1).sum(1, True)
+            of_others = torch.addcmul(u, u, certain, value=-1)
+            total, rest = u.sum(1, True), of_others.sum(1, True)
+            if not q.probabilities:
+                apart = hard * (1 - certain.gather(1, index))
+                total, rest = total + hard, rest + apart
+        if wants_logs:
+            log_sum = minus_log(top, others)
+        if losses is not None and not q.is_soft:
+            torch.mul(hard, log_sum - lead, out=losses[rows])
+        elif losses is not None:
+            losses[rows] += log_sum * total
+            if not q.probabilities:
+                losses[rows] -= hard * lead
+        if statistics is not None:
+            found = (m, log_sum, total, rest) if q.probabilities else (m, log_sum)
+            for into, each in zip(statistics, found, strict=True):
+                into[rows] = each.squeeze(1)
         if dtarget is not None:
             slope = k * (q.smoothing - 1)
-            torch.mul(p, slope if q.weight is None else slope * q.weight, out=dtarget[rows])
+            slope = slope if q.weight is None else slope * q.weight
+            torch.mul(below.sub_(log_sum), slope, out=dtarget[rows])
         if dx is None:
             continue
-        k_hard = None if hard is None else k * hard
-        if u is None:
+        if not q.is_soft:
+            k_hard = k * hard
             p.mul_(k_hard).scatter_(1, index, others.mul_(k_hard).neg_())
         else:
-            total = k * u.sum(1, keepdim=True)
-            p.exp_().mul_(total if k_hard is None else total + k_hard).sub_(u * k)
-            if k_hard is not None:
-                p.scatter_add_(1, index, -k_hard)
+            p.mul_(k * total).sub_(of_others.mul_(k))
+            if not q.probabilities:
+                p.scatter_add_(1, index, -k * apart)
+            p.addcmul_(certain, k * (rest - others * total))
         if not over_dx:
             dx[rows] = p
 
@@ -166,7 +192,7 @@ def _small(x, target, weight, reduction, ignore_index):
     p_t = p.gather(1, index)
     if p_t.min() < torch.finfo(x.dtype).tiny:
         return None
-    others = p.scatter_(1, index, 0).sum(1, True)
+    others = without_(p, index)
     log_p_t = torch.where(others < 0.5, torch.log1p(-others), p_t.log())
     p.scatter_(1, index, log_p_t)
     loss, total = nll.forward_aten(p, target, weight, reduction, ignore_index)
@@ -187,7 +213,7 @@ def _forward(x, target, weight, reduction, ignore_index, smoothing, makes, dx=No
             if found is not None:
                 return found[0], _like(found[1], x)
     q = _Target(dense, target, weight, reduction, ignore_index, smoothing)
-    made = _made(dense, makes) if dx is None else dx
+    made = _made(dense, target, makes) if dx is None else dx
     rows = dense.new_zeros((x.shape[0], *x.shape[2:]), dtype=wide(x.dtype))
     dx, statistics = (made if makes == which else None for which in (GRADIENT, STATISTICS))
     ones = x.new_ones(rows.shape if reduction == NONE else ())
@@ -219,10 +245,11 @@ def _like(t: Tensor | None, layout: Tensor) -> Tensor | None:
     return torch.empty_like(layout, dtype=t.dtype).copy_(t)
 
 
-def _made(x: Tensor, makes: int) -> Tensor | None:
+def _made(x: Tensor, target: Tensor, makes: int) -> Tensor | None:
     """Memory for what forward makes beside the loss."""
     if makes == STATISTICS:
-        return x.new_empty((2, x.shape[0], *x.shape[2:]), dtype=wide(x.dtype))
+        count = 4 if target.is_floating_point() else 2
+        return x.new_empty((count, x.shape[0], *x.shape[2:]), dtype=wide(x.dtype))
     return empty_if(makes == GRADIENT, x)
 
 
@@ -239,7 +266,7 @@ def _formula_backward(*args):
 
 def _fake_forward(x, target, weight, reduction, *rest):
     shape = (x.shape[0], *x.shape[2:]) if reduction == NONE else ()
-    return x.new_empty(shape), _made(x, rest[-1])
+    return x.new_empty(shape), _made(x, target, rest[-1])
 
 
 def _sharding(x, target, weight, reduction, *rest):

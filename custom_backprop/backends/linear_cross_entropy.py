@@ -15,7 +15,7 @@ import torch
 from torch.nn.functional import linear
 
 from ..formulas import linear_cross_entropy as formula
-from ..formulas.cross_entropy import GRADIENT, NOTHING
+from ..formulas.cross_entropy import GRADIENT, NOTHING, of_certain
 from ..formulas.loss import MEAN, NONE
 from ..formulas.nll import along_classes, reduced
 from ..formulas.precision import HALF, wide, widen
@@ -178,7 +178,7 @@ def _walk(by, tensors, options, k, of_z, of_log_p, needs, losses, lse, log_p):
         out = None if losses is None else losses[rows]
         d = by.losses(l, t, weight, ignore_index, smoothing, out, wanted, spare)
         if dtarget is not None:
-            slope = widen(l) - widen(l).logsumexp(1, keepdim=True)
+            slope = of_certain(widen(l))[0]
             slope.mul_((k[rows] * (smoothing - 1)).unsqueeze(1))
             dtarget[rows] = slope if weight is None else slope.mul_(along_classes(weight, l))
         if any(makes) and apart:

@@ -15,9 +15,9 @@ import torch
 from torch import Tensor
 
 from .constant import indices
+from .cross_entropy import of_certain
 from .loss import MEAN, NONE, reduced
 from .precision import widen
-from .softmax import log_softmax, softmax
 
 
 def pairs(a: Tensor, p: Tensor, n: Tensor, swap: bool) -> tuple[tuple[Tensor, Tensor], ...]:
@@ -181,9 +181,9 @@ def info_nce(
     """
     q_, k_, n_ = map(widen, (q, k, n))
     s = logits(q_, k_, n_, temperature)
-    loss = -positives(log_softmax(s, 1), n is None)
+    loss = -positives(of_certain(s)[0], n is None)
     if symmetric:
-        loss = (loss - log_softmax(s, 0).diagonal()) / 2
+        loss = (loss - of_certain(s, 0)[0].diagonal()) / 2
     return reduced(loss, reduction).to(q.dtype), (slope(s, n is None, symmetric) / temperature).to(
         q.dtype
     ) if makes_G else q.new_empty(0)
@@ -194,12 +194,17 @@ def slope(s: Tensor, among_keys: bool, symmetric: bool) -> Tensor:
     the mean of the softmaxes of row and column.
 
     The latter is the gradient of the sum of the losses (and, divided, of their mean), not that of
-    each loss.
+    each loss. Where the positive is certain, P_it - 1 is minus the sum of the others' P, as in
+    :mod:`custom_backprop.formulas.cross_entropy`.
     """
-    P = (softmax(s, 1) + softmax(s, 0)) / 2 if symmetric else softmax(s, 1)
     columns = indices(s, s.shape[1])
     is_positive = columns == indices(s, len(s)).unsqueeze(1) if among_keys else columns == 0
-    return P - is_positive.to(s.dtype)
+    slopes = []
+    for dim in (1, 0) if symmetric else (1,):
+        _, P, certain, others = of_certain(s, dim)
+        of_positive = torch.where(certain, -others, P - 1)
+        slopes.append(torch.where(is_positive, of_positive, P))
+    return sum(slopes[1:], slopes[0]) / len(slopes)
 
 
 def slope_of(q: Tensor, k: Tensor, n: Tensor | None, temperature: float, symmetric: bool) -> Tensor:

@@ -21,15 +21,17 @@ t alone. With s = label_smoothing:
 For the first, Q = h and dx = dy h (p - [c = t]). Probabilities y have a gradient, too:
 dy_rc = dL_r w_c (1 - s) (lse_r - x_rc).
 
-Where p_t is nearly 1, p_t - 1 and log p_t cancel: in float32 no digit is left once x_t leads by 17,
-and the row stops learning ("softmax collapse", Prieto et al., arXiv 2501.04697). Nothing
-cancels in the sum of the other probabilities,
+Where one p_m is nearly 1, p_m Q - q_m and log p_m cancel: in float32 no digit is left once x_m
+leads by 17, and a row that is right stops learning ("softmax collapse", Prieto et al., arXiv
+2501.04697). Nothing cancels in the sums over the other classes,
 
-    o_r = Σ_{c != t} p_rc,  p_t - 1 = -o_r,  log p_t = log(1 - o_r):
+    o_r = Σ_{c != m} p_rc = 1 - p_rm,  T_r = Σ_{c != m} q_rc = Q_r - q_rm,
 
-the hard part of dx is dy h p_c for c != t and -dy h o for c = t, and its loss is -h log1p(-o) where
-o < 1/2. From x, o = S / (S + e^(x_t - m)) with S = Σ_{c != t} e^(x_c - m); if m = x_t, the loss is
-h log1p(S).
+    p_m Q - q_m = Q - o Q - q_m = T - o Q,  log p_m = log1p(-o).
+
+So dx_m and log p_m are computed where p_m > 1/2, as it can be of one class of a row alone. If that
+is the class of a hard target, T is 0 and dx_m = -dy h o. From x, o = S / (1 + S) and -log p_m =
+log1p(S) with S = Σ_{c != m} e^(x_c - x_m), so that L = Q log1p(S) + Σ_c q_c (x_m - x_c).
 
 Reductions are those of :mod:`custom_backprop.formulas.nll`.
 """
@@ -44,7 +46,8 @@ from .nll import along_classes, classes_and_weights, of_rows, onehot, reduced
 from .precision import widen
 
 #: what forward computes for backward: nothing; dx for dy = 1; or for each row its largest x, m, and
-#: log Σ e^(x - m). Their sum is lse; two values lose no accuracy if a whole row is far from 0
+#: log Σ e^(x - m), and for class probabilities Q and T. The first two add up to lse, but lose no
+#: accuracy if a whole row is far from 0
 NOTHING, GRADIENT, STATISTICS = 0, 1, 2
 
 
@@ -66,19 +69,30 @@ def _parts(
     return torch.where(counted, class_weight * (smoothing / x.shape[1]), 0), index, w
 
 
-def _others(p: Tensor, index: Tensor) -> tuple[Tensor, Tensor]:
-    """([c = t], o): which is the class of each row, and the sum of the others' p, (N, 1) or (N, 1,
-    D)."""
-    hit = onehot(index, p)
-    return hit, torch.where(hit, 0, p).sum(1, keepdim=True)
+def _whole(
+    u: Tensor | None, index: Tensor | None, w: Tensor, smoothing: float, x: Tensor
+) -> Tensor:
+    """q, from its :func:`_parts`."""
+    q = torch.zeros_like(x) if u is None else u
+    if index is None:
+        return q
+    return q + torch.where(onehot(index, x), (1 - smoothing) * w.unsqueeze(1), 0)
 
 
-def _surprise(log_p: Tensor, index: Tensor) -> Tensor:
-    """-log p_t of each row."""
-    others = _others(log_p.exp(), index)[1].squeeze(1)
-    likely = others < 0.5
-    exact = -torch.log1p(-torch.where(likely, others, 0))
-    return torch.where(likely, exact, -log_p.gather(1, index.unsqueeze(1)).squeeze(1))
+def of_certain(x: Tensor, dim: int = 1) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """(log p, p, [p_c > 1/2], o), where o is 1 if no class of the row is so certain."""
+    log_p = torch.log_softmax(x, dim)
+    p = log_p.exp()
+    certain = p > 0.5
+    others = torch.where(certain, 0, p).sum(dim, keepdim=True)
+    certain = certain & (others < 0.5)
+    exact = torch.log1p(-torch.where(others < 0.5, others, 0))
+    return torch.where(certain, exact, log_p), p, certain, others
+
+
+def _sums(q: Tensor, certain: Tensor) -> tuple[Tensor, Tensor]:
+    """Q and T."""
+    return q.sum(1, keepdim=True), torch.where(certain, 0, q).sum(1, keepdim=True)
 
 
 def forward(
@@ -92,11 +106,11 @@ def forward(
 ) -> tuple[Tensor, Tensor]:
     """The loss, and what ``makes`` says for backward."""
     wide = widen(x)
-    log_p = torch.log_softmax(wide, 1)
+    log_p, _, certain, _ = of_certain(wide)
     u, index, w = _parts(wide, target, weight, ignore_index, smoothing)
     rows = torch.zeros_like(w)
     if index is not None:
-        rows = rows + (1 - smoothing) * w * _surprise(log_p, index)
+        rows = rows - (1 - smoothing) * w * log_p.gather(1, index.unsqueeze(1)).squeeze(1)
     if u is not None:
         rows = rows - (u * log_p).sum(1)
     if index is not None:
@@ -117,8 +131,10 @@ def forward(
         )[0]
     if makes == NOTHING:
         return loss, x.new_empty(0)
-    largest = wide.amax(1)
-    return loss, torch.stack([largest, (wide - largest.unsqueeze(1)).logsumexp(1)])
+    statistics = [wide.amax(1), -log_p.amax(1)]
+    if u is not None and index is None:
+        statistics += [each.squeeze(1) for each in _sums(u, certain)]
+    return loss, torch.stack(statistics)
 
 
 def backward(
@@ -136,16 +152,14 @@ def backward(
     """dx, and the gradient of class probabilities; an empty tensor for one that is not needed. This
     computes the statistics again."""
     wide = widen(x)
-    log_p = torch.log_softmax(wide, 1)
+    log_p, p, certain, others = of_certain(wide)
     u, index, w = _parts(wide, target, weight, ignore_index, smoothing)
     rows = of_rows(dy, target, w, reduction, ignore_index).unsqueeze(1)
     dx = dtarget = x.new_empty(0)
     if need_x:
-        p = log_p.exp()
-        d = torch.zeros_like(p) if u is None else p * u.sum(1, keepdim=True) - u
-        if index is not None:
-            hit, others = _others(p, index)
-            d = d + (1 - smoothing) * w.unsqueeze(1) * torch.where(hit, -others, p)
+        q = _whole(u, index, w, smoothing, wide)
+        total, rest = _sums(q, certain)
+        d = torch.where(certain, rest - others * total, p * total - q)
         dx = (rows * d).to(x.dtype)
     if need_target:
         class_weight = 1 if weight is None else along_classes(weight.to(wide.dtype), x)

@@ -258,6 +258,21 @@ def test_retained_graphs_give_the_same_again(backend):
         torch.testing.assert_close(2 * a, b)
 
 
+def test_log_probabilities_of_tokens(backend):
+    """Liger-Kernel #873 asks for them: of each token, beside a loss in any reduction, and with a
+    gradient of their own."""
+    leaves, t = layer(4, 5, 1)
+    options = {"return_log_probs": True, "chunk_size": 3}
+    given = *leaves[:2], t, leaves[2]
+    loss, log_p = ours(*given, **options)
+    rows = by_stock(*given, reduction="none")
+    torch.testing.assert_close((loss, log_p), (by_stock(*given), -rows))
+    ratio = torch.tensor([0.5, 7.0, -2.0, 3.0], dtype=log_p.dtype, device=DEVICE)
+    found = torch.autograd.grad((log_p.exp() * ratio).sum(), leaves)
+    expected = torch.autograd.grad(((-rows).exp() * ratio).sum(), leaves)
+    torch.testing.assert_close(found, expected)
+
+
 @pytest.mark.parametrize("reduction", ["mean", "none"])
 def test_more_outputs(reduction, backend):
     """Each is differentiable, alone and with the others."""

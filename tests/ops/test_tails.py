@@ -21,11 +21,12 @@ exactly = pytest.mark.parametrize(
 each_dtype = pytest.mark.parametrize("dtype", EPS, ids=str)
 
 
-def agree(found, expected, dtype, units):
-    """Each number to ``units`` roundings of float32 (float64), and that of ``dtype`` at the end."""
+def agree(found, expected, dtype, units, terms=None):
+    """Each number to ``units`` roundings of float32 (float64), and that of ``dtype`` at the end.
+    One that is a difference has ``terms`` as large as that."""
     eps = EPS[torch.float64 if dtype is torch.float64 else torch.float32]
-    for a, b in zip(found.flatten().tolist(), expected, strict=True):
-        allowed = abs(b) * (units * eps + EPS[dtype]) + torch.finfo(dtype).tiny
+    for a, b, of in zip(found.flatten().tolist(), expected, terms or expected, strict=True):
+        allowed = abs(of) * units * eps + abs(b) * EPS[dtype] + torch.finfo(dtype).tiny
         assert abs(a - b) <= allowed, (a, mp.nstr(b))
 
 
@@ -75,6 +76,134 @@ def test_cross_entropy_of_a_wide_row(reduction, backend):
     expected, gradient = loss_and_gradient(x.flatten().tolist(), 2)
     agree(loss.detach(), [expected], torch.float32, 40)
     agree(dx, gradient, torch.float32, 40)
+
+
+def of_distribution(x, q):
+    """Σ q (lse - x), p Q - q and lse - x, and how large the terms of the second are."""
+    with mp.workdps(150):  # p - q is 50 digits shorter than p
+        x, q = [mp.mpf(v) for v in x], [mp.mpf(v) for v in q]
+        m, total = max(x), sum(q)
+        lse = m + mp.log(sum(mp.exp(v - m) for v in x))
+        minus_log = [lse - v for v in x]
+        p = [mp.exp(-v) for v in minus_log]
+        gradient = [a * total - b for a, b in zip(p, q, strict=True)]
+        terms = [a * total + b for a, b in zip(p, q, strict=True)]
+        k = x.index(m)  # q_k Q (1 - p_k), and what the others have
+        terms[k] = total * (1 - p[k]) + total - q[k]
+        return sum(a * b for a, b in zip(q, minus_log, strict=True)), gradient, minus_log, terms
+
+
+def nearly_one(margin, dtype, rows=3, classes=7):
+    """Distributions of which class 2 has everything, or all but e^-margin for the others."""
+    q = torch.rand(rows, classes) * torch.exp(torch.tensor(-abs(margin) / 2)) / classes
+    q[0] = 0
+    q[:, 2] = 1 - (q.sum(1) - q[:, 2])
+    return q.to(DEVICE, dtype)
+
+
+@each_dtype
+@pytest.mark.parametrize("options", [{}, {"weight": True}, {"label_smoothing": 0.25}], ids=str)
+@pytest.mark.parametrize("form", ["rows", "columns", "gradient in forward"])
+def test_cross_entropy_of_probabilities(dtype, options, form, backend):
+    s = options.get("label_smoothing", 0.0)
+    weight = torch.linspace(0.5, 2, 7).to(DEVICE, dtype) if "weight" in options else None
+    for margin in MARGINS:
+        x, y = certain(margin, dtype), nearly_one(margin, dtype)
+        w = [1.0] * 7 if weight is None else weight.tolist()
+        q = [[a * ((1 - s) * b + s / 7) for a, b in zip(w, row, strict=True)] for row in y.tolist()]
+        expected = [of_distribution(*pair) for pair in zip(x.tolist(), q, strict=True)]
+        losses, gradients, minus_logs, terms = zip(*expected, strict=True)
+        if form == "columns":
+            x, y = x.t().unsqueeze(0), y.t().unsqueeze(0)
+        leaves = [t.detach().requires_grad_() for t in (x, y)]
+        if form == "gradient in forward":
+            leaves[1].requires_grad_(False)
+        reduction = "sum" if form == "gradient in forward" else "none"
+        given = {**options, "weight": weight, "reduction": reduction}
+        loss = functional.cross_entropy(*leaves, **given)
+        wanted = [t for t in leaves if t.requires_grad]
+        found = torch.autograd.grad(loss, wanted, torch.ones_like(loss))
+        found = [g.squeeze(0).t() if form == "columns" else g for g in found]
+        units = 8 + abs(margin)
+        agree(loss.detach(), losses if reduction == "none" else [sum(losses)], dtype, units)
+        flat = [[v for row in rows for v in row] for rows in (gradients, terms)]
+        agree(found[0], flat[0], dtype, units, flat[1])
+        for dy in found[1:]:
+            slopes = [a * (1 - s) * v for row in minus_logs for a, v in zip(w, row, strict=True)]
+            agree(dy, slopes, dtype, units)
+
+
+@pytest.mark.parametrize("target", ["probabilities", "classes"])
+@pytest.mark.parametrize("reduction", ["none", "sum"])
+def test_soft_targets_of_a_wide_row(target, reduction, backend):
+    x = certain(20, torch.float32, rows=1, classes=20001).requires_grad_()
+    y, s = nearly_one(40, torch.float32, 2, 20001)[1:], 0.0
+    given = y
+    if target == "classes":
+        s, given = 1e-9, torch.tensor([2], device=DEVICE)
+        y = torch.full((1, 20001), 1e-9 / 20001, dtype=torch.float64)
+        y[0, 2] += 1 - 1e-9
+    loss = functional.cross_entropy(x, given, reduction=reduction, label_smoothing=s)
+    (dx,) = torch.autograd.grad(loss, x, torch.ones_like(loss))
+    value, gradient, _, terms = of_distribution(x.flatten().tolist(), y.flatten().tolist())
+    agree(loss.detach(), [value], torch.float32, 40)
+    agree(dx, gradient, torch.float32, 40, terms)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
+def test_linear_cross_entropy_of_probabilities(dtype, backend):
+    for margin in (1, 18, 60):
+        z, y = certain(margin, dtype), nearly_one(margin, dtype)
+        expected = [of_distribution(*pair) for pair in zip(z.tolist(), y.tolist(), strict=True)]
+        w, y = z.t().contiguous().requires_grad_(), y.requires_grad_()
+        x = torch.eye(3, dtype=dtype, device=DEVICE)  # so that the weight is the logits
+        loss = functional.linear_cross_entropy(x, w, y, reduction="sum")
+        dw, dy = torch.autograd.grad(loss, (w, y))
+        losses, gradients, minus_logs, terms = zip(*expected, strict=True)
+        units = 8 + margin
+        agree(loss.detach(), [sum(losses)], dtype, units)
+        flat = [[v for row in rows for v in row] for rows in (gradients, minus_logs, terms)]
+        agree(dw.t(), flat[0], dtype, units, flat[2])
+        agree(dy, flat[1], dtype, units)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
+@pytest.mark.parametrize("among", ["keys", "both", "negatives"])
+def test_info_nce(dtype, among, backend):
+    """Queries of which each picks a component, so that the scores are what they are given as, and
+    the keys' gradient is that of the scores."""
+    for margin in (-20, 1, 14, 18, 40, 60):
+        s = torch.randn(4, 4 if among != "negatives" else 5, dtype=dtype)
+        t = torch.arange(4) if among != "negatives" else torch.zeros(4, dtype=torch.int64)
+        s[torch.arange(4), t] = s.abs().amax() + margin
+        s = s.to(DEVICE)
+        q = torch.eye(4, dtype=dtype, device=DEVICE)
+        if among == "negatives":
+            given = [(q * s[:, :1]).requires_grad_(), s[:, 1:].t().contiguous().requires_grad_()]
+        else:
+            given = [s.t().contiguous().requires_grad_()]
+        loss = functional.info_nce(
+            q, *given, temperature=0.5, symmetric=among == "both", normalize=False, reduction="sum"
+        )
+        grads = torch.autograd.grad(loss, given)
+        G = grads[0].t()
+        if among == "negatives":
+            G = torch.cat([grads[0].diagonal().unsqueeze(1), grads[1].t()], 1)
+        rows = [
+            [loss_and_gradient([2 * v for v in row], int(i)) for i, row in zip(t, of, strict=True)]
+            for of in (s.tolist(), s.t().tolist())[: 1 + (among == "both")]
+        ]
+        losses = [sum(value for value, _ in of) for of in rows]
+        slopes = [[g for _, g in of] for of in rows]
+        if among == "both":
+            columns = [list(c) for c in zip(*slopes[1], strict=True)]
+            slopes[0] = [
+                [(a + b) / 2 for a, b in zip(*pair, strict=True)]
+                for pair in zip(slopes[0], columns, strict=True)
+            ]
+        units = 16 + 2 * abs(margin)  # scores differ by more than the margin
+        agree(loss.detach(), [sum(losses) / len(losses)], dtype, units)
+        agree(G, [2 * g for row in slopes[0] for g in row], dtype, units)
 
 
 POINTS = (0.0, *(s * v for s in (1, -1) for v in (0.3, 1, 2.5, 5, 8, 12, 15, 17, 20, 40, 87, 100)))
