@@ -16,12 +16,11 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .elementary import exp, expm1, upcast
+from .elementary import exp, expm1, log1p_positive, upcast
 from .launch import Launch, accumulator, cdiv, kernel, multiprocessors, next_power_of_2, planned
 from .loss import MEAN, NONE
 from .pointwise import BLOCK
 from .rows import (
-    log_of_sum,
     lowest,
     online_rest,
     online_rest_of_rows,
@@ -208,7 +207,9 @@ def _softmax(
             x = read(s_start, place * s_n, inside, float("-inf")) * SCALE
             m, rest = online_rest(m, rest, x, True)
         m, rest = online_rest_of_rows(m, rest, True)
-        log_z = log_of_sum(rest)
+        certain = (rest >= 0) & (rest < 1)
+        near = log1p_positive(tl.where(certain, rest, 0.0))
+        log_z = tl.where(certain, near, tl.log(rest + 1))
         positive = (row * s_n if AMONG_KEYS else row * 0)[:, None]
         target = tl.sum(read(s_start, positive, alive[:, None]), 1) * SCALE
         tl.store(LOSS + row, log_z - (target - m), alive)

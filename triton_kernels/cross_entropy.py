@@ -13,12 +13,11 @@ import triton.language as tl
 from torch import Tensor
 
 from . import rows as row_kernels
-from .elementary import expm1
+from .elementary import expm1, log1p_positive
 from .launch import Launch, kernel, multiprocessors, planned
 from .nll import MEAN, NONE, class_of, share_of, total_weight, view_of
 from .pointwise import like
 from .rows import (
-    log_of_sum,
     lowest,
     online,
     online_of_rows,
@@ -140,7 +139,8 @@ def _forward(
         soft = tl.sum(u, 1) if SOFT else tl.zeros((ROWS,), dtype)
         e_t = tl.exp(x_t - m)
         z = rest + (1 if PROBABILITIES else e_t)
-        log_z = log_of_sum(rest if PROBABILITIES else tl.where(x_t == m, rest, z - 1))
+        certain = (rest < 1) & ((rest >= 0) if PROBABILITIES else (x_t == m))
+        log_z = tl.where(certain, log1p_positive(tl.where(certain, rest, 0.0)), tl.log(z))
         loss = hard * (log_z + tl.where(t < 0, 0.0, m - x_t))
         if LARGEST is not None:
             tl.store(LARGEST + row, m, alive)
@@ -174,7 +174,7 @@ def _forward(
                     soft_loss += tl.where(inside, q * (x - log_z[:, None]), 0.0)
                     dx -= share * q
                 if PROBABILITIES:
-                    dx = tl.where((x == 0) & (rest < 1)[:, None], of_t[:, None], dx)
+                    dx = tl.where((x == 0) & certain[:, None], of_t[:, None], dx)
                 if DX is not None:
                     dx = tl.where(counted[:, None], dx, 0.0)
                     write(DX + start, place * s_n, inside, dx)

@@ -180,14 +180,6 @@ def online_rest_of_rows(m, rest, EXACT: tl.constexpr):
 
 
 @triton.jit
-def log_of_sum(rest):
-    """log z, from z - 1."""
-    small = (rest >= 0) & (rest < 1)
-    near = elementary.log1p_positive(tl.where(small, rest, 0.0))
-    return tl.where(small, near, tl.log(rest + 1))
-
-
-@triton.jit
 def centred(mean, squares, x, inside, seen):
     """(μ, Σ (x - μ)²) of each lane with one more number, of which it has then ``seen`` so many, in
     the dtype of x (Welford, 1962)."""
