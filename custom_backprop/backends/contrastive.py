@@ -72,8 +72,8 @@ def _formula_triplet_backward(*args):
 
 
 def _info_nce(q, k, n, temperature, symmetric, reduction, makes_G):
-    if symmetric:
-        return formula.info_nce(q, k, n, temperature, symmetric, reduction, makes_G)
+    if symmetric and len(q):
+        return _symmetric(q, k, temperature, reduction, makes_G)
     q_, k_, n_ = widen(q), widen(k), widen(n)
     count = len(q)
     width = count if n is None else 1 + n.shape[-2]
@@ -95,6 +95,23 @@ def _info_nce(q, k, n, temperature, symmetric, reduction, makes_G):
         if makes_G:
             G[part] = P.scatter_(1, t, others.neg_()).div_(temperature)
     return reduced(losses, reduction).to(q.dtype), G
+
+
+def _symmetric(q, k, temperature, reduction, makes_G):
+    s = formula.logits(widen(q), widen(k), None, temperature)
+    index = torch.arange(len(s), device=s.device)
+    losses, slopes = [], []
+    for dim, t in ((1, index.unsqueeze(1)), (0, index.unsqueeze(0))):
+        lead = s.diagonal().unsqueeze(dim) - s.amax(dim, True)
+        P = torch.softmax(s, dim)
+        top = P.amax(dim, True)
+        others = without_(P, t, dim)
+        losses.append((minus_log(top, others) - lead).flatten())
+        slopes.append(P.scatter_(dim, t, others.neg_()))
+    loss = reduced((losses[0] + losses[1]) / 2, reduction).to(q.dtype)
+    if not makes_G:
+        return loss, q.new_empty(0)
+    return loss, slopes[0].add_(slopes[1]).div_(2 * temperature).to(q.dtype)
 
 
 def _fake_info_nce(q, k, n, temperature, symmetric, reduction, makes_G):

@@ -87,9 +87,9 @@ def _chunks(x):
     return slices(len(x), x.shape[1:].numel(), CHUNK)
 
 
-def without_(p: Tensor, index: Tensor) -> Tensor:
-    """1 - p_t of each row: the sum of p, in which p_t is set to 0. It would cancel."""
-    return p.scatter_(1, index, 0).sum(1, True)
+def without_(p: Tensor, index: Tensor, dim: int = 1) -> Tensor:
+    """1 - p_t, which would cancel: the sum of p, in which p_t is set to 0."""
+    return p.scatter_(dim, index, 0).sum(dim, True)
 
 
 def minus_log(top: Tensor, others: Tensor) -> Tensor:
@@ -103,11 +103,15 @@ def _walk(x, q, dy, losses, statistics, dx, dtarget):
     probabilities. dx may be x: a chunk's softmax is written over it when nothing else of x is
     wanted."""
     over_dx, scratch = dx is not None and dx.dtype == wide(x.dtype), None
-    rowwise = dy is not None and dy.dim() > 0
+    rowwise, room = dy is not None and dy.dim() > 0, None
     for rows in _chunks(x):
         z = widen(x[rows])
         if not over_dx:
             scratch = torch.empty_like(z) if scratch is None else scratch[: len(z)]
+        if q.is_soft:  # memory that is new costs more than what is done in it
+            count = 2 if dtarget is None else 3
+            room = [torch.empty_like(z) for _ in range(count)] if room is None else room
+            room = [each[: len(z)] for each in room]
         if not q.probabilities:
             hard, index = q.hard[rows], q.index[rows]
         if q.is_soft:
@@ -118,9 +122,9 @@ def _walk(x, q, dy, losses, statistics, dx, dtarget):
             if not q.probabilities:
                 lead = z.gather(1, index) - m
             if q.is_soft:
-                below = z - m
+                below = torch.sub(z, m, out=room[-1])
             if q.is_soft and losses is not None:
-                losses[rows] = (u * below).sum(1, True).neg_()
+                losses[rows] = torch.mul(u, below, out=room[0]).sum(1, True).neg_()
         p = aten._softmax.out(z, 1, False, out=dx[rows] if over_dx else scratch)
         if wants_logs:
             top = p.amax(1, True)
@@ -128,9 +132,9 @@ def _walk(x, q, dy, losses, statistics, dx, dtarget):
         if not q.is_soft:
             others = without_(p, index)
         else:
-            certain = torch.gt(p, 0.5, out=torch.empty_like(p))  # in p's dtype: it multiplies
+            certain = torch.gt(p, 0.5, out=room[0])  # in p's dtype: it multiplies
             others = p.addcmul_(p, certain, value=-1).sum(1, True)
-            of_others = torch.addcmul(u, u, certain, value=-1)
+            of_others = torch.addcmul(u, u, certain, value=-1, out=room[1])
             total, rest = u.sum(1, True), of_others.sum(1, True)
             if not q.probabilities:
                 apart = hard * (1 - certain.gather(1, index))

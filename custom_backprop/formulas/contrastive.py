@@ -181,15 +181,19 @@ def info_nce(
     """
     q_, k_, n_ = map(widen, (q, k, n))
     s = logits(q_, k_, n_, temperature)
-    loss = -positives(of_certain(s)[0], n is None)
-    if symmetric:
-        loss = (loss - of_certain(s, 0)[0].diagonal()) / 2
-    return reduced(loss, reduction).to(q.dtype), (slope(s, n is None, symmetric) / temperature).to(
-        q.dtype
-    ) if makes_G else q.new_empty(0)
+    of = likelihoods(s, symmetric)
+    losses = [-positives(log_p, n is None) for log_p, *_ in of]
+    loss = sum(losses[1:], losses[0]) / len(of)
+    G = (slope(of, n is None) / temperature).to(q.dtype) if makes_G else q.new_empty(0)
+    return reduced(loss, reduction).to(q.dtype), G
 
 
-def slope(s: Tensor, among_keys: bool, symmetric: bool) -> Tensor:
+def likelihoods(s: Tensor, symmetric: bool) -> list[tuple[Tensor, ...]]:
+    """:func:`of_certain` of the rows, and for the symmetric loss of the columns."""
+    return [of_certain(s, dim) for dim in ((1, 0) if symmetric else (1,))]
+
+
+def slope(of: list[tuple[Tensor, ...]], among_keys: bool) -> Tensor:
     """∂L_i/∂s_ij = P_ij - [j = t], where P is the softmax of the row. For the symmetric loss, P is
     the mean of the softmaxes of row and column.
 
@@ -197,20 +201,20 @@ def slope(s: Tensor, among_keys: bool, symmetric: bool) -> Tensor:
     each loss. Where the positive is certain, P_it - 1 is minus the sum of the others' P, as in
     :mod:`custom_backprop.formulas.cross_entropy`.
     """
+    s = of[0][0]
     columns = indices(s, s.shape[1])
     is_positive = columns == indices(s, len(s)).unsqueeze(1) if among_keys else columns == 0
-    slopes = []
-    for dim in (1, 0) if symmetric else (1,):
-        _, P, certain, others = of_certain(s, dim)
-        of_positive = torch.where(certain, -others, P - 1)
-        slopes.append(torch.where(is_positive, of_positive, P))
+    slopes = [
+        torch.where(is_positive, torch.where(certain, -others, P - 1), P)
+        for _, P, certain, others in of
+    ]
     return sum(slopes[1:], slopes[0]) / len(slopes)
 
 
 def slope_of(q: Tensor, k: Tensor, n: Tensor | None, temperature: float, symmetric: bool) -> Tensor:
     """G = ∂L/∂s / τ, as a differentiable function of the vectors."""
     s = logits(widen(q), widen(k), widen(n), temperature)
-    return slope(s, n is None, symmetric) / temperature
+    return slope(likelihoods(s, symmetric), n is None) / temperature
 
 
 def info_nce_backward(
@@ -278,6 +282,5 @@ def info_nce_jvp(
             torch.zeros_like(n) if n is not None and tn is None else tn,
             temperature,
         )
-    return reduced(
-        (slope(logits(q, k, n, temperature), n is None, symmetric) * ts).sum(1), reduction
-    )
+    of = likelihoods(logits(q, k, n, temperature), symmetric)
+    return reduced((slope(of, n is None) * ts).sum(1), reduction)

@@ -183,6 +183,14 @@ def test_info_nce_of_great_logits(symmetric, backend):
     )
 
 
+@pytest.mark.parametrize("symmetric", [False, True])
+def test_info_nce_of_no_rows(symmetric, backend):
+    q = torch.randn(0, 3, requires_grad=True)
+    loss = functional.info_nce(q, torch.randn(0, 3), symmetric=symmetric, reduction="sum")
+    assert loss == 0
+    assert torch.autograd.grad(loss, q)[0].shape == q.shape
+
+
 def test_info_nce_of_a_zero_vector(backend):
     """It has no direction: divided by 1e-12, as stock's normalize does it, and finite."""
     q = normal(3, 2)
