@@ -332,11 +332,9 @@ def _loss(
     if not isinstance(input, Deferred) or input.is_made() or not torch.is_grad_enabled():
         return NotImplemented
     x, product = input.x, input.product
-    if (
-        type(target) not in TENSORS
-        or target.dtype != torch.int64
-        or (input.cap and input.cap[0] != "mul")
-    ):
+    if type(target) not in TENSORS or target.dtype != torch.int64:
+        return NotImplemented
+    if input.cap and input.cap[0] != "mul":
         return NotImplemented
     if input.dim() != 2 or target.shape != x.shape[:1] or target.device != x.device:
         return NotImplemented
@@ -360,8 +358,10 @@ def _observed(func: Any, self: Any, *args: Any, **kwargs: Any) -> Any:
     """Who wants the gradient of logits that a loss did without would wait in vain. FSDP does not:
     it listens to every output, and the loss is one. Should somebody make the logits all the same,
     it hears of their gradient, too."""
-    if isinstance(self, Deferred) and self.product.is_fused and not self.is_made():
+    if isinstance(self, Deferred) and self.product.is_fused:
         if args and getattr(args[0], "__module__", "").startswith("torch.distributed."):
+            if self.is_made():
+                return NotImplemented
             self.hooks.append(args[0])
             with torch._C.DisableTorchFunctionSubclass():
                 return func(self, *args, **kwargs)

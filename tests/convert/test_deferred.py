@@ -68,7 +68,7 @@ STEPS = {
 OPTIONS: list[dict[str, Any]] = [
     {"reduction": "sum"},
     {"reduction": "none"},
-    {"ignore_index": -100, "label_smoothing": 0.1},
+    {"ignore_index": 3, "label_smoothing": 0.1},
     {"weight": torch.linspace(0.5, 2, C)},
     {"size_average": False},
 ]
@@ -87,19 +87,19 @@ def test_the_loss_never_makes_logits(step: str, linear: Any) -> None:
 def test_every_option_of_the_loss(options: dict[str, Any]) -> None:
     model, patched = twins()
     model.options = patched.options = options
-    agree(model, patched)
+    agree(model, patched, torch.where(LABELS < 0, options.get("ignore_index", -100), LABELS))
 
 
-def agree(model: Model, patched: Model, **tolerance: float) -> None:
-    (loss, logits), (ours, theirs) = (m(IDS, LABELS) for m in (model, patched))
+def agree(model: Model, patched: Model, labels: torch.Tensor = LABELS) -> None:
+    (loss, logits), (ours, theirs) = (m(IDS, labels) for m in (model, patched))
     assert type(theirs) is Deferred
     assert not theirs.is_made()
     assert ours.dtype == loss.dtype
-    torch.testing.assert_close(ours, loss, **tolerance)
+    torch.testing.assert_close(ours, loss)
     for _, value in ((model, loss), (patched, ours)):
         value.sum().backward()
     for a, b in zip(gradients(patched), gradients(model), strict=True):
-        torch.testing.assert_close(a, b, **tolerance)
+        torch.testing.assert_close(a, b)
     assert not theirs.is_made()
     assert (theirs.shape, theirs.dtype) == (logits.shape, logits.dtype)
     assert theirs.requires_grad
@@ -128,6 +128,26 @@ def test_half_precision_is_as_accurate_as_stocks(autocast: bool) -> None:
         for found in (ours, stock)
     ]
     assert errors[0] <= errors[1]
+
+
+@pytest.mark.parametrize("is_on", [False, True])
+def test_a_loss_after_autocast_or_inside_it(is_on: bool) -> None:
+    """The product is that of the head's autocast; the loss has the dtype that stock's has."""
+    model, patched = twins()
+    weight, bias = (t.detach().bfloat16().double() for t in (model.head.weight, model.head.bias))
+    for as_it_is in (True, False):
+        losses = []
+        for m in (model, patched):
+            with torch.autocast("cpu", torch.bfloat16):
+                logits = m(IDS)
+            with torch.autocast("cpu", torch.bfloat16, enabled=is_on):
+                rows = (logits if as_it_is else logits.float()).view(-1, C)
+                losses.append(F.cross_entropy(rows, LABELS.view(-1)))
+        assert losses[0].dtype == losses[1].dtype
+        assert not logits.is_made()
+    exact = F.linear(logits.x.bfloat16().double(), weight, bias).view(-1, C)
+    exact = F.cross_entropy(exact, LABELS.view(-1)).float()
+    torch.testing.assert_close(losses[1], exact, rtol=1e-6, atol=0)
 
 
 USES: dict[str, Any] = {
@@ -221,6 +241,9 @@ def test_no_gradient_of_logits_that_were_never_made() -> None:
     _, logits = patched(IDS, LABELS)
     with pytest.raises(RuntimeError, match="no gradient"):
         logits.retain_grad()
+    assert logits.isfinite().all()
+    with pytest.raises(RuntimeError, match="no gradient"):
+        logits.register_hook(print)
     logits = patched(IDS)
     logits.retain_grad()
     F.cross_entropy(logits.view(-1, C), LABELS.view(-1)).backward()
