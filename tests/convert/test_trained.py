@@ -30,8 +30,34 @@ def test_a_plain_loop_in_float64(name):
     assert_equal_training(train(ours, inputs), train(stock, inputs), rtol)
 
 
-@pytest.mark.parametrize("name", MODELS)
-def test_trainer(name, tmp_path):
+@pytest.mark.parametrize(
+    "name",
+    [
+        *("MistralForCausalLM", "Qwen3ForCausalLM", "GemmaForCausalLM", "Phi3ForCausalLM"),
+        "Gemma2ForCausalLM",  # caps its logits
+        "GraniteForCausalLM",  # divides its logits
+        "CohereForCausalLM",  # multiplies them
+        "MixtralForCausalLM",  # has experts and a loss of its own for them
+        "GPTNeoXForCausalLM",
+        "ModernBertForMaskedLM",
+        "T5ForConditionalGeneration",
+    ],
+)
+def test_other_architectures(name):
+    stock, ours = twins(name)
+    inputs = batches(name, 2)
+    assert_equal_training(train(ours, inputs), train(stock, inputs))
+
+
+@pytest.mark.parametrize(
+    ("name", "options"),
+    [
+        *((name, {}) for name in MODELS),
+        ("llama", {"label_smoothing_factor": 0.1}),  # a loss that it computes of the logits
+        ("gpt2", {"eval_strategy": "steps", "eval_steps": 2, "neftune_noise_alpha": 5.0}),
+    ],
+)
+def test_trainer(name, options, tmp_path):
     """Two batches a step, so the loss is a sum divided by the labels of both."""
     from transformers import Trainer, TrainerCallback, TrainingArguments
 
@@ -43,7 +69,7 @@ def test_trainer(name, tmp_path):
             self.gradients = self.gradients or gradients(model)
 
         def on_log(self, args, state, control, logs, **_):
-            self.losses += [logs["loss"]] if "loss" in logs else []
+            self.losses += [v for k, v in logs.items() if k in ("loss", "eval_loss")]
 
     def trained(model, folder):
         arguments = TrainingArguments(
@@ -59,10 +85,12 @@ def test_trainer(name, tmp_path):
             save_strategy="no",
             use_cpu=True,
             dataloader_pin_memory=False,
+            **options,
         )
         record = Record()
         rows = [{k: v[0] for k, v in b.items()} for b in batches(name, 4 * STEPS, rows=1, length=7)]
-        Trainer(model, arguments, train_dataset=rows, callbacks=[record]).train()
+        data = {"train_dataset": rows, "eval_dataset": rows[:3]}
+        Trainer(model, arguments, **data, callbacks=[record]).train()
         return record.losses, record.gradients
 
     stock, ours = twins(name)
