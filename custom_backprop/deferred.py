@@ -31,6 +31,16 @@ from .backends.selection import TENSORS, is_traced, is_transformed
 from .functional.arguments import reduction_of
 
 _saved_tensor_hooks = torch._C._autograd._top_saved_tensors_default_hooks
+_has_autocast = torch.amp.is_autocast_available
+_NONE = contextlib.nullcontext()
+
+#: with fewer logits, of 4 MiB in float32, a fused loss takes longer on a CPU
+LEAST = 2**20
+
+_ADVICE = (
+    "ask for them before, as by logits.detach(), or call custom_backprop.convert(model, "
+    "functions=False)"
+)
 
 
 @dataclass(eq=False)
@@ -58,11 +68,8 @@ class _Product:
             return linear(x, self.weight, self.bias)
 
 
-_NONE = contextlib.nullcontext()
-_has_autocast = torch.amp.is_autocast_available
-
-
-_lock = threading.Lock()
+#: reentrant, because the collector may find a product while another is made
+_lock = threading.RLock()
 _products, _hook = 0, None
 
 
@@ -91,7 +98,7 @@ class _Node(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None, *given: Any) -> Tensor:
         ctx.save_for_backward(x, weight, bias)
-        ctx.product = given[0]
+        ctx.product, *_, ctx.cap = given
         return Deferred(x, *given)
 
     @staticmethod
@@ -101,6 +108,10 @@ class _Node(torch.autograd.Function):
         x, weight, bias = tensors[0], tensors[1], tensors[2]
         with torch.enable_grad():
             y = _Product(weight, bias, ctx.product.autocast).of(x)
+            if ctx.cap is not None:
+                name, cap = ctx.cap
+                y = y / cap if name == "div" else torch.tanh(y / cap)
+                y = y * cap if name == "mul" else y
         found = iter(torch.autograd.grad(y, [t for t in tensors if t is not None], dy.to(y.dtype)))
         return *(None if t is None else next(found) for t in tensors), *[None] * 5
 
@@ -113,7 +124,7 @@ class Deferred(Tensor):
         product: the rest of what they are made of.
         shadow: a tensor on the meta device, which gives shape, strides and errors of each step.
         step: the logits that these are a view or a cast of, and the function that makes them.
-        cap: how far ``cap * tanh(logits / cap)`` has come: "div", "tanh", "mul", and the number.
+        cap: how far ``tanh(logits / cap) * cap`` has come: "div", "tanh", "mul", and the number.
         made: the logits themselves, once somebody has asked for them.
         hooks: of FSDP, for their gradient.
     """
@@ -212,12 +223,6 @@ def unless_fused(output: Any) -> Any:
     return tree_map_only(Deferred, lambda d: d if d.product.is_fused else d.logits(), output)
 
 
-_ADVICE = (
-    "ask for them before, as by logits.detach(), or call custom_backprop.convert(model, "
-    "functions=False)"
-)
-
-
 def _state(t: Tensor | None) -> Any:
     return None if t is None else (t._version, t.data_ptr())
 
@@ -256,10 +261,6 @@ def of_head(head: torch.nn.Linear, x: Any) -> Deferred | None:
     return _node(x, product, torch.empty(shape, dtype=dtype, device="meta"), None, None)
 
 
-#: with fewer logits, of 4 MiB in float32, a fused loss takes longer on a CPU
-LEAST = 2**20
-
-
 def _next(of: Deferred, function: Any, x: Tensor, shadow: Tensor, cap: Any) -> Any:
     """What ``function`` makes of deferred logits."""
     of.check()
@@ -281,7 +282,7 @@ def _stepped(func: Any, self: Any, *args: Any, **kwargs: Any) -> Any:
             return NotImplemented
         if memory_format is not None or (device or self.device) != self.device:
             return NotImplemented
-        func, args, kwargs = Tensor.to, (dtype or self.dtype,), {}
+        args, kwargs = (dtype or self.dtype,), {}
     if func is Tensor.__getitem__ and not _is_of_rows(self.shadow.dim(), *args):
         return NotImplemented
     shadow = func(self.shadow, *args, **kwargs)
@@ -304,7 +305,7 @@ def _is_of_rows(dim: int, index: Any) -> bool:
 
 
 def _capped(func: Any, self: Any, *args: Any, **kwargs: Any) -> Any:
-    """A step of cap * tanh(logits / cap)."""
+    """A step of tanh(logits / cap) * cap."""
     if not isinstance(self, Deferred) or self.is_made() or not torch.is_grad_enabled() or kwargs:
         return NotImplemented
     before, cap = self.cap or (None, 0.0)

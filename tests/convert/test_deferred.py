@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
+from torch import Tensor
 from torch.optim.optimizer import _global_optimizer_post_hooks
 
 import custom_backprop
@@ -33,7 +34,7 @@ class Model(torch.nn.Module):
         self.step: Any = lambda logits: logits.float().view(-1, C)
         self.options: dict[str, Any] = {}
 
-    def forward(self, ids: torch.Tensor, labels: torch.Tensor | None = None) -> Any:
+    def forward(self, ids: Tensor, labels: Tensor | None = None) -> Any:
         logits = self.head(self.body(self.table(ids)).tanh())
         if labels is None:
             return logits
@@ -52,7 +53,7 @@ def twins(**options: Any) -> tuple[Model, Model]:
     return model, custom_backprop.patch(copy.deepcopy(model))
 
 
-def gradients(model: torch.nn.Module) -> list[torch.Tensor]:
+def gradients(model: torch.nn.Module) -> list[Tensor]:
     return [p.grad for p in model.parameters() if p.grad is not None]
 
 
@@ -90,7 +91,7 @@ def test_every_option_of_the_loss(options: dict[str, Any]) -> None:
     agree(model, patched, torch.where(LABELS < 0, options.get("ignore_index", -100), LABELS))
 
 
-def agree(model: Model, patched: Model, labels: torch.Tensor = LABELS) -> None:
+def agree(model: Model, patched: Model, labels: Tensor = LABELS) -> None:
     (loss, logits), (ours, theirs) = (m(IDS, labels) for m in (model, patched))
     assert type(theirs) is Deferred
     assert not theirs.is_made()
@@ -176,7 +177,7 @@ def test_whoever_asks_gets_stocks_logits(use: str) -> None:
     wanted, found = (USES[use](m(IDS)) for m in (model, patched))
     assert type(found) is type(wanted)
     torch.testing.assert_close(found, wanted, rtol=0, atol=0)
-    if isinstance(wanted, torch.Tensor) and wanted.requires_grad:
+    if isinstance(wanted, Tensor) and wanted.requires_grad:
         for _, y in ((model, wanted), (patched, found)):
             y.square().sum().backward()
         for a, b in zip(gradients(patched), gradients(model), strict=True):
@@ -268,7 +269,7 @@ def test_who_gets_plain_logits(monkeypatch: pytest.MonkeyPatch) -> None:
     parameters = dict(patched.named_parameters())
     of_function = torch.func.functional_call
     torch.func.grad(lambda p: of_function(patched, p, (IDS, LABELS))[0])(parameters)
-    assert type(torch.compile(patched, backend="aot_eager", fullgraph=True)(IDS)) is torch.Tensor
+    assert type(torch.compile(patched, backend="aot_eager", fullgraph=True)(IDS)) is Tensor
     torch.export.export(patched, (IDS,))
     monkeypatch.setattr(deferred, "LEAST", IDS.numel() * C + 1)
     assert not is_deferred(patched)
@@ -282,18 +283,20 @@ def test_who_gets_plain_logits(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_below_torchs_functions_a_gradient_arrives_too() -> None:
     class Twice(torch.autograd.Function):
         @staticmethod
-        def forward(ctx: Any, logits: torch.Tensor) -> torch.Tensor:
+        def forward(ctx: Any, logits: Tensor) -> Tensor:
             return logits * 2
 
         @staticmethod
-        def backward(ctx: Any, dy: torch.Tensor) -> torch.Tensor:
+        def backward(ctx: Any, dy: Tensor) -> Tensor:
             return dy * 2
 
-    model, patched = twins()
-    for m in (model, patched):
-        Twice.apply(m(IDS)).square().sum().backward()
-    for a, b in zip(gradients(patched), gradients(model), strict=True):
-        torch.testing.assert_close(a, b)
+    steps: Any = [lambda y: y, Tensor.float, lambda y: y / 3, lambda y: (y / 3).tanh()]
+    for step in (*steps, lambda y: (y / 3).tanh() * 3):
+        model, patched = twins()
+        for m in (model, patched):
+            Twice.apply(step(m(IDS))).square().sum().backward()
+        for a, b in zip(gradients(patched), gradients(model), strict=True):
+            torch.testing.assert_close(a, b)
 
 
 def test_the_loss_of_functional() -> None:
