@@ -7,7 +7,7 @@ from typing import Any as _Any
 
 from . import functional, init, monitor, nn, optim, testing
 from .backends import get_backend, use_backend
-from .convert import convert, revert
+from .convert import convert, register_conversion, revert
 from .patch import patch
 
 if _TYPE_CHECKING:
@@ -26,6 +26,7 @@ __all__ = [
     "nn",
     "optim",
     "patch",
+    "register_conversion",
     "revert",
     "testing",
     "use_backend",

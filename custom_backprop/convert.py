@@ -1,59 +1,148 @@
-"""Swaps the ``torch.nn`` layers of an existing model for ours, and back.
+"""Swaps the layers of an existing model for ours, and back.
 
-Each of our modules is a subclass of torch's that overrides only ``forward``, so a swap changes the
-class and nothing else: parameters, buffers, hooks and names stay, an optimizer still refers to the
-same parameters, and checkpoints load.
+A swap changes the class of a module and nothing else: each of our classes is a subclass of theirs
+that overrides only ``forward``. Parameters, buffers, hooks and names stay, an optimizer still
+refers to the same parameters, and checkpoints load.
 """
 
 from __future__ import annotations
 
-from typing import TypeVar
+from collections.abc import Callable, Sequence
+from fnmatch import fnmatchcase
+from typing import Any, TypeVar
 
 import torch
 
-from . import nn
+from .conversions import DROP_INS, counterpart, is_ours, theirs_of
+from .patch import is_patched, patch, unpatch
 
 Model = TypeVar("Model", bound=torch.nn.Module)
 
-#: torch's class -> ours
-DROP_INS: dict[type, type] = {
-    getattr(torch.nn, name): getattr(nn, name) for name in nn.__all__ if hasattr(torch.nn, name)
-}
+#: a pattern of names, a class, or a question asked of (name, module)
+Rule = str | type | Callable[[str, torch.nn.Module], bool]
+Rules = Rule | Sequence[Rule] | None
 
 
-def convert(model: Model) -> Model:
-    """Replaces every layer of ``model`` that has a drop-in here, in place.
+def convert(
+    model: Model, include: Rules = None, exclude: Rules = None, functions: bool = True
+) -> Model:
+    """Replaces every layer of ``model`` that has a counterpart here, in place.
 
-    Only layers of exactly torch's class are swapped. A subclass (yours, a parametrization's, a
-    sharding wrapper's) has a ``forward`` of its own and is left alone. So are functions that a
-    model calls: use :mod:`custom_backprop.functional` there.
+    Those are the layers of ``torch.nn``; of Hugging Face models the RMS norms, gated MLPs,
+    activations and ``Conv1D``; and what :func:`register_conversion` was told. Only exact classes
+    are swapped: a subclass with a ``forward`` of its own stays, and so does a module that was given
+    another ``forward``.
+
+    Results are equal to rounding. Half precision differs where theirs rounds between the operators
+    of one layer and ours at the end; and the drawn masks of dropout differ.
 
     Args:
         model: a module, possibly itself such a layer.
+        include: swap only what one of these says: a pattern of names as in
+            :mod:`fnmatch` (``"model.layers.*.mlp"``; * also stands for dots), a class, or a
+            function of (name, module). One or a sequence of them.
+        exclude: leave what one of these says, in the same forms.
+        functions: whether the functions of ``torch.nn.functional`` that the model calls are ours
+            too, by :func:`custom_backprop.patch`. Not where the model's own ``forward`` was
+            replaced, nor of a model that is one layer.
 
     Returns:
         the same object.
 
     Raises:
-        TypeError: ``model`` is not a module.
+        TypeError: ``model`` is not a module, or a rule is nothing of the above.
+        ValueError: a pattern or a class fits no module of the model.
     """
-    return _swap(model, DROP_INS)
+    _check(model)
+    names = _names(model)
+    included, excluded = (
+        _chosen(which, rules, names)
+        for which, rules in (("include", include), ("exclude", exclude))
+    )
+    functions = functions or is_patched(model)
+    unpatch(model)  # what it put over a class of theirs hides it
+    for module in names:
+        if is_ours(type(module)) or module in excluded:
+            continue
+        if include is not None and module not in included:
+            continue
+        ours = counterpart(module)
+        if isinstance(ours, type):
+            module.__class__ = ours
+    if functions and type(model) not in DROP_INS.values() and "forward" not in vars(model):
+        patch(model)
+    return model
 
 
 def revert(model: Model) -> Model:
-    """The opposite of :func:`convert`: every drop-in becomes torch's class again. Layers that torch
-    does not have stay.
+    """The opposite of :func:`convert`: every module has its former class again. A layer that was
+    made as ours becomes torch's; those that torch does not have stay.
 
     Raises:
         TypeError: ``model`` is not a module.
     """
-    return _swap(model, {ours: stock for stock, ours in DROP_INS.items()})
+    _check(model)
+    for module in model.modules():
+        module.__class__ = theirs_of(type(module))
+    return model
 
 
-def _swap(model: Model, classes: dict[type, type]) -> Model:
+def register_conversion(theirs: type, ours: type) -> None:
+    """Makes :func:`convert` swap modules of exactly the class ``theirs`` for ``ours``.
+
+    Args:
+        theirs: a subclass of ``torch.nn.Module``.
+        ours: a subclass of ``theirs`` that overrides methods and needs no attributes of its own.
+
+    Raises:
+        TypeError: they are no such classes.
+        ValueError: there is another counterpart of ``theirs`` already, or ``ours`` stands for
+            another class.
+    """
+    if not (isinstance(theirs, type) and issubclass(theirs, torch.nn.Module)):
+        raise TypeError(f"expected a subclass of torch.nn.Module, got {theirs!r}")
+    if not (isinstance(ours, type) and issubclass(ours, theirs) and ours is not theirs):
+        raise TypeError(f"expected a subclass of {theirs.__name__}, got {ours!r}")
+    known = DROP_INS.get(theirs, ours)
+    if known is not ours:
+        raise ValueError(f"{theirs.__name__} has a counterpart already: {known.__name__}")
+    if theirs_of(ours) not in (ours, theirs):
+        raise ValueError(f"{ours.__name__} stands for {theirs_of(ours).__name__} already")
+    DROP_INS[theirs] = ours
+
+
+def _check(model: Any) -> None:
     if not isinstance(model, torch.nn.Module):
         raise TypeError(f"expected a torch.nn.Module, got {type(model).__name__}")
-    for module in model.modules():
-        if type(module) in classes:
-            module.__class__ = classes[type(module)]
-    return model
+
+
+def _names(model: torch.nn.Module) -> dict[torch.nn.Module, list[str]]:
+    """Every module once, with all its names."""
+    names: dict[torch.nn.Module, list[str]] = {}
+    for name, module in model.named_modules(remove_duplicate=False):
+        names.setdefault(module, []).append(name)
+    return names
+
+
+def _chosen(which: str, rules: Any, names: dict[torch.nn.Module, list[str]]) -> set[Any]:
+    """The modules that one of the rules fits."""
+    if rules is None:
+        return set()
+    chosen = set()
+    for rule in rules if isinstance(rules, (list, tuple, set, frozenset)) else [rules]:
+        if isinstance(rule, torch.nn.Module) or not (isinstance(rule, str) or callable(rule)):
+            raise TypeError(
+                f"convert: {which} takes patterns of names, classes and functions of (name, "
+                f"module), got {type(rule).__name__}"
+            )
+        fits = {m for m, all_names in names.items() if any(_fits(rule, n, m) for n in all_names)}
+        if not fits and isinstance(rule, (str, type)):
+            raise ValueError(f"convert: {which}={rule!r} fits no module of the model")
+        chosen |= fits
+    return chosen
+
+
+def _fits(rule: Any, name: str, module: torch.nn.Module) -> bool:
+    if isinstance(rule, str):
+        return fnmatchcase(name, rule)
+    return isinstance(module, rule) if isinstance(rule, type) else bool(rule(name, module))

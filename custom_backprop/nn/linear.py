@@ -55,3 +55,21 @@ class LinearActivation(torch.nn.Linear):
             *(f"{k}={v}" for k, v in self.parameters_of_activation.items()),
         ]
         return ", ".join([super().extra_repr(), *own])
+
+
+def listened_to(module: torch.nn.Module) -> bool:
+    """Whether somebody hears of its calls, by a hook or by a forward put on the instance."""
+    m = module
+    return bool(
+        m._forward_hooks
+        or m._forward_pre_hooks
+        or m._backward_hooks
+        or m._backward_pre_hooks
+        or "forward" in m.__dict__
+    )
+
+
+def plain_linear(*modules: torch.nn.Module) -> bool:
+    """Whether all are plain linear layers, which nobody listens to or has replaced (by one with an
+    adapter, say): what they compute may then be computed without calling them."""
+    return all(type(m) in (Linear, torch.nn.Linear) and not listened_to(m) for m in modules)

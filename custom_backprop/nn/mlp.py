@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from .. import functional as F
-from .linear import Linear
+from .linear import Linear, plain_linear
 
 __all__ = ["GEGLUMLP", "SwiGLUMLP"]
 
@@ -33,14 +33,7 @@ class _GatedMLP(torch.nn.Module):
         self.down_proj = Linear(hidden, dim, bias, device, dtype)
 
     def _is_one_function(self) -> bool:
-        """Whether all three are plain linear layers, which nobody listens to or has replaced (by
-        one with an adapter, say)."""
-        return all(
-            type(m) in (Linear, torch.nn.Linear)
-            and not (m._forward_hooks or m._forward_pre_hooks)
-            and not (m._backward_hooks or m._backward_pre_hooks)
-            for m in (self.gate_proj, self.up_proj, self.down_proj)
-        )
+        return plain_linear(self.gate_proj, self.up_proj, self.down_proj)
 
     def _in_one(self, function: Callable[..., Tensor], input: Tensor, **options: Any) -> Tensor:
         gate, up, down = self.gate_proj, self.up_proj, self.down_proj
