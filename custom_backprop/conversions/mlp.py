@@ -54,7 +54,7 @@ class GatedMLP:
         def forward(self, *args, **named):
             gate, up, down, act, *dropout = [getattr(self, n) for n in names]
             by = GATES.get(activation_of(act))
-            if by is None or named or len(args) != 1 or not _of_one_dtype(args[0], down):
+            if by is None or named or len(args) != 1 or not _casts_nothing(args[0], down, names):
                 return base.forward(self, *args, **named)
             (x,), (function, whole, options) = args, by
             if plain_linear(gate, up, down) and all(map(_idle, dropout)):
@@ -82,7 +82,7 @@ class PackedGatedMLP:
         def forward(self, *args, **named):
             gate_up, down, act = [getattr(self, n) for n in names]
             by = GATES.get(activation_of(act))
-            if by is None or named or len(args) != 1 or not _of_one_dtype(args[0], down):
+            if by is None or named or len(args) != 1:
                 return base.forward(self, *args, **named)
             function, _, options = by
             return down(function(gate_up(args[0]), gate_first=True, **options))
@@ -96,10 +96,12 @@ def _idle(dropout: torch.nn.Module) -> bool:
     return not drops and not listened_to(dropout)
 
 
-def _of_one_dtype(x: Any, layer: Any) -> bool:
-    """Whether theirs would cast nothing between the layers."""
-    weight = getattr(layer, "weight", None)
-    return isinstance(weight, Tensor) and (x.dtype == weight.dtype or is_autocast(x))
+def _casts_nothing(x: Any, down: torch.nn.Module, names: tuple[str, ...]) -> bool:
+    """Whether theirs would not cast between the layers, as T5's does. The weight of a layer that is
+    not plain is not looked at: a parametrization computes it anew, or more than that."""
+    if not plain_linear(down):
+        return names[2] != "wo"
+    return x.dtype == down.weight.dtype or is_autocast(x)
 
 
 def counterpart(module: torch.nn.Module) -> type | str | None:
