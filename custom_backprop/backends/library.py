@@ -58,16 +58,20 @@ class Primitive:
         self.aten: Callable[..., Any] = fields["aten"] or self.formula
         self.triton: Callable[..., Any] = fields["triton"]
         self.sharding: Callable[..., Iterable[Sharding]] = fields["sharding"] or (lambda *args: ())
-        self.kernel_is_traced = fields["traced"] == "kernel"
-        shown = None if self.kernel_is_traced else fields["traced"]
-        self.exported: Callable[..., Any] = shown or self.formula
-        self.traced = self._kernel_on_a_gpu if self.kernel_is_traced else self.exported
+        shown = fields["traced"]
+        self._shown = shown if shown in ("kernel", "operator") else None
+        self.exported: Callable[..., Any] = self.formula if self._shown else shown or self.formula
+        self.traced = self._operator_or_formula if self._shown else self.exported
 
     def __call__(self, *args: Any) -> Any:
         return self.operator(*args)
 
-    def _kernel_on_a_gpu(self, first: torch.Tensor, *rest: Any) -> Any:
-        return (self.operator if first.is_cuda else self.formula)(first, *rest)
+    def is_traced_whole(self, x: torch.Tensor) -> bool:
+        """Whether a compiler sees the operator of such a tensor, and not what is inside."""
+        return self._shown == "operator" or (self._shown == "kernel" and x.is_cuda)
+
+    def _operator_or_formula(self, first: torch.Tensor, *rest: Any) -> Any:
+        return (self.operator if self.is_traced_whole(first) else self.formula)(first, *rest)
 
 
 def primitive(
@@ -102,6 +106,7 @@ def primitive(
             tensors.
         traced: what ``torch.compile`` sees. Default: the formula, so that Inductor can fuse it.
             ``"kernel"``: on a GPU the operator, where the kernel beats what the compiler makes.
+            ``"operator"``: the operator, on a CPU too.
         sharding: ``sharding(*args)`` yields what may be computed shard by shard: see
             :data:`Sharding`. All replicated is always allowed.
         flops: those of its matrix products, from the shapes of its arguments.

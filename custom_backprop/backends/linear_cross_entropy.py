@@ -311,7 +311,7 @@ forward = primitive(
     aten=partial(_forward, _Aten),
     triton=partial(_forward, _Triton),
     fake=_fake_forward,
-    traced="kernel",
+    traced="operator",  # a compiler would make all logits
     sharding=_sharding,
     flops=_flops,
 )
@@ -323,7 +323,7 @@ backward = primitive(
     aten=partial(_backward, _Aten),
     triton=partial(_backward, _Triton),
     fake=_fake_backward,
-    traced="kernel",
+    traced="operator",
     sharding=_backward_sharding,
     flops=_flops,
 )

@@ -90,6 +90,25 @@ def test_compiled_cross_entropy_needs_no_second_gradient():
         assert peak_memory(step, DEVICE) < 1.3 * x.nbytes
 
 
+def test_compiled_linear_cross_entropy_has_never_all_logits():
+    x = torch.randn(256, 16, device=DEVICE, requires_grad=True)
+    weight = torch.randn(8192, 16, device=DEVICE, requires_grad=True)
+    target = torch.randint(8192, (256,), device=DEVICE)
+    torch._dynamo.reset()
+    eager = functional.linear_cross_entropy
+    compiled = torch.compile(eager, fullgraph=True)
+    found = []
+    for function in (eager, compiled):
+
+        def step(function=function):
+            loss = function(x, weight, target, softcap=5.0, chunk_size=32)
+            return loss, *torch.autograd.grad(2 * loss, (x, weight))
+
+        found.append(step())
+        assert peak_memory(step, DEVICE) < 256 * 8192 * 4 / 2
+    torch.testing.assert_close(*found)
+
+
 @pytest.mark.parametrize("name", ["info_nce", "linear", "mse_loss"])
 def test_compiled_under_autocast_as_eager(name):
     """What is computed in float32 is not cast again inside the formula."""
