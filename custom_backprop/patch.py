@@ -41,6 +41,9 @@ GAINS_ON_A_CPU = frozenset(
     }
 )  # fmt: skip
 
+#: and these from so many numbers on: with fewer, the Function costs more than they take
+LEAST = 2**18
+
 #: how many patches are active in this thread or task, one in another
 _depth: ContextVar[int] = ContextVar("depth", default=0)
 
@@ -74,8 +77,9 @@ def patch(model: Any = None) -> Any:
     Other threads and tasks see stock's functions. Patches nest. What
     ``torch.utils.checkpoint`` computes again in backward runs under the patch of its forward.
 
-    Stock's function runs where ours gains nothing: on a CPU all but :data:`GAINS_ON_A_CPU`; where a
-    compiler, an exporter or a tracer looks on; for a tensor subclass; and with ``out=``.
+    Stock's function runs where ours gains nothing: on a CPU all but :data:`GAINS_ON_A_CPU`, and
+    those too with few numbers; where a compiler, an exporter or a tracer looks on; for a tensor
+    subclass; and with ``out=``.
 
     Args:
         model: its class becomes a subclass of the same name, whose forward runs under a patch.
@@ -209,7 +213,8 @@ def _choice(name: str, its: Callable[..., Any]) -> Callable[..., Any]:
 
     def call(*args: Any, **kwargs: Any) -> Any:
         given = (*args, *kwargs.values()) if kwargs else args
-        depth = 0 if is_traced() else _depth.get()
+        stays = not gains and args and type(args[0]) in TENSORS and args[0].is_cpu
+        depth = 0 if (stays and get_backend() is None) or is_traced() else _depth.get()
         if depth and "out" not in kwargs and _is_for_ours(given, gains):
             _depth.set(0)  # what ours leaves to stock is stock's
             try:
@@ -224,14 +229,15 @@ def _choice(name: str, its: Callable[..., Any]) -> Callable[..., Any]:
 
 
 def _is_for_ours(given: tuple[Any, ...], gains: bool) -> bool:
-    on_a_cpu = False
+    on_a_cpu, most = False, 0
     for a in given:
         kind = type(a)
         if kind in TENSORS or (isinstance(a, Tensor) and is_dtensor(a)):
-            on_a_cpu |= a.is_cpu
+            if a.is_cpu:
+                on_a_cpu, most = True, max(most, a.numel())
         elif kind not in PLAIN_TYPES and hasattr(kind, "__torch_function__"):
             return False
-    return gains or not on_a_cpu or get_backend() is not None
+    return not on_a_cpu or (gains and most >= LEAST) or get_backend() is not None
 
 
 class _Recomputed(checkpoint.CheckpointFunction):

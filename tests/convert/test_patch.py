@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import asyncio
 import copy
+import importlib
 import inspect
 import io
 import pickle
@@ -17,6 +18,13 @@ from torch.utils.checkpoint import checkpoint
 
 import custom_backprop
 from custom_backprop.patch import unpatch
+
+PATCH = importlib.import_module("custom_backprop.patch")
+
+
+@pytest.fixture(autouse=True)
+def _few_are_enough(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(PATCH, "LEAST", 1)
 
 
 class Model(torch.nn.Module):
@@ -165,7 +173,7 @@ class Knows(torch.Tensor):
 STOCK = F.softsign
 
 
-def test_stock_where_ours_does_not_fit() -> None:
+def test_stock_where_ours_does_not_fit(monkeypatch: pytest.MonkeyPatch) -> None:
     x, out = torch.randn(3, requires_grad=True), torch.empty(3)
     with custom_backprop.patch():
         assert F.softsign(torch.ones(3).as_subclass(Knows)) == "known"
@@ -176,6 +184,9 @@ def test_stock_where_ours_does_not_fit() -> None:
         assert not isinstance(relu, torch.autograd.function.BackwardCFunction)
         with custom_backprop.use_backend("formula"):
             assert isinstance(F.relu(x).grad_fn, torch.autograd.function.BackwardCFunction)
+        monkeypatch.setattr(PATCH, "LEAST", x.numel() + 1)
+        few = F.softsign(x).grad_fn
+        assert not isinstance(few, torch.autograd.function.BackwardCFunction)
 
 
 def test_what_others_have_put_there_stays(monkeypatch: pytest.MonkeyPatch) -> None:
