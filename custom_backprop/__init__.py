@@ -9,6 +9,7 @@ from . import functional, init, monitor, nn, optim, testing
 from .backends import get_backend, use_backend
 from .convert import convert, register_conversion, revert
 from .patch import patch
+from .report import conversion_report
 
 if _TYPE_CHECKING:
     from . import cost as cost
@@ -18,6 +19,7 @@ if _TYPE_CHECKING:
 __version__ = "0.2.0"
 
 __all__ = [
+    "conversion_report",
     "convert",
     "functional",
     "get_backend",

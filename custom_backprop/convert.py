@@ -14,9 +14,18 @@ from typing import Any, TypeVar
 import torch
 
 from .conversions import DROP_INS, counterpart, is_ours, theirs_of
-from .patch import is_patched, patch, unpatch
+from .conversions.losing import why_it_loses
+from .conversions.probe import device_of
+from .patch import is_patched, patch, unpatch, unpatched
 
 Model = TypeVar("Model", bound=torch.nn.Module)
+
+#: module -> its names, and the class of ours or the reason why there is none
+Plan = dict[torch.nn.Module, tuple[list[str], type | str]]
+
+CHOSEN = EXCLUDED, NOT_INCLUDED = "excluded", "not included"
+#: the attribute of a converted model that says what was left by choice, name by name
+LEFT = "_left_by_convert"
 
 #: a pattern of names, a class, or a question asked of (name, module)
 Rule = str | type | Callable[[str, torch.nn.Module], bool]
@@ -24,14 +33,20 @@ Rules = Rule | Sequence[Rule] | None
 
 
 def convert(
-    model: Model, include: Rules = None, exclude: Rules = None, functions: bool = True
+    model: Model,
+    include: Rules = None,
+    exclude: Rules = None,
+    functions: bool = True,
+    dry_run: bool = False,
 ) -> Model:
     """Replaces every layer of ``model`` that has a counterpart here, in place.
 
     Those are the layers of ``torch.nn``; of Hugging Face models the RMS norms, gated MLPs,
     activations and ``Conv1D``; and what :func:`register_conversion` was told. Only exact classes
     are swapped: a subclass with a ``forward`` of its own stays, and so does a module that was given
-    another ``forward``.
+    another ``forward``. What loses time on the model's device stays too, unless ``include`` names
+    it: see :mod:`custom_backprop.conversions.losing`. :func:`custom_backprop.conversion_report`
+    says what was swapped, and what was left and why.
 
     Results are equal to rounding. Half precision differs where theirs rounds between the operators
     of one layer and ours at the end; and the drawn masks of dropout differ.
@@ -45,6 +60,7 @@ def convert(
         functions: whether the functions of ``torch.nn.functional`` that the model calls are ours
             too, by :func:`custom_backprop.patch`. Not where the model's own ``forward`` was
             replaced, nor of a model that is one layer.
+        dry_run: whether to print what would be swapped, and change nothing.
 
     Returns:
         the same object.
@@ -53,24 +69,21 @@ def convert(
         TypeError: ``model`` is not a module, or a rule is nothing of the above.
         ValueError: a pattern or a class fits no module of the model.
     """
-    _check(model)
-    names = _names(model)
-    included, excluded = (
-        _chosen(which, rules, names)
-        for which, rules in (("include", include), ("exclude", exclude))
-    )
+    from .report import of_plan  # which imports this module
+
+    plan = plan_of(model, include, exclude)
+    if dry_run:
+        print(of_plan(model, plan, functions))
+        return model
     functions = functions or is_patched(model)
     unpatch(model)  # what it put over a class of theirs hides it
-    for module in names:
-        if is_ours(type(module)) or module in excluded:
-            continue
-        if include is not None and module not in included:
-            continue
-        ours = counterpart(module)
-        if isinstance(ours, type):
-            module.__class__ = ours
+    for module, (_, answer) in plan.items():
+        if isinstance(answer, type):
+            module.__class__ = answer
     if functions and type(model) not in DROP_INS.values() and "forward" not in vars(model):
         patch(model)
+    chosen = {n[0]: why for n, why in plan.values() if why in CHOSEN}
+    vars(model)[LEFT] = {**vars(model).get(LEFT, {}), **chosen}
     return model
 
 
@@ -82,6 +95,7 @@ def revert(model: Model) -> Model:
         TypeError: ``model`` is not a module.
     """
     _check(model)
+    vars(model).pop(LEFT, None)
     for module in model.modules():
         module.__class__ = theirs_of(type(module))
     return model
@@ -111,17 +125,37 @@ def register_conversion(theirs: type, ours: type) -> None:
     DROP_INS[theirs] = ours
 
 
-def _check(model: Any) -> None:
-    if not isinstance(model, torch.nn.Module):
-        raise TypeError(f"expected a torch.nn.Module, got {type(model).__name__}")
+def plan_of(model: torch.nn.Module, include: Rules = None, exclude: Rules = None) -> Plan:
+    """Each module once, with all its names, and the class of ours that it is to have; or why none.
 
-
-def _names(model: torch.nn.Module) -> dict[torch.nn.Module, list[str]]:
-    """Every module once, with all its names."""
+    Raises:
+        TypeError, ValueError: as :func:`convert`.
+    """
+    _check(model)
     names: dict[torch.nn.Module, list[str]] = {}
     for name, module in model.named_modules(remove_duplicate=False):
         names.setdefault(module, []).append(name)
-    return names
+    included = _chosen("include", include, names)
+    excluded = _chosen("exclude", exclude, names)
+    device = device_of(model).type
+    plan: Plan = {}
+    for module, given in names.items():
+        cls = unpatched(type(module))
+        if is_ours(cls):
+            plan[module] = given, cls
+        elif module in excluded:
+            plan[module] = given, EXCLUDED
+        elif include is not None and module not in included:
+            plan[module] = given, NOT_INCLUDED
+        else:
+            loss = None if include is not None else why_it_loses(cls, device)
+            plan[module] = given, loss or counterpart(module, cls)
+    return plan
+
+
+def _check(model: Any) -> None:
+    if not isinstance(model, torch.nn.Module):
+        raise TypeError(f"expected a torch.nn.Module, got {type(model).__name__}")
 
 
 def _chosen(which: str, rules: Any, names: dict[torch.nn.Module, list[str]]) -> set[Any]:

@@ -31,6 +31,7 @@ from torch.utils.flop_counter import flop_registry
 
 from .backends.library import OPERATORS
 from .backends.selection import backend_for
+from .conversions.mlp import is_one_function
 from .convert import convert, revert
 
 __all__ = ["Cost", "CostReport", "Layer", "cost", "measure"]
@@ -206,7 +207,30 @@ def _measure(
         output = output if loss is None else loss(output, *targets)
         return [t for t in _tensors(output) if t.requires_grad]
 
-    # without a mode, as in training: where nobody watches, our Functions may save other tensors
+    if not _save(model, where, forward):
+        raise ValueError("nothing to differentiate: no output requires grad")
+    with _Counter(where) as counter:
+        roots = forward()
+    ones = [torch.ones_like(root) for root in roots]
+    with counter:
+        torch.autograd.backward(roots, ones)
+    return Cost(list(where.layers.values()))
+
+
+def saved_bytes(
+    model: nn.Module, inputs: Sequence[Any] = (), keywords: dict[str, Any] | None = None
+) -> dict[str, int]:
+    """What one forward of ``model`` saves for backward, layer by layer, as :func:`measure` counts
+    it. It runs on a copy."""
+    model, inputs, _, keywords = _copied(model, inputs, None, keywords or {}, lambda m: m)
+    where = _Where(model, None)
+    _save(model, where, lambda: model(*inputs, **keywords))
+    return {name: layer.saved_bytes for name, layer in where.layers.items()}
+
+
+def _save(model: nn.Module, where: _Where, forward: Callable[[], Any]) -> Any:
+    """Runs ``forward`` and counts what it saves. Without a mode, as in training: where nobody
+    watches, our Functions may save other tensors."""
     saved = {_address(t): t.untyped_storage() for t in (*model.parameters(), *model.buffers())}
 
     def pack(t: Tensor) -> Tensor:
@@ -218,14 +242,7 @@ def _measure(
         return t
 
     with torch.autograd.graph.saved_tensors_hooks(pack, lambda t: t):
-        if not forward():
-            raise ValueError("nothing to differentiate: no output requires grad")
-    with _Counter(where) as counter:
-        roots = forward()
-    ones = [torch.ones_like(root) for root in roots]
-    with counter:
-        torch.autograd.backward(roots, ones)
-    return Cost(list(where.layers.values()))
+        return forward()
 
 
 class _Where:
@@ -244,11 +261,16 @@ class _Where:
         seen: set[nn.Module] = set()
         named = [(name or MODEL, module) for name, module in model.named_modules(seen)]
         named += loss.named_modules(seen, LOSS) if isinstance(loss, nn.Module) else []
+        within: set[nn.Module] = set()  # blocks that ask whether somebody listens to their layers
         for name, module in named:
             layer = self.layers[name] = Layer(name, type(module).__name__)
             for p in module.parameters(recurse=False):
                 layer.parameters += 0 if id(p) in self._owner else p.numel()
                 self._owner.setdefault(id(p), name)
+            if module in within:
+                continue
+            if is_one_function(module):
+                within.update(module.modules())
             module.register_forward_pre_hook(lambda *_, name=name: self._enter(name))
             module.register_forward_hook(
                 lambda *_: self._leave(), always_call=True

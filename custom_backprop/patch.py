@@ -113,10 +113,14 @@ def patch(model: Any = None) -> Any:
 def unpatch(model: Model) -> Model:
     """The opposite of ``patch(model)``."""
     for module in model.modules() if is_patched(model) else ():
-        made = made_of(type(module))
-        if made is not None and made[1] in (_patched, _deferring):
-            module.__class__ = made[0]
+        module.__class__ = unpatched(type(module))
     return model
+
+
+def unpatched(cls: Any) -> Any:
+    """The class that a module had before ``patch(model)``."""
+    made = made_of(cls)
+    return made[0] if made is not None and made[1] in (_patched, _deferring) else cls
 
 
 def is_patched(model: torch.nn.Module) -> bool:

@@ -34,9 +34,8 @@ def theirs_of(cls: type) -> type:
     return next((theirs for theirs, ours in DROP_INS.items() if ours is cls), cls)
 
 
-def counterpart(module: torch.nn.Module) -> type | str:
-    """The class of ours that stands for this module, or why there is none."""
-    cls = type(module)
+def counterpart(module: torch.nn.Module, cls: type) -> type | str:
+    """The class of ours that stands for this module of the class ``cls``, or why there is none."""
     if "forward" in vars(module):
         return "its forward was replaced"
     if cls in DROP_INS:

@@ -61,7 +61,7 @@ def counterpart(module: torch.nn.Module) -> type | str | None:
         if all(_agree(module, eps, casting, *dtypes) for dtypes in probe.SAME):
             mixed = all(_agree(module, eps, casting, *dtypes) for dtypes in probe.MIXED)
             return subclass(cls, RMSNorm(casting, epsilons[0], mixed))
-    return "an RMSNorm by its name, but computes something else"
+    return "an RMSNorm by its name, but computes or rounds otherwise"
 
 
 def _agree(module, eps, casting, of_input, of_weight):

@@ -156,3 +156,107 @@ def test_what_goes_by_the_exact_class_says_revert_first():
     torch.testing.assert_close(torch.jit.script(model)(x), expected)
     quantized = torch.ao.quantization.quantize_dynamic(model, {torch.nn.Linear})
     assert "quantized" in type(quantized[0]).__module__
+
+
+def kinds(model):
+    return [type(m) for m in model.modules()][1:]
+
+
+@pytest.mark.parametrize(
+    ("rules", "swapped"),
+    [
+        ({"include": "0.*"}, ["0.0", "0.1", "0.2", "0.3"]),
+        ({"include": torch.nn.Linear}, ["0.0", "2"]),
+        ({"include": lambda name, module: name == "3"}, ["3"]),
+        ({"include": ["1", torch.nn.Softmax]}, ["1", "3"]),
+        ({"exclude": "0*"}, ["1", "2", "3"]),
+        ({"exclude": (torch.nn.Linear, "*.2")}, ["0.1", "0.3", "1", "3"]),
+        ({"include": torch.nn.Linear, "exclude": "2"}, ["0.0"]),
+    ],
+)
+def test_rules_choose(rules, swapped):
+    m = custom_backprop.convert(model(), **rules)
+    assert [n for n, c in m.named_modules() if type(c) in DROP_INS.values()] == swapped
+    excluded = {x.name for x in custom_backprop.conversion_report(m).left}
+    assert excluded == {"0.0", "0.1", "0.2", "0.3", "1", "2", "3"} - set(swapped)
+
+
+def test_a_module_with_two_names_is_excluded_by_either():
+    layer = torch.nn.Linear(2, 2)
+    m = torch.nn.ModuleDict({"a": layer, "b": layer})
+    assert type(custom_backprop.convert(m, exclude="b")["a"]) is torch.nn.Linear
+
+
+@pytest.mark.parametrize(
+    ("rule", "error", "words"),
+    [
+        ("layers.*", ValueError, r"include='layers\.\*' fits no module"),
+        (torch.nn.Conv2d, ValueError, r"Conv2d.* fits no module"),
+        (3, TypeError, r"include takes patterns .* got int"),
+        (torch.nn.ReLU(), TypeError, r"got ReLU"),
+        ([None], TypeError, r"got NoneType"),
+    ],
+)
+def test_rules_that_say_nothing(rule, error, words):
+    m = model()
+    with pytest.raises(error, match=words):
+        custom_backprop.convert(m, include=rule)
+    assert kinds(m) == kinds(model())
+
+
+def test_a_dry_run_changes_nothing(capsys):
+    m, stock = model(), model()
+    assert custom_backprop.convert(m, exclude="2", dry_run=True) is m
+    assert kinds(m) == kinds(stock)
+    assert vars(m).keys() == vars(stock).keys()
+    printed = capsys.readouterr().out
+    assert "left: excluded" in printed
+    assert "-> custom_backprop.Softmax" in printed
+
+
+def test_what_loses_is_left_unless_it_is_named():
+    m = torch.nn.Sequential(torch.nn.Dropout2d(), torch.nn.Dropout())
+    (left,) = custom_backprop.conversion_report(custom_backprop.convert(m)).left
+    assert (left.name, left.reason) == ("0", "loses on this device (cpu): 0.62x")
+    assert kinds(custom_backprop.convert(m, include="*")) == [nn.Dropout2d, nn.Dropout]
+
+
+def test_a_class_of_the_users(monkeypatch):
+    class Theirs(torch.nn.Module):
+        def forward(self, x):
+            return 2 * x
+
+    class Ours(Theirs):
+        def forward(self, x):
+            return x + x
+
+    monkeypatch.delitem(DROP_INS, Theirs, raising=False)  # gone at the end
+    register = custom_backprop.register_conversion
+    register(Theirs, Ours)
+    register(Theirs, Ours)
+    m = custom_backprop.convert(torch.nn.Sequential(Theirs()))
+    assert type(m[0]) is Ours
+    assert type(custom_backprop.revert(m)[0]) is Theirs
+    with pytest.raises(ValueError, match="Linear has a counterpart already: Linear"):
+        register(torch.nn.Linear, type("Mine", (torch.nn.Linear,), {}))
+    with pytest.raises(TypeError, match="expected a subclass of Theirs"):
+        register(Theirs, torch.nn.Linear)
+    with pytest.raises(TypeError, match=r"torch.nn.Module, got <class 'int'>"):
+        register(int, Ours)
+    del DROP_INS[Theirs]
+
+
+def test_left_and_why():
+    class Doubled(torch.nn.Linear):
+        def forward(self, input):
+            return 2 * super().forward(input)
+
+    replaced = torch.nn.ReLU()
+    replaced.forward = lambda x: x
+    m = torch.nn.Sequential(Doubled(2, 2), replaced, torch.nn.Conv1d(1, 1, 1))
+    left = custom_backprop.conversion_report(custom_backprop.convert(m)).left
+    assert [x.reason for x in left] == [
+        "a subclass of Linear with a forward of its own",
+        "its forward was replaced",
+        "no counterpart here",
+    ]
