@@ -75,19 +75,16 @@ def together(*tensors: Any) -> Any:
     return tensors
 
 
-def check_seed(name: str, x: Tensor, seed: Tensor | None) -> None:
-    if seed is not None and (
-        seed.dtype != torch.int64 or seed.numel() != 1 or seed.device != x.device
-    ):
+#: how many seeds dropout draws from
+SEEDS = 2**63 - 1
+
+
+def check_seed(name: str, x: Tensor, seed: Tensor) -> None:
+    if seed.dtype != torch.int64 or seed.numel() != 1 or seed.device != x.device:
         raise RuntimeError(
             f"{name}: the seed must be one number of torch.int64 on {x.device}, got "
             f"{tuple(seed.shape)} {seed.dtype} on {seed.device}"
         )
-
-
-def drawn_seed(x: Tensor) -> Tensor:
-    """A seed of torch's generator of the device of ``x``."""
-    return torch.randint(2**63 - 1, (), device=x.device)
 
 
 def without_rows(input: Tensor) -> bool:

@@ -11,7 +11,7 @@ from ..backends.selection import is_autocast
 from ..dtensor import is_dtensor
 from ..ops.attention import attention
 from ..ops.route import overridable
-from .arguments import cast_to_one_dtype, check_seed, drawn_seed, not_tensors
+from .arguments import SEEDS, cast_to_one_dtype, check_seed, not_tensors
 
 __all__ = ["scaled_dot_product_attention"]
 
@@ -73,7 +73,8 @@ def scaled_dot_product_attention(
     Derivation: :mod:`custom_backprop.formulas.attention`.
     """
     _check(query, key, value, attn_mask, dropout_p)
-    check_seed(_NAME, query, seed)
+    if seed is not None:
+        check_seed(_NAME, query, seed)
     if query.is_nested or not query.is_floating_point():
         return torch.nn.functional.scaled_dot_product_attention(
             query, key, value, attn_mask, dropout_p, is_causal, scale=scale, enable_gqa=enable_gqa
@@ -204,7 +205,7 @@ def _seed(seed, q):
             f"{_NAME}: dropout of DTensors needs a seed, which is a replicated DTensor; or call it "
             "on each rank's own tensors (to_local)"
         )
-    return drawn_seed(q) if seed is None else seed
+    return torch.randint(SEEDS, (), device=q.device) if seed is None else seed
 
 
 def _slopes(slopes, q):

@@ -28,6 +28,7 @@ from __future__ import annotations
 
 import warnings
 
+import torch
 import torch.nn.functional as F
 from torch import Tensor
 
@@ -35,7 +36,7 @@ from ..backends.selection import TENSORS, backend_for, is_traced, is_transformed
 from ..dtensor import is_dtensor
 from ..ops import dropout as ops
 from ..ops.route import overridable
-from .arguments import check_seed, drawn_seed, not_tensors
+from .arguments import SEEDS, check_seed, not_tensors
 
 __all__ = [
     "alpha_dropout",
@@ -132,7 +133,8 @@ def _drop(name, x, p, training, inplace, seed, alpha, features, unbatched=False,
         raise not_tensors(name, x)
     if not 0 <= p <= 1:
         raise ValueError(f"{name}: p has to be between 0 and 1, but got {p}")
-    check_seed(name, x, seed)
+    if seed is not None:
+        check_seed(name, x, seed)
     if residual is not None and residual.shape != x.shape:
         raise RuntimeError(
             f"{name}: the input and the residual must have one shape, got {tuple(x.shape)} and "
@@ -157,7 +159,8 @@ def _drop(name, x, p, training, inplace, seed, alpha, features, unbatched=False,
 def _draw(x):
     """A seed, and whether the mask is made of it by Philox."""
     eager = x.is_cpu and type(x) in TENSORS and not is_traced() and not is_transformed()
-    return drawn_seed(x), not (eager and backend_for("cpu") == "aten")
+    seed = torch.randint(SEEDS, (), device=x.device)
+    return seed, not (eager and backend_for("cpu") == "aten")
 
 
 def _warn(name, x, what):

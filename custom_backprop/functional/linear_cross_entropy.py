@@ -129,8 +129,9 @@ def linear_cross_entropy(
         found_in = torch.promote_types(found_in, torch.float32)
     in_parts = return_z_loss or return_log_probs
     ignored = -100 if ignore_index is None else ignore_index
-    if number and not (probabilities or outer or return_log_probs or token_weight is not None):
-        input, target = _rows_that_count(input, target, ignored, linear_weight.shape[0])
+    of_rows = bool(probabilities or outer or return_log_probs or token_weight is not None)
+    if number and not of_rows and input.is_cpu and len(input) * len(linear_weight) >= MANY:
+        input, target = _rows_that_count(input, target, ignored)
     found = ops.linear_cross_entropy(
         input,
         linear_weight,
@@ -156,13 +157,14 @@ def linear_cross_entropy(
     return loss, *([z] if return_z_loss else []), *([log_p] if return_log_probs else [])
 
 
-def _rows_that_count(
-    input: Tensor, target: Tensor, ignored: int, width: int
-) -> tuple[Tensor, Tensor]:
-    """The rows whose class is not ignored, if they are few: of a masked language model, a seventh.
-    On a GPU, where to count is to wait, all."""
-    seen = type(input) in TENSORS and not (is_traced() or is_transformed())
-    if seen and input.is_cpu and len(input) * width >= 2**18:
+#: from so many logits on, rows are counted that a loss ignores; on a GPU to count is to wait
+MANY = 2**18
+
+
+def _rows_that_count(input: Tensor, target: Tensor, ignored: int) -> tuple[Tensor, Tensor]:
+    """The rows whose class is not ignored, if they are few: of a masked language model, a
+    seventh."""
+    if type(input) in TENSORS and not (is_traced() or is_transformed()):
         counts = target != ignored
         if 4 * counts.sum() < 3 * len(input):
             return input[counts], target[counts]
