@@ -333,9 +333,7 @@ def _loss(
     if not isinstance(input, Deferred) or input.is_made() or not torch.is_grad_enabled():
         return NotImplemented
     x, product = input.x, input.product
-    if type(target) not in TENSORS or target.dtype != torch.int64:
-        return NotImplemented
-    if input.cap and input.cap[0] != "mul":
+    if type(target) not in TENSORS or (input.cap and input.cap[0] != "mul"):
         return NotImplemented
     if input.dim() != 2 or target.shape != x.shape[:1] or target.device != x.device:
         return NotImplemented

@@ -166,7 +166,9 @@ USES: dict[str, Any] = {
     "halfway to a cap": lambda logits: F.cross_entropy((logits / 3).view(-1, C), LABELS.view(-1)),
     "half a cap": lambda logits: (logits / 3).tanh() * 2,
     "in place": lambda logits: logits.div_(3),
-    "bytes": lambda logits: torch.tensor([len(logits), logits.numel(), *logits.stride()]),
+    "sizes": lambda logits: torch.tensor([len(logits), logits.numel(), *logits.stride()]),
+    "strides": lambda logits: torch.tensor(logits[:, 1:].stride()),
+    "classes between": lambda logits: F.cross_entropy(logits, torch.zeros(2, C, dtype=torch.int64)),
     "without a graph": lambda logits: torch.no_grad()(lambda: logits.float().view(-1, C) * 2)(),
 }
 
@@ -186,9 +188,12 @@ def test_whoever_asks_gets_stocks_logits(use: str) -> None:
 
 def test_asked_for_without_a_gradient_first() -> None:
     model, patched = twins()
-    logits = patched(IDS)
+    logits, kept = patched(IDS), patched(IDS)
     with torch.no_grad():
         assert not (logits * 2).requires_grad
+        rows = kept.double()
+    assert not rows.requires_grad
+    assert not (rows * 2).requires_grad
     F.cross_entropy(logits.view(-1, C), LABELS.view(-1)).backward()
     F.cross_entropy(model(IDS).view(-1, C), LABELS.view(-1)).backward()
     for a, b in zip(gradients(patched), gradients(model), strict=True):
@@ -201,7 +206,10 @@ def test_logits_changed_in_place_are_the_changed_ones() -> None:
         logits = m(IDS)
         logits[..., 3] = -2.0
         losses.append(F.cross_entropy(logits.view(-1, C), LABELS.view(-1)))
-    torch.testing.assert_close(*losses, rtol=0, atol=0)
+        rows = m(IDS).view(-1, C)
+        rows.mul_(2)
+        losses.append(F.cross_entropy(rows, LABELS.view(-1)))
+    torch.testing.assert_close(losses[:2], losses[2:], rtol=0, atol=0)
     logits = m(IDS)
     before = logits.view(-1, C)
     logits.mul_(2)
