@@ -182,6 +182,8 @@ def test_stock_where_ours_does_not_fit(monkeypatch: pytest.MonkeyPatch) -> None:
         assert isinstance(F.softsign(x).grad_fn, torch.autograd.function.BackwardCFunction)
         relu = F.relu(x).grad_fn  # a CPU gains nothing by it
         assert not isinstance(relu, torch.autograd.function.BackwardCFunction)
+        elsewhere = F.relu(torch.empty(2, device="meta", requires_grad=True)).grad_fn
+        assert isinstance(elsewhere, torch.autograd.function.BackwardCFunction)
         with custom_backprop.use_backend("formula"):
             assert isinstance(F.relu(x).grad_fn, torch.autograd.function.BackwardCFunction)
         monkeypatch.setattr(PATCH, "LEAST", x.numel() + 1)
