@@ -103,15 +103,14 @@ def _walk(x, q, dy, losses, statistics, dx, dtarget):
     probabilities. dx may be x: a chunk's softmax is written over it when nothing else of x is
     wanted."""
     over_dx, scratch = dx is not None and dx.dtype == wide(x.dtype), None
-    rowwise, room = dy is not None and dy.dim() > 0, None
+    rowwise, room = dy is not None and dy.dim() > 0, list[torch.Tensor]()
     for rows in _chunks(x):
         z = widen(x[rows])
         if not over_dx:
             scratch = torch.empty_like(z) if scratch is None else scratch[: len(z)]
         if q.is_soft:  # memory that is new costs more than what is done in it
             count = 2 if dtarget is None else 3
-            room = [torch.empty_like(z) for _ in range(count)] if room is None else room
-            room = [each[: len(z)] for each in room]
+            room = [t[: len(z)] for t in room] or [torch.empty_like(z) for _ in range(count)]
         if not q.probabilities:
             hard, index = q.hard[rows], q.index[rows]
         if q.is_soft:

@@ -11,7 +11,7 @@ from ..backends.selection import is_autocast
 from ..dtensor import is_dtensor
 from ..ops.attention import attention
 from ..ops.route import overridable
-from .arguments import SEEDS, cast_to_one_dtype, check_seed, not_tensors
+from .arguments import SEEDS, cast_to_one_dtype, no_seed, not_tensors
 
 __all__ = ["scaled_dot_product_attention"]
 
@@ -73,8 +73,12 @@ def scaled_dot_product_attention(
     Derivation: :mod:`custom_backprop.formulas.attention`.
     """
     _check(query, key, value, attn_mask, dropout_p)
-    if seed is not None:
-        check_seed(_NAME, query, seed)
+    if seed is not None and (seed.dtype, seed.numel(), seed.device) != (
+        torch.int64,
+        1,
+        query.device,
+    ):
+        raise no_seed(_NAME, query, seed)
     if query.is_nested or not query.is_floating_point():
         return torch.nn.functional.scaled_dot_product_attention(
             query, key, value, attn_mask, dropout_p, is_causal, scale=scale, enable_gqa=enable_gqa

@@ -36,7 +36,7 @@ from ..backends.selection import TENSORS, backend_for, is_traced, is_transformed
 from ..dtensor import is_dtensor
 from ..ops import dropout as ops
 from ..ops.route import overridable
-from .arguments import SEEDS, check_seed, not_tensors
+from .arguments import SEEDS, no_seed, not_tensors
 
 __all__ = [
     "alpha_dropout",
@@ -133,8 +133,8 @@ def _drop(name, x, p, training, inplace, seed, alpha, features, unbatched=False,
         raise not_tensors(name, x)
     if not 0 <= p <= 1:
         raise ValueError(f"{name}: p has to be between 0 and 1, but got {p}")
-    if seed is not None:
-        check_seed(name, x, seed)
+    if seed is not None and (seed.dtype, seed.numel(), seed.device) != (torch.int64, 1, x.device):
+        raise no_seed(name, x, seed)
     if residual is not None and residual.shape != x.shape:
         raise RuntimeError(
             f"{name}: the input and the residual must have one shape, got {tuple(x.shape)} and "
