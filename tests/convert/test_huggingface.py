@@ -11,7 +11,7 @@ import torch
 from twins import assert_equal_training, train
 
 import custom_backprop
-from custom_backprop.conversions import counterpart
+from custom_backprop.conversions import counterpart, probe
 
 SIZES = {
     "vocab_size": 64,
@@ -131,7 +131,7 @@ def test_norms_in_half_precision_bit_for_bit(name, dtypes):
     norm = [m for m in small(full).modules() if type(m).__name__.endswith(("Norm",))][-1]
     of_input, of_weight = dtypes
     norm, ours = norm.to(of_weight), copy.deepcopy(norm.to(of_weight))
-    custom_backprop.convert(ours)
+    custom_backprop.convert(ours, functions=False)
     assert type(ours) is not type(norm)
     torch.manual_seed(2)
     x = torch.randn(64, norm.weight.numel()).to(of_input)
@@ -167,6 +167,14 @@ def test_a_probe_sees_what_a_name_does_not_say(device):
     assert found[1:] == ["an RMSNorm by its name, but computes or rounds otherwise"] * 2
 
 
+def test_a_probe_believes_nothing():
+    x = torch.ones(2, 3)
+    assert probe.agree(lambda: x * (1 + 1e-7), lambda: x)
+    for found in (x.double(), x[:1], x * (1 + 1e-4), x * torch.nan, (x,), None):
+        assert not probe.agree(lambda found=found: found, lambda: x)
+    assert not probe.agree(lambda: x.no_such_method(), lambda: x)
+
+
 def test_an_mlp_that_only_has_the_names():
     mlp = small(LLAMA).model.layers[0].mlp
 
@@ -181,7 +189,7 @@ def test_an_mlp_that_only_has_the_names():
 
 
 def test_a_changed_block_computes_what_it_says():
-    """A hook on a layer is called, and a new activation or layer is used."""
+    """A hook on a layer is called; a new activation, and a forward put on a layer, are used."""
     stock = small(LLAMA).model.layers[0].mlp
     ours, calls, x = custom_backprop.convert(copy.deepcopy(stock)), [], torch.randn(3, 32)
     handle = ours.up_proj.register_forward_hook(lambda *_: calls.append(1))
@@ -190,6 +198,10 @@ def test_a_changed_block_computes_what_it_says():
     handle.remove()
     for mlp in (stock, ours):
         mlp.act_fn = torch.nn.ReLU()
+    torch.testing.assert_close(ours(x), stock(x))
+    for mlp in (stock, ours):
+        mlp.act_fn = torch.nn.SiLU()
+        mlp.up_proj.forward = lambda x, weight=mlp.up_proj.weight: 3 * x @ weight.t()
     torch.testing.assert_close(ours(x), stock(x))
 
 
