@@ -102,70 +102,81 @@ def _walk(x, q, dy, losses, statistics, dx, dtarget):
     """Fills what is not None: of each row its loss and statistics, dx and the gradient of class
     probabilities. dx may be x: a chunk's softmax is written over it when nothing else of x is
     wanted."""
-    over_dx, scratch = dx is not None and dx.dtype == wide(x.dtype), None
-    rowwise, room = dy is not None and dy.dim() > 0, list[torch.Tensor]()
+    over_dx = dx is not None and dx.dtype == wide(x.dtype)
+    count = (0 if over_dx else 1) + ((2 if dtarget is None else 3) if q.is_soft else 0)
+    fill, memory = _fill_soft if q.is_soft else _fill_hard, list[Tensor]()
     for rows in _chunks(x):
         z = widen(x[rows])
-        if not over_dx:
-            scratch = torch.empty_like(z) if scratch is None else scratch[: len(z)]
-        if q.is_soft:  # memory that is new costs more than what is done in it
-            count = 2 if dtarget is None else 3
-            room = [t[: len(z)] for t in room] or [torch.empty_like(z) for _ in range(count)]
-        if not q.probabilities:
-            hard, index = q.hard[rows], q.index[rows]
-        if q.is_soft:
-            u = q.soft(rows).expand_as(z)
-        wants_logs = losses is not None or dtarget is not None
-        if wants_logs:
-            m = z.amax(1, True)
-            if not q.probabilities:
-                lead = z.gather(1, index) - m
-            if q.is_soft:
-                below = torch.sub(z, m, out=room[-1])
-            if q.is_soft and losses is not None:
-                losses[rows] = torch.mul(u, below, out=room[0]).sum(1, True).neg_()
-        p = aten._softmax.out(z, 1, False, out=dx[rows] if over_dx else scratch)
-        if wants_logs:
-            top = p.amax(1, True)
-        k = dy[rows] if rowwise else dy
-        if not q.is_soft:
-            others = without_(p, index)
-        else:
-            certain = torch.gt(p, 0.5, out=room[0])  # in p's dtype: it multiplies
-            others = p.addcmul_(p, certain, value=-1).sum(1, True)
-            of_others = torch.addcmul(u, u, certain, value=-1, out=room[1])
-            total, rest = u.sum(1, True), of_others.sum(1, True)
-            if not q.probabilities:
-                apart = hard * (1 - certain.gather(1, index))
-                total, rest = total + hard, rest + apart
-        if wants_logs:
-            log_sum = minus_log(top, others)
-        if losses is not None and not q.is_soft:
-            torch.mul(hard, log_sum - lead, out=losses[rows])
-        elif losses is not None:
-            losses[rows] += log_sum * total
-            if not q.probabilities:
-                losses[rows] -= hard * lead
-        if statistics is not None:
-            found = (m, log_sum, total, rest) if q.probabilities else (m, log_sum)
-            for into, each in zip(statistics, found, strict=True):
-                into[rows] = each.squeeze(1)
-        if dtarget is not None:
-            slope = k * (q.smoothing - 1)
-            slope = slope if q.weight is None else slope * q.weight
-            torch.mul(below.sub_(log_sum), slope, out=dtarget[rows])
-        if dx is None:
-            continue
-        if not q.is_soft:
-            k_hard = k * hard
-            p.mul_(k_hard).scatter_(1, index, others.mul_(k_hard).neg_())
-        else:
-            p.mul_(k * total).sub_(of_others.mul_(k))
-            if not q.probabilities:
-                p.scatter_add_(1, index, -k * apart)
-            p.addcmul_(certain, k * (rest - others * total))
-        if not over_dx:
+        memory = [t[: len(z)] for t in memory] or [torch.empty_like(z) for _ in range(count)]
+        k = dy[rows] if dy is not None and dy.dim() else dy
+        p, *room = memory if not over_dx else (dx[rows], *memory)
+        fill(z, p, room, q, rows, k, losses, statistics, dx, dtarget)
+        if dx is not None and not over_dx:
             dx[rows] = p
+
+
+def _fill_hard(z, p, _, q, rows, k, losses, statistics, dx, __):
+    """Where each row has one class t: log p_t = x_t - m - log Σ; dx = k w p, dx_t = -k w (1 - p_t).
+    dx is left in p."""
+    hard, index = q.hard[rows], q.index[rows]
+    if losses is not None:
+        m = z.amax(1, True)
+        lead = z.gather(1, index) - m
+    aten._softmax.out(z, 1, False, out=p)
+    top = p if losses is None else p.amax(1, True)
+    others = without_(p, index)
+    if losses is not None:
+        log_sum = minus_log(top, others)
+        torch.mul(hard, log_sum - lead, out=losses[rows])
+        _fill_statistics(statistics, rows, m, log_sum)
+    if dx is not None:
+        k_hard = k * hard
+        p.mul_(k_hard).scatter_(1, index, others.mul_(k_hard).neg_())
+
+
+def _fill_soft(z, p, room, q, rows, k, losses, statistics, dx, dtarget):
+    """Where each row has a distribution u over all classes, and perhaps one class beside it: see
+    the formula. New memory costs more than what is done in it, so it is done in ``room``."""
+    u = q.soft(rows).expand_as(z)
+    hard, index = (None, p) if q.probabilities else (q.hard[rows], q.index[rows])
+    wants_logs = losses is not None or dtarget is not None
+    if wants_logs:
+        m = z.amax(1, True)
+        lead = None if hard is None else z.gather(1, index) - m
+        below = torch.sub(z, m, out=room[-1])
+        if losses is not None:
+            losses[rows] = torch.mul(u, below, out=room[0]).sum(1, True).neg_()
+    aten._softmax.out(z, 1, False, out=p)
+    top = p.amax(1, True) if wants_logs else p
+    certain = torch.gt(p, 0.5, out=room[0])  # in p's dtype: it multiplies
+    others = p.addcmul_(p, certain, value=-1).sum(1, True)
+    of_others = torch.addcmul(u, u, certain, value=-1, out=room[1])
+    total, rest = u.sum(1, True), of_others.sum(1, True)
+    if hard is not None:
+        apart = hard * (1 - certain.gather(1, index))
+        total, rest = total + hard, rest + apart
+    if wants_logs:
+        log_sum = minus_log(top, others)
+    if losses is not None:
+        losses[rows] += log_sum * total
+        if hard is not None:
+            losses[rows] -= hard * lead
+        _fill_statistics(statistics, rows, m, log_sum, *((total, rest) if hard is None else ()))
+    if dtarget is not None:
+        slope = k * (q.smoothing - 1)
+        slope = slope if q.weight is None else slope * q.weight
+        torch.mul(below.sub_(log_sum), slope, out=dtarget[rows])
+    if dx is not None:
+        p.mul_(k * total).sub_(of_others.mul_(k))
+        if hard is not None:
+            p.scatter_add_(1, index, -k * apart)
+        p.addcmul_(certain, k * (rest - others * total))
+
+
+def _fill_statistics(statistics, rows, *found):
+    if statistics is not None:
+        for into, each in zip(statistics, found, strict=True):
+            into[rows] = each.squeeze(1)
 
 
 def _classes(x, target, weight, reduction, ignore_index):
