@@ -14,6 +14,15 @@ from typing import Any, TypeVar
 import torch
 
 from .conversions import DROP_INS, counterpart, is_ours, theirs_of
+from .conversions.fusions import (
+    CHOSEN,
+    EXCLUDED,
+    NOT_INCLUDED,
+    chosen,
+    fused,
+    fusions_of,
+    unfused,
+)
 from .conversions.losing import why_it_loses
 from .conversions.probe import device_of
 from .patch import is_patched, patch, unpatch, unpatched
@@ -23,7 +32,6 @@ Model = TypeVar("Model", bound=torch.nn.Module)
 #: module -> its names, and the class of ours or the reason why there is none
 Plan = dict[torch.nn.Module, tuple[list[str], type | str]]
 
-CHOSEN = EXCLUDED, NOT_INCLUDED = "excluded", "not included"
 #: the attribute of a converted model that says what was left by choice, name by name
 LEFT = "_left_by_convert"
 
@@ -37,6 +45,7 @@ def convert(
     include: Rules = None,
     exclude: Rules = None,
     functions: bool = True,
+    fusions: bool | str | Sequence[str] = True,
     dry_run: bool = False,
 ) -> Model:
     """Replaces every layer of ``model`` that has a counterpart here, in place.
@@ -60,30 +69,37 @@ def convert(
         functions: whether the functions of ``torch.nn.functional`` that the model calls are ours
             too, by :func:`custom_backprop.patch`. Not where the model's own ``forward`` was
             replaced, nor of a model that is one layer.
+        fusions: whether neighbours in a ``torch.nn.Sequential`` and in known blocks of Hugging Face
+            run as one op while nobody hears of their calls; or the names of those that do:
+            "linear_activation", "add_norm", "dropout_add". See
+            :mod:`custom_backprop.conversions.fusions`.
         dry_run: whether to print what would be swapped, and change nothing.
 
     Returns:
         the same object.
 
     Raises:
-        TypeError: ``model`` is not a module, or a rule is nothing of the above.
-        ValueError: a pattern or a class fits no module of the model.
+        TypeError: ``model`` is not a module, or a rule or ``fusions`` is nothing of the above.
+        ValueError: a pattern or a class fits no module of the model, or no fusion has that name.
     """
     from .report import of_plan  # which imports this module
 
+    names = chosen(fusions)
     plan = plan_of(model, include, exclude)
     if dry_run:
-        print(of_plan(model, plan, functions))
+        print(of_plan(model, plan, functions, names))
         return model
     functions = functions or is_patched(model)
     unpatch(model)  # what it put over a class of theirs hides it
     for module, (_, answer) in plan.items():
         if isinstance(answer, type):
             module.__class__ = answer
+    for module, found in fusions_of(plan, device_of(model).type, names).items():
+        module.__class__ = fused(module, found)
     if functions and type(model) not in DROP_INS.values() and "forward" not in vars(model):
         patch(model)
-    chosen = {n[0]: why for n, why in plan.values() if why in CHOSEN}
-    vars(model)[LEFT] = {**vars(model).get(LEFT, {}), **chosen}
+    left = {n[0]: why for n, why in plan.values() if why in CHOSEN}
+    vars(model)[LEFT] = {**vars(model).get(LEFT, {}), **left}
     return model
 
 
@@ -140,7 +156,7 @@ def plan_of(model: torch.nn.Module, include: Rules = None, exclude: Rules = None
     device = device_of(model).type
     plan: Plan = {}
     for module, given in names.items():
-        cls = unpatched(type(module))
+        cls = unfused(unpatched(type(module)))
         if is_ours(cls):
             plan[module] = given, cls
         elif module in excluded:

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import copy
 import re
+from collections import Counter
 from dataclasses import asdict, dataclass
 from typing import Any
 
 import torch
 
 from .conversions import theirs_of
+from .conversions.fusions import FUSIONS, Fusion, fusions_of
 from .conversions.generated import made_of
 from .conversions.probe import device_of
 from .convert import LEFT, Plan, convert, plan_of, revert
@@ -40,6 +42,7 @@ class ConversionReport:
     device: str
     functions: bool
     layers: list[Layer]
+    fusions: list[Fusion]
 
     @property
     def swapped(self) -> list[Layer]:
@@ -56,7 +59,7 @@ class ConversionReport:
         measured = any(layer.saved is not None for layer in self.layers)
         groups: dict[tuple[str, str, str], list[Layer]] = {}
         for layer in self.layers:
-            name = re.sub(r"(^|\.)\d+(?=\.|$)", r"\1*", layer.name) or "(model)"
+            name = _starred(layer.name)
             result = f"-> {layer.ours}" if layer.ours else f"left: {layer.reason}"
             groups.setdefault((name, layer.theirs, result), []).append(layer)
         rows = [("", "layer", "class", "") + ("KiB saved", "before") * measured]
@@ -67,6 +70,10 @@ class ConversionReport:
         if measured:
             sums = [sum(getattr(x, f) or 0 for x in self.layers) for f in ("saved", "saved_before")]
             rows.append(("", "total", "", "", *(f"{n / 1024:.1f}" for n in sums)))
+        if self.fusions:
+            rows.append(("", "block", "neighbours", "") + ("", "") * measured)
+        for key, count in Counter(map(_line, self.fusions)).items():
+            rows.append((f"{count}", *key) + ("", "") * measured)
         widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
         lines = [
             "  ".join(
@@ -98,14 +105,26 @@ def conversion_report(model: torch.nn.Module, *inputs: Any, **keywords: Any) -> 
     chosen = vars(model).get(LEFT)
     if chosen is not None:
         plan = {m: (n, chosen.get(n[0], answer)) for m, (n, answer) in plan.items()}
-    report = of_plan(model, plan, is_patched(model) or chosen is None)
+    names = frozenset(FUSIONS) if chosen is None else None
+    report = of_plan(model, plan, is_patched(model) or chosen is None, names)
     if inputs or keywords:
         _measure(report, model, inputs, keywords)
     return report
 
 
-def of_plan(model: torch.nn.Module, plan: Plan, functions: bool) -> ConversionReport:
-    """The report of what a plan says."""
+def _starred(name: str) -> str:
+    return re.sub(r"(^|\.)\d+(?=\.|$)", r"\1*", name) or "(model)"
+
+
+def _line(fusion: Fusion) -> tuple[str, str, str]:
+    result = f"left: {fusion.reason}" if fusion.reason else f"-> {fusion.op}"
+    return _starred(fusion.block), " + ".join(fusion.parts), result
+
+
+def of_plan(
+    model: torch.nn.Module, plan: Plan, functions: bool, fusions: frozenset[str] | None
+) -> ConversionReport:
+    """The report of what a plan says, with the fusions of these names (None: that are there)."""
     layers = []
     for module, (names, answer) in plan.items():
         theirs = theirs_of(type(module)).__name__
@@ -113,8 +132,9 @@ def of_plan(model: torch.nn.Module, plan: Plan, functions: bool) -> ConversionRe
             layers.append(Layer(names[0], theirs, _described(answer)))
         elif not any(True for _ in module.children()) or answer not in NO_NEWS:
             layers.append(Layer(names[0], theirs, reason=answer))
-    name = theirs_of(type(model)).__name__
-    return ConversionReport(name, device_of(model).type, functions, layers)
+    name, device = theirs_of(type(model)).__name__, device_of(model).type
+    found = [f for here in fusions_of(plan, device, fusions).values() for f in here]
+    return ConversionReport(name, device, functions, layers, found)
 
 
 #: what is not worth a line of a container

@@ -18,6 +18,9 @@ from ..nn.refuse import refuse
 #: base -> the attributes of its subclass. A function of a module, because pickle refers to it
 Members = Callable[[type], dict[str, Any]]
 
+#: class -> what it was made of. A dictionary, because a compiler looks into it
+_MADE: dict[type, tuple[type, Members]] = {}
+
 
 @functools.cache
 def subclass(base: type, members: Members) -> type:
@@ -31,23 +34,30 @@ def subclass(base: type, members: Members) -> type:
     }
     made = type(base.__name__, (base,), described | members(base))
     refuse(made)
+    _MADE[made] = base, members
     return made
 
 
 def made_of(cls: type) -> tuple[type, Members] | None:
     """The arguments of :func:`subclass` that gave exactly ``cls``, or None."""
-    return vars(cls).get("_made_of")
+    return _MADE.get(cls)
 
 
 def _reduce(self: Any, protocol: int) -> Any:
-    """What the base has to say, with the class named by what it was made of."""
+    """What theirs has to say, with the class named by what was made of it, one after another."""
     base, members = self._made_of
+    steps = [members]
+    while (parts := made_of(base)) is not None:
+        base, members = parts
+        steps.insert(0, members)
     made, arguments, *rest = base.__reduce_ex__(self, max(protocol, 2))
     if made is copyreg.__newobj__:  # type: ignore[attr-defined]
-        made, arguments = _new, (base, members, *arguments[1:])
+        made, arguments = _new, (base, tuple(steps), *arguments[1:])
     return made, arguments, *rest
 
 
-def _new(base: type, members: Members, *arguments: Any) -> Any:
-    made: Any = subclass(base, members)
+def _new(base: type, steps: tuple[Members, ...], *arguments: Any) -> Any:
+    for members in steps:
+        base = subclass(base, members)
+    made: Any = base
     return made.__new__(made, *arguments)

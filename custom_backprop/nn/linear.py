@@ -6,6 +6,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.nn.modules.module import _has_any_global_hook
 
 from .. import functional as F
 from ..functional.linear import activation_parameters
@@ -58,7 +59,8 @@ class LinearActivation(torch.nn.Linear):
 
 
 def listened_to(module: torch.nn.Module) -> bool:
-    """Whether somebody hears of its calls, by a hook or by a forward put on the instance."""
+    """Whether somebody hears of its calls, by a hook, also one of all modules, or by a forward put
+    on the instance."""
     m = module
     return bool(
         m._forward_hooks
@@ -66,6 +68,7 @@ def listened_to(module: torch.nn.Module) -> bool:
         or m._backward_hooks
         or m._backward_pre_hooks
         or "forward" in m.__dict__
+        or _has_any_global_hook()
     )
 
 
