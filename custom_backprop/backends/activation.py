@@ -196,8 +196,21 @@ def _elementwise(outputs, inputs):
     return lambda x, *rest: (([i] * outputs, [i] * inputs) for i in range(x.dim()))
 
 
+def _traced(operator: Any, formula: Any) -> Any:
+    """What a compiler is shown: on a CPU PyTorch's operator, if there is one to be shown."""
+    if operator is None:
+        return formula
+    return lambda first, *rest: (operator if first.is_cpu else formula)(first, *rest)
+
+
+#: of what Inductor is shown no formula on a CPU: it has no vectors of gelu's erfc, and would take
+#: four times as long
+SHOWN = {"gelu": (nn.gelu, aten.gelu_backward.default)}
+
+
 def _define(a: Activation) -> tuple[Primitive, Primitive]:
     parameters = "".join(f", float {name}" for name in a.parameters)
+    shown = SHOWN.get(a.name, (None, None))
 
     def vmap_forward(info, in_dims, x, *parameters):
         return forward(x.movedim(in_dims[0], 0), *parameters), 0
@@ -212,6 +225,7 @@ def _define(a: Activation) -> tuple[Primitive, Primitive]:
         triton=launcher("activation", "forward", a.name),
         fake=lambda x, *parameters: torch.empty_like(x),
         vmap=vmap_forward,
+        traced=_traced(shown[0], a.value),
         sharding=_elementwise(1, 1),
     )
     backward = primitive(
@@ -221,7 +235,7 @@ def _define(a: Activation) -> tuple[Primitive, Primitive]:
         triton=launcher("activation", "backward", a.name),
         fake=lambda dy, saved, *parameters: torch.empty_like(saved),
         vmap=vmap_backward,
-        traced=a.backward,
+        traced=_traced(shown[1], a.backward),
         sharding=_elementwise(1, 2),
     )
     return forward, backward

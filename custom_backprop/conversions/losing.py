@@ -2,7 +2,8 @@
 
 The figures are stock's time over ours, forward and backward, at the large size of
 ``python -m benchmarks.report`` (benchmarks/results), where the microseconds of a call no longer
-count. Listed is what takes a fifth more time or worse. On a GPU there is no such layer.
+count; of batch norms, a step of the ResNet of ``python -m benchmarks.models``. Listed is what takes
+a fifth more time or worse, or slows a whole model. On a GPU there is no such layer.
 """
 
 from __future__ import annotations
@@ -12,6 +13,9 @@ import torch
 #: device -> class of torch -> stock's time over ours
 LOSES: dict[str, dict[type, float]] = {
     "cpu": {
+        torch.nn.BatchNorm1d: 0.92,
+        torch.nn.BatchNorm2d: 0.92,
+        torch.nn.BatchNorm3d: 0.92,
         torch.nn.BCEWithLogitsLoss: 0.72,
         torch.nn.Dropout1d: 0.58,
         torch.nn.Dropout2d: 0.62,
