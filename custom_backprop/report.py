@@ -96,7 +96,8 @@ def conversion_report(model: torch.nn.Module, *inputs: Any, **keywords: Any) -> 
         model: a module.
         inputs, keywords: those of a call of ``model``. With them the bytes that one forward saves
             for backward are measured, as :mod:`custom_backprop.cost` does, of a copy before and
-            after conversion.
+            after conversion. Not what a loss saves that is fused with its head: under the hooks
+            that measure, the logits are made.
 
     Raises:
         TypeError: ``model`` is not a module.
