@@ -16,6 +16,7 @@ from twins import assert_equal_training, batches, gradients, small
 
 import custom_backprop
 from custom_backprop import functional as F
+from custom_backprop import nn
 from custom_backprop.conversions import blocks, joined
 
 OPS = ("add_layer_norm", "add_rms_norm", "dropout_add", "linear_activation")
@@ -89,6 +90,7 @@ def test_sequential(calls):
     assert list(ours.state_dict()) == list(stock.state_dict())
     assert str(ours) == str(stock)
     for again in (copy.deepcopy(ours), pickle.loads(pickle.dumps(ours))):
+        assert type(again) is type(ours)
         assert_twins(run(again), run(stock))
     assert calls == {"linear_activation": 9}
     custom_backprop.revert(ours)
@@ -134,6 +136,11 @@ def test_a_dropout_that_is_ours_draws_the_same_mask(calls, name, count):
     ours = custom_backprop.convert(copy.deepcopy(stock), functions=False, fusions="dropout_add")
     assert_twins(run(ours, name), run(apart, name))
     assert calls == {"dropout_add": count}
+    for module in ours.modules():
+        if type(module) is nn.Dropout:  # put there by somebody
+            module.__class__ = torch.nn.Dropout
+    run(ours, name)
+    assert calls == {"dropout_add": count}
     torchs = custom_backprop.convert(
         copy.deepcopy(stock), functions=False, exclude=torch.nn.Dropout
     )
@@ -144,9 +151,31 @@ def test_a_dropout_that_is_ours_draws_the_same_mask(calls, name, count):
     assert left == {"the dropout is not ours, and draws another mask"}
 
 
+def test_attention_is_called_as_before():
+    model = small("llama")
+    layer, seen = model.model.layers[0], []
+    layer.self_attn.register_forward_pre_hook(
+        lambda _, args, named: seen.append((args, named)), with_kwargs=True
+    )
+    x = torch.randn(1, 3, 32)
+    angles = model.model.rotary_emb(x, torch.arange(3)[None])
+    for _ in range(2):
+        layer(x, None, position_embeddings=angles, output_attentions=False)
+        custom_backprop.convert(model)
+    (before, before_named), (now, now_named) = seen
+    assert before == now == ()
+    assert before_named.keys() == now_named.keys()
+    assert [before_named[n] is now_named[n] for n in before_named if n != "hidden_states"] == [
+        True
+    ] * (len(now_named) - 1)
+
+
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
 def test_llama_rounds_as_apart(calls, dtype):
     fused = small("llama").to(dtype)
+    for module in fused.modules():
+        if "RMSNorm" in type(module).__name__:
+            module.weight.data.uniform_(0.5, 1.5)
     apart = custom_backprop.convert(copy.deepcopy(fused), functions=False, fusions=())
     custom_backprop.convert(fused, functions=False)
     assert torch.equal(run(fused, "llama")[0], run(apart, "llama")[0])
@@ -162,7 +191,7 @@ def test_a_hook_is_heard(calls, where):
     if where == "forward":
         handle = ours[0].register_forward_hook(lambda *_: heard.append(1))
     elif where == "backward":
-        handle = ours[1].register_full_backward_hook(lambda *_: heard.append(1))
+        handle = ours[3].register_full_backward_hook(lambda *_: heard.append(1))
     else:
         register = torch.nn.modules.module.register_module_forward_hook
         handle = register(lambda m, *_: heard.append(1) if m is ours[1] else None)
@@ -171,8 +200,8 @@ def test_a_hook_is_heard(calls, where):
         assert heard == [1]
         assert calls["linear_activation"] == (0 if where == "global" else 2)
         if where != "global":
-            part = "0" if where == "forward" else "1"
-            assert reasons(ours)["", ("0", "1")] == f"somebody hears of {part}"
+            parts, part = (("0", "1"), "0") if where == "forward" else (("2", "3"), "3")
+            assert reasons(ours)["", parts] == f"somebody hears of {part}"
     finally:
         handle.remove()
     run(ours)
@@ -232,6 +261,8 @@ def test_excluded_parts_and_blocks(calls):
     assert calls == {"linear_activation": 1}
     ours = custom_backprop.convert(stack(), functions=False, exclude=torch.nn.Sequential)
     assert set(reasons(ours).values()) == {"excluded"}
+    ours = custom_backprop.convert(small("bert"), exclude="*.output.LayerNorm")
+    assert reasons(ours)["bert.encoder.layer.0.output", ("LayerNorm",)] == "LayerNorm: excluded"
 
 
 def test_report(capsys):
