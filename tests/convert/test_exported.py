@@ -142,6 +142,10 @@ def test_copies(name, tmp_path):
     for result, c in zip(found, copies(ours, tmp_path), strict=True):
         assert_equal_training(result, expected, 0)
         assert [type(m) for m in c.modules()] == classes
+        stock = small(name)
+        assert [type(m) for m in custom_backprop.revert(c).modules()] == [
+            type(m) for m in stock.modules()
+        ]
 
 
 @pytest.mark.filterwarnings("ignore")  # of torch: quantization moves to another package

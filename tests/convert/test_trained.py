@@ -167,7 +167,10 @@ def with_adapters(model, *targets):
     peft = pytest.importorskip("peft")
     torch.manual_seed(3)
     config = peft.LoraConfig(
-        r=4, target_modules=list(targets), lora_dropout=0.0, init_lora_weights=False
+        r=4,
+        target_modules=list(targets),
+        init_lora_weights=False,
+        fan_in_fan_out=model.config.model_type == "gpt2",
     )
     return peft.get_peft_model(model, config)
 
@@ -180,19 +183,27 @@ def flops(model, batch):
 
 
 @pytest.mark.parametrize(
-    "targets", [("q_proj", "v_proj"), ("gate_proj", "down_proj", "lm_head")], ids=" ".join
+    ("name", "targets"),
+    [
+        ("llama", ("q_proj", "v_proj")),
+        ("llama", ("gate_proj", "down_proj", "lm_head")),
+        ("gpt2", ("c_attn", "c_proj")),
+    ],
 )
 @pytest.mark.parametrize("first", ["convert", "peft"])
-def test_lora(first, targets):
-    """Converted before or after it gets its adapters."""
-    stock = with_adapters(small("llama"), *targets)
+def test_lora(first, name, targets):
+    """Converted before or after it gets its adapters, and with these merged into it."""
+    stock = with_adapters(small(name), *targets)
     if first == "convert":
-        ours = with_adapters(custom_backprop.convert(small("llama")), *targets)
+        ours = with_adapters(twins(name)[1], *targets)
     else:
-        ours = custom_backprop.convert(with_adapters(small("llama"), *targets))
-    inputs = batches("llama", STEPS)
+        ours = custom_backprop.convert(with_adapters(small(name), *targets))
+    inputs = batches(name, STEPS)
     assert_equal_training(train(ours, inputs), train(stock, inputs))
     assert all("lora" in n for n in gradients(ours))
+    merged = [m.merge_and_unload() for m in (ours, stock)]
+    assert_close(*(m(**inputs[0]).loss for m in merged))
+    assert not any("lora" in n for n, _ in merged[0].named_modules())
 
 
 @pytest.mark.parametrize("targets", [("q_proj",), ("down_proj", "lm_head")], ids=" ".join)

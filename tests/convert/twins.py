@@ -61,7 +61,7 @@ def small(name: str, dropout: float = 0.0, **options: Any) -> Any:
 def twins(name: str, **options: Any) -> tuple[Any, Any]:
     """A stock model and a converted one with equal weights."""
     stock = small(name, **options)
-    return stock, custom_backprop.patch(custom_backprop.convert(copy.deepcopy(stock)))
+    return stock, custom_backprop.convert(copy.deepcopy(stock))
 
 
 def batches(name: str, count: int, rows: int = 3, length: int = 11) -> list[dict[str, Tensor]]:
