@@ -65,6 +65,8 @@ def _decoder(base, on):
     defaults = {p.name: p.default for p in rest if p.default is not p.empty}
 
     def forward(self, hidden_states, *args, **named):
+        if len(args) > len(names):  # an error, and its own
+            return base.forward(self, hidden_states, *args, **named)
         given = {**defaults, **dict(zip(names, args, strict=False)), **named}
         x, _ = self.self_attn(hidden_states=self.input_layernorm(hidden_states), **given)
         x, residual = add_norm(self.post_attention_layernorm, x, hidden_states, on)

@@ -212,6 +212,8 @@ def _is_made(fusion, cls):
 def _now(fusion, module, device):
     """Why a fusion that is made does nothing as things are."""
     parts = {p: getattr(module, p) for p in fusion.parts}
+    if "forward" in vars(module):
+        return "its forward was replaced"
     if heard := [p for p, m in parts.items() if listened_to(m)]:
         return f"somebody hears of {heard[0]}"
     if fusion.name == "dropout_add" and not parts[fusion.parts[0]].p:
