@@ -162,6 +162,8 @@ def test_attention_is_called_as_before():
     for _ in range(2):
         layer(x, None, position_embeddings=angles, output_attentions=False)
         custom_backprop.convert(model)
+    with pytest.raises(TypeError, match="positional"):
+        layer(x, *[None] * 9)
     (before, before_named), (now, now_named) = seen
     assert before == now == ()
     assert before_named.keys() == now_named.keys()
@@ -261,6 +263,9 @@ def test_excluded_parts_and_blocks(calls):
     assert calls == {"linear_activation": 1}
     ours = custom_backprop.convert(stack(), functions=False, exclude=torch.nn.Sequential)
     assert set(reasons(ours).values()) == {"excluded"}
+    ours = custom_backprop.convert(stack(), functions=False)
+    ours.forward = ours.forward
+    assert set(reasons(ours).values()) == {"its forward was replaced"}
     ours = custom_backprop.convert(small("bert"), exclude="*.output.LayerNorm")
     assert reasons(ours)["bert.encoder.layer.0.output", ("LayerNorm",)] == "LayerNorm: excluded"
 
