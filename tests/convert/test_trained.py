@@ -206,15 +206,24 @@ def test_lora(first, name, targets):
     assert not any("lora" in n for n, _ in merged[0].named_modules())
 
 
+def products(model, batch):
+    """The flops of the matrix products that forward and backward really make, inside our operators
+    too: the counter of flops knows these by their formula."""
+    with torch.profiler.profile(record_shapes=True, with_flops=True) as profile:
+        model(**batch).loss.backward()
+    made = {"aten::mm", "aten::addmm", "aten::bmm", "aten::baddbmm"}
+    return sum(e.flops or 0 for e in profile.events() if e.name in made)
+
+
 @pytest.mark.parametrize("targets", [("q_proj",), ("down_proj", "lm_head")], ids=" ".join)
 def test_frozen_weights_cost_no_gradient(targets):
     """The whole step makes no more products than torch's."""
     (batch,) = batches("llama", 1)
     stock, ours = (with_adapters(m, *targets) for m in twins("llama"))
-    least = flops(stock, batch)
-    assert flops(ours, batch) <= least
+    least = products(stock, batch)
+    assert products(ours, batch) <= least
     ours.requires_grad_()
-    assert flops(ours, batch) > 1.2 * least
+    assert products(ours, batch) > 1.2 * least
 
 
 @pytest.mark.parametrize("reentrant", [True, False])
