@@ -21,5 +21,7 @@ def _hub() -> Iterator[None]:
 
 @pytest.fixture
 def fused(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Losses of small models are fused with their heads as those of large ones are."""
+    """Losses of small models are fused with their heads as those of large ones are. Without Hugging
+    Face there are none."""
+    pytest.importorskip("transformers")
     monkeypatch.setattr(deferred, "LEAST", 0)
