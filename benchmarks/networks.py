@@ -59,8 +59,8 @@ class Network:
 def llama(size: Size) -> nn.Module:
     from transformers import LlamaConfig, LlamaForCausalLM
 
-    shape = {"hidden_size": size.hidden, "num_hidden_layers": size.layers, "use_cache": False}
-    heads = {"num_attention_heads": size.heads, "num_key_value_heads": size.heads}
+    shape: Any = {"hidden_size": size.hidden, "num_hidden_layers": size.layers, "use_cache": False}
+    heads: Any = {"num_attention_heads": size.heads, "num_key_value_heads": size.heads}
     words, inner = min(32000, size.words), size.inner
     return LlamaForCausalLM(
         LlamaConfig(vocab_size=words, intermediate_size=inner, **shape, **heads)
@@ -70,10 +70,10 @@ def llama(size: Size) -> nn.Module:
 def gpt2(size: Size) -> nn.Module:
     from transformers import GPT2Config, GPT2LMHeadModel
 
-    no_dropout = dict.fromkeys(("resid_pdrop", "embd_pdrop", "attn_pdrop"), 0.0)
-    shape = {"n_embd": size.hidden, "n_layer": size.layers, "n_head": size.heads}
+    no_dropout: Any = dict.fromkeys(("resid_pdrop", "embd_pdrop", "attn_pdrop"), 0.0)
+    shape: Any = {"n_embd": size.hidden, "n_layer": size.layers, "n_head": size.heads}
     words = min(50257, size.words)
-    special = {"bos_token_id": words - 1, "eos_token_id": words - 1}
+    special: Any = {"bos_token_id": words - 1, "eos_token_id": words - 1}
     return GPT2LMHeadModel(
         GPT2Config(vocab_size=words, use_cache=False, **shape, **special, **no_dropout)
     )
@@ -88,9 +88,8 @@ def bert(size: Size) -> nn.Module:
 def vit(size: Size) -> nn.Module:
     from transformers import ViTConfig, ViTForImageClassification
 
-    return ViTForImageClassification(
-        ViTConfig(image_size=32, patch_size=4, num_labels=size.classes, **_encoder(size))
-    )
+    shape: Any = {"num_labels": size.classes, **_encoder(size)}
+    return ViTForImageClassification(ViTConfig(image_size=32, patch_size=4, **shape))
 
 
 def _encoder(size: Size) -> dict[str, Any]:

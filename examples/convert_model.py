@@ -46,8 +46,8 @@ WIDTH, LAYERS, HEADS = 128, 2, 4
 SEQUENCES, LENGTH, MASKED = 8, 128, 0.15
 IMAGES = 128
 RATE, TOLERANCE = 1e-3, 1e-3
-SHAPE = {"hidden_size": WIDTH, "num_hidden_layers": LAYERS, "num_attention_heads": HEADS}
-NO_DROPOUT = {"hidden_dropout_prob": 0.0, "attention_probs_dropout_prob": 0.0}
+SHAPE: Any = {"hidden_size": WIDTH, "num_hidden_layers": LAYERS, "num_attention_heads": HEADS}
+NO_DROPOUT: Any = {"hidden_dropout_prob": 0.0, "attention_probs_dropout_prob": 0.0}
 
 #: draws a batch, the arguments of a model, from a generator
 Draw = Callable[[torch.Generator], dict[str, Tensor]]
@@ -95,10 +95,10 @@ def models(seed: int) -> dict[str, tuple[torch.nn.Module, Draw]]:
     """Each with what draws its batches."""
     torch.manual_seed(seed)
     text, digits = Text(), Digits()
-    words = {"vocab_size": text.count, "max_position_embeddings": LENGTH}
+    words: Any = {"vocab_size": text.count, "max_position_embeddings": LENGTH}
     llama = LlamaConfig(**words, **SHAPE, intermediate_size=352, use_cache=False)
     bert = BertConfig(**words, **SHAPE, **NO_DROPOUT, intermediate_size=4 * WIDTH)
-    picture = {"image_size": 8, "patch_size": 2, "num_channels": 1, "num_labels": 10}
+    picture: Any = {"image_size": 8, "patch_size": 2, "num_channels": 1, "num_labels": 10}
     vit = ViTConfig(**picture, **SHAPE, **NO_DROPOUT, intermediate_size=4 * WIDTH)
     return {
         "Llama": (LlamaForCausalLM(llama), text.next_word),
