@@ -30,7 +30,6 @@ def subclass(base: type, members: Members) -> type:
         "__qualname__": base.__qualname__,
         "__doc__": base.__doc__,
         "__reduce_ex__": _reduce,
-        "_made_of": (base, members),
     }
     made = type(base.__name__, (base,), described | members(base))
     refuse(made)
@@ -44,14 +43,15 @@ def made_of(cls: type) -> tuple[type, Members] | None:
 
 
 def _reduce(self: Any, protocol: int) -> Any:
-    """What theirs has to say, with the class named by what was made of it, one after another."""
-    base, members = self._made_of
-    steps = [members]
+    """What theirs has to say, with the class named by what was made of it, one after another. A
+    class that somebody derived from a made one stands for itself."""
+    its = (vars(c).get("__reduce_ex__", _reduce) for c in type(self).__mro__)
+    made, arguments, *rest = next(r for r in its if r is not _reduce)(self, max(protocol, 2))
+    base, steps = type(self), list[Members]()
     while (parts := made_of(base)) is not None:
         base, members = parts
         steps.insert(0, members)
-    made, arguments, *rest = base.__reduce_ex__(self, max(protocol, 2))
-    if made is copyreg.__newobj__:  # type: ignore[attr-defined]
+    if steps and made is copyreg.__newobj__:  # type: ignore[attr-defined]
         made, arguments = _new, (base, tuple(steps), *arguments[1:])
     return made, arguments, *rest
 

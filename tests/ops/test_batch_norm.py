@@ -154,7 +154,7 @@ def test_modules_train_and_evaluate_as_stocks(d, tracks, momentum):
     name = f"BatchNorm{d}"
     options = {"momentum": momentum, "track_running_stats": tracks, "eps": 0.1}
     stock = getattr(torch.nn, name)(4, **options).to(DEVICE, torch.float64)
-    ours = custom_backprop.convert(copy.deepcopy(stock))
+    ours = custom_backprop.convert(copy.deepcopy(stock), include="*")
     assert type(ours) is getattr(nn, name)
     for step in range(4):
         if step == 3:
@@ -176,7 +176,7 @@ def test_modules_train_and_evaluate_as_stocks(d, tracks, momentum):
 def test_compiled_training_moves_the_running_statistics():
     torch._dynamo.reset()
     stock = torch.nn.BatchNorm1d(4)
-    ours = custom_backprop.convert(copy.deepcopy(stock))
+    ours = custom_backprop.convert(copy.deepcopy(stock), include="*")
     compiled = torch.compile(ours, backend="aot_eager", fullgraph=True)
     for _ in range(2):
         x = torch.randn(5, 4)

@@ -97,6 +97,13 @@ def test_not_a_module():
         custom_backprop.convert([torch.nn.Linear(2, 2)])
 
 
+def test_a_subclass_of_a_converted_class_is_copied_as_itself():
+    m = custom_backprop.convert(torch.nn.Sequential(torch.nn.Linear(2, 2), torch.nn.ReLU()))
+    assert type(m) is not torch.nn.Sequential
+    m.__class__ = type("Derived", (type(m),), {})
+    assert type(copy.deepcopy(m)) is type(m)
+
+
 def test_a_converted_model_is_traced_by_fx():
     layers = (
         torch.nn.Linear(4, 4),
