@@ -10,8 +10,8 @@ from typing import Any
 
 import torch
 
-from .conversions import theirs_of
-from .conversions.fusions import FUSIONS, Fusion, fusions_of
+from .conversions import NO_COUNTERPART, theirs_of
+from .conversions.fusions import CHOSEN, FUSIONS, Fusion, fusions_of
 from .conversions.generated import made_of
 from .conversions.probe import device_of
 from .convert import LEFT, Plan, convert, plan_of, revert
@@ -139,7 +139,7 @@ def of_plan(
 
 
 #: what is not worth a line of a container
-NO_NEWS = ("no counterpart here", "excluded", "not included")
+NO_NEWS = (NO_COUNTERPART, *CHOSEN)
 
 
 def _described(ours: type) -> str:

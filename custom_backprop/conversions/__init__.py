@@ -18,6 +18,9 @@ DROP_INS: dict[type, type] = {
     getattr(torch.nn, name): getattr(nn, name) for name in nn.__all__ if hasattr(torch.nn, name)
 }
 
+#: why most modules stay
+NO_COUNTERPART = "no counterpart here"
+
 #: families of modules of others
 FAMILIES = (activation, linear, mlp, norm)
 
@@ -45,4 +48,4 @@ def counterpart(module: torch.nn.Module, cls: type) -> type | str:
             own = cls.forward is not theirs.forward  # type: ignore[attr-defined]
             return f"a subclass of {theirs.__name__}" + " with a forward of its own" * own
     found = (family.counterpart(module) for family in FAMILIES)
-    return next((answer for answer in found if answer is not None), "no counterpart here")
+    return next((answer for answer in found if answer is not None), NO_COUNTERPART)

@@ -73,11 +73,8 @@ def scaled_dot_product_attention(
     Derivation: :mod:`custom_backprop.formulas.attention`.
     """
     _check(query, key, value, attn_mask, dropout_p)
-    if seed is not None and (seed.dtype, seed.numel(), seed.device) != (
-        torch.int64,
-        1,
-        query.device,
-    ):
+    expected = torch.int64, 1, query.device
+    if seed is not None and (seed.dtype, seed.numel(), seed.device) != expected:
         raise no_seed(_NAME, query, seed)
     if query.is_nested or not query.is_floating_point():
         return torch.nn.functional.scaled_dot_product_attention(

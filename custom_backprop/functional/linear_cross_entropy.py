@@ -14,12 +14,7 @@ from torch.nn import _reduction as _Reduction
 from ..backends.selection import TENSORS, is_autocast, is_traced, is_transformed
 from ..ops import linear_cross_entropy as ops
 from ..ops.route import overridable
-from .arguments import (
-    cast_to_one_dtype,
-    check_classes,
-    check_weight,
-    not_tensors,
-)
+from .arguments import cast_to_one_dtype, check_classes, check_weight, not_tensors
 
 __all__ = ["linear_cross_entropy"]
 
@@ -129,8 +124,9 @@ def linear_cross_entropy(
         found_in = torch.promote_types(found_in, torch.float32)
     in_parts = return_z_loss or return_log_probs
     ignored = -100 if ignore_index is None else ignore_index
-    of_rows = bool(probabilities or outer or return_log_probs or token_weight is not None)
-    if number and not of_rows and input.is_cpu and len(input) * len(linear_weight) >= MANY:
+    told_by_row = return_log_probs or token_weight is not None or not number
+    plain = not (probabilities or outer or told_by_row)
+    if plain and input.is_cpu and len(input) * len(linear_weight) >= MANY:
         input, target = _rows_that_count(input, target, ignored)
     found = ops.linear_cross_entropy(
         input,
