@@ -1,0 +1,75 @@
+"""LaTeX as MathML, which browsers draw themselves: a page needs no script and no font for it."""
+
+from __future__ import annotations
+
+import re
+from html import escape
+
+from docutils import nodes
+from latex2mathml.converter import convert
+from sphinx.application import Sphinx
+from sphinx.util import logging
+from sphinx.writers.html5 import HTML5Translator
+
+_ENVIRONMENTS = re.compile(r"\\(begin|end)\{(aligned|align|split|gathered|gather|equation)\*?\}")
+_WORD = re.compile(r"<mo>([^<>&]*[^\W\d_]{2,}[^<>&]*)</mo>")
+_TEXT = re.compile(r">([^<]+)<")
+logger = logging.getLogger(__name__)
+
+
+class NotMathematics(ValueError):
+    """What is not LaTeX that can be drawn."""
+
+
+def mathml(latex: str, *, block: bool = False) -> str:
+    """``latex`` as an element ``math``.
+
+    Raises:
+        NotMathematics: a command is unknown, or a brace or an environment does not end.
+    """
+    try:
+        found = convert(_rows(latex.strip()), display="block" if block else "inline")
+    except Exception as error:  # each fault has its own class there
+        raise NotMathematics(f"{type(error).__name__}: {latex!r}") from error
+    left = [text for text in _TEXT.findall(found) if "\\" in text or text in ("&", "&#x00026;")]
+    if left:
+        raise NotMathematics(f"{left[0]!r} is not known: {latex!r}")
+    found = _WORD.sub(r"<mi>\1</mi>", found)  # an operator's name has no space on both sides
+    return found.replace("<math ", f'<math aria-label="{escape(latex, quote=True)}" ', 1)
+
+
+def _rows(latex: str) -> str:
+    """Rows that are aligned at ``&``, as a table: the converter knows no other."""
+    latex = re.sub(r"\\(begin|end)\{equation\*?\}", "", latex)
+    begin = _ENVIRONMENTS.search(latex)
+    if begin is None and re.search(r"(?<!\\)\\\\", latex) and "\\begin" not in latex:
+        return rf"\begin{{array}}{{rl}}{latex}\end{{array}}"
+    columns = "c" if begin and begin[2].startswith("gather") else "rl" * 4
+    return _ENVIRONMENTS.sub(
+        lambda m: rf"\{m[1]}{{array}}" + (f"{{{columns}}}" if m[1] == "begin" else ""), latex
+    )
+
+
+def _inline(self: HTML5Translator, node: nodes.math) -> None:
+    self.body.append(_or_warning(node.astext(), node, block=False))
+    raise nodes.SkipNode
+
+
+def _block(self: HTML5Translator, node: nodes.math_block) -> None:
+    identity = f' id="{escape(node["ids"][0])}"' if node.get("ids") else ""
+    self.body.append(f'<div class="math"{identity}>')
+    self.body.append(_or_warning(node.astext(), node, block=True))
+    self.body.append("</div>\n")
+    raise nodes.SkipNode
+
+
+def _or_warning(latex: str, node: nodes.Element, *, block: bool) -> str:
+    try:
+        return mathml(latex, block=block)
+    except NotMathematics as error:
+        logger.warning("%s", error, location=node, type="mathml")
+        return f"<code>{escape(latex)}</code>"
+
+
+def setup(app: Sphinx) -> None:
+    app.add_html_math_renderer("mathml", (_inline, None), (_block, None))
