@@ -1,4 +1,4 @@
-"""The site: ``sphinx-build -W docs build/site``. What is more than Sphinx stands in ``website/``."""
+"""The site: ``sphinx-build -W docs build/site``. ``website/`` has what is more than Sphinx."""
 
 from __future__ import annotations
 
