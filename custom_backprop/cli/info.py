@@ -15,7 +15,7 @@ import torch
 from .. import __version__
 from ..backends import BACKENDS, PRIMITIVES, interpreting, why_not
 from ..testing import TARGETS, database
-from ..testing.checks import cpp_compiler
+from ..testing.checks.traced import cpp_compiler
 
 
 def add_parser(subparsers: Any) -> argparse.ArgumentParser:

@@ -8,9 +8,10 @@ from .checks import CHECKS
 from .database import cases, check_op, database
 from .memory import peak_memory
 from .offline import TARGETS, Resources, compile_offline
+from .report import Report, Result
 from .spec import Make, OpSpec, Sample
 from .traffic import Traffic, traffic
-from .validate import Report, Result, validate
+from .validate import validate
 
 __all__ = [
     "CHECKS",

@@ -55,7 +55,7 @@ class Bisection:
     not_called: list[str] = field(default_factory=list)
 
     @property
-    def passed(self) -> bool:
+    def ok(self) -> bool:
         """Whether nothing is wrong."""
         return not self._wrong()
 
@@ -83,7 +83,7 @@ class Bisection:
         return "\n".join(f"first wrong: {line}" for line in lines)
 
     def to_dict(self) -> dict[str, Any]:
-        return {**asdict(self), "passed": self.passed, "verdict": self.verdict()}
+        return {**asdict(self), "ok": self.ok, "verdict": self.verdict()}
 
     def _wrong(self) -> list[Layer]:
         return [
@@ -154,7 +154,7 @@ def bisect(
             output's ``loss``; if it has none, a sum of its elements with random weights.
 
     Returns:
-        a :class:`Bisection`, to print. ``passed`` says whether nothing is wrong.
+        a :class:`Bisection`, to print. ``ok`` says whether nothing is wrong.
 
     Raises:
         ValueError: modules, parameters or buffers of the two differ.

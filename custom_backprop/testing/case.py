@@ -10,7 +10,9 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.utils._pytree import tree_leaves
+from torch.utils._pytree import tree_leaves, tree_map_only
+
+from ..backends.selection import is_batched, is_wrapped
 
 
 def is_float(a: Any) -> bool:
@@ -32,6 +34,15 @@ class Case:
     low_precision: tuple[torch.dtype, ...] = (torch.float32, torch.bfloat16, torch.float16)
     inductor: bool = False
     elementwise: bool = False
+    isolated: bool = False
+    """each call gets copies, because the function overwrites what it gets"""
+    refuses_float64: str = ""
+    """why the case is one of float32; empty for a function that computes in float64"""
+
+    @property
+    def exact(self) -> bool:
+        """Whether it runs in float64."""
+        return not self.refuses_float64
 
     @property
     def wanted(self) -> tuple[int, ...]:
@@ -49,7 +60,11 @@ class Case:
 
     def call(self, *leaves: Tensor) -> Any:
         """Ours, as a function of the leaves alone."""
-        return self.function(*self._fill(leaves), **self.kwargs)
+        args, kwargs = self._fill(leaves), self.kwargs
+        if not self.isolated:
+            return self.function(*args, **kwargs)
+        args, kwargs = [*map(_copied, args)], {k: _copied(a) for k, a in kwargs.items()}
+        return tree_map_only(Tensor, _copied, self.function(*args, **kwargs))
 
     def call_reference(self, *leaves: Tensor) -> Any:
         """The reference, as a function of the leaves alone."""
@@ -61,6 +76,24 @@ class Case:
         for i, leaf in zip(self.wanted, leaves, strict=True):
             args[i] = leaf
         return args
+
+    def overwritten(self) -> str:
+        """Which tensor a call, or its backward, writes that belongs to the caller; empty if none.
+        Without isolation."""
+        case = replace(self, isolated=False)
+        leaves = case.leaves
+        dys = weights_for(outputs(replace(self, isolated=True).call(*leaves)))
+        given = [*case._fill(leaves), *case.kwargs.values()]
+        named = [(f"argument {i}", a) for i, a in enumerate(given) if isinstance(a, Tensor)]
+        named += [(f"the gradient of output {i}", dy) for i, dy in enumerate(dys)]
+        before = [(t.detach().clone(), t._version) for _, t in named]
+        results = outputs(case.call(*leaves))
+        if any(r.requires_grad for r in results):
+            torch.autograd.grad(results, leaves, dys, allow_unused=True)
+        for (name, t), (copy_, version) in zip(named, before, strict=True):
+            if not torch.equal(_bits(t), _bits(copy_)) or t._version != version:
+                return f"{name}, of shape {tuple(t.shape)}, was written"
+        return ""
 
     def to(self, dtype: torch.dtype) -> Case:
         """The same case with every floating-point tensor rounded to ``dtype``."""
@@ -97,6 +130,47 @@ class Case:
             args=tuple(map(nudge, self.args)),
             kwargs={k: nudge(v) for k, v in self.kwargs.items()},
         )
+
+
+def _bits(t: Tensor) -> Tensor:
+    return t.detach().contiguous().reshape(-1).view(torch.uint8)
+
+
+class _Copy(torch.autograd.Function):
+    """The identity, as a copy with the same strides; so is its backward."""
+
+    @staticmethod
+    def forward(x: Tensor) -> Tensor:
+        if is_batched(x) or is_wrapped(x):  # cannot be written in place
+            return x.clone()
+        once = x
+        for dim, stride in enumerate(x.stride()):
+            if stride == 0 and x.shape[dim] > 1:
+                once = once.narrow(dim, 0, 1)
+        fresh = torch.empty_strided(once.size(), once.stride(), dtype=x.dtype, device=x.device)
+        fresh.copy_(once)
+        return fresh if once is x else fresh.expand_as(x)
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: Any, output: Any) -> None:
+        """Backward needs nothing."""
+
+    @staticmethod
+    def backward(ctx: Any, dy: Tensor) -> Tensor:
+        return _copied(dy)
+
+    @staticmethod
+    def jvp(ctx: Any, tx: Tensor) -> Tensor:
+        return _copied(tx)
+
+    @staticmethod
+    def vmap(info: Any, in_dims: tuple[int | None], x: Tensor) -> tuple[Tensor, int | None]:
+        return _copied(x), in_dims[0]
+
+
+def _copied(a: Any) -> Any:
+    """A differentiable copy of a tensor; another object as it is."""
+    return _Copy.apply(a) if isinstance(a, Tensor) else a
 
 
 def outputs(result: Any) -> tuple[Tensor, ...]:

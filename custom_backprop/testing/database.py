@@ -12,9 +12,10 @@ import torch
 from ..backends import use_backend
 from . import specs
 from .case import Case
-from .checks import applicable
+from .outcome import TRACED
+from .report import Report
+from .run import applicable, run
 from .spec import Make, OpSpec
-from .validate import Report, run
 
 
 @cache
@@ -49,19 +50,14 @@ def named(wanted: Sequence[str]) -> list[OpSpec]:
     return [s for s in ops.values() if not wanted or s.name in wanted or s.family in meant]
 
 
-#: checks that depend on the tracing of an op, and not on the backend that then runs it: too slow to
-#: repeat on every sample of every backend
-TRACED = ("opcheck", "compile")
-
-
 def check_op(
     spec: OpSpec,
     backend: str,
     device: str | torch.device = "cpu",
     checks: Iterable[str] | None = None,
 ) -> Report:
-    """Checks every sample of an op on one backend. Those of :data:`TRACED` run on every sample with
-    ATen, and only on the first with other backends."""
+    """Checks every sample of an op on one backend. The checks of how it is traced run on every
+    sample with ATen, and only on the first with other backends: they are slow."""
     report = Report(spec.name)
     with use_backend(backend):
         for i, case in enumerate(cases(spec, device)):

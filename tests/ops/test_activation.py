@@ -17,7 +17,7 @@ from strategies import layouts, tensors
 from custom_backprop import convert, functional, use_backend
 from custom_backprop.backends import BACKENDS, why_not
 from custom_backprop.testing import Make, database
-from custom_backprop.testing.checks import sliced, transposed
+from custom_backprop.testing.checks.compare import sliced, transposed
 
 INF, NAN = float("inf"), float("nan")
 SPECS = [s for s in database().values() if s.family == "activation"]

@@ -9,7 +9,7 @@ from torch.utils._pytree import tree_leaves
 
 from custom_backprop.testing import Make, cases, database
 from custom_backprop.testing.case import Case, gradients, outputs
-from custom_backprop.testing.checks import Recorder
+from custom_backprop.testing.checks.traced import Recorder
 
 SPECS = list(database().values())
 CASES = [

@@ -13,7 +13,7 @@ from custom_backprop import functional
 from custom_backprop.backends.loss import primitives
 from custom_backprop.ops.gradient import is_made_in_forward
 from custom_backprop.testing import Make, database
-from custom_backprop.testing.checks import Recorder
+from custom_backprop.testing.checks.traced import Recorder
 
 FORWARD_OP = primitives["mse_loss"][0]
 #: operators whose second result is made for backward where one is wanted

@@ -15,7 +15,7 @@ from torch.nn.utils import parametrizations, prune
 from custom_backprop import functional, nn
 from custom_backprop.backends.kernels import kernels
 from custom_backprop.formulas.activation import ACTIVATIONS
-from custom_backprop.testing.checks import sliced, transposed
+from custom_backprop.testing.checks.compare import sliced, transposed
 from custom_backprop.testing.specs.linear import linear_activation as stock_linear_activation
 
 PARAMETERS = {

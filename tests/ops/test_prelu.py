@@ -11,7 +11,7 @@ from helpers import DEVICE
 from custom_backprop import functional
 from custom_backprop.backends import get_backend
 from custom_backprop.backends.kernels import kernels
-from custom_backprop.testing.checks import sliced, transposed
+from custom_backprop.testing.checks.compare import sliced, transposed
 
 
 def compare(x, weight, rtol=1e-9, atol=1e-9):

@@ -72,7 +72,7 @@ def wrong(found):
 
 def test_a_wrong_backward_is_named_and_does_not_spread():
     found = bisect(four(two=lambda: Block(Act(backward=SLIGHTLY))), four(), X)
-    assert not found.passed
+    assert not found.ok
     assert found.first_forward is None
     assert found.first_backward.name == "2.act"
     assert found.first_backward.worst_gradient == "input"
@@ -173,7 +173,7 @@ def test_nan():
     model[1].up.__class__ = NotANumber
     assert bisect(model, twin, X).first_forward.name == "1.up"
     twin[1].up.__class__ = NotANumber
-    assert bisect(model, twin, X).passed
+    assert bisect(model, twin, X).ok
 
 
 class WrongVariance(nn.BatchNorm1d):
@@ -260,7 +260,7 @@ IDS = torch.randint(0, 11, (2, 5), generator=torch.Generator().manual_seed(0))
     ids=["dict", "tuple", "list", "tensor"],
 )
 def test_tied_weights_and_batches_of_every_kind(batch, options):
-    assert bisect(Language(), Language(), batch, **options).passed
+    assert bisect(Language(), Language(), batch, **options).ok
     found = bisect(Language(Act(backward=SLIGHTLY)), Language(), batch, **options)
     assert found.first_backward.name == "block.act"
     model = Language()
@@ -274,7 +274,7 @@ def test_the_loss_is_what_is_differentiated():
     """The gradient of the weight of a loss that does not use it is zero."""
     options = {"loss": lambda out: out["logits"][..., :0].sum()}
     found = bisect(Language(Act(backward=2.0)), Language(), IDS, **options)
-    assert found.passed
+    assert found.ok
 
 
 class Several(nn.Module):
@@ -300,7 +300,7 @@ class Uses(nn.Module):
 
 
 def test_objects_and_keywords():
-    assert bisect(Uses(), Uses(), X).passed
+    assert bisect(Uses(), Uses(), X).ok
     first = bisect(Uses(SLIGHTLY), Uses(), X).first_forward
     assert (first.name, first.worst_result) == ("second", "output 2")
 
@@ -333,7 +333,7 @@ def test_a_module_gets_what_its_own_hooks_got():
         return x, 2 * x
 
     twin[1].register_forward_pre_hook(doubles)
-    assert bisect(copy.deepcopy(twin), twin, X).passed
+    assert bisect(copy.deepcopy(twin), twin, X).ok
 
 
 class Caches(nn.Module):
@@ -364,7 +364,7 @@ class CachesWrongly(Caches):
 
 def test_a_second_call_with_a_cache():
     model, twin = Twice(), Twice()
-    assert bisect(model, twin, X).passed
+    assert bisect(model, twin, X).ok
     model.layer.__class__ = CachesWrongly
     found = bisect(model, twin, X)
     assert found.first_forward.name == "layer"
@@ -421,7 +421,7 @@ def test_a_gradient_of_nothing_but_rounding_is_not_called_wrong():
     model[1].flip = True
     for dtype in (torch.float64, torch.float32, torch.bfloat16):
         found = bisect(model, twin, torch.randn(50, 6), dtype=dtype)
-        assert found.passed, str(found)
+        assert found.ok, str(found)
         assert dtype == torch.bfloat16 or found.layers[-1].backward > 0
 
 
@@ -435,7 +435,7 @@ def test_a_twin_that_computes_in_a_coarser_dtype():
     twin = four()
     twin[1].norm.__class__ = NormInFloat32
     found = bisect(four(), twin, X)
-    assert found.passed, str(found)
+    assert found.ok, str(found)
     assert {x.name for x in found.layers if x.dtype == "float32"} == {"1.norm", "1", ""}
     assert max(x.forward for x in found.layers if x.dtype == "float32") > 0.05
     model = four(one=lambda: Block(factor=1 + 1e-4))
@@ -448,7 +448,7 @@ def test_a_twin_that_computes_in_a_coarser_dtype():
     ids=str,
 )
 def test_other_dtypes(dtype, factor):
-    assert bisect(custom_backprop.convert(four()), four(), X, dtype=dtype).passed
+    assert bisect(custom_backprop.convert(four()), four(), X, dtype=dtype).ok
     found = bisect(four(two=lambda: Block(Act(backward=factor))), four(), X, dtype=dtype)
     assert found.first_backward.name == "2.act"
     assert {x.dtype for x in found.layers} == {str(dtype)[6:]}
@@ -479,7 +479,7 @@ def test_the_report():
     assert [line.split()[0] for line in lines if line.endswith("WRONG")] == ["2.act", "2", "(the"]
     assert lines[-2:] == ["never called: 3.never", found.verdict()]
     as_dict = json.loads(json.dumps(found.to_dict()))
-    assert as_dict["passed"] is False
+    assert as_dict["ok"] is False
     assert as_dict["layers"][0]["name"] == "0.norm"
 
 
@@ -508,7 +508,7 @@ def test_a_model_of_hugging_face():
     batch = {"input_ids": ids, "labels": ids, "attention_mask": torch.ones_like(ids)}
     model = custom_backprop.convert(copy.deepcopy(twin))
     found = bisect(model, twin, batch)
-    assert found.passed, str(found)
+    assert found.ok, str(found)
 
     mlp = model.model.layers[1].mlp
     right = type(mlp).forward

@@ -1,0 +1,56 @@
+"""What a check raises if what it saw is not right, and what its exceptions mean."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any, TypeVar
+
+if TYPE_CHECKING:
+    from .case import Case
+
+    CheckFunction = TypeVar("CheckFunction", bound=Callable[[Case], Any])
+
+
+class Wrong(AssertionError):
+    """A result is wrong, or something was changed that must not be."""
+
+
+class NotOffered(Exception):
+    """The code refuses, clearly, what the check asks of it.
+
+    Args:
+        reason: what it refuses, and how.
+        found: what the check would have returned, of what the code does offer.
+    """
+
+    def __init__(self, reason: str, found: Any = None) -> None:
+        super().__init__(reason)
+        self.found = found
+
+
+class NotRun(Exception):
+    """This machine cannot run the check, or not all of it."""
+
+
+class NotApplicable(Exception):
+    """The check says nothing about this case."""
+
+
+#: checks of what code may do without, such as a second derivative or forward mode: if it raises an
+#: exception there, that is "not offered". In any other check it is "wrong"
+FEATURES: set[str] = set()
+
+#: checks of how an op is traced, and not of the backend that then runs it
+TRACED: set[str] = set()
+
+
+def feature(function: CheckFunction) -> CheckFunction:
+    """A decorator: the check belongs to :data:`FEATURES`."""
+    FEATURES.add(function.__name__)
+    return function
+
+
+def traced(function: CheckFunction) -> CheckFunction:
+    """A decorator: the check belongs to :data:`TRACED`."""
+    TRACED.add(function.__name__)
+    return function

@@ -1,0 +1,155 @@
+"""What :func:`validate` found."""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Iterable
+from dataclasses import asdict, dataclass, field
+from typing import Any
+
+from .checks import CHECKS
+
+#: every status, the worst first
+STATUSES = ("wrong", "not offered", "not run", "right", "n/a")
+
+
+@dataclass(frozen=True)
+class Result:
+    """The result of one check.
+
+    Attributes:
+        check: its name.
+        status: "right"; "wrong"; "not offered", where the code refuses clearly what it may do
+            without; "not run", where this machine cannot run it; "n/a", where it says nothing about
+            this call.
+        detail: what it found, or why it has no result.
+    """
+
+    check: str
+    status: str
+    detail: str = ""
+    seconds: float = 0.0
+
+
+@dataclass
+class Report:
+    """The results of :func:`validate`. Prints as a table.
+
+    Attributes:
+        name: its title.
+        results: one for each check that was asked for.
+        errors: dtype -> (our error against float64, the reference's own).
+        notes: what was done to be able to run the checks.
+    """
+
+    name: str
+    results: list[Result] = field(default_factory=list)
+    errors: dict[str, tuple[float, float]] = field(default_factory=dict)
+    notes: list[str] = field(default_factory=list)
+
+    @property
+    def ok(self) -> bool:
+        """Whether nothing is wrong, and something ran."""
+        return self.verdict in ("right", "not offered")
+
+    @property
+    def verdict(self) -> str:
+        """The worst that is known: "wrong" if any check is; else "right" if any is; else
+        "not offered" or "not run"."""
+        found = {r.status for r in self.results}
+        order = ("wrong", "right", "not offered", "not run")
+        return next((status for status in order if status in found), "not run")
+
+    @property
+    def failures(self) -> list[Result]:
+        """The results that are wrong."""
+        return self._with("wrong")
+
+    @property
+    def not_offered(self) -> list[Result]:
+        """The results for what the code does not offer."""
+        return self._with("not offered")
+
+    def _with(self, status: str) -> list[Result]:
+        return [r for r in self.results if r.status == status]
+
+    def status(self, check: str) -> str:
+        """The status of one check.
+
+        Raises:
+            KeyError: it was not run.
+        """
+        return {r.check: r.status for r in self.results}[check]
+
+    def missing(self, require: Iterable[str]) -> list[Result]:
+        """The results of those checks that must be right and are not. "all" means every check
+        that the code does not offer or that is wrong.
+
+        Raises:
+            ValueError: there is no such check, or it was not asked for.
+        """
+        require = set(require)
+        known = {r.check for r in self.results}
+        if unknown := sorted(require - known - {"all"}):
+            raise ValueError(f"no result of a check {unknown}: there are {sorted(known)}")
+        return [
+            r
+            for r in self.results
+            if (r.check in require and r.status != "right")
+            or ("all" in require and r.status in ("wrong", "not offered"))
+        ]
+
+    def raise_if_failed(self, require: Iterable[str] = ()) -> Report:
+        """Raises AssertionError with the whole report unless all is right; else returns it.
+
+        Args:
+            require: names of checks that must be right, and not only "not offered"; or "all".
+        """
+        require = (require,) if isinstance(require, str) else tuple(require)
+        if not self.ok or self.missing(require):
+            raise AssertionError(str(self))
+        return self
+
+    def to_dict(self) -> dict[str, Any]:
+        return {**asdict(self), "verdict": self.verdict}
+
+    def to_json(self, **options: Any) -> str:
+        """The report as JSON, with infinity and NaN as strings, since JSON has neither."""
+        found = self.to_dict()
+        found["errors"] = {
+            dtype: [e if math.isfinite(e) else str(e) for e in pair]
+            for dtype, pair in self.errors.items()
+        }
+        return json.dumps(found, **options)
+
+    def merge(self, other: Report) -> None:
+        """Adds the report of another case. A check is right if it is right on every case to which
+        it applies."""
+        merged = {r.check: r for r in self.results}
+        for r in other.results:
+            mine = merged.get(r.check)
+            if mine is None:
+                merged[r.check] = r
+                continue
+            worse = min(mine, r, key=lambda x: STATUSES.index(x.status))
+            merged[r.check] = Result(r.check, worse.status, worse.detail, mine.seconds + r.seconds)
+        order = list(CHECKS)
+        self.results = sorted(
+            merged.values(), key=lambda r: order.index(r.check) if r.check in order else -1
+        )
+        self.notes += [note for note in other.notes if note not in self.notes]
+        for dtype, (ours, theirs) in other.errors.items():
+            before = self.errors.get(dtype, (0.0, 0.0))
+            self.errors[dtype] = (max(before[0], ours), max(before[1], theirs))
+
+    def __str__(self) -> str:
+        counts = [f"{len(found)} {status}" for status in STATUSES if (found := self._with(status))]
+        lines = [f"{self.name}: {self.verdict.upper()} ({', '.join(counts)})"]
+        lines += [f"  note: {note}" for note in self.notes]
+        lines += [f"  {r.status:<13}{r.check:<18}{r.detail}" for r in self.results]
+        lines += [
+            f"  error in {d}: {ours:.1e} (the reference's own: {theirs:.1e})"
+            for d, (ours, theirs) in self.errors.items()
+        ]
+        return "\n".join(line.rstrip() for line in lines)

@@ -1,0 +1,62 @@
+"""Runs the checks on one case."""
+
+from __future__ import annotations
+
+import time
+import warnings
+from collections.abc import Callable, Iterable
+from typing import Any
+
+from torch.autograd.gradcheck import GradcheckError
+
+from .case import Case
+from .checks import CHECKS
+from .outcome import FEATURES, NotApplicable, NotOffered, NotRun, Wrong
+from .report import Report, Result
+
+
+def applicable(names: Iterable[str] | None) -> dict[str, Callable[[Case], Any]]:
+    """The checks of these names, or all.
+
+    Raises:
+        ValueError: an unknown name.
+    """
+    chosen = list(CHECKS) if names is None else list(names)
+    unknown = [n for n in chosen if n not in CHECKS]
+    if unknown:
+        raise ValueError(f"unknown checks {unknown}: choose among {list(CHECKS)}")
+    return {n: CHECKS[n] for n in chosen}
+
+
+def run(case: Case, checks: Iterable[str] | None = None) -> Report:
+    """The checks of these names (default: all) on one case."""
+    report = Report(case.name)
+    for name, function in applicable(checks).items():
+        start = time.perf_counter()
+        status, detail, found = _result(name, function, case)
+        if name == "precision" and found:
+            report.errors = found
+        report.results.append(Result(name, status, detail, time.perf_counter() - start))
+    return report
+
+
+def _result(name: str, function: Callable[[Case], Any], case: Case) -> tuple[str, str, Any]:
+    """(status, detail, what the check returned)."""
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            return "right", "", function(case)
+    except NotApplicable as reason:
+        return "n/a", str(reason), None
+    except NotRun as reason:
+        return "not run", str(reason), None
+    except NotOffered as reason:
+        return "not offered", str(reason), reason.found
+    except (Wrong, GradcheckError) as error:
+        return "wrong", _said(case, error), None
+    except Exception as error:
+        return "not offered" if name in FEATURES else "wrong", _said(case, error), None
+
+
+def _said(case: Case, error: Exception) -> str:
+    return f"{case.name}: {type(error).__name__}: {error}"
