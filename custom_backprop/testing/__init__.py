@@ -6,6 +6,8 @@ from .audit import Audit, AuditedLaunch, audit
 from .bisect import Bisection, Layer, bisect
 from .checks import CHECKS
 from .database import cases, check_op, database
+from .interpreter import interpreted
+from .launches import compile_launches, recorded
 from .memory import peak_memory
 from .offline import TARGETS, Resources, compile_offline
 from .report import Report, Result
@@ -31,9 +33,12 @@ __all__ = [
     "bisect",
     "cases",
     "check_op",
+    "compile_launches",
     "compile_offline",
     "database",
+    "interpreted",
     "peak_memory",
+    "recorded",
     "traffic",
     "validate",
 ]

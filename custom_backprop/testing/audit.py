@@ -4,6 +4,7 @@ a GPU.
 
 from __future__ import annotations
 
+import ctypes
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field, replace
@@ -14,7 +15,8 @@ import torch
 from torch import Tensor
 
 from ..backends import use_backend
-from .accesses import tensors_in, watched
+from .accesses import Access, line_of_kernel, tensors_in, watched
+from .interpreter.kernels import tuned
 from .offline import both_ways
 from .spec import Make, OpSpec, Sample
 
@@ -31,6 +33,7 @@ class AuditedLaunch:
         reread: argument -> how often its bytes were loaded on average, if more than once (on a GPU
             the caches serve these).
         faults: what it did wrong; empty if nothing.
+        notes: what it did that need not be wrong (see :func:`audit`).
     """
 
     kernel: str
@@ -39,6 +42,7 @@ class AuditedLaunch:
     floor: int
     reread: dict[str, float] = field(default_factory=dict)
     faults: list[str] = field(default_factory=list)
+    notes: list[str] = field(default_factory=list)
 
     def to_dict(self) -> dict[str, Any]:
         return asdict(self)
@@ -76,37 +80,46 @@ class Audit:
                 f"{ratio:.3f} of the floor  {reread}"
             )
             lines += [f"  FAULT {fault}" for fault in launch.faults]
+            lines += [f"  note: {note}" for note in launch.notes]
         lines += [f"FAULT {difference}" for difference in self.differences]
         return "\n".join(lines)
 
 
 @contextmanager
-def audit(*tensors: Tensor) -> Iterator[Audit]:
+def audit(*tensors: Tensor, lenient: bool = False) -> Iterator[Audit]:
     """Watches every launch of any Triton kernel inside, in Triton's interpreter.
 
     A launch has a fault if it
 
     - accesses an address that is not an element of one of its tensor arguments (or of ``tensors``);
+    - has two programs that store to the same address, or one that reads what another one writes, or
+      one that plainly accesses what another one updates by an atomic operation: on a GPU their
+      order is unknown;
+    - updates a tensor in place while ``@triton.autotune`` has a choice among configurations, and
+      neither ``restore_value`` nor ``reset_to_zero`` names it: on a GPU, tuning runs the kernel
+      many times;
     - stores to some elements of a tensor but not to all (unless it also reads that tensor, as an
       update in place does), or to one of them twice;
-    - has two programs that store to the same address, or one that reads what another one writes: on
-      a GPU their order is unknown;
     - uses an atomic operation: the order of a sum, and so its bits, would differ from run to run.
 
     Args:
         tensors: tensors that kernels access but do not get as arguments, for example through a
             table of pointers.
+        lenient: what a kernel may have reasons for is a note, not a fault: the last two, programs
+            that store the same bits to an address, and, where atomic operations compare, swap or
+            count, whatever the order of the programs decides: they may wait for one another.
 
     Yields:
         the :class:`Audit`, to which each launch is added: the bytes that it moved, and the least
         possible, if every address were accessed once.
 
     Raises:
-        RuntimeError: the interpreter is off (set ``TRITON_INTERPRET=1`` before triton is imported).
+        RuntimeError: the interpreter is off (set ``TRITON_INTERPRET=1`` before triton is imported,
+            or enter :func:`interpreted`).
 
     Example::
 
-        with audit() as seen:
+        with interpreted(), audit() as seen:
             my_kernel[(4,)](x, y, n, BLOCK=256)
         print(seen)
         seen.raise_if_faulty()
@@ -117,7 +130,7 @@ def audit(*tensors: Tensor) -> Iterator[Audit]:
         return _Memory({**given, **tensors_in({"tensors": tensors})})
 
     def done(kernel: str, accessed: _Memory) -> None:
-        seen.launches.append(accessed.report(kernel))
+        seen.launches.append(accessed.report(kernel, lenient))
 
     with watched(memory, done):
         yield seen
@@ -129,9 +142,28 @@ class _Storage:
 
     def __init__(self, start: int, size: int) -> None:
         self.start = start
+        self.bytes = np.ctypeslib.as_array((ctypes.c_ubyte * size).from_address(start))
         self.element = np.zeros(size, bool)
-        self.reads, self.writes = np.zeros(size, np.int64), np.zeros(size, np.int64)
-        self.reader, self.writer = np.full(size, _NOBODY), np.full(size, _NOBODY)
+        self.reads, self.writes = np.zeros((2, size), np.int64)
+        self.reader, self.writer, self.updater = np.full((3, size), _NOBODY)
+        #: read before anybody wrote; written by several programs, and not the same
+        self.old, self.contested = np.zeros((2, size), bool)
+
+    def accessed(self, access: Access, offsets: np.ndarray, here: np.ndarray, program: int) -> None:
+        if access.kind == "load":
+            self.old[offsets] |= self.writer[offsets] == _NOBODY
+        elif access.kind == "store" and access.values is not None:
+            others = (self.writer[offsets] != _NOBODY) & (self.writer[offsets] != program)
+            other = (self.bytes[offsets] != access.values[here]).any(1, keepdims=True)
+            self.contested[offsets] |= others & other
+        if access.kind == "atomic":
+            who = self.updater
+        else:
+            count = self.reads if access.kind == "load" else self.writes
+            who = self.reader if access.kind == "load" else self.writer
+            np.add.at(count, offsets, 1)
+        alone = (who[offsets] == _NOBODY) | (who[offsets] == program)
+        who[offsets] = np.where(alone, program, _SEVERAL)
 
 
 class _Memory:
@@ -142,7 +174,10 @@ class _Memory:
         self.views: dict[str, tuple[_Storage, np.ndarray, int]] = {}
         self.programs: dict[Any, int] = {}
         self.atomics = self.moved = 0
-        self.outside = {False: 0, True: 0}
+        self.locks = False
+        self.protected = tuned[-1]
+        self.outside: dict[str, int] = {}
+        self.first_outside: dict[str, str] = {}
         for name, t in tensors.items():
             whole = t.untyped_storage()
             if whole.nbytes():
@@ -159,59 +194,100 @@ class _Memory:
                 storage.element[own] = True
                 self.views[name] = storage, own, t.element_size()
 
-    def access(self, addresses: np.ndarray, size: int, grid_index: Any, stores: bool) -> np.ndarray:
-        """Records an access to ``size`` bytes at each address. Returns which of them are in an
-        element of some tensor."""
-        program = self.programs.setdefault(grid_index, len(self.programs))
-        self.moved += addresses.size * size
+    def access(self, access: Access) -> np.ndarray:
+        """Records an access. Returns which addresses are in an element of some tensor."""
+        addresses, size = access.addresses, access.size
+        program = self.programs.setdefault(access.program, len(self.programs))
+        self.atomics += access.kind == "atomic"
+        self.locks |= access.locks
+        self.moved += addresses.size * size if access.kind != "atomic" else 0
         allowed = np.zeros(addresses.shape, bool)
         for s in self.storages.values():
             here = (addresses >= s.start) & (addresses + size <= s.start + s.element.size)
             offsets = addresses[here, None] - s.start + np.arange(size)
             allowed[here] = s.element[offsets].all(1)
-            count, who = (s.writes, s.writer) if stores else (s.reads, s.reader)
-            np.add.at(count, offsets, 1)
-            who[offsets] = np.where(
-                (who[offsets] == _NOBODY) | (who[offsets] == program), program, _SEVERAL
-            )
-        self.outside[stores] += int((~allowed).sum())
+            s.accessed(access, offsets, here, program)
+        if not allowed.all():
+            self.outside[access.kind] = self.outside.get(access.kind, 0) + int((~allowed).sum())
+            if access.kind not in self.first_outside:
+                self.first_outside[access.kind] = self._describe(addresses[~allowed][0])
         return allowed
 
-    def report(self, kernel: str) -> AuditedLaunch:
+    def _describe(self, address: int) -> str:
+        """Where the address is, and which line of the kernel went there."""
+        line = line_of_kernel()
+        names = {id(s): name for name, (s, _, _) in reversed(self.views.items())}
+        nearest = min(
+            self.storages.values(),
+            key=lambda s: max(s.start - address, address - s.start - s.element.size),
+            default=None,
+        )
+        if nearest is None:
+            return line
+        name, past = names[id(nearest)], address - nearest.start - nearest.element.size
+        if past >= 0:
+            return f"{line}, {past} bytes past the end of {name}"
+        if address < nearest.start:
+            return f"{line}, {nearest.start - address} bytes before {name}"
+        return f"{line}, between the elements of {name}"
+
+    def report(self, kernel: str, lenient: bool) -> AuditedLaunch:
         faults = [
-            f"{n} {'stores' if store else 'loads'} outside every tensor"
-            for store, n in self.outside.items()
-            if n
+            f"{self.outside[kind]} {kind}s outside every tensor, the first at "
+            f"{self.first_outside[kind]}"
+            for kind in ("load", "store", "atomic")
+            if kind in self.outside
         ]
-        if self.atomics:
-            faults.append(f"{self.atomics} atomic operations")
+        notes = [f"{self.atomics} atomic operations"] if self.atomics else []
         reread, judged = {}, set()
         for name, (s, own, size) in self.views.items():
-            reads, writes = s.reads[own], s.writes[own]
+            reads, writes, updated = s.reads[own], s.writes[own], s.updater[own] != _NOBODY
             if reads.sum() > np.count_nonzero(reads) > 0:
                 reread[name] = float(reads.sum() / np.count_nonzero(reads))
             if (
-                not writes.any() or (s.start, own.tobytes()) in judged
+                not (writes.any() or updated.any()) or (s.start, own.tobytes()) in judged
             ):  # not an output, or one that has another name, too
                 continue
             judged.add((s.start, own.tobytes()))
-            wrong = {
-                "never written": (writes == 0) & (not reads.any()),
-                "written more than once": writes > 1,
-                "written by several programs": s.writer[own] == _SEVERAL,
+            several = s.writer[own] == _SEVERAL
+            reader, updater = s.reader[own], s.updater[own]
+            tuning = self.protected is not None and name not in self.protected
+            unordered = {
+                "written by several programs": several & s.contested[own],
                 "read by one program and written by another": (writes > 0)
                 & (reads > 0)
-                & (s.reader[own] != s.writer[own]),
+                & (reader != s.writer[own]),
+                "updated by an atomic operation and accessed by another program": updated
+                & (
+                    ((reads > 0) & (reader != updater))
+                    | ((writes > 0) & (s.writer[own] != updater))
+                ),
             }
-            faults += [
-                f"{name}: {bad.sum() // size} of {own.size // size} elements {what}"
-                for what, bad in wrong.items()
-                if bad.any()
-            ]
+            wrong = {
+                "updated in place, while @triton.autotune runs the kernel for every configuration "
+                "(name it in restore_value or reset_to_zero)": tuning
+                & ((s.old[own] & (writes > 0)) | updated),
+            }
+            allowed = {
+                "never written": (writes == 0) & (not reads.any()) & (not updated.any()),
+                "written more than once": writes > 1,
+                "written by several programs, with the same bits": several & ~s.contested[own],
+            }
+            (allowed if self.locks else wrong).update(unordered)
+            for found, kept in ((faults, wrong), (notes, allowed)):
+                found += [
+                    f"{name}: {bad.sum() // size} of {own.size // size} elements {what}"
+                    for what, bad in kept.items()
+                    if np.any(bad)
+                ]
         touched = sum(
             np.count_nonzero(count) for s in self.storages.values() for count in (s.reads, s.writes)
         )
-        return AuditedLaunch(kernel, len(self.programs), self.moved, int(touched), reread, faults)
+        if not lenient:
+            faults, notes = faults + notes, []
+        return AuditedLaunch(
+            kernel, len(self.programs), self.moved, int(touched), reread, faults, notes
+        )
 
 
 def audit_op(spec: OpSpec) -> Audit:

@@ -13,7 +13,7 @@ import subprocess
 import tempfile
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from functools import partial
 from types import SimpleNamespace
 from typing import Any
@@ -50,12 +50,14 @@ TARGETS = {
 
 @dataclass(frozen=True)
 class Launch:
-    """One launch that an op makes: the arguments of ``triton_kernels/launch.py``."""
+    """One launch: the kernel, its arguments by position and by name, its compile-time arguments and
+    Triton's own."""
 
     kernel: Any
     args: tuple[Any, ...]
     constexprs: dict[str, Any]
     options: dict[str, int]
+    named: dict[str, Any] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -147,7 +149,9 @@ def _compile(launch: Launch, target: str) -> Any:
             "can run it"
         )
     with _pretending(TARGETS[target]):
-        return launch.kernel.warmup(*launch.args, grid=(1,), **launch.constexprs, **launch.options)
+        return launch.kernel.warmup(
+            *launch.args, grid=(1,), **launch.named, **launch.constexprs, **launch.options
+        )
 
 
 def _resources(launch: Launch, compiled: Any, target: str) -> Resources:
@@ -159,7 +163,7 @@ def _resources(launch: Launch, compiled: Any, target: str) -> Resources:
         constants=", ".join(
             f"{k}={getattr(v, '__name__', v)}" for k, v in launch.constexprs.items()
         ),
-        num_warps=launch.options["num_warps"],
+        num_warps=launch.options.get("num_warps", 4),
         shared=compiled.metadata.shared,
         **read(compiled.asm),
     )

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from ..backends import use_backend
-from .accesses import watched
+from .accesses import Access, watched
 from .case import outputs, weights_for
 from .spec import Make, OpSpec
 
@@ -67,7 +67,6 @@ class _Moved:
     """The bytes of one launch."""
 
     def __init__(self, tensors: dict[str, Tensor]) -> None:
-        self.atomics = 0
         sizes = {
             t.untyped_storage().data_ptr(): t.untyped_storage().nbytes() for t in tensors.values()
         }
@@ -75,11 +74,12 @@ class _Moved:
         self.sizes = np.array([sizes[start] for start in self.starts], np.int64)
         self.loaded, self.stored = np.zeros((2, len(sizes)), np.int64)
 
-    def access(self, addresses: np.ndarray, size: int, program: Any, stores: bool) -> np.ndarray:
-        owner = np.searchsorted(self.starts, addresses, "right") - 1
-        count = self.stored if stores else self.loaded
-        count += size * np.bincount(owner, minlength=len(count))
-        return np.ones(addresses.shape, bool)
+    def access(self, access: Access) -> np.ndarray:
+        owner = np.searchsorted(self.starts, access.addresses, "right") - 1
+        if access.kind != "atomic":
+            count = self.stored if access.kind == "store" else self.loaded
+            count += access.size * np.bincount(owner, minlength=len(count))
+        return np.ones(access.addresses.shape, bool)
 
     @property
     def bytes(self) -> int:

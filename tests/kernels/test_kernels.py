@@ -78,14 +78,17 @@ def test_an_update_in_place_may_leave_elements_alone():
 def test_out_of_bounds():
     buffer = torch.zeros(12)
     launch = seen(_copy, 1, torch.ones(3), buffer[:3], 5, BLOCK=8)
-    assert launch.faults == ["2 loads outside every tensor", "2 stores outside every tensor"]
+    loads, stores = launch.faults
+    assert loads.startswith("2 loads outside every tensor, the first at test_kernels.py:")
+    assert loads.endswith(", 0 bytes past the end of X")
+    assert stores.startswith("2 stores outside every tensor, the first at test_kernels.py:")
     assert buffer.tolist() == [1.0] * 3 + [0.0] * 9, "what is out of bounds is not carried out"
 
 
 def test_the_gaps_of_a_view_are_out_of_bounds():
-    assert seen(_copy, 1, torch.ones(8)[::2], torch.empty(4), 4, BLOCK=4).faults == [
-        "2 loads outside every tensor"
-    ]
+    (fault,) = seen(_copy, 1, torch.ones(8)[::2], torch.empty(4), 4, BLOCK=4).faults
+    assert fault.startswith("2 loads outside every tensor")
+    assert fault.endswith("between the elements of X")
 
 
 def test_tensors_reached_through_no_argument():
@@ -109,7 +112,7 @@ def test_an_element_that_is_written_twice():
 
 def test_two_programs_at_one_address():
     assert (
-        "Y: 1 of 1 elements written by several programs"
+        "Y: 1 of 1 elements written by several programs, with the same bits"
         in seen(_everybody_stores, 2, torch.ones(1), torch.empty(1)).faults
     )
 
