@@ -13,6 +13,8 @@ from sphinx.writers.html5 import HTML5Translator
 
 _ENVIRONMENTS = re.compile(r"\\(begin|end)\{(aligned|align|split|gathered|gather|equation)\*?\}")
 _WORD = re.compile(r"<mo>([^<>&]*[^\W\d_]{2,}[^<>&]*)</mo>")
+_LETTER = re.compile(r"<mo>([^\W\d_])</mo>")
+_ALIGN = re.compile(r'<mtd columnalign="(\w+)">')
 _TEXT = re.compile(r">([^<]+)<")
 logger = logging.getLogger(__name__)
 
@@ -34,8 +36,12 @@ def mathml(latex: str, *, block: bool = False) -> str:
     left = [text for text in _TEXT.findall(found) if "\\" in text or text in ("&", "&#x00026;")]
     if left:
         raise NotMathematics(f"{left[0]!r} is not known: {latex!r}")
-    found = _WORD.sub(r"<mi>\1</mi>", found)  # an operator's name has no space on both sides
-    return found.replace("<math ", f'<math aria-label="{escape(latex, quote=True)}" ', 1)
+    # \operatorname: a name, which has no space on both sides
+    found = _WORD.sub(r"<mi>\1</mi>", found)
+    # what browsers draw: a table's cells by style, and its fractions large
+    found = _ALIGN.sub(r'<mtd style="text-align: \1">', found)
+    found = found.replace("<mtable", '<mtable displaystyle="true"')
+    return _LETTER.sub(r'<mi mathvariant="normal">\1</mi>', found)
 
 
 def _rows(latex: str) -> str:

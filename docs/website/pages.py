@@ -1,7 +1,7 @@
 """Pages that are written for GitHub, on the site: links to files of the repository lead to pages
 with them, and the table of contents is the list in ``index.md``.
 
-What is made from the repository lies in ``docs/generated/``, which is written before each build and
+What is made from the repository lies in ``docs/reference/``, which is written before each build and
 not committed.
 """
 
@@ -17,10 +17,11 @@ from sphinx.application import Sphinx
 
 DOCS = Path(__file__).parents[1]
 ROOT = DOCS.parent
-GENERATED = DOCS / "generated"
+GENERATED = DOCS / "reference"
 
 _FENCE = re.compile(r"^(```+|~~~+).*?^\1[ \t]*$", re.DOTALL | re.MULTILINE)
 _LINK = re.compile(r"(?<=\]\()([^)\s#]+)(#[^)\s]*)?(?=\))")
+_SOURCE = re.compile(r"(?<=\]\()/reference/source/([^)]+)\.md(?=\))")
 _HEADING = re.compile(r"^## (.+)$", re.MULTILINE)
 _ITEM = re.compile(r"^- \[[^\]]*\]\(([^)#\s]+)\.md\)", re.MULTILINE)
 
@@ -30,7 +31,7 @@ def docname(path: Path) -> str:
     if path.parent == DOCS and path.suffix == ".md":
         return path.stem
     name = path.relative_to(ROOT)
-    return f"generated/{name.with_suffix('') if path.suffix == '.md' else Path('source', name)}"
+    return f"reference/{name.with_suffix('') if path.suffix == '.md' else Path('source', name)}"
 
 
 def outside_code(change: re.Pattern[str], text: str) -> Iterator[re.Match[str]]:
@@ -69,9 +70,14 @@ def rewritten(page: Path) -> str:
     return "".join([*parts, text[last:]])
 
 
+#: the pages that this build has written
+written: set[Path] = set()
+
+
 def write(name: str, text: str) -> None:
     """A generated page; untouched where it has this text already, so that it is not built again."""
     file = DOCS / f"{name}.md"
+    written.add(file)
     if not file.exists() or file.read_text(encoding="utf-8") != text:
         file.parent.mkdir(parents=True, exist_ok=True)
         file.write_text(text, encoding="utf-8")
@@ -87,9 +93,12 @@ def source_page(file: Path) -> str:
     )
 
 
-def generate() -> set[str]:
-    """Writes a page for each file that a page links to; returns their names."""
+def generate() -> None:
+    """Writes a page for each file of the repository that a page links to, and removes those that
+    no build writes any more."""
     waiting = [*sorted(DOCS.glob("*.md")), *(ROOT / n for n in ("README.md", "CHANGELOG.md"))]
+    for page in list(written):  # by other parts of this package, which name source pages
+        waiting += [ROOT / m[1] for m in _SOURCE.finditer(page.read_text(encoding="utf-8"))]
     done: set[Path] = set()
     while waiting:
         page = waiting.pop()
@@ -97,25 +106,22 @@ def generate() -> set[str]:
             continue
         done.add(page)
         for _, file in files_linked(page) if page.suffix == ".md" else ():
-            if file.suffix in (".png", ".svg"):
-                if not file.is_relative_to(DOCS):
-                    copy = GENERATED / file.relative_to(ROOT)
-                    copy.parent.mkdir(parents=True, exist_ok=True)
-                    shutil.copyfile(file, copy)
-            else:
+            if file.suffix not in (".png", ".svg"):
                 waiting.append(file)
-    names = set()
+            elif not file.is_relative_to(DOCS):
+                copy = GENERATED / file.relative_to(ROOT)
+                copy.parent.mkdir(parents=True, exist_ok=True)
+                shutil.copyfile(file, copy)
     for page in done:
-        if page.parent == DOCS:
-            continue
-        names.add(docname(page))
         if page.suffix != ".md":
             write(docname(page), source_page(page))
         elif page.parent == ROOT:  # in the table of contents
             write(docname(page), rewritten(page))
-        else:
+        elif page.parent != DOCS:
             write(docname(page), f"---\norphan: true\n---\n\n{rewritten(page)}")
-    return names
+    for file in GENERATED.rglob("*.md"):
+        if file not in written:
+            file.unlink()
 
 
 def contents(text: str) -> str:
