@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import io
 import re
+from typing import Any
 
 import matplotlib
 import torch
@@ -15,7 +16,7 @@ import matplotlib.pyplot as plt
 
 INK, COLOURS = "#010203", ("#e8590c", "#1c7ed6", "#37b24d")
 LINES = ("solid", (0, (5, 1.5)), (0, (1, 1)))
-STYLE = {
+STYLE: Any = {
     "svg.fonttype": "none", "svg.hashsalt": "custom_backprop", "font.size": 11,
     "font.family": "sans-serif", "text.color": INK, "axes.edgecolor": INK, "axes.labelcolor": INK,
     "xtick.color": INK, "ytick.color": INK, "axes.spines.top": False, "axes.spines.right": False,
