@@ -129,7 +129,7 @@ def where(args: argparse.Namespace) -> str:
 
 def settings_of(args: argparse.Namespace, **more: Any) -> dict[str, Any]:
     """What a run must have in common with the checkpoint that it continues from."""
-    given = {k: v for k, v in vars(args).items() if k not in ("out", "checkpoint")}
+    given = {k: v for k, v in vars(args).items() if k not in ("out", "checkpoint", "draw")}
     return given | more | {"torch": str(torch.__version__)}
 
 

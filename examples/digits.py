@@ -8,6 +8,9 @@ and training amplifies a relative difference of 1e-7 at the start to 1e-2 or mor
 between two runs of stock whose sums are computed in another order. In float64 the same training
 ends with weights that differ by less than 1e-14.
 
+--draw also writes a picture of our backward pass, with the gradients of the trained network on the
+first batch: a page to open in a browser, and an SVG.
+
 Each epoch ends with a checkpoint. After Ctrl-C the same command continues from the last one and
 ends with exactly the weights of an uninterrupted run. A finished run leaves its weights and its
 picture but no checkpoint, so the same command then starts again.
@@ -29,7 +32,7 @@ try:
     from torch import Tensor
     from tqdm import tqdm
 
-    from custom_backprop import nn, optim
+    from custom_backprop import monitor, nn, optim
     from custom_backprop.testing import peak_memory
 except ImportError as error:
     sys.exit(f"{error}; the examples need: pip install -e '.[demo]'")
@@ -197,8 +200,17 @@ def draw(learners: dict[str, Learner], args: Namespace) -> None:
     write(figure, args.out / "digits.png")
 
 
+def draw_backward(learner: Learner, x: Tensor, y: Tensor, args: Namespace) -> None:
+    """The graph of one step, and the gradients in it."""
+    loss = learner.loss(learner.model(x), y)
+    picture = monitor.draw(loss, learner.model, title="Backward pass of the digits")
+    for name in ("backward.html", "backward.svg"):
+        picture.save(args.out / name)
+        print(f"wrote {args.out / name}")
+
+
 def main() -> None:
-    args = options("digits", __doc__, epochs=30)
+    args = options("digits", __doc__, epochs=30, draw=False)
     args.checkpoint = args.out / "checkpoint.pt"
     parts = data(args.seed, args.device)
     learners = {}
@@ -219,6 +231,8 @@ def main() -> None:
         stop(args.checkpoint)
 
     draw(learners, args)
+    if args.draw:
+        draw_backward(ours, parts[0][:BATCH], parts[2][:BATCH], args)
     save(
         {name: learner.model.state_dict() for name, learner in learners.items()},
         args.out / "weights.pt",

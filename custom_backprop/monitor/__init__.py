@@ -9,6 +9,7 @@ factor preserves its length. ``docs/gradients.md`` has the mathematics and the p
 from __future__ import annotations
 
 from .judge import falls, judge
+from .picture import Picture, draw
 from .reading import CURES, Layer, Reading, Verdict
 from .watch import GradientMonitor
 from .writers import JSONLines, TensorBoard, Writer
@@ -18,10 +19,12 @@ __all__ = [
     "GradientMonitor",
     "JSONLines",
     "Layer",
+    "Picture",
     "Reading",
     "TensorBoard",
     "Verdict",
     "Writer",
+    "draw",
     "falls",
     "judge",
 ]

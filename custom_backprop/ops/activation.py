@@ -67,6 +67,7 @@ def _define_in_place(a: Activation) -> type[torch.autograd.Function]:
             dx = run_of_gradient(backward_op, dy)(dy, *ctx.saved_tensors, *ctx.parameters)
             return dx, *(None,) * (1 + len(ctx.parameters))
 
+    InPlace.__name__, InPlace.__doc__ = f"{a.name}_", a.formula
     return InPlace
 
 

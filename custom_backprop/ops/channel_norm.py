@@ -39,7 +39,9 @@ class GroupNorm:
 
 
 class InstanceNorm(GroupNorm):
-    """group_norm of a group a channel, which autocast does not cast."""
+    """y = w x̂ + b, x̂ = r (x - μ);  dx = r (g - Σ g / n - x̂ Σ g x̂ / n), g = w dy.
+
+    It is group_norm of a group a channel, which autocast does not cast."""
 
     autocast: dict[str, str] = {}  # noqa: RUF012
 

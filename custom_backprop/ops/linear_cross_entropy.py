@@ -42,7 +42,10 @@ class LinearCrossEntropy:
 
 
 class LinearCrossEntropyInParts(LinearCrossEntropy):
-    """The same, and two more outputs: the z-loss in L, and log p_rt of each row."""
+    """L_r = Σ_c q_rc (lse_r - l_rc), the z-loss in it, and log p_rt;  dx = dl W, dW = dlᵀ x, db =
+    Σ_rows dl, where dl is the sum of those of the three.
+
+    The same as :class:`LinearCrossEntropy`, with two more outputs."""
 
     outputs = 3
 

@@ -39,7 +39,10 @@ class Norm:
 
 
 class AddNorm:
-    """y as of :class:`Norm` of h = x + a, and h;  dx = da = that dx + dh. Saved is h."""
+    """y = w ĥ + b, ĥ = r (h - μ), h = x + a;  dx = da = r (g - Σ g / n - ĥ Σ g ĥ / n) + dh, g = w
+    dy, dw = Σ dy ĥ, db = Σ dy; of rms_norm without μ and Σ g / n.
+
+    Saved is h."""
 
     forward_op, backward_op = primitives.add_forward, primitives.add_backward
     has_statistics, outputs = True, 2

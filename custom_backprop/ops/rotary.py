@@ -12,7 +12,7 @@ from .route import op
 
 
 class RotaryEmbedding:
-    """y is x turned by φ, dx is dy turned by -φ."""
+    """y = R(φ) x;  dx = R(-φ) dy, where R(φ) turns each pair of numbers by its angle φ."""
 
     forward_op = backward_op = rotate
 

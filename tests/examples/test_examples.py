@@ -99,18 +99,18 @@ def test_backends(example, tmp_path, capsys):
 
 
 def test_digits(tmp_path, example):
-    done = run("digits", "--device", "cpu", cwd=tmp_path)
+    done = run("digits", "--device", "cpu", "--draw", cwd=tmp_path)
     out, folder = done.stdout, tmp_path / "out" / "digits"
     match = LAST_LINE.fullmatch(out.splitlines()[-1])
     assert match, out
     assert float(match[1]) >= 97
     assert float(match[2]) >= 97
-    for name in ("digits.png", "weights.pt"):
+    files = ["backward.html", "backward.svg", "digits.png", "weights.pt"]
+    for name in files:
         assert f"wrote {Path('out', 'digits', name)}" in out
     assert_is_a_picture(folder / "digits.png")
-    assert sorted(os.listdir(folder)) == ["digits.png", "weights.pt"], (
-        "a finished run leaves no checkpoint"
-    )
+    assert sorted(os.listdir(folder)) == files, "a finished run leaves no checkpoint"
+    assert "LinearActivation" in (folder / "backward.svg").read_text(encoding="utf-8")
     assert "360/360" in done.stderr, "no progress bar"
     assert "USDT" not in done.stderr
 
