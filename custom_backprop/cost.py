@@ -31,8 +31,8 @@ from torch.utils.flop_counter import flop_registry
 
 from .backends.library import OPERATORS
 from .backends.selection import backend_for
+from .conversions.convert import convert, revert
 from .conversions.mlp import is_one_function
-from .convert import convert, revert
 
 __all__ = ["Cost", "CostReport", "Layer", "cost", "measure"]
 

@@ -8,14 +8,13 @@ import json
 import time
 from contextlib import nullcontext
 from pathlib import Path
-from typing import Any
 
 import torch
 
 from ..backends import BACKENDS, why_not
 from ..testing import CHECKS, Report, Result, check_op, database
+from . import INTERRUPTED
 from .work import (
-    INTERRUPTED,
     add_common,
     check_device,
     check_json,
@@ -30,11 +29,8 @@ from .work import (
 MARKS = {"right": "ok", "wrong": "X", "not offered": "X", "not run": "~", "n/a": "-"}
 
 
-def add_parser(subparsers: Any) -> argparse.ArgumentParser:
-    """Adds this command to the command line."""
-    parser = subparsers.add_parser(
-        "check", help="prove each op's backward against PyTorch autograd", description=__doc__
-    )
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Adds the arguments of this command."""
     add_common(parser)
     parser.add_argument(
         "--backend",
@@ -50,7 +46,6 @@ def add_parser(subparsers: Any) -> argparse.ArgumentParser:
         help="only this check; may be given several times",
     )
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
-    return parser
 
 
 def run(args: argparse.Namespace) -> int:

@@ -20,10 +20,9 @@ from .work import check_device, check_json, count, refuse
 RETURNS = "(model, inputs), (model, inputs, loss) or (model, inputs, loss, *targets)"
 
 
-def add_parser(subparsers: Any) -> argparse.ArgumentParser:
-    """Adds this command to the command line."""
-    help = "count what forward and backward of a model cost, layer by layer"
-    parser = subparsers.add_parser("cost", help=help, description=f"{__doc__} {LEGEND}.")
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Adds the arguments of this command."""
+    parser.description = f"{__doc__} {LEGEND}."
     what = f"a callable that returns {RETURNS}"
     parser.add_argument(
         "model", metavar="MODEL", help=f"{', '.join(EXAMPLES)}, or package.module:callable, {what}"
@@ -40,7 +39,6 @@ def add_parser(subparsers: Any) -> argparse.ArgumentParser:
         help="meta: without computing; default: %(default)s",
     )
     parser.add_argument("--json", metavar="F", help="also write the figures to this file")
-    return parser
 
 
 def run(args: argparse.Namespace) -> int:

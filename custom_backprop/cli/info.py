@@ -8,7 +8,6 @@ import platform
 from importlib.metadata import PackageNotFoundError, version
 from importlib.util import find_spec
 from pathlib import Path
-from typing import Any
 
 import torch
 
@@ -18,13 +17,8 @@ from ..testing import TARGETS, database
 from ..testing.checks.traced import cpp_compiler
 
 
-def add_parser(subparsers: Any) -> argparse.ArgumentParser:
-    """Adds this command to the command line."""
-    return subparsers.add_parser(
-        "info",
-        help="print what this machine can run, and why it cannot run the rest",
-        description=__doc__,
-    )
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """There are none."""
 
 
 def run(args: argparse.Namespace) -> int:

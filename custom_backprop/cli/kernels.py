@@ -22,8 +22,8 @@ from ..testing import TARGETS, Audit, AuditedLaunch, Resources, Traffic, databas
 from ..testing.audit import audit_op
 from ..testing.offline import compile_calls, compile_op
 from ..testing.optimizers import OPTIMIZERS, audit_optimizer, steps
+from . import INTERRUPTED
 from .work import (
-    INTERRUPTED,
     add_common,
     check_json,
     in_processes,
@@ -34,13 +34,8 @@ from .work import (
 )
 
 
-def add_parser(subparsers: Any) -> argparse.ArgumentParser:
-    """Adds this command to the command line."""
-    parser = subparsers.add_parser(
-        "kernels",
-        help="compile every kernel without a GPU, or audit its memory accesses",
-        description=__doc__,
-    )
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Adds the arguments of this command."""
     add_common(parser)
     parser.add_argument(
         "--target",
@@ -58,7 +53,6 @@ def add_parser(subparsers: Any) -> argparse.ArgumentParser:
         action="store_true",
         help="run the kernels in Triton's interpreter and count the bytes that they move",
     )
-    return parser
 
 
 def run(args: argparse.Namespace) -> int:

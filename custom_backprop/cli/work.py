@@ -21,9 +21,6 @@ import torch
 from ..testing.database import named
 from .progress import progress
 
-#: the exit code after an interruption by the user, as in a shell
-INTERRUPTED = 130
-
 
 def add_common(parser: argparse.ArgumentParser) -> None:
     """The arguments of every command that works on ops."""

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from ..patch import is_patched, patch
+from ..conversions.patch import is_patched, patch
 from .case import is_float
 from .replay import Named, calls_of, shaken
 

@@ -17,7 +17,7 @@ from helpers import DEVICE
 
 import custom_backprop
 from custom_backprop.__main__ import main
-from custom_backprop.cli import check, kernels, work
+from custom_backprop.cli import COMMANDS, check, kernels, work
 from custom_backprop.testing import (
     CHECKS,
     Audit,
@@ -54,12 +54,12 @@ def planted(monkeypatch):
     return plant
 
 
-@pytest.mark.parametrize("command", [[], ["check"], ["info"], ["kernels"]])
+@pytest.mark.parametrize("command", [[], *([name] for name in COMMANDS)])
 def test_help(command, capsys):
     with pytest.raises(SystemExit) as exit:
         main([*command, "--help"])
     assert exit.value.code == 0
-    assert "usage: python -m custom_backprop" in capsys.readouterr().out
+    assert "usage: custom-backprop" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize(

@@ -17,7 +17,7 @@ from benchmarks import growth
 from custom_backprop import cost as engine
 from custom_backprop.__main__ import main
 from custom_backprop.cli import cost as command
-from custom_backprop.convert import DROP_INS
+from custom_backprop.conversions.convert import DROP_INS
 from custom_backprop.cost import LOSS, MODEL, OUTSIDE, cost, measure
 from custom_backprop.testing import cases, database
 from custom_backprop.testing.case import outputs

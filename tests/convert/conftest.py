@@ -7,7 +7,7 @@ from collections.abc import Iterator
 
 import pytest
 
-from custom_backprop import deferred
+from custom_backprop.conversions import deferred
 
 
 @pytest.fixture(autouse=True, scope="session")

@@ -13,9 +13,10 @@ from torch import Tensor
 from torch.optim.optimizer import _global_optimizer_post_hooks
 
 import custom_backprop
-from custom_backprop import deferred, functional, nn
-from custom_backprop.deferred import Deferred
-from custom_backprop.patch import unpatch
+from custom_backprop import functional, nn
+from custom_backprop.conversions import deferred
+from custom_backprop.conversions.deferred import Deferred
+from custom_backprop.conversions.patch import unpatch
 
 C, H = 40, 8
 IDS = torch.arange(12).reshape(2, 6) % C

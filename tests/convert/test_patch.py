@@ -17,9 +17,9 @@ import torch.nn.functional as F
 from torch.utils.checkpoint import checkpoint
 
 import custom_backprop
-from custom_backprop.patch import unpatch
+from custom_backprop.conversions.patch import unpatch
 
-PATCH = importlib.import_module("custom_backprop.patch")
+PATCH = importlib.import_module("custom_backprop.conversions.patch")
 
 
 @pytest.fixture(autouse=True)

@@ -20,7 +20,7 @@ from torch.testing import assert_close
 from twins import assert_equal_training, batches, gradients, small, train, twins
 
 import custom_backprop
-from custom_backprop import deferred
+from custom_backprop.conversions import deferred
 
 RANKS, STEPS = 2, 3
 

@@ -36,7 +36,8 @@ sys.path.insert(0, str(Path(__file__).parents[2] / "examples"))
 
 import distributed as example
 
-from custom_backprop import deferred, functional, nn, optim, patch
+from custom_backprop import functional, nn, optim, patch
+from custom_backprop.conversions import deferred
 from custom_backprop.distributed import vocab_parallel_cross_entropy
 from custom_backprop.testing.case import outputs
 from custom_backprop.testing.database import database

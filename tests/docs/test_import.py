@@ -14,15 +14,27 @@ LATER = ("cost", "distributed", "extend")
 ASKS = """
 import sys
 import custom_backprop
+from custom_backprop.__main__ import main
+for option in ("--version", "--help"):
+    try:
+        main([option])
+    except SystemExit as ended:
+        assert ended.code == 0
+for name in ("torch", "numpy", "triton"):
+    assert name not in sys.modules, f"{name} is imported before anyone asked"
+assert custom_backprop.nn.Linear
 for name in ("custom_backprop.distributed", "torch.distributed.tensor"):
     assert name not in sys.modules, f"{name} is imported before anyone asked"
 assert custom_backprop.distributed.vocab_parallel_cross_entropy
 assert custom_backprop.cost.cost and custom_backprop.cost.measure
 assert custom_backprop.extend.primitive
+import custom_backprop.conversions.report
+assert callable(custom_backprop.convert) and callable(custom_backprop.patch)
 """
 
 
 def test_each_module_is_imported_on_first_use():
+    """Neither the command's --help nor pytest beside an installed package waits for torch."""
     python(ASKS)
 
 

@@ -10,7 +10,7 @@ from torch.nn.utils import parametrizations
 
 import custom_backprop
 from custom_backprop import nn
-from custom_backprop.convert import DROP_INS
+from custom_backprop.conversions.convert import DROP_INS
 
 
 def model():

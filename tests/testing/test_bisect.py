@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from torch import nn
 
 import custom_backprop
-from custom_backprop.patch import is_active, patch
+from custom_backprop.conversions.patch import is_active, patch
 from custom_backprop.testing import bisect
 
 SLIGHTLY = 1 + 1e-11

@@ -13,8 +13,8 @@ from typing import Any, TypeVar
 
 import torch
 
-from .conversions import DROP_INS, counterpart, is_ours, theirs_of
-from .conversions.fusions import (
+from . import DROP_INS, counterpart, is_ours, theirs_of
+from .fusions import (
     CHOSEN,
     EXCLUDED,
     NOT_INCLUDED,
@@ -23,9 +23,9 @@ from .conversions.fusions import (
     fusions_of,
     unfused,
 )
-from .conversions.losing import why_it_loses
-from .conversions.probe import device_of
+from .losing import why_it_loses
 from .patch import is_patched, patch, unpatch, unpatched
+from .probe import device_of
 
 Model = TypeVar("Model", bound=torch.nn.Module)
 

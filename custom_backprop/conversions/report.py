@@ -10,12 +10,12 @@ from typing import Any
 
 import torch
 
-from .conversions import NO_COUNTERPART, theirs_of
-from .conversions.fusions import CHOSEN, FUSIONS, Fusion, fusions_of
-from .conversions.generated import made_of
-from .conversions.probe import device_of
+from . import NO_COUNTERPART, theirs_of
 from .convert import LEFT, Plan, convert, plan_of, revert
+from .fusions import CHOSEN, FUSIONS, Fusion, fusions_of
+from .generated import made_of
 from .patch import is_patched
+from .probe import device_of
 
 __all__ = ["ConversionReport", "Layer", "conversion_report"]
 
@@ -150,7 +150,7 @@ def _described(ours: type) -> str:
 
 
 def _measure(report: ConversionReport, model: Any, inputs: Any, keywords: Any) -> None:
-    from .cost import MODEL, saved_bytes  # imported when it is asked for
+    from ..cost import MODEL, saved_bytes  # imported when it is asked for
 
     converted = model if LEFT in vars(model) else convert(copy.deepcopy(model))
     before = saved_bytes(revert(copy.deepcopy(model)), inputs, keywords)

@@ -21,11 +21,11 @@ from torch import Tensor
 from torch.overrides import handle_torch_function, has_torch_function
 from torch.utils import checkpoint
 
-from . import functional, nn
-from .backends.selection import PLAIN_TYPES, TENSORS, get_backend, is_traced
-from .conversions.generated import Members, made_of, subclass
+from .. import functional, nn
+from ..backends.selection import PLAIN_TYPES, TENSORS, get_backend, is_traced
+from ..dtensor import is_dtensor
 from .deferred import of_head, unless_fused
-from .dtensor import is_dtensor
+from .generated import Members, made_of, subclass
 
 F = TypeVar("F", bound=Callable[..., Any])
 Model = TypeVar("Model", bound=torch.nn.Module)
@@ -85,7 +85,7 @@ def patch(model: Any = None) -> Any:
         model: its class becomes a subclass of the same name, whose forward runs under a patch.
             ``inspect.signature(model.forward)``, ``state_dict``, ``copy.deepcopy`` and pickle stay
             as they are. In training its vocabulary head returns logits that are not computed until
-            somebody asks for them: see :mod:`custom_backprop.deferred`.
+            somebody asks for them: see :mod:`custom_backprop.conversions.deferred`.
 
     Returns:
         a context manager and decorator, or the ``model``.

@@ -26,9 +26,9 @@ from torch.nn.modules.module import _has_any_global_hook
 from torch.optim.optimizer import register_optimizer_step_post_hook
 from torch.utils._pytree import tree_map_only
 
-from . import functional
-from .backends.selection import TENSORS, is_traced, is_transformed
-from .functional.arguments import reduction_of
+from .. import functional
+from ..backends.selection import TENSORS, is_traced, is_transformed
+from ..functional.arguments import reduction_of
 
 _saved_tensor_hooks = torch._C._autograd._top_saved_tensors_default_hooks
 _has_autocast = torch.amp.is_autocast_available
