@@ -45,7 +45,7 @@ class Layer:
         mean, std, zeros, nonfinite: those of the gradient's elements; the last two are fractions.
         dead: the fraction of output units that got no gradient at all in any measured step and,
             where outputs are measured, were silent in all of them: of one value, or under a
-                function never above 0.
+            function never above 0.
         activation_*: the same of the module's output, of this rank.
         update: ‖Δw‖ / ‖w‖ of one optimizer step.
     """

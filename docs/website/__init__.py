@@ -6,12 +6,10 @@ from typing import Any
 
 from sphinx.application import Sphinx
 
-from . import docstrings, mathml, ops, pages
+from . import api, checks, docstrings, guides, mathml, ops, pages
 
 
 def setup(app: Sphinx) -> dict[str, Any]:
-    mathml.setup(app)
-    docstrings.setup(app)
-    pages.setup(app)
-    ops.setup(app)
+    for part in (api, checks, docstrings, guides, mathml, ops, pages):
+        part.setup(app)
     return {"parallel_read_safe": True, "parallel_write_safe": True}

@@ -13,6 +13,8 @@ from . import notation
 
 _QUOTED = re.compile(r"``[^`]+``|:[\w:]+:`[^`]+`|`[^`]+`_?|\*\*\S[^*]*\*\*")
 _FIELD = re.compile(r"^\s*(?::\w+[^:`]*:|\.\. .*|[-*] )?\s*")
+_BORDER = re.compile(r"\s*(=+ +)+=+\s*$")
+_LITERAL = re.compile(r"\s*\.\. code(-block)?::")
 _SPECIAL = re.compile(r"([*|\\]|(?<=\w)_(?!\w))")
 #: a family's description stands in its module
 FAMILIES = ("custom_backprop.functional.",)
@@ -44,16 +46,16 @@ def joined(lines: list[str]) -> list[str]:
 def restructured(lines: list[str]) -> list[str]:
     """Lines of reStructuredText, in which plain formulas have become mathematics and no other
     character has a meaning by accident."""
-    found, literal = [], -1
+    found: list[str] = []
+    literal, table = -1, False
     for line in lines:
         indent = len(line) - len(line.lstrip())
         if literal >= 0 and line.strip() and indent <= literal:
             literal = -1
-        if literal >= 0 or re.match(r"\s*(=+ +)+=+\s*$|\s*(>>>|\.\.\.) ", line):
-            found.append(line)
-        else:
-            found.append(_line(line))
-        if literal < 0 and line.rstrip().endswith("::"):
+        table = bool(line.strip()) and (table or bool(_BORDER.match(line)))
+        as_it_is = literal >= 0 or table or bool(_LITERAL.match(line))
+        found.append(line if as_it_is else _line(line))
+        if literal < 0 and (line.rstrip().endswith("::") or _LITERAL.match(line)):
             literal = indent
     return found
 

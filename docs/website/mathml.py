@@ -12,6 +12,7 @@ from sphinx.util import logging
 from sphinx.writers.html5 import HTML5Translator
 
 _ENVIRONMENTS = re.compile(r"\\(begin|end)\{(aligned|align|split|gathered|gather|equation)\*?\}")
+_TEXT_COMMAND = re.compile(r"\\(?:text|mathrm|operatorname)\{[^}]*\}")
 _WORD = re.compile(r"<mo>([^<>&]*[^\W\d_]{2,}[^<>&]*)</mo>")
 _LETTER = re.compile(r"<mo>([^\W\d_])</mo>")
 _ALIGN = re.compile(r'<mtd columnalign="(\w+)">')
@@ -47,6 +48,7 @@ def mathml(latex: str, *, block: bool = False) -> str:
 def _rows(latex: str) -> str:
     """Rows that are aligned at ``&``, as a table: the converter knows no other."""
     latex = re.sub(r"\\(begin|end)\{equation\*?\}", "", latex)
+    latex = _TEXT_COMMAND.sub(lambda m: m[0].replace(r"\_", "_"), latex)
     begin = _ENVIRONMENTS.search(latex)
     if begin is None and re.search(r"(?<!\\)\\\\", latex) and "\\begin" not in latex:
         return rf"\begin{{array}}{{rl}}{latex}\end{{array}}"

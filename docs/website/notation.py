@@ -395,8 +395,9 @@ _SIGNIFICANT = re.compile(
 )
 
 
-def inline(text: str) -> list[tuple[str, bool]]:
-    """Prose, cut into (piece, whether it is mathematics). Mathematics is as LaTeX."""
+def inline(text: str, *, names: bool = True) -> list[tuple[str, bool]]:
+    """Prose, cut into (piece, whether it is mathematics). Mathematics is as LaTeX. Without
+    ``names`` a name alone is none."""
     found = tokens(text)
     pieces: list[tuple[str, bool]] = []
     last = at = 0
@@ -412,7 +413,7 @@ def inline(text: str) -> list[tuple[str, bool]]:
         except NotMathematics:
             latex = ""
         end = found[reader.at - 1].end if latex else 0
-        if latex and _is_formula(text[token.start : end], text[end : end + 2]):
+        if latex and _is_formula(text[token.start : end], text[end : end + 2], names):
             pieces += [(text[last : token.start], False), (latex, True)]
             last, at = end, reader.at
             continue
@@ -421,13 +422,13 @@ def inline(text: str) -> list[tuple[str, bool]]:
     return [(piece, mathematics) for piece, mathematics in pieces if piece]
 
 
-def _is_formula(source: str, following: str) -> bool:
+def _is_formula(source: str, following: str, names: bool) -> bool:
     if re.match(r"[\w^`]|-\w", following) or source[0] in "<>=":
         return False
     if source.startswith(("a ", "I ", "A ")) and not re.match(r"\w [-=<>+·/^←]", source):
         return False
     if re.fullmatch(r"[b-zB-HJ-Z]|d[xyqkvwWbPsztaphnrlL]|t[xyqkvw]", source):
-        return True
+        return names
     if source in FUNCTIONS or re.fullmatch(r"[-()\[\]\d.,/\s]+|[A-Za-z]+", source):
         return False
     return bool(_SIGNIFICANT.search(source))

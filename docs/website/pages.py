@@ -126,7 +126,7 @@ def generate() -> None:
 
 def contents(text: str) -> str:
     """Tables of contents made from the lists of links under the headings of ``index.md``. What no
-    list names follows the last one."""
+    list names follows the guides, and what is not written by hand the last list."""
     trees = []
     _, *parts = _HEADING.split(text)
     for caption, section in zip(parts[::2], parts[1::2], strict=True):
@@ -134,7 +134,9 @@ def contents(text: str) -> str:
             trees.append((caption, names))
     listed = {n for _, names in trees for n in names}
     rest = sorted(p.stem for p in DOCS.glob("*.md") if f"/{p.stem}" not in listed)
-    trees[-1][1].extend(f"/{n}" for n in rest if n != "index")
+    guides = next(names for caption, names in trees if caption == "Guides")
+    guides.extend(f"/{n}" for n in rest if n != "index")
+    trees[-1][1].extend(["/reference/checks/index", "/reference/api/index"])
     return "".join(
         f"\n```{{toctree}}\n:hidden:\n:caption: {caption}\n\n" + "\n".join(names) + "\n```\n"
         for caption, names in trees

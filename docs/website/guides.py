@@ -1,0 +1,92 @@
+"""Pages that people write: plain formulas in them become mathematics, and an op's name in code
+becomes a link to its page."""
+
+from __future__ import annotations
+
+import re
+
+from docutils import nodes
+from sphinx import addnodes
+from sphinx.application import Sphinx
+from sphinx.transforms import SphinxTransform
+
+from custom_backprop.testing import CHECKS, database
+
+from . import notation, prose
+
+_WRITTEN_HERE = ("reference/ops/", "reference/families/", "reference/checks/", "reference/api/")
+_OWN = (nodes.literal, nodes.math, nodes.literal_block, nodes.math_block, nodes.raw)
+_QUALIFIED = re.compile(r"(?:custom_backprop\.)?(?:(?:functional|nn|F)\.)?(\w+)(?:\(.*\))?")
+
+
+def by_name() -> dict[str, str]:
+    """What a page may name -> the page of the op: functions, and their modules."""
+    found = {}
+    for spec in database().values():
+        page = f"/reference/ops/{spec.name}"
+        found[spec.name] = page
+        if spec.module:
+            found.setdefault(spec.module[0].__name__, page)
+    return found
+
+
+class Guides(SphinxTransform):
+    """Changes the tree of a page, after it was read and before its links are followed."""
+
+    default_priority = 700
+
+    def apply(self, **kwargs: object) -> None:
+        name = self.env.docname
+        if name.startswith(_WRITTEN_HERE) or name.startswith("reference/source/"):
+            return
+        if name != "ops":
+            self._formulas()
+        self._links(name)
+
+    def _formulas(self) -> None:
+        for block in list(self.document.findall(nodes.literal_block)):
+            if block.get("language") in (None, "none", "default"):
+                mathematics = prose.equations(block.astext())
+                if mathematics.startswith("```{math}"):
+                    latex = mathematics.removeprefix("```{math}\n").removesuffix("\n```")
+                    new = nodes.math_block(latex, latex, nowrap=False, number=None, label=None)
+                    new["docname"] = self.env.docname
+                    block.replace_self(new)
+        for text in list(self.document.findall(nodes.Text)):
+            if not _inside(text, (*_OWN, nodes.title, addnodes.pending_xref, nodes.reference)):
+                pieces = notation.inline(text.astext(), names=False)
+                if any(formula for _, formula in pieces):
+                    text.parent.replace(
+                        text,
+                        [nodes.math(p, p) if formula else nodes.Text(p) for p, formula in pieces],
+                    )
+
+    def _links(self, name: str) -> None:
+        pages = by_name()
+        for literal in list(self.document.findall(nodes.literal)):
+            m = _QUALIFIED.fullmatch(literal.astext())
+            if m is None or _inside(literal, (nodes.title, addnodes.pending_xref, nodes.reference)):
+                continue
+            target = pages.get(m[1])
+            if name == "validate" and _inside(literal, (nodes.entry,)) and m[0] in CHECKS:
+                target = f"/reference/checks/{m[0]}"
+            if target:
+                link = addnodes.pending_xref(
+                    "", refdomain="std", reftype="doc", reftarget=target, refexplicit=True,
+                    refwarn=True, refdoc=name,
+                )  # fmt: skip
+                literal.replace_self(link)
+                link += literal
+
+
+def _inside(node: nodes.Node, kinds: tuple[type[nodes.Element], ...]) -> bool:
+    parent = node.parent
+    while parent is not None:
+        if isinstance(parent, kinds):
+            return True
+        parent = parent.parent
+    return False
+
+
+def setup(app: Sphinx) -> None:
+    app.add_transform(Guides)
