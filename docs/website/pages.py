@@ -26,10 +26,15 @@ _HEADING = re.compile(r"^## (.+)$", re.MULTILINE)
 _ITEM = re.compile(r"^- \[[^\]]*\]\(([^)#\s]+)\.md\)", re.MULTILINE)
 
 
+def is_written_by_hand(path: Path) -> bool:
+    """Whether it is a page of ``docs/``, or of a folder with its translations."""
+    return path.suffix == ".md" and path.parent in (DOCS, DOCS / "zh")
+
+
 def docname(path: Path) -> str:
     """The name of the page that shows a file of the repository."""
-    if path.parent == DOCS and path.suffix == ".md":
-        return path.stem
+    if is_written_by_hand(path):
+        return str(path.relative_to(DOCS).with_suffix(""))
     name = path.relative_to(ROOT)
     return f"reference/{name.with_suffix('') if path.suffix == '.md' else Path('source', name)}"
 
@@ -117,7 +122,7 @@ def generate() -> None:
             write(docname(page), source_page(page))
         elif page.parent == ROOT:  # in the table of contents
             write(docname(page), rewritten(page))
-        elif page.parent != DOCS:
+        elif not is_written_by_hand(page):
             write(docname(page), f"---\norphan: true\n---\n\n{rewritten(page)}")
     for file in GENERATED.rglob("*.md"):
         if file not in written:
@@ -145,7 +150,7 @@ def contents(text: str) -> str:
 
 def _read(app: Sphinx, name: str, source: list[str]) -> None:
     page = DOCS / f"{name}.md"
-    if page.parent == DOCS:
+    if is_written_by_hand(page):
         source[0] = rewritten(page)
         if name == "index":
             source[0] += contents(source[0])

@@ -7,8 +7,11 @@ shown, since processors add in different orders. A number after ``~`` may differ
 
 from __future__ import annotations
 
+import os
 import re
+import sys
 from decimal import Decimal
+from pathlib import Path
 from typing import NamedTuple
 
 _BLOCK = re.compile(r"^```(\w*)\n(.*?)^```$", re.DOTALL | re.MULTILINE)
@@ -70,3 +73,9 @@ def _close(shown: str, printed: str) -> bool:
     whole = isinstance(last, int) and last >= 0 and "e" not in shown
     apart = abs(Decimal(shown) - Decimal(printed))
     return apart == 0 if whole else apart <= Decimal(10) ** last
+
+
+if __name__ == "__main__":  # python tests/docs/pages.py docs/backpropagation.md, for its picture
+    page = Path(sys.argv[1]).resolve()
+    os.chdir(page.parent)
+    exec("\n".join(b.code for b in python_blocks(page.read_text(encoding="utf-8"))))

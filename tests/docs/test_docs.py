@@ -18,6 +18,7 @@ from custom_backprop.testing.table import markdown
 
 ROOT = Path(__file__).parents[2]
 ALL = [*sorted(ROOT.glob("*.md")), *sorted((ROOT / "docs").glob("*.md"))]
+TRANSLATED = sorted((ROOT / "docs" / "zh").glob("*.md"))
 PAGES = [p for p in ALL if "```python" in p.read_text(encoding="utf-8")]
 COMMANDS = [
     pytest.param(shown, id=f"{page.name}: {shown.code}")
@@ -26,10 +27,11 @@ COMMANDS = [
 ]
 
 
-def printed_by(*arguments: str) -> str:
+def printed_by(*arguments: str, cwd: Path | None = None) -> str:
     path = os.pathsep.join(filter(None, [str(ROOT), os.environ.get("PYTHONPATH")]))
     done = subprocess.run(
         [sys.executable, *arguments],
+        cwd=cwd,
         env={**os.environ, "PYTHONPATH": path},
         capture_output=True,
         text=True,
@@ -44,7 +46,7 @@ def test_blocks_run_and_print_what_is_shown(page, tmp_path):
     blocks = python_blocks(page.read_text(encoding="utf-8"))
     program = tmp_path / "page.py"  # a file, since triton reads the source of its kernels
     program.write_text(script(blocks), encoding="utf-8")
-    found = outputs(printed_by(str(program)), len(blocks))
+    found = outputs(printed_by(str(program), cwd=tmp_path), len(blocks))
     for block, output in zip(blocks, found, strict=True):
         if block.output is not None:
             assert agree(block.output, output), f"shown:\n{block.output}\nprinted:\n{output}"
@@ -103,16 +105,58 @@ def test_the_table_of_ops_is_the_database():
     )
 
 
-@pytest.mark.parametrize("page", ALL, ids=lambda p: p.name)
+@pytest.mark.parametrize("page", TRANSLATED, ids=lambda p: p.name)
+def test_a_translated_page_has_the_same_code(page):
+    """So the code runs once. Formulas are the same, too, but for words in them."""
+    original = (ROOT / "docs" / page.name).read_text(encoding="utf-8")
+    translated = page.read_text(encoding="utf-8")
+    assert python_blocks(translated) == python_blocks(original)
+    found, wanted = (re.findall(r"\$\$.*?\$\$", t, re.DOTALL) for t in (translated, original))
+    assert found == wanted
+    assert translated.count("\n## ") == original.count("\n## ")
+
+
+def test_backpropagation_shows_the_network_of_the_tests():
+    source = (ROOT / "tests" / "examples" / "numpy_network.py").read_text(encoding="utf-8")
+    source = source.replace("from __future__ import annotations\n\n", "")  # not inside a page
+    page = (ROOT / "docs" / "backpropagation.md").read_text(encoding="utf-8")
+    assert source in [block.code for block in python_blocks(page)]
+
+
+def test_the_network_worked_by_hand_has_the_numbers_that_are_printed():
+    page = (ROOT / "docs" / "backpropagation.md").read_text(encoding="utf-8")
+    section = page.split("\n## 5.")[1].split("\n## 6.")[0]
+    output = next(b.output for b in python_blocks(section) if b.output)
+    by_hand = re.findall(r"\d+\.\d{4}\b", section.split("```")[0])
+    assert len(by_hand) > 25
+    assert set(by_hand) <= set(re.findall(r"\d+\.\d{4}\b", output))
+
+
+@pytest.mark.parametrize("page", [*ALL, *TRANSLATED], ids=lambda p: p.name)
+def test_formulas_are_seen_by_github(page):
+    """An inline formula begins after white space, on one line, and has no | in a table."""
+    text = re.sub(r"```.*?```|``.*?``|`.*?`", "", page.read_text(encoding="utf-8"), flags=re.DOTALL)
+    text = re.sub(r"^\$\$.*?\$\$$", "", text, flags=re.DOTALL | re.MULTILINE)
+    for line in text.splitlines():
+        formulas = re.findall(r"(?:^|(?<=[\s(]))\$(?!\s)[^$|]+(?<!\s)\$(?![\w$])", line)
+        assert 2 * len(formulas) == line.count("$"), line
+
+
+@pytest.mark.parametrize("page", [*ALL, *TRANSLATED], ids=lambda p: p.name)
 def test_links_lead_somewhere(page):
     prose = re.sub(r"```.*?```", "", page.read_text(encoding="utf-8"), flags=re.DOTALL)
     links = re.findall(r"\]\(([^)#]+)", prose)
     assert [link for link in links if "://" not in link and not (page.parent / link).exists()] == []
 
 
+def without_output(block):
+    return block[0] if block[1] == "python" else ""
+
+
 @pytest.mark.parametrize("page", ALL, ids=lambda p: p.name)
 def test_lines_are_short(page):
     """At most 100 columns, except for tables, pictures, lone links and outputs."""
-    text = re.sub(r"```(text)?\n.*?```", "", page.read_text(encoding="utf-8"), flags=re.DOTALL)
+    text = page.read_text(encoding="utf-8")
+    text = re.sub(r"^```(\w*)\n.*?^```$", without_output, text, flags=re.DOTALL | re.MULTILINE)
     long = [line for line in text.split("\n") if len(line) > 100 and line[0] not in "|!["]
     assert long == []
