@@ -9,30 +9,37 @@ count. ``saved`` counts what autograd saves between forward and backward: each s
 in the layer that saves it first. Parameters and buffers do not count, since they stay anyway.
 
 A dispatch mode sees flops and bytes; it makes our ops call the dispatcher's operators. What is
-saved is seen without a mode.
+saved is seen without a mode, and the calls of layers without hooks: the model does what it does in
+training.
 """
 
 from __future__ import annotations
 
 import copy
 import json
+import threading
 from bisect import bisect_right
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
+from functools import partial
+from inspect import signature
 from math import prod
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch._C import DispatchKey
+from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves, tree_map_only
 from torch.utils.flop_counter import flop_registry
 
+from . import functional
 from .backends.library import OPERATORS
-from .backends.selection import backend_for
+from .backends.selection import backend_for, watch_saved
 from .conversions.convert import convert, revert
-from .conversions.mlp import is_one_function
+from .conversions.deferred import Deferred
 
 __all__ = ["Cost", "CostReport", "Layer", "cost", "measure"]
 
@@ -141,7 +148,8 @@ def cost(
     name: str | None = None,
 ) -> CostReport:
     """The cost of ``model`` with torch's layers and with ours: what :func:`custom_backprop.revert`
-    and :func:`custom_backprop.convert` make of a copy. The model itself is left as it is.
+    and :func:`custom_backprop.convert` make of a copy. The model itself is left as it is. Without
+    fusions, which count for the block around them: each layer is to have figures of its own.
 
     Args:
         model, inputs, loss, targets: as in :func:`measure`.
@@ -151,9 +159,8 @@ def cost(
         TypeError: ``model`` is not a module.
         ValueError: nothing in the result requires grad.
     """
-    sides = [
-        _measure(*_copied(model, inputs, loss, targets, change)) for change in (revert, convert)
-    ]
+    changes: list[Any] = [revert, partial(convert, fusions=False)]
+    sides = [_measure(*_copied(model, inputs, loss, targets, change)) for change in changes]
     device = _tensors([inputs, list(model.parameters())])[0].device.type
     return CostReport(name or type(model).__name__, device, *sides)
 
@@ -207,88 +214,106 @@ def _measure(
         output = output if loss is None else loss(output, *targets)
         return [t for t in _tensors(output) if t.requires_grad]
 
-    if not _save(model, where, forward):
-        raise ValueError("nothing to differentiate: no output requires grad")
-    with _Counter(where) as counter:
-        roots = forward()
-    ones = [torch.ones_like(root) for root in roots]
-    with counter:
-        torch.autograd.backward(roots, ones)
+    with where.hears():
+        with _saved_by(model, where):
+            found = forward()
+        if not found:
+            raise ValueError("nothing to differentiate: no output requires grad")
+        del found
+        with _Counter(where) as counter:
+            roots = forward()
+        ones = [torch.ones_like(root) for root in roots]
+        with counter:
+            torch.autograd.backward(roots, ones)
     return Cost(list(where.layers.values()))
 
 
-def saved_bytes(
+def saved_by(
     model: nn.Module, inputs: Sequence[Any] = (), keywords: dict[str, Any] | None = None
-) -> dict[str, int]:
+) -> tuple[dict[str, int], dict[str, Function]]:
     """What one forward of ``model`` saves for backward, layer by layer, as :func:`measure` counts
-    it. It runs on a copy."""
+    it; and the loss functions that it calls, with what these save themselves. It runs on a copy."""
     model, inputs, _, keywords = _copied(model, inputs, None, keywords or {}, lambda m: m)
     where = _Where(model, None)
-    _save(model, where, lambda: model(*inputs, **keywords))
-    return {name: layer.saved_bytes for name, layer in where.layers.items()}
+    with where.hears(), _saved_by(model, where), _Losses(where) as losses:
+        model(*inputs, **keywords)
+    saved = {name: layer.saved_bytes for name, layer in where.layers.items()}
+    return saved, {name: Function(f, saved.pop(name)) for name, f in losses.found.items()}
 
 
-def _save(model: nn.Module, where: _Where, forward: Callable[[], Any]) -> Any:
-    """Runs ``forward`` and counts what it saves. Without a mode, as in training: where nobody
-    watches, our Functions may save other tensors."""
+def _saved_by(model: nn.Module, where: _Where) -> watch_saved:
+    """Counts what is saved in a block. Without a mode, as in training: where nobody watches, our
+    Functions may save other tensors."""
     saved = {_address(t): t.untyped_storage() for t in (*model.parameters(), *model.buffers())}
 
-    def pack(t: Tensor) -> Tensor:
+    def count(t: Tensor) -> None:
         if _address(t) not in saved:
-            saved[_address(t)] = (
-                t.untyped_storage()
-            )  # alive, so that no other storage takes its address
+            # alive, so that no other storage takes its address
+            saved[_address(t)] = t.untyped_storage()
             where.layer().saved_bytes += t.untyped_storage().nbytes()
-        return t
 
-    with torch.autograd.graph.saved_tensors_hooks(pack, lambda t: t):
-        return forward()
+    return watch_saved(count)
 
 
 class _Where:
     """Which layer is at work.
 
-    In forward the modules' hooks say. A node of the graph draws a number when forward makes it, so
-    the number of the node that backward is at says whose forward made it; unlike hooks on a
-    module's output and input, also where a tensor is used twice or needs no gradient.
+    In forward ``torch.nn.Module.__call__`` says, which is rewritten meanwhile, as ``torch.fx``
+    does: whoever asks whether a layer has hooks sees none. A node of the graph draws a number when
+    forward makes it, so the number of the node that backward is at says whose forward made it; also
+    where a tensor is used twice or needs no gradient.
     """
 
     def __init__(self, model: nn.Module, loss: Any) -> None:
         self.layers: dict[str, Layer] = {}
+        self._called: dict[nn.Module, str] = {}
         self._owner: dict[int, str] = {}
         self._stack = [OUTSIDE]
         self._starts, self._names = [0], [OUTSIDE]  # from this number of a node on, this layer
         seen: set[nn.Module] = set()
         named = [(name or MODEL, module) for name, module in model.named_modules(seen)]
         named += loss.named_modules(seen, LOSS) if isinstance(loss, nn.Module) else []
-        within: set[nn.Module] = set()  # blocks that ask whether somebody listens to their layers
         for name, module in named:
             layer = self.layers[name] = Layer(name, type(module).__name__)
             for p in module.parameters(recurse=False):
                 layer.parameters += 0 if id(p) in self._owner else p.numel()
                 self._owner.setdefault(id(p), name)
-            if module in within:
-                continue
-            if is_one_function(module):
-                within.update(module.modules())
-            module.register_forward_pre_hook(lambda *_, name=name: self._enter(name))
-            module.register_forward_hook(
-                lambda *_: self._leave(), always_call=True
-            )  # a checkpoint stops its second forward by raising
+            self._called[module] = name
         self.layers[OUTSIDE] = Layer(OUTSIDE)
 
-    def _enter(self, name: str) -> None:
+    @contextmanager
+    def hears(self) -> Iterator[None]:
+        """In this block it is told of the calls of layers."""
+        with _lock:
+            its = nn.Module.__call__
+
+            def call(module: nn.Module, *args: Any, **kwargs: Any) -> Any:
+                if module not in self._called:
+                    return its(module, *args, **kwargs)
+                with self.at(self._called[module]):
+                    return its(module, *args, **kwargs)
+
+            nn.Module.__call__ = call  # type: ignore[method-assign]
+            try:
+                yield
+            finally:
+                nn.Module.__call__ = its  # type: ignore[method-assign]
+
+    @contextmanager
+    def at(self, name: str) -> Iterator[None]:
+        """A call of the layer of that name. It ends even if it raises: a checkpoint stops its
+        second forward so."""
         self._stack.append(name)
         self._mark()
-
-    def _leave(self) -> None:
-        self._stack.pop()
-        self._mark()
+        try:
+            yield
+        finally:
+            self._stack.pop()
+            self._mark()
 
     def _mark(self) -> None:
-        if (
-            not self.in_backward()
-        ):  # there a checkpoint computes again, maybe on a thread with numbers of its own
+        # in backward a checkpoint computes again, maybe on a thread with numbers of its own
+        if not self.in_backward():
             self._starts.append(torch.autograd._get_sequence_nr())
             self._names.append(self._stack[-1])
 
@@ -305,6 +330,47 @@ class _Where:
         else:
             name = self._names[bisect_right(self._starts, node._sequence_nr()) - 1]
         return self.layers[name]
+
+
+@dataclass
+class Function:
+    """A function that a model calls: the name of ours that ran, or None if torch's did, and the
+    bytes that it saves for backward."""
+
+    ours: str | None
+    saved: int
+
+
+class _Losses(TorchFunctionMode):
+    """Makes a layer of each loss function. Whatever is called runs as if there were no mode."""
+
+    def __init__(self, where: _Where) -> None:
+        super().__init__()
+        self.where = where
+        self.found: dict[str, str | None] = {}
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = kwargs or {}
+        name = getattr(func, "__name__", "")
+        if name not in LOSSES:
+            return func(*args, **kwargs)
+        self.where.layers.setdefault(name, Layer(name))
+        with self.where.at(name):
+            result = func(*args, **kwargs)
+        logits = args[0] if args else kwargs.get("input")
+        if isinstance(logits, Deferred) and not logits.is_made():
+            self.found[name] = "linear_cross_entropy"
+        else:
+            self.found[name] = name if func is getattr(functional, name) else None
+        return result
+
+
+#: the names of those that reduce
+LOSSES = {
+    name
+    for name in functional.__all__
+    if "reduction" in signature(getattr(functional, name)).parameters
+}
 
 
 class _Counter(TorchDispatchMode):
@@ -404,6 +470,9 @@ def _short(n: float) -> str:
         n /= 1000
     return f"{n:.3g}P"
 
+
+#: of torch.nn.Module.__call__
+_lock = threading.RLock()
 
 _aten = torch.ops.aten
 #: attention on a CPU, of which torch's counter has no formula of its own (torch 2.13)

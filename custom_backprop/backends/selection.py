@@ -4,6 +4,7 @@ device of its tensors, or forced with :func:`use_backend`."""
 from __future__ import annotations
 
 import os
+from collections.abc import Callable
 from functools import cache
 from importlib.util import find_spec
 from typing import Any
@@ -156,3 +157,28 @@ def is_transformed() -> bool:
     """Whether a transformation of torch.func or forward mode is at work, which differentiates
     backward itself."""
     return functorch_active() or forward_ad._current_level >= 0
+
+
+_saved_tensor_hooks = torch._C._autograd._top_saved_tensors_default_hooks
+
+
+class watch_saved(torch.autograd.graph.saved_tensors_hooks):
+    """Calls ``look`` with each tensor that is saved for backward in a block. Other hooks may want
+    to move or change them, so that some ops save other tensors there; this one is not minded."""
+
+    def __init__(self, look: Callable[[torch.Tensor], object]) -> None:
+        def pack(t: torch.Tensor) -> torch.Tensor:
+            look(t)
+            return t
+
+        super().__init__(pack, _unchanged)
+
+
+def _unchanged(t: torch.Tensor) -> torch.Tensor:
+    return t
+
+
+def are_saved_tensors_hooked() -> bool:
+    """Whether a hook gets what is saved for backward, and does more than look at it."""
+    hooks = _saved_tensor_hooks(True)
+    return hooks is not None and hooks[1] is not _unchanged

@@ -27,10 +27,9 @@ from torch.optim.optimizer import register_optimizer_step_post_hook
 from torch.utils._pytree import tree_map_only
 
 from .. import functional
-from ..backends.selection import TENSORS, is_traced, is_transformed
+from ..backends.selection import TENSORS, are_saved_tensors_hooked, is_traced, is_transformed
 from ..functional.arguments import reduction_of
 
-_saved_tensor_hooks = torch._C._autograd._top_saved_tensors_default_hooks
 _has_autocast = torch.amp.is_autocast_available
 _NONE = contextlib.nullcontext()
 
@@ -159,8 +158,11 @@ class Deferred(Tensor):
         if func in _METADATA:
             with torch._C.DisableTorchFunctionSubclass():
                 return func(*args, **kwargs)
-        if func in _STAYS_DEFERRED and not is_traced() and not is_transformed():
-            found = _STAYS_DEFERRED[func](func, *args, **kwargs)
+        # under a function mode, such as torch.device, stock's function calls itself by its name,
+        # which is that of its wrapper in patch.py
+        answer = _STAYS_DEFERRED.get(func) or _STAYS_DEFERRED.get(getattr(func, "__wrapped__", ""))
+        if answer is not None and not is_traced() and not is_transformed():
+            found = answer(func, *args, **kwargs)
             if found is not NotImplemented:
                 return found
         args, kwargs = tree_map_only(Deferred, Deferred.logits, (args, kwargs))
@@ -241,7 +243,7 @@ def of_head(head: torch.nn.Linear, x: Any) -> Deferred | None:
         return None
     if head._forward_hooks or head._forward_pre_hooks or head._backward_hooks:
         return None
-    if head._backward_pre_hooks or _has_any_global_hook() or _saved_tensor_hooks(True) is not None:
+    if head._backward_pre_hooks or _has_any_global_hook() or are_saved_tensors_hooked():
         return None
     if not x.dim() or x.shape[-1] != weight.shape[-1] or not x.is_floating_point() or x.is_nested:
         return None

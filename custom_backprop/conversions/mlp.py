@@ -16,13 +16,12 @@ import torch
 from torch import Tensor
 
 from .. import functional as F
-from .. import nn
 from ..backends.selection import is_autocast
 from ..formulas import gating as formula
 from ..nn.linear import listened_to, plain_linear
 from . import probe
 from .activation import activation_of
-from .generated import made_of, subclass
+from .generated import subclass
 
 #: the names of gate, up, down, activation and dropout in the classes of others
 GATED = (
@@ -89,16 +88,6 @@ class PackedGatedMLP:
             return down(function(gate_up(args[0]), gate_first=True, **options))
 
         return {"forward": forward}
-
-
-def is_one_function(module: torch.nn.Module) -> bool:
-    """Whether it computes what its layers compute without calling them."""
-    if isinstance(module, nn.SwiGLUMLP | nn.GEGLUMLP):
-        return module._is_one_function()
-    _, kind = made_of(type(module)) or (None, None)
-    return isinstance(kind, GatedMLP) and plain_linear(
-        *(getattr(module, n) for n in kind.names[:3])
-    )
 
 
 def _idle(dropout: torch.nn.Module) -> bool:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 import re
 from collections import Counter
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from typing import Any
 
 import torch
@@ -22,8 +22,9 @@ __all__ = ["ConversionReport", "Layer", "conversion_report"]
 
 @dataclass
 class Layer:
-    """One module: its class before, ours or why it was left, and the bytes that its forward saves
-    for backward, before and now (None without inputs)."""
+    """One module, or one loss function that the model calls: its class before, ours or why it was
+    left, and the bytes that its forward saves for backward, before and now (None without
+    inputs)."""
 
     name: str
     theirs: str
@@ -36,13 +37,14 @@ class Layer:
 @dataclass
 class ConversionReport:
     """What :func:`conversion_report` found. Prints as a table, in which layers of the same kind
-    and result share a line."""
+    and result share a line. The loss functions are known only with inputs."""
 
     model: str
     device: str
     functions: bool
     layers: list[Layer]
     fusions: list[Fusion]
+    losses: list[Layer] = field(default_factory=list)
 
     @property
     def swapped(self) -> list[Layer]:
@@ -56,9 +58,10 @@ class ConversionReport:
         return asdict(self)
 
     def __str__(self) -> str:
-        measured = any(layer.saved is not None for layer in self.layers)
+        both = [*self.layers, *self.losses]
+        measured = any(layer.saved is not None for layer in both)
         groups: dict[tuple[str, str, str], list[Layer]] = {}
-        for layer in self.layers:
+        for layer in both:
             name = _starred(layer.name)
             result = f"-> {layer.ours}" if layer.ours else f"left: {layer.reason}"
             groups.setdefault((name, layer.theirs, result), []).append(layer)
@@ -68,7 +71,7 @@ class ConversionReport:
             figures = tuple(f"{n / 1024:.1f}" for n in sums) * measured
             rows.append((f"{len(layers)}", name, theirs, result, *figures))
         if measured:
-            sums = [sum(getattr(x, f) or 0 for x in self.layers) for f in ("saved", "saved_before")]
+            sums = [sum(getattr(x, f) or 0 for x in both) for f in ("saved", "saved_before")]
             rows.append(("", "total", "", "", *(f"{n / 1024:.1f}" for n in sums)))
         if self.fusions:
             rows.append(("", "block", "neighbours", "") + ("", "") * measured)
@@ -94,10 +97,11 @@ def conversion_report(model: torch.nn.Module, *inputs: Any, **keywords: Any) -> 
 
     Args:
         model: a module.
-        inputs, keywords: those of a call of ``model``. With them the bytes that one forward saves
-            for backward are measured, as :mod:`custom_backprop.cost` does, of a copy before and
-            after conversion. Not what a loss saves that is fused with its head: under the hooks
-            that measure, the logits are made.
+        inputs, keywords: those of a call of ``model`` in training, with the labels if it computes
+            its loss itself. With them the bytes that one forward saves for backward are measured,
+            as :mod:`custom_backprop.cost` does, of a copy before and after conversion. The loss
+            functions are listed, too. One that is fused with its head saves the gradients that it
+            has made already, those of the head's input and weight, and no logits.
 
     Raises:
         TypeError: ``model`` is not a module.
@@ -150,11 +154,11 @@ def _described(ours: type) -> str:
 
 
 def _measure(report: ConversionReport, model: Any, inputs: Any, keywords: Any) -> None:
-    from ..cost import MODEL, saved_bytes  # imported when it is asked for
+    from ..cost import MODEL, saved_by  # imported when it is asked for
 
     converted = model if LEFT in vars(model) else convert(copy.deepcopy(model))
-    before = saved_bytes(revert(copy.deepcopy(model)), inputs, keywords)
-    now = saved_bytes(converted, inputs, keywords)
+    before, losses = saved_by(revert(copy.deepcopy(model)), inputs, keywords)
+    now, ours = saved_by(converted, inputs, keywords)
     known = {layer.name or MODEL: layer for layer in report.layers}
     for name in before:
         if name not in known and (before[name] or now[name]):
@@ -163,3 +167,9 @@ def _measure(report: ConversionReport, model: Any, inputs: Any, keywords: Any) -
             report.layers.append(known[name])
         if name in known:
             known[name].saved_before, known[name].saved = before[name], now[name]
+    left = "gains nothing here" if report.functions else "functions are torch's"
+    for name, loss in losses.items():
+        its = ours[name]
+        by = None if its.ours is None else f"custom_backprop.{its.ours}"
+        reason = None if by else left
+        report.losses.append(Layer(f"{name}()", "function", by, reason, loss.saved, its.saved))

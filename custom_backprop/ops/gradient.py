@@ -14,12 +14,16 @@ from torch import Tensor
 
 from ..backends.library import Primitive
 from ..backends.scale import scale, scale_
-from ..backends.selection import is_plain, is_traced, is_transformed
+from ..backends.selection import (
+    are_saved_tensors_hooked,
+    is_plain,
+    is_traced,
+    is_transformed,
+)
 
 _compiling = torch.compiler.is_dynamo_compiling
 _exporting = torch.compiler.is_exporting
 _graph_is_retained = torch._C._autograd._get_current_graph_task_keep_graph
-_saved_tensor_hooks = torch._C._autograd._top_saved_tensors_default_hooks
 
 
 def is_made_in_forward(forward_op: Primitive, x: Tensor, scalar: bool) -> bool:
@@ -28,7 +32,7 @@ def is_made_in_forward(forward_op: Primitive, x: Tensor, scalar: bool) -> bool:
 
     Not in float16: the gradient of a mean is divided by the count, and could underflow before it is
     multiplied by a gradient scaler's factor. Not if backward is differentiated, which needs the
-    formula. Not if hooks see saved tensors, since backward overwrites this one. Not for a compiler,
+    formula. Not if hooks get saved tensors, since backward overwrites this one. Not for a compiler,
     which fuses the formula better, unless it sees the operator whole.
     """
     if not (scalar and x.requires_grad and torch.is_grad_enabled()) or x.dtype == torch.float16:
@@ -38,7 +42,7 @@ def is_made_in_forward(forward_op: Primitive, x: Tensor, scalar: bool) -> bool:
             return _compiling() and not _exporting() and forward_op.is_traced_whole(x)
         if is_transformed():
             return False
-    return _saved_tensor_hooks(True) is None
+    return not are_saved_tensors_hooked()
 
 
 def scaled(ctx: Any, grad: Tensor, dy: Tensor) -> Tensor:

@@ -260,6 +260,12 @@ def test_no_gradient_of_logits_that_were_never_made() -> None:
     assert logits.grad.shape == logits.shape
 
 
+def test_a_function_mode_changes_nothing() -> None:
+    model, patched = twins()
+    with torch.device("cpu"):
+        agree(model, patched)
+
+
 def is_deferred(model: Model) -> bool:
     return isinstance(model(IDS), Deferred)
 
