@@ -92,6 +92,26 @@ def test_what_does_not_agree(shown, printed):
     assert not agree(shown, printed)
 
 
+def test_the_first_table_of_the_readme_is_measured():
+    """Ratios of the converted models to stock, in eager mode."""
+    results = (ROOT / "benchmarks" / "results" / "models-cpu.md").read_text(encoding="utf-8")
+    speed, memory = (
+        {
+            row[0].split(",")[0]: re.search(r"\((.*)\)", row[2])[1]
+            for row in (line.strip("| ").split(" | ") for line in part.splitlines())
+            if len(row) == 5 and "(" in row[2]
+        }
+        for part in results.split("| peak memory, MiB |")[:2]
+    )
+    readme = (ROOT / "README.md").read_text(encoding="utf-8").split("\n## ")[0]
+    names = {"Llama": "llama", "GPT-2": "gpt2", "BERT": "bert", "SwiGLU MLPs": "swiglu-mlp"}
+    rows = re.findall(r"^\| ([\w -]+), [\d.]+M.* \| ([\d.]+) \| ([\d.]+) \|$", readme, re.MULTILINE)
+    assert len(rows) == len(speed) == len(memory)
+    for name, fast, small in rows:
+        key = names.get(name, name.lower())
+        assert (fast, small) == (speed[key], memory[key]), name
+
+
 def test_the_table_of_checks_names_all():
     page = (ROOT / "docs" / "validate.md").read_text(encoding="utf-8")
     first_column = re.findall(r"^\| (`.*?) \|", page, re.MULTILINE)
