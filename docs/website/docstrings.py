@@ -48,7 +48,7 @@ def restructured(lines: list[str]) -> list[str]:
     character has a meaning by accident."""
     found: list[str] = []
     literal, table = -1, False
-    for line in lines:
+    for line in _paragraphs(lines):
         indent = len(line) - len(line.lstrip())
         if literal >= 0 and line.strip() and indent <= literal:
             literal = -1
@@ -57,6 +57,31 @@ def restructured(lines: list[str]) -> list[str]:
         found.append(line if as_it_is else _line(line))
         if literal < 0 and (line.rstrip().endswith("::") or _LITERAL.match(line)):
             literal = indent
+    return found
+
+
+def _paragraphs(lines: list[str]) -> list[str]:
+    """Lines with those of a paragraph in one, as a formula may go on in the next line."""
+    found: list[str] = []
+    literal = False
+    for line in lines:
+        before = found[-1] if found else ""
+        indent = len(line) - len(line.lstrip())
+        if not line.strip():
+            literal = literal or before.endswith("::") or bool(_LITERAL.match(before))
+        elif not indent:
+            literal = False
+        goes_on = before.strip() and line.strip() and not literal and not _BORDER.match(line)
+        if (
+            goes_on
+            and indent == len(before) - len(before.lstrip())
+            and not _BORDER.match(before)
+            and not before.lstrip().startswith((":", "..", "- ", "* "))
+            and not line.lstrip().startswith((":", "..", "- ", "* ", "==", "--", "|", "+", "#"))
+        ):
+            found[-1] = f"{before.rstrip()} {line.lstrip()}"
+        else:
+            found.append(line)
     return found
 
 

@@ -46,7 +46,7 @@ class Guides(SphinxTransform):
     def _formulas(self) -> None:
         for block in list(self.document.findall(nodes.literal_block)):
             if block.get("language") in (None, "none", "default"):
-                mathematics = prose.equations(block.astext())
+                mathematics = prose.equations(block.astext().rstrip())
                 if mathematics.startswith("```{math}"):
                     latex = mathematics.removeprefix("```{math}\n").removesuffix("\n```")
                     new = nodes.math_block(latex, latex, nowrap=False, number=None, label=None)

@@ -155,6 +155,8 @@ class Reader:
             token = self.peek()
             if token.text in (",", ";", ":"):
                 self.take()
+                if parts and parts[-1].endswith(" }"):  # no space between a word and its comma
+                    parts[-1] = f"{parts[-1][:-2]}}}"
                 parts.append(token.text + (r"\; " if not self.closing else " "))
             elif self.words and self.is_word():
                 words = [self.take().text]
@@ -215,6 +217,8 @@ class Reader:
                 elif self._starts_factor() and token.apart:
                     if token.kind == "number" and self.peek(1).text != "^":
                         return whole
+                    if token.text == "(" and self.tokens[self.at - 1].text in FUNCTIONS:
+                        return whole  # a remark
                     sums = whole.sums
                     part = self.touching()
                     gap = " " if sums else r"\,"

@@ -301,8 +301,9 @@ def family_page(family: str, specs: Sequence[OpSpec]) -> str:
 
 def _one_line(formula: str) -> str:
     try:
-        return ";  ".join(
-            f"${notation.translated(part, words=True)}$" for part in formula.split(";  ")
+        return "; ".join(
+            ", ".join(f"${notation.translated(s, words=True)}$" for s in prose.statements(part))
+            for part in formula.split(";  ")
         )
     except notation.NotMathematics:
         return prose.escaped(formula)

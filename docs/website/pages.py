@@ -23,7 +23,7 @@ _FENCE = re.compile(r"^(```+|~~~+).*?^\1[ \t]*$", re.DOTALL | re.MULTILINE)
 _LINK = re.compile(r"(?<=\]\()([^)\s#]+)(#[^)\s]*)?(?=\))")
 _SOURCE = re.compile(r"(?<=\]\()/reference/source/([^)]+)\.md(?=\))")
 _HEADING = re.compile(r"^## (.+)$", re.MULTILINE)
-_ITEM = re.compile(r"^- \[[^\]]*\]\(([^)#\s]+)\.md\)", re.MULTILINE)
+_ITEM = re.compile(r"^- \[([^\]]*)\]\(([^)#\s]+)\.md\)", re.MULTILINE)
 
 
 def is_written_by_hand(path: Path) -> bool:
@@ -137,14 +137,14 @@ def contents(text: str) -> str:
     for caption, section in zip(parts[::2], parts[1::2], strict=True):
         if names := _ITEM.findall(section):
             trees.append((caption, names))
-    listed = {n for _, names in trees for n in names}
+    listed = {name for _, names in trees for _, name in names}
     rest = sorted(p.stem for p in DOCS.glob("*.md") if f"/{p.stem}" not in listed)
-    guides = next(names for caption, names in trees if caption == "Guides")
-    guides.extend(f"/{n}" for n in rest if n != "index")
-    trees[-1][1].extend(["/reference/checks/index", "/reference/api/index"])
+    entries = {caption: [f"{title} <{name}>" for title, name in names] for caption, names in trees}
+    entries["Guides"] += [f"/{n}" for n in rest if n != "index"]
+    entries["Reference"] += ["/reference/checks/index", "/reference/api/index"]
     return "".join(
         f"\n```{{toctree}}\n:hidden:\n:caption: {caption}\n\n" + "\n".join(names) + "\n```\n"
-        for caption, names in trees
+        for caption, names in entries.items()
     )
 
 

@@ -63,7 +63,7 @@ def formula(line: str) -> str:
         rows = [
             re.sub(r" = ", " & = ", notation.translated(statement, words=True), count=1)
             for part in line.split(";  ")
-            for statement in _statements(part)
+            for statement in statements(part)
         ]
     except notation.NotMathematics:
         return f"```text\n{line}\n```"
@@ -71,7 +71,7 @@ def formula(line: str) -> str:
     return f"```{{math}}\n\\begin{{aligned}}\n{body}\n\\end{{aligned}}\n```"
 
 
-def _statements(part: str) -> list[str]:
+def statements(part: str) -> list[str]:
     """A line cut at the commas that a definition follows."""
     found: list[str] = []
     depth = start = 0
