@@ -1,4 +1,4 @@
-"""What a project needs to write ops of its own the way this one does: see ``docs/validate.md``."""
+"""What a project needs to write ops of its own the way this one does: see ``docs/kernels.md``."""
 
 from .backends.library import fold_batch, primitive
 from .formulas.precision import rounded_once
