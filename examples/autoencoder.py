@@ -1,5 +1,6 @@
-"""Handwritten digits compressed to 2 and 16 numbers and back, with our layers, and then sorted into
-ten clusters. Training uses no labels.
+"""Handwritten digits compressed to 2 and 16 numbers and back, with our layers: the error is smaller
+than that of any linear code. k-means, though, finds the ten digits no better in the codes than in
+the raw pixels. Training uses no labels.
 
 The data are 1797 scans of 8 x 8 pixels (scikit-learn's load_digits), minus their mean. Four
 autoencoders learn to reproduce their input, by the mean squared error. Two are linear, 64 -> k ->
@@ -351,6 +352,12 @@ def main() -> None:
         if max(angles) <= 1e-3
         else f"the linear codes do not span PCA's spaces to 1e-3 after {args.epochs} epochs"
     )
+    errors = [
+        f"{code} numbers: nonlinear {all_coders[f'nonlinear {code}'].history[-1]:.4f}, "
+        f"linear {all_coders[f'linear {code}'].history[-1]:.4f}"
+        for code in CODES
+    ]
+    print(f"squared error of {'; of '.join(errors)}")
     best = max(codes, key=lambda name: agreement[name])
     print(
         f"normalised mutual information: {agreement[best]:.3f} ({best}), "

@@ -1,5 +1,6 @@
 """Representations of handwritten digits, learned by two losses that compare vectors, with our
-formulas.
+formulas. Given few labels and shifted digits, a linear probe of them is right in 8 of 10 cases, and
+one of the pixels in 5. For digits in their places, the pixels are as good.
 
 The data are 1797 scans of 8 x 8 pixels (scikit-learn's load_digits); a fifth is the test set. Two
 encoders have the same shape, 64 -> 256 -> 64:
@@ -13,7 +14,8 @@ another class, by a margin.
 
 Then the representations are compared with the plain pixels: in how many test digits the class is
 that of the five nearest neighbours among the training digits, and how many a linear probe
-classifies correctly, given all labels or five per class.
+classifies correctly. Both get all labels; or five per class; or five per class where the test
+digits are shifted by up to one pixel, and nine shifts of each labelled digit to learn from.
 
 Each epoch ends with a checkpoint. After Ctrl-C the same command continues from the last one and
 ends with exactly the weights of an uninterrupted run. A finished run leaves its weights and its
@@ -22,12 +24,13 @@ picture but no checkpoint, so the same command then starts again.
 
 from __future__ import annotations
 
+import copy
 import sys
 from argparse import Namespace
+from collections.abc import Callable
 from typing import Any
 
 try:
-    import numpy as np
     import torch
     from common import options, plt, resume, save, save_epoch, settings_of, stop, where, write
     from digits import data
@@ -44,17 +47,17 @@ except ImportError as error:
 BATCH, RATE = 256, 1e-3
 TEMPERATURE, MARGIN = 0.2, 1.0
 NOISE = 0.3
-NEIGHBOURS, FEW = 5, 5
+NEIGHBOURS, FEW, SHIFTS = 5, 5, 9
 
 
-def view(x: Tensor, generator: torch.Generator) -> Tensor:
+def view(x: Tensor, generator: torch.Generator, noise: float = NOISE) -> Tensor:
     """Each digit shifted by -1, 0 or 1 pixel in both directions, with noise added."""
     images = torch.nn.functional.pad(x.view(-1, 8, 8), (1, 1, 1, 1))
     down, right = torch.randint(3, (2, len(x), 1), generator=generator).to(x.device)
     pixel = torch.arange(8, device=x.device)
     row, column = (down + pixel).unsqueeze(2), (right + pixel).unsqueeze(1)
     shifted = images[torch.arange(len(x), device=x.device).view(-1, 1, 1), row, column].flatten(1)
-    return shifted + NOISE * torch.randn(x.shape, generator=generator).to(x.device)
+    return shifted + noise * torch.randn(x.shape, generator=generator).to(x.device)
 
 
 def partners(labels: Tensor, same: bool, generator: torch.Generator) -> Tensor:
@@ -154,24 +157,37 @@ def train(learners: dict[str, Learner], x: Tensor, labels: Tensor, args: Namespa
 
 
 def judge(
-    z: np.ndarray, labels: np.ndarray, test_z: np.ndarray, test_labels: np.ndarray
-) -> tuple[float, ...]:
-    """Test accuracy of the nearest neighbours and of a linear probe, given all labels, and of both
-    given FEW labels per class."""
-    few = np.concatenate([np.flatnonzero(labels == digit)[:FEW] for digit in range(10)])
-    # so that the regularisation of the probe has the same effect on each
-    scale = z.std(axis=0).mean()
-    found = []
-    for rows in (np.arange(len(z)), few):
-        for reader in (
-            KNeighborsClassifier(min(NEIGHBOURS, FEW)),
-            LogisticRegression(max_iter=1000),
+    represent: Callable[[Tensor], Tensor], parts: tuple[Tensor, ...], seed: int
+) -> dict[str, float]:
+    """Test accuracy, in per cent, of the nearest neighbours and of a linear probe, in each
+    setting: with all labels, with FEW per class, and with as few for shifted digits."""
+    x, test_x, labels, test_labels = parts
+    chance = torch.Generator().manual_seed(seed)
+    few = torch.cat([(labels == digit).nonzero()[:FEW, 0] for digit in range(10)])
+    shifted = torch.cat([view(x[few], chance, noise=0) for _ in range(SHIFTS)])
+    seen = {
+        "all labels": (x, labels, test_x),
+        f"{FEW} labels": (x[few], labels[few], test_x),
+        f"{FEW} labels, shifted": (
+            shifted,
+            labels[few].repeat(SHIFTS),
+            view(test_x, chance, noise=0),
+        ),
+    }
+    found = {}
+    for setting, (learned, classes, test) in seen.items():
+        z, test_z = represent(learned).cpu().numpy(), represent(test).cpu().numpy()
+        # so that the regularisation of the probe has the same effect on each
+        scale = z.std(axis=0).mean()
+        for name, reader in (
+            ("neighbours", KNeighborsClassifier(NEIGHBOURS)),
+            ("probe", LogisticRegression(max_iter=1000)),
         ):
             with threadpool_limits(1):
-                found.append(
-                    reader.fit(z[rows] / scale, labels[rows]).score(test_z / scale, test_labels)
-                )
-    return tuple(found)
+                reader.fit(z / scale, classes.cpu().numpy())
+                right = reader.score(test_z / scale, test_labels.cpu().numpy())
+            found[f"{setting}: {name}"] = 100 * right
+    return found
 
 
 def draw(
@@ -203,10 +219,14 @@ def main() -> None:
     args = options("contrastive", __doc__, epochs=60)
     args.checkpoint = args.out / "checkpoint.pt"
     torch.manual_seed(args.seed)
-    x, test_x, labels, test_labels = data(args.seed, args.device)
+    parts = x, test_x, labels, test_labels = data(args.seed, args.device)
     learners = learners_of(args.device)
-    untrained = learners["InfoNCE"].represent
-    spaces = {"pixels": (x, test_x), "untrained": (untrained(x), untrained(test_x))}
+    untrained = copy.deepcopy(learners["InfoNCE"])
+    ways: dict[str, Callable[[Tensor], Tensor]] = {
+        "pixels": lambda digits: digits,
+        "untrained": untrained.represent,
+        **{name: learner.represent for name, learner in learners.items()},
+    }
     print(f"{len(x)} digits for training, {len(test_x)} for the test; {where(args)}")
     for name, learner in learners.items():
         print(f"{name}: {learner.loss} of {learner.encoder}")
@@ -215,30 +235,28 @@ def main() -> None:
     except KeyboardInterrupt:
         stop(args.checkpoint)
 
-    spaces |= {
-        name: (learner.represent(x), learner.represent(test_x))
-        for name, learner in learners.items()
-    }
-    draw({name: test for name, (_, test) in spaces.items()}, test_labels, learners, args)
+    spaces = {name: represent(test_x) for name, represent in ways.items()}
+    draw(spaces, test_labels, learners, args)
     save(
         {name: learner.encoder.state_dict() for name, learner in learners.items()},
         args.out / "weights.pt",
     )
     print(f"wrote {args.out / 'weights.pt'}")
     args.checkpoint.unlink()
-    few = f"neighbours, {FEW} labels per class"
-    print(f"{'test accuracy, %':18}{'neighbours':>12}{'probe':>12}{few:>34}{'probe':>12}")
-    accuracies = {}
-    for name, (z, test_z) in spaces.items():
-        accuracies[name] = judge(
-            z.cpu().numpy(), labels.cpu().numpy(), test_z.cpu().numpy(), test_labels.cpu().numpy()
+    table = {name: judge(represent, parts, args.seed) for name, represent in ways.items()}
+    settings = [*dict.fromkeys(column.partition(":")[0] for column in table["pixels"])]
+    print(" " * 18 + "".join(f"{setting:>28}" for setting in settings))
+    print(f"{'test accuracy, %':18}" + f"{'neighbours':>18}{'probe':>10}" * len(settings))
+    for name, row in table.items():
+        values = list(row.values())
+        pairs = zip(values[::2], values[1::2], strict=True)
+        print(f"{name:18}" + "".join(f"{a:18.2f}{b:10.2f}" for a, b in pairs))
+    for setting in (settings[0], settings[-1]):
+        told = ", ".join(
+            f"{name} {table[name][f'{setting}: probe']:.2f} %"
+            for name in ("InfoNCE", "triplet", "pixels")
         )
-        neighbours, probe, few_neighbours, few_probe = (100 * a for a in accuracies[name])
-        print(f"{name:18}{neighbours:12.2f}{probe:12.2f}{few_neighbours:34.2f}{few_probe:12.2f}")
-    told = ", ".join(
-        f"{name} {100 * accuracies[name][1]:.2f} %" for name in ("InfoNCE", "triplet", "pixels")
-    )
-    print(f"test accuracy of a linear probe: {told}")
+        print(f"linear probe, {setting}: {told}")
 
 
 if __name__ == "__main__":

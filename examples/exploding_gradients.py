@@ -18,12 +18,14 @@ from __future__ import annotations
 import sys
 from argparse import Namespace
 from collections.abc import Callable
+from math import isfinite
 from typing import Any
 
 try:
     import torch
     from common import options, plt, where, write
     from digits import data
+    from matplotlib.axes import Axes
     from torch import Tensor
     from tqdm import tqdm  # noqa: F401
     from vanishing_gradients import Result, in_turn, kinds, seen
@@ -112,6 +114,20 @@ def learn(
     }
 
 
+def curve(axes: Axes, name: str, values: list[float]) -> None:
+    """The values by step. A run that breaks down ends in a cross, with the step in its label."""
+    finite = next((i for i, v in enumerate(values) if not isfinite(v)), len(values))
+    broken = finite < len(values)
+    label = f"{name}: NaN from step {finite + 1} on" if broken else name
+    (line,) = axes.plot(
+        range(1, finite + 1), values[:finite], label=label, linewidth=1, marker="x" * broken,
+        markevery=[finite - 1] if finite else None, markersize=9, markeredgewidth=2,
+        zorder=3 if broken else 2,
+    )  # fmt: skip
+    if broken:
+        line.set_clip_on(False)
+
+
 def draw(
     back: list[float],
     monitors: dict[str, GradientMonitor],
@@ -128,21 +144,12 @@ def draw(
         title="One backward pass, before the first step",
     )
     for name, monitor in monitors.items():
-        norms.plot(
-            [r.step for r in monitor.history],
-            [r.norm for r in monitor.history],
-            label=name,
-            linewidth=1,
-        )
-        losses.plot(
-            range(1, len(results[name]["losses"]) + 1),
-            results[name]["losses"],
-            label=name,
-            linewidth=1,
-        )
+        curve(norms, name, [r.norm for r in monitor.history])
+        curve(losses, name, results[name]["losses"])
     norms.set(xlabel="step", ylabel="‖∂L/∂W‖ before clipping", yscale="log", title="Gradient norm")
     losses.set(xlabel="step", ylabel="cross-entropy", yscale="log", title="Training loss")
     norms.legend()
+    losses.legend()
     write(figure, args.out / "exploding_gradients.png")
 
 
