@@ -4,6 +4,9 @@ from __future__ import annotations
 
 import re
 from html import escape
+from itertools import pairwise
+from xml.etree import ElementTree
+from xml.etree.ElementTree import Element
 
 from docutils import nodes
 from latex2mathml.converter import convert
@@ -13,9 +16,6 @@ from sphinx.writers.html5 import HTML5Translator
 
 _ENVIRONMENTS = re.compile(r"\\(begin|end)\{(aligned|align|split|gathered|gather|equation)\*?\}")
 _TEXT_COMMAND = re.compile(r"\\(?:text|mathrm|operatorname)\{[^}]*\}")
-_WORD = re.compile(r"<mo>([^<>&]*[^\W\d_]{2,}[^<>&]*)</mo>")
-_LETTER = re.compile(r"<mo>([^\W\d_])</mo>")
-_ALIGN = re.compile(r'<mtd columnalign="(\w+)">')
 _TEXT = re.compile(r">([^<]+)<")
 logger = logging.getLogger(__name__)
 
@@ -30,19 +30,62 @@ def mathml(latex: str, *, block: bool = False) -> str:
     Raises:
         NotMathematics: a command is unknown, or a brace or an environment does not end.
     """
+    if len(re.findall(r"(?<!\\){", latex)) != len(re.findall(r"(?<!\\)}", latex)):
+        raise NotMathematics(f"a brace has no partner: {latex!r}")
     try:
-        found = convert(_rows(latex.strip()), display="block" if block else "inline")
+        found = convert(_rows(latex.strip()), display="block" if block else "inline", xmlns="")
     except Exception as error:  # each fault has its own class there
         raise NotMathematics(f"{type(error).__name__}: {latex!r}") from error
     left = [text for text in _TEXT.findall(found) if "\\" in text or text in ("&", "&#x00026;")]
     if left:
         raise NotMathematics(f"{left[0]!r} is not known: {latex!r}")
-    # \operatorname: a name, which has no space on both sides
-    found = _WORD.sub(r"<mi>\1</mi>", found)
-    # what browsers draw: a table's cells by style, and its fractions large
-    found = _ALIGN.sub(r'<mtd style="text-align: \1">', found)
-    found = found.replace("<mtable", '<mtable displaystyle="true"')
-    return _LETTER.sub(r'<mi mathvariant="normal">\1</mi>', found)
+    found = re.sub(r"<(?![/a-zA-Z])", "&lt;", re.sub(r"&(?![#\w]+;)", "&amp;", found))  # of \text
+    root = ElementTree.fromstring(found)
+    if any(len(fraction) != 2 for fraction in root.iter("mfrac")):
+        raise NotMathematics(f"half a fraction: {latex!r}")
+    _polish(root)
+    return ElementTree.tostring(root, encoding="unicode")
+
+
+def _polish(element: Element) -> None:
+    """Changes what the converter gives to what browsers draw well."""
+    for child in list(element):
+        _polish(child)
+    text = element.text or ""
+    if element.tag == "mo":
+        if re.fullmatch(r"[^\W\d_][\w ]*|∂", text):  # a name, which has no space on both sides
+            element.tag = "mi"
+            element.attrib.clear()
+            if len(text) == 1 and text != "∂":  # upright, as names of several letters are
+                element.set("mathvariant", "normal")
+        elif text == "/":
+            element.attrib |= {"lspace": "0", "rspace": "0"}
+        elif text == "|" and "fence" not in element.attrib:
+            element.attrib |= {"stretchy": "false", "lspace": "0", "rspace": "0"}
+    elif element.tag == "mtd" and "columnalign" in element.attrib:
+        element.set("style", f"text-align: {element.attrib.pop('columnalign')}")
+    elif element.tag == "mtable":
+        element.set("displaystyle", "true")
+    elif element.tag == "msup" and element[1].text and set(element[1].text) <= set("′″‴"):
+        element.tag, element[1].tag = "mrow", "mo"  # a prime is small and raised by itself
+        element[1].attrib |= {"lspace": "0", "rspace": "0", "form": "postfix"}
+    if element.tag in ("mrow", "math", "mtd"):
+        _space_names(element)
+
+
+def _space_names(row: Element) -> None:
+    """A thin space between the name of a function and a letter: log p."""
+    children = list(row)
+    for before, after in pairwise(children):
+        names = _is_name(before), _is_name(after)
+        if any(names) and not any(c.tag in ("mo", "mspace", "mtext") for c in (before, after)):
+            row.insert(list(row).index(after), Element("mspace", width="0.1667em"))
+
+
+def _is_name(element: Element) -> bool:
+    while element.tag in ("msub", "msup", "msubsup", "munder", "mrow") and len(element):
+        element = element[0]
+    return element.tag == "mi" and len(element.text or "") > 1
 
 
 def _rows(latex: str) -> str:

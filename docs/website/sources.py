@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ast
 import sys
+import textwrap
 import warnings
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -47,7 +48,7 @@ def functions(file: Path) -> dict[int, Function]:
     for node in ast.walk(ast.parse(text)):
         if isinstance(node, ast.FunctionDef):
             first = min([node.lineno, *(d.lineno for d in node.decorator_list)])
-            source = "\n".join(lines[first - 1 : node.end_lineno])
+            source = textwrap.dedent("\n".join(lines[first - 1 : node.end_lineno]))
             decorators = frozenset(ast.unparse(d) for d in node.decorator_list)
             docstring = ast.get_docstring(node) or ""
             function = Function(file, node.name, first, source, decorators, docstring)
