@@ -17,7 +17,7 @@ from . import INTERRUPTED
 from .work import (
     add_common,
     check_device,
-    check_json,
+    check_file,
     in_processes,
     interpreter,
     refuse,
@@ -50,7 +50,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     """Returns 1 if any check failed or nothing was checked, 130 after an interruption."""
-    check_json(args.json)
+    check_file(args.json)
     names = select(args.ops)
     checks = args.checks or list(CHECKS)
     check_device(args.device)

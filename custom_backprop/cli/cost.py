@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_map_only
 
 from ..cost import LEGEND, cost
-from .work import check_device, check_json, count, refuse
+from .work import check_device, check_file, count, refuse
 
 RETURNS = "(model, inputs), (model, inputs, loss) or (model, inputs, loss, *targets)"
 
@@ -43,7 +43,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     """Returns 0."""
-    check_json(args.json)
+    check_file(args.json)
     check_device(args.device)
     build = EXAMPLES[args.model] if args.model in EXAMPLES else _found(args.model)
     arguments = {"batch": args.batch} if args.batch else {}

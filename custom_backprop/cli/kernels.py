@@ -25,7 +25,7 @@ from ..testing.optimizers import OPTIMIZERS, audit_optimizer, steps
 from . import INTERRUPTED
 from .work import (
     add_common,
-    check_json,
+    check_file,
     in_processes,
     interpreter,
     refuse,
@@ -57,7 +57,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     """Returns 1 if a kernel has a fault or an op has none, 130 after an interruption."""
-    check_json(args.json)
+    check_file(args.json)
     if find_spec("triton") is None:
         refuse("the package triton is not installed")
     known = () if args.traffic else OPTIMIZERS

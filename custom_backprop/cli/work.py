@@ -54,10 +54,10 @@ def refuse(message: str) -> NoReturn:
     raise SystemExit(2)
 
 
-def check_json(path: str | None) -> None:
+def check_file(path: str | None, option: str = "--json") -> None:
     """Raises before the work begins if the file could not be written after it."""
     if path is not None and (not Path(path).parent.is_dir() or Path(path).is_dir()):
-        refuse(f"--json {path}: no file can be written there")
+        refuse(f"{option} {path}: no file can be written there")
 
 
 def check_device(device: str) -> None:
@@ -96,13 +96,13 @@ def interpreter(on: bool) -> Iterator[None]:
 
 
 def in_processes(
-    function: Callable[..., Any], items: Sequence[tuple[Any, ...]], jobs: int
+    function: Callable[..., Any], items: Sequence[tuple[Any, ...]], jobs: int, unit: str = "op"
 ) -> dict[tuple[Any, ...], Any]:
     """item -> ``function(*item)``, or the exception that it raised. It runs in fresh processes,
     with a progress bar. After an interruption the result has only the items that were done."""
     results: dict[tuple[Any, ...], Any] = {}
     waiting = deque(items)
-    with progress(len(items), "op") as bar:
+    with progress(len(items), unit) as bar:
 
         def done(item: tuple[Any, ...], result: Any) -> None:
             results[item] = result

@@ -6,12 +6,15 @@ from .audit import Audit, AuditedLaunch, audit
 from .bisect import Bisection, Layer, bisect
 from .checks import CHECKS
 from .database import cases, check_op, database
+from .inputs import Inputs
 from .interpreter import interpreted
 from .launches import compile_launches, recorded
 from .memory import peak_memory
 from .offline import TARGETS, Resources, compile_offline
+from .record import Recording, record
 from .report import Report, Result
 from .spec import Make, OpSpec, Sample
+from .target import own_forward
 from .traffic import Traffic, traffic
 from .validate import validate
 
@@ -21,9 +24,11 @@ __all__ = [
     "Audit",
     "AuditedLaunch",
     "Bisection",
+    "Inputs",
     "Layer",
     "Make",
     "OpSpec",
+    "Recording",
     "Report",
     "Resources",
     "Result",
@@ -37,7 +42,9 @@ __all__ = [
     "compile_offline",
     "database",
     "interpreted",
+    "own_forward",
     "peak_memory",
+    "record",
     "recorded",
     "traffic",
     "validate",

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Iterable
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from typing import Any
 
 from .checks import CHECKS
@@ -24,12 +24,16 @@ class Result:
             without; "not run", where this machine cannot run it; "n/a", where it says nothing about
             this call.
         detail: what it found, or why it has no result.
+        example: the smallest inputs with which it is wrong, as a text that :func:`validate` takes.
+        script: a program that shows it.
     """
 
     check: str
     status: str
     detail: str = ""
     seconds: float = 0.0
+    example: str = ""
+    script: str = ""
 
 
 @dataclass
@@ -41,12 +45,14 @@ class Report:
         results: one for each check that was asked for.
         errors: dtype -> (our error against float64, the reference's own).
         notes: what was done to be able to run the checks.
+        about: what was run, by what: the command, versions, the machine.
     """
 
     name: str
     results: list[Result] = field(default_factory=list)
     errors: dict[str, tuple[float, float]] = field(default_factory=dict)
     notes: list[str] = field(default_factory=list)
+    about: dict[str, str] = field(default_factory=dict)
 
     @property
     def ok(self) -> bool:
@@ -123,6 +129,12 @@ class Report:
         }
         return json.dumps(found, **options)
 
+    def to_markdown(self) -> str:
+        """The verdict as Markdown, to paste into a pull request."""
+        from .markdown import markdown
+
+        return markdown(self)
+
     def merge(self, other: Report) -> None:
         """Adds the report of another case. A check is right if it is right on every case to which
         it applies."""
@@ -133,7 +145,7 @@ class Report:
                 merged[r.check] = r
                 continue
             worse = min(mine, r, key=lambda x: STATUSES.index(x.status))
-            merged[r.check] = Result(r.check, worse.status, worse.detail, mine.seconds + r.seconds)
+            merged[r.check] = replace(worse, seconds=mine.seconds + r.seconds)
         order = list(CHECKS)
         self.results = sorted(
             merged.values(), key=lambda r: order.index(r.check) if r.check in order else -1

@@ -4,21 +4,23 @@ Function, kernel or module."""
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves
 
 from .case import Case, is_float, of_module
+from .inputs import Inputs, samples_of
 from .prepare import CannotRun, prepared
 from .report import Report, Result
 from .run import applicable, run
+from .spec import Sample
 
 
 def validate(
     fn_or_module: Callable[..., Any] | nn.Module,
-    inputs: Tensor | Sequence[Any],
+    inputs: Tensor | Sequence[Any] | str | Sample | Inputs,
     reference: Callable[..., Any] | nn.Module | None = None,
     *,
     kwargs: dict[str, Any] | None = None,
@@ -35,10 +37,12 @@ def validate(
     Args:
         fn_or_module: a function of tensors (``MyFunction.apply``, a kernel's wrapper), or a module,
             whose parameters are then differentiated as well.
-        inputs: the positional arguments, or a single tensor. Floating-point tensors are converted
-            to ``dtype``. Those that require grad are differentiated (all of them if none does).
-            They should be small, a few dozen elements: gradcheck evaluates the function twice per
-            element.
+        inputs: the positional arguments, or a single tensor; or a text that describes them, such as
+            ``"f32[8,16] requires_grad, i64[8] < 16"`` (:mod:`custom_backprop.testing.inputs`); or a
+            :class:`Sample`, which may have keyword arguments; or a list of texts or samples, for as
+            many calls. Floating-point tensors are converted to ``dtype``. Those that require grad
+            are differentiated (all of them if none does). They should be small, a few dozen
+            elements: gradcheck evaluates the function twice per element.
         reference: the same function by stock torch (with the same parameters, if both are modules).
             Without it, the checks that need an oracle do not apply.
         kwargs: keyword arguments of every call. Their tensors that require grad are differentiated
@@ -66,15 +70,32 @@ def validate(
             tensors.
     """
     title = name or getattr(fn_or_module, "__name__", None) or type(fn_or_module).__name__
-    args = (inputs,) if isinstance(inputs, Tensor) else tuple(inputs)
-    if not any(is_float(a) and a.requires_grad for a in args):
-        args = tuple(a.detach().requires_grad_() if is_float(a) else a for a in args)
+    if (samples := samples_of(inputs)) is not None:
+        report = Report(title)
+        for s in samples:
+            of_one = validate(
+                fn_or_module,
+                s.args,
+                reference,
+                kwargs={**(kwargs or {}), **s.kwargs},
+                checks=checks,
+                double_backward=double_backward,
+                dtype=dtype,
+                low_precision=low_precision,
+                inductor=inductor,
+                elementwise=elementwise,
+                name=title,
+            )
+            report.merge(of_one)
+        return report
+    args = (inputs,) if isinstance(inputs, Tensor) else tuple(cast(Sequence[Any], inputs))
+    args, kwargs = _differentiated(args, kwargs or {})
     function: Callable[..., Any] = fn_or_module
     if isinstance(fn_or_module, nn.Module):
         function, reference, args = of_module(fn_or_module, reference, args)
     if any(
         is_float(t)
-        for a in (*args, *(kwargs or {}).values())
+        for a in (*args, *kwargs.values())
         if not isinstance(a, Tensor)
         for t in tree_leaves(a)
     ):
@@ -82,12 +103,12 @@ def validate(
             "validate differentiates tensors that are arguments by themselves: take them out of "
             "lists, tuples and dicts"
         )
+    function, reference, args, kwargs = _positional(function, reference, args, kwargs)
     if not any(map(is_float, args)):
         raise TypeError(
             "validate needs a floating-point tensor among the inputs, got "
             f"{[type(a).__name__ for a in args]}"
         )
-    function, reference, args, kwargs = _positional(function, reference, args, kwargs or {})
     case = Case(
         function,
         reference,
@@ -111,6 +132,22 @@ def validate(
     report = run(case, wanted)
     report.notes = notes
     return report
+
+
+def _differentiated(
+    args: tuple[Any, ...], kwargs: dict[str, Any]
+) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    """The arguments, of which some require grad: if none does, all that are positional, or all by
+    keyword if those are none."""
+
+    def wanted(a: Any) -> Any:
+        return a.detach().requires_grad_() if is_float(a) else a
+
+    if any(is_float(a) and a.requires_grad for a in (*args, *kwargs.values())):
+        return args, kwargs
+    if any(map(is_float, args)):
+        return tuple(map(wanted, args)), kwargs
+    return args, {name: wanted(a) for name, a in kwargs.items()}
 
 
 def _positional(
