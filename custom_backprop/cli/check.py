@@ -6,6 +6,7 @@ from __future__ import annotations
 import argparse
 import json
 import time
+from collections.abc import Iterable
 from contextlib import nullcontext
 from pathlib import Path
 
@@ -67,12 +68,15 @@ def run(args: argparse.Namespace) -> int:
                 print(f"without backend {backend}: {reason}")
         backends = [b for b, reason in reasons.items() if reason is None]
         start = time.perf_counter()
-        work = [
-            (name, backend, args.device, tuple(checks)) for name in names for backend in backends
-        ]
-        results = in_processes(_check, work, args.jobs)
+        pairs = [(name, backend) for name in names for backend in backends]
+        work = [(*pair, check, args.device) for pair in pairs for check in checks]
+        results = in_processes(_check, work, args.jobs, "check")
         seconds = time.perf_counter() - start
-    reports = {item[:2]: _report(item[0], result) for item, result in results.items()}
+    reports = {}
+    for pair in pairs:
+        found = [results[item] for item in work if item[:2] == pair and item in results]
+        if len(found) == len(checks):
+            reports[pair] = _merged(pair[0], found)
     for backend in backends:
         if of_one := {name: r for (name, b), r in reports.items() if b == backend}:
             print(f"\nbackend {backend}\n{_rows(of_one, checks)}")
@@ -88,34 +92,36 @@ def run(args: argparse.Namespace) -> int:
     nothing = not any(r.status != "n/a" for report in reports.values() for r in report.results)
     if nothing:
         print("nothing was checked: no check applies")
-    if len(reports) < len(work):
-        print(f"interrupted after {len(reports)} of {len(work)}")
+    if len(reports) < len(pairs):
+        print(f"interrupted after {len(reports)} of {len(pairs)}")
     if args.json:
-        found = [
+        rows = [
             {"op": n, "backend": b, "formula": database()[n].formula, **r.to_dict()}
             for (n, b), r in reports.items()
         ]
-        Path(args.json).write_text(json.dumps(found, indent=1) + "\n")
+        Path(args.json).write_text(json.dumps(rows, indent=1) + "\n")
         print(f"wrote {args.json}")
-    if len(reports) < len(work):
+    if len(reports) < len(pairs):
         return INTERRUPTED
     return 1 if failed or nothing else 0
 
 
-def _check(name: str, backend: str, device: str, checks: tuple[str, ...]) -> Report:
-    return check_op(database()[name], backend, device, checks)
+def _check(name: str, backend: str, check: str, device: str) -> Report:
+    return check_op(database()[name], backend, device, [check])
 
 
 def _right(report: Report) -> bool:
     return not report.failures and not report.not_offered
 
 
-def _report(name: str, result: Report | BaseException) -> Report:
-    return (
-        result
-        if isinstance(result, Report)
-        else Report(name, [Result("run", "wrong", f"{type(result).__name__}: {result}")])
-    )
+def _merged(name: str, results: Iterable[Report | BaseException]) -> Report:
+    """The report of one op on one backend. What a check raised is the result of a check "run"."""
+    report = Report(name)
+    for one in results:
+        if not isinstance(one, Report):
+            one = Report(name, [Result("run", "wrong", f"{type(one).__name__}: {one}")])
+        report.merge(one)
+    return report
 
 
 def _rows(reports: dict[str, Report], checks: list[str]) -> str:

@@ -106,7 +106,7 @@ def in_processes(
 
         def done(item: tuple[Any, ...], result: Any) -> None:
             results[item] = result
-            bar.set_postfix_str(item[0])
+            bar.set_postfix_str(" ".join(item[:-1]) or item[0])
             bar.update()
 
         while waiting:
