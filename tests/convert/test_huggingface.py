@@ -12,6 +12,7 @@ from twins import assert_equal_training, train
 
 import custom_backprop
 from custom_backprop.conversions import counterpart, probe
+from custom_backprop.conversions.generated import made_of
 
 SIZES = {
     "vocab_size": 64,
@@ -142,14 +143,26 @@ def test_norms_in_half_precision_bit_for_bit(name, dtypes):
         assert (found != expected).float().mean() < 0.01
 
 
-def a_norm(bias=0.0, power=2):
+def of_input(x, weight):
+    return x.dtype
+
+
+def wider(x, weight):
+    return torch.promote_types(x.dtype, weight.dtype)
+
+
+def narrower(x, weight):
+    return min(x.dtype, weight.dtype, key=lambda dtype: dtype.itemsize)
+
+
+def a_norm(bias=0.0, power=2, returned=of_input):
     class StrangeRMSNorm(torch.nn.Module):
         def __init__(self):
             super().__init__()
             self.weight, self.eps = torch.nn.Parameter(torch.ones(16)), 1e-6
 
         def forward(self, x):
-            x, dtype = x.float(), x.dtype
+            x, dtype = x.float(), returned(x, self.weight)
             r = (x.abs().pow(power).mean(-1, keepdim=True) + self.eps).pow(-1 / power)
             return (self.weight * (x * r + bias)).to(dtype)
 
@@ -165,6 +178,13 @@ def test_a_probe_sees_what_a_name_does_not_say(device):
     assert torch.equal(torch.random.get_rng_state(), state)
     assert issubclass(found[0], torch.nn.Module)
     assert found[1:] == ["an RMSNorm by its name, but computes or rounds otherwise"] * 2
+
+
+@pytest.mark.parametrize("returned", [of_input, wider, narrower])
+def test_ours_runs_in_mixed_dtypes_if_theirs_returns_that_of_the_input(returned):
+    norm = a_norm(returned=returned)
+    ours = counterpart(norm, type(norm))
+    assert made_of(ours)[1].mixed is (returned is of_input)
 
 
 def test_a_probe_believes_nothing():

@@ -13,6 +13,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from twins import MODELS, assert_equal_training, batches, gradients, small, train, twins
 
 import custom_backprop
+from custom_backprop.conversions.deferred import Deferred
 
 pytestmark = pytest.mark.usefixtures("fused")
 STEPS = 3
@@ -47,6 +48,19 @@ def test_other_architectures(name):
     stock, ours = twins(name)
     inputs = batches(name, 2)
     assert_equal_training(train(ours, inputs), train(stock, inputs))
+
+
+@pytest.mark.parametrize("name", ["llama", "gpt2"])
+def test_ignored_labels_of_another_number(name):
+    stock, ours = twins(name)
+    (inputs,) = batches(name, 1)
+    usual = stock(**inputs).loss
+    inputs["labels"] = inputs["labels"].masked_fill(inputs["labels"] == -100, 2)
+    inputs |= {"ignore_index": 2}
+    found, expected = (train(m, [inputs]) for m in (ours, stock))
+    assert_equal_training(found, expected)
+    torch.testing.assert_close(found[0][0], usual)
+    assert isinstance(ours(**inputs).logits, Deferred)
 
 
 @pytest.mark.parametrize(

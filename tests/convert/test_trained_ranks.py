@@ -20,6 +20,7 @@ CHECKS = {
     "ddp_without_exchange",
     "fsdp2",
     "fsdp2_with_a_loss_outside",
+    "fsdp2_with_a_loss_of_the_logits",
     "fsdp2_of_a_model_converted_later",
     "fsdp2_with_mixed_precision",
     "fsdp2_with_checkpointing",

@@ -97,18 +97,46 @@ def check_fsdp2_with_a_loss_outside(mesh):
             losses[-1].backward()
         return whole((losses, gradients(shards)))
 
-    def trained_on_logits(model):
-        """Of a model that has computed its own loss, too."""
+    stock, ours = map(trained, twins("llama"))
+    assert_equal_training(ours, stock)
+
+
+def check_fsdp2_with_a_loss_of_the_logits(mesh):
+    """Of a model that has computed its own loss, too. If the model is one group, that the gradient
+    of the logits arrives is all that FSDP hears of backward; also if a Function gets them, which
+    looks below torch's functions, or if a hook has had them made before."""
+
+    def look(module, inputs, output):
+        output.logits.argmax()
+
+    def trained(model, in_layers, function, is_looked_at):
         batch, *_ = part("llama")
-        shards = sharded(model, mesh, False)
+        if is_looked_at:
+            model.register_forward_hook(look)
+        shards = sharded(model, mesh, False) if in_layers else fully_shard(model, mesh=mesh)
         output = shards(**batch)
-        loss = output.logits.square().mean()
+        loss = function(output.logits).square().mean()
         loss.backward()
         return whole(([loss, output.loss], gradients(shards)))
 
-    for step in (trained, trained_on_logits):
-        stock, ours = map(step, twins("llama"))
+    for case in (
+        (True, torch.Tensor.float, False),
+        (False, torch.Tensor.float, False),
+        (False, Doubled.apply, False),
+        (False, torch.Tensor.float, True),
+    ):
+        stock, ours = (trained(m, *case) for m in twins("llama"))
         assert_equal_training(ours, stock)
+
+
+class Doubled(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, x):
+        return 2 * x
+
+    @staticmethod
+    def backward(ctx, dy):
+        return 2 * dy
 
 
 def check_fsdp2_of_a_model_converted_later(mesh):
