@@ -161,6 +161,10 @@ examples:
 """
 
 
+#: the work that measures what --html draws
+PLOTS = "plots"
+
+
 @dataclass(frozen=True)
 class Request:
     """What the processes need to know."""
@@ -193,16 +197,18 @@ def run(args: argparse.Namespace) -> int:
     checks = args.checks or list(CHECKS)
     if unknown := sorted({*args.require} - {*checks, "all"}):
         refuse(f"--require {unknown[0]}: it is not among --check {' '.join(checks)}")
-    results = in_processes(_check, [(check, request) for check in checks], args.jobs, "check")
+    work = [*checks, *([PLOTS] if args.html else [])]
+    results = in_processes(_check, [(name, request) for name in work], args.jobs, "check")
     report = Report(args.target)
-    for check in checks:
+    for check in work:
         if (check, request) not in results:
             return INTERRUPTED
         result = results[check, request]
         if isinstance(result, Refused):
             refuse(result)
         if not isinstance(result, Report):  # an exception: not of the code, but of its process
-            result = Report(args.target, [Result(check, "not run", _died(result))])
+            died = [Result(check, "not run", _died(result))] if check != PLOTS else []
+            result = Report(args.target, died)
         report.merge(result)
     report.about = {
         **versions(args.target.partition(":")[0]),
@@ -210,8 +216,13 @@ def run(args: argparse.Namespace) -> int:
         "command": shlex.join(["custom-backprop", *sys.argv[1:]]),
     }
     print(report.to_markdown())
-    if args.json:
-        Path(args.json).write_text(report.to_json(indent=1) + "\n")
+    for path, written in (
+        (args.json, report.to_json),
+        (args.junit, report.to_junit),
+        (args.html, report.to_html),
+    ):
+        if path:
+            Path(path).write_text(written() + "\n")
     missing = report.missing(args.require)
     if missing:
         print("\nrequired: " + ", ".join(f"{r.check} is {r.status}" for r in missing))
@@ -301,10 +312,11 @@ def _checked(check: str, request: Request, launches: list[Any]) -> Report:
                 code.value,
                 inputs,
                 oracle,
-                checks=[check],
+                checks=[check] if check != PLOTS else [],
                 dtype=DTYPES.get(request.dtype or ""),
                 elementwise=request.elementwise,
                 inductor=request.inductor,
+                plots=check == PLOTS,
                 name=request.target,
             )
         except (TypeError, ValueError) as error:

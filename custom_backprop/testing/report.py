@@ -9,6 +9,7 @@ from dataclasses import asdict, dataclass, field, replace
 from typing import Any
 
 from .checks import CHECKS
+from .curves import Curve
 
 #: every status, the worst first
 STATUSES = ("wrong", "not offered", "not run", "right", "n/a")
@@ -46,6 +47,7 @@ class Report:
         errors: dtype -> (our error against float64, the reference's own).
         notes: what was done to be able to run the checks.
         about: what was run, by what: the command, versions, the machine.
+        curves: errors over the range of the inputs, of ``validate(plots=True)``.
     """
 
     name: str
@@ -53,6 +55,7 @@ class Report:
     errors: dict[str, tuple[float, float]] = field(default_factory=dict)
     notes: list[str] = field(default_factory=list)
     about: dict[str, str] = field(default_factory=dict)
+    curves: list[Curve] = field(default_factory=list)
 
     @property
     def ok(self) -> bool:
@@ -135,6 +138,20 @@ class Report:
 
         return markdown(self)
 
+    def to_html(self) -> str:
+        """The report as one page that needs no other file: the verdict, each check with what it
+        finds, the smallest inputs that fail with a script, and the errors as plots."""
+        from .html import page
+
+        return page(self)
+
+    def to_junit(self) -> str:
+        """The report as JUnit's XML: one test case a check. What is not offered, not run or not
+        applicable is skipped."""
+        from .junit import junit
+
+        return junit(self)
+
     def merge(self, other: Report) -> None:
         """Adds the report of another case. A check is right if it is right on every case to which
         it applies."""
@@ -151,6 +168,10 @@ class Report:
             merged.values(), key=lambda r: order.index(r.check) if r.check in order else -1
         )
         self.notes += [note for note in other.notes if note not in self.notes]
+        drawn = {c.title: c for c in self.curves}
+        for curve in other.curves:
+            drawn[curve.title] = drawn.get(curve.title, curve).worse(curve)
+        self.curves = list(drawn.values())
         for dtype, (ours, theirs) in other.errors.items():
             before = self.errors.get(dtype, (0.0, 0.0))
             self.errors[dtype] = (max(before[0], ours), max(before[1], theirs))

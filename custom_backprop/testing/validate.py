@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves
 
 from .case import Case, is_float, of_module
+from .curves import curves
 from .inputs import Inputs, samples_of
 from .prepare import CannotRun, prepared
 from .report import Report, Result
@@ -30,6 +31,7 @@ def validate(
     low_precision: tuple[torch.dtype, ...] = (torch.float32, torch.bfloat16, torch.float16),
     inductor: bool = False,
     elementwise: bool = False,
+    plots: bool = False,
     name: str | None = None,
 ) -> Report:
     """Proves a backward against torch.
@@ -58,6 +60,7 @@ def validate(
         inductor: also compile with Inductor, which needs a C++ compiler and some seconds.
         elementwise: states that each element of the result depends only on the same element of the
             one differentiated tensor. Every 16-bit number is then tried.
+        plots: also measure the errors over the range of the inputs, which ``to_html`` draws.
         name: the report's title.
 
     Returns:
@@ -69,7 +72,7 @@ def validate(
         ValueError: an unknown check, another dtype, or ``elementwise`` with several differentiated
             tensors.
     """
-    title = name or getattr(fn_or_module, "__name__", None) or type(fn_or_module).__name__
+    title = name or _title(fn_or_module)
     if (samples := samples_of(inputs)) is not None:
         report = Report(title)
         for s in samples:
@@ -84,6 +87,7 @@ def validate(
                 low_precision=low_precision,
                 inductor=inductor,
                 elementwise=elementwise,
+                plots=plots,
                 name=title,
             )
             report.merge(of_one)
@@ -131,7 +135,15 @@ def validate(
         return Report(title, [Result(check, "not run", str(reason)) for check in wanted])
     report = run(case, wanted)
     report.notes = notes
+    report.curves = curves(case) if plots else []
     return report
+
+
+def _title(function: Any) -> str:
+    owner = getattr(function, "__self__", None)
+    if isinstance(owner, type) and issubclass(owner, torch.autograd.Function):
+        return owner.__name__  # of Function.apply
+    return getattr(function, "__name__", None) or type(function).__name__
 
 
 def _differentiated(
