@@ -5,6 +5,8 @@ from __future__ import annotations
 
 import io
 import re
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import matplotlib
@@ -25,8 +27,7 @@ STYLE: Any = {
 
 def curves(x: Tensor, lines: list[tuple[str, Tensor]], title: str) -> str:
     """Functions of x, each with its label, as an SVG."""
-    with plt.rc_context(STYLE):
-        figure, axes = plt.subplots(figsize=(7.2, 3.6), layout="constrained")
+    with _axes(3.6) as (axes, text):
         for (label, y), colour, line in zip(lines, COLOURS, LINES, strict=False):
             axes.plot(x, _broken(y), label=label, color=colour, linestyle=line, linewidth=2)
         axes.axhline(0, color=INK, linewidth=0.6, alpha=0.5)
@@ -35,12 +36,34 @@ def curves(x: Tensor, lines: list[tuple[str, Tensor]], title: str) -> str:
         low, high = float(values.min()), float(values.max())
         axes.set_ylim(max(low, -3.2) - 0.2, min(high, 4.2) + 0.2)
         axes.set_xlim(float(x[0]), float(x[-1]))
-        axes.set_xlabel("x")
         axes.legend(frameon=False)
+    return _inline(text.getvalue(), title)
+
+
+def errors(x: Tensor, lines: list[tuple[str, Tensor]], title: str) -> str:
+    """Errors over x, in units in the last place, as an SVG."""
+    with _axes(2.8) as (axes, text):
+        for (label, off), colour in zip(lines, COLOURS, strict=False):
+            points = off.clamp(1e-2, 1e8)
+            axes.plot(x, points, ".", label=label, color=colour, markersize=2.5, alpha=0.7)
+        axes.axhline(0.5, color=INK, linewidth=0.6, alpha=0.5)
+        axes.set_yscale("log")
+        axes.set_xlim(float(x[0]), float(x[-1]))
+        axes.set_ylabel("units in the last place")
+        axes.legend(frameon=False, markerscale=4)
+    return _inline(text.getvalue(), title)
+
+
+@contextmanager
+def _axes(height: float) -> Iterator[tuple[Any, io.StringIO]]:
+    """Axes to draw on, and the SVG that is written after that."""
+    with plt.rc_context(STYLE):
+        figure, axes = plt.subplots(figsize=(7.2, height), layout="constrained")
+        axes.set_xlabel("x")
         text = io.StringIO()
+        yield axes, text
         figure.savefig(text, format="svg", transparent=True, metadata={"Date": None})
         plt.close(figure)
-    return _inline(text.getvalue(), title)
 
 
 def _broken(y: Tensor) -> Tensor:

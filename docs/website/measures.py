@@ -17,7 +17,7 @@ from torch import Tensor
 import custom_backprop
 from custom_backprop.testing import Make, OpSpec, cases
 from custom_backprop.testing.case import Case, gradients, outputs, weights_for
-from custom_backprop.testing.sweep import units_off
+from custom_backprop.testing.sweep import units_off, value_and_derivative
 
 from .pages import ROOT
 
@@ -126,6 +126,23 @@ def accuracy(spec: OpSpec) -> dict[str, dict[str, Errors]]:
                 rows[name] = (y, dx)
         found[str(dtype).removeprefix("torch.")] = rows
     return found
+
+
+def errors_over(spec: OpSpec) -> tuple[Tensor, dict[str, Tensor]]:
+    """For an elementwise op: x, and the errors of dx there in float32, by whom it was computed."""
+    (case,) = _cases(spec, torch.float32)
+    x = case.leaves[0].detach()
+    exact = case.to(torch.float64)
+    truth = value_and_derivative(exact.call_reference, x.double())[1]
+    found = {}
+    for name in (*BACKENDS, "stock"):
+        if name == "stock":
+            dx = value_and_derivative(case.call_reference, x)[1]
+        else:
+            with custom_backprop.use_backend(name):
+                dx = value_and_derivative(case.call, x)[1]
+        found[name] = units_off(dx, truth)
+    return x, found
 
 
 def _cases(spec: OpSpec, dtype: torch.dtype) -> list[Case]:

@@ -29,6 +29,8 @@ ABOUT_UNITS = {
     False: "The largest error of a tensor in units in the last place of its largest element, over "
     "small samples.",
 }
+#: of how many points one is drawn
+ERRORS_SHOWN = 4
 #: a family of more ops describes what they share, and each of them derives its own
 LARGE = 4
 #: parts of the repository that a page is made from
@@ -178,11 +180,19 @@ def _accuracy(spec: OpSpec) -> str:
     for dtype, by_backend in measures.accuracy(spec).items():
         for name, (y, dx) in by_backend.items():
             rows.append([dtype, PER_WHAT[name], _units(y), _units(dx)])
+    picture = ""
+    if spec.elementwise:
+        x, by_backend = measures.errors_over(spec)
+        lines = [(PER_WHAT[n], by_backend[n][::ERRORS_SHOWN]) for n in ("stock", "triton")]
+        title = f"{spec.name}: error of the gradient in float32 over x"
+        svg = figures.errors(x[::ERRORS_SHOWN], lines, title)
+        picture = f"\n\nThe gradient in float32, over x:\n\n```{{raw}} html\n{svg}\n```"
     return (
         f"{prose.escaped(ABOUT_UNITS[spec.elementwise])} The truth is stock's own in float64. "
         "Half a unit is a result that is rounded once. Measured on a CPU while this page was "
         "built; Triton's interpreter rounds as a GPU does, but for its elementary functions.\n\n"
         + table(["dtype", "computed by", "y", "gradients"], rows)
+        + picture
     )
 
 

@@ -19,6 +19,11 @@ DOCS = Path(__file__).parents[1]
 ROOT = DOCS.parent
 GENERATED = DOCS / "reference"
 
+#: the end of the list in ``index.md``: pages that are not on GitHub
+NOT_BY_HAND = """\
+- [Checks](/reference/checks/index.md): what `validate` checks, and which bug each check finds
+- [API](/reference/api/index.md): the public modules
+"""
 _FENCE = re.compile(r"^(```+|~~~+).*?^\1[ \t]*$", re.DOTALL | re.MULTILINE)
 _LINK = re.compile(r"(?<=\]\()([^)\s#]+)(#[^)\s]*)?(?=\))")
 _SOURCE = re.compile(r"(?<=\]\()/reference/source/([^)]+)\.md(?=\))")
@@ -153,7 +158,7 @@ def _read(app: Sphinx, name: str, source: list[str]) -> None:
     if is_written_by_hand(page):
         source[0] = rewritten(page)
         if name == "index":
-            source[0] += contents(source[0])
+            source[0] += f"{NOT_BY_HAND}{contents(source[0])}"
 
 
 def setup(app: Sphinx) -> None:
