@@ -182,8 +182,8 @@ def _accuracy(spec: OpSpec) -> str:
             rows.append([dtype, PER_WHAT[name], _units(y), _units(dx)])
     picture = ""
     if spec.elementwise:
-        x, by_backend = measures.errors_over(spec)
-        lines = [(PER_WHAT[n], by_backend[n][::ERRORS_SHOWN]) for n in ("stock", "triton")]
+        x, off = measures.errors_over(spec)
+        lines = [(PER_WHAT[n], off[n][::ERRORS_SHOWN]) for n in ("stock", "triton")]
         title = f"{spec.name}: error of the gradient in float32 over x"
         svg = figures.errors(x[::ERRORS_SHOWN], lines, title)
         picture = f"\n\nThe gradient in float32, over x:\n\n```{{raw}} html\n{svg}\n```"
