@@ -1,7 +1,7 @@
 """Activations: device functions (value, derivative) and their launchers.
 
-A device function takes (x, A, B): see ``pointwise.py``, whose kernels run it. The fused linear uses
-the same pairs. Formulas: ``custom_backprop/formulas/activation.py``.
+A device function takes (x, A, B, HALF): see ``pointwise.py``, whose kernels run it. The fused
+linear uses the same pairs. Formulas: ``custom_backprop/formulas/activation.py``.
 """
 
 from __future__ import annotations
@@ -14,122 +14,123 @@ import triton.language as tl
 from torch import Tensor
 
 from . import elementary, pointwise
-from .elementary import constant, expm1
+from .elementary import constant, divide, expm1
 from .launch import Launch, planned
 from .pointwise import like
 
 
 @triton.jit
-def hardtanh(x, A, B):
+def hardtanh(x, A, B, HALF: tl.constexpr):
     a, b = constant(A, x), constant(B, x)
     return tl.where(x < a, a, tl.where(x > b, b, x))
 
 
 @triton.jit
-def hardtanh_derivative(y, A, B):
+def hardtanh_derivative(y, A, B, HALF: tl.constexpr):
     return tl.where((y <= constant(A, y)) | (y >= constant(B, y)), 0.0, 1.0).to(y.dtype)
 
 
 @triton.jit
-def leaky_relu(x, A, B):
+def leaky_relu(x, A, B, HALF: tl.constexpr):
     return tl.where(x > 0, x, x * A)
 
 
 @triton.jit
-def leaky_relu_derivative(x, A, B):
+def leaky_relu_derivative(x, A, B, HALF: tl.constexpr):
     return tl.where(x > 0, tl.full(x.shape, 1.0, x.dtype), A)
 
 
 @triton.jit
-def threshold(x, A, B):
+def threshold(x, A, B, HALF: tl.constexpr):
     return tl.where(x <= constant(A, x), B, x)
 
 
 @triton.jit
-def threshold_derivative(x, A, B):
+def threshold_derivative(x, A, B, HALF: tl.constexpr):
     return tl.where(x <= constant(A, x), 0.0, 1.0).to(x.dtype)
 
 
 @triton.jit
-def relu_squared(x, A, B):
-    r = threshold(x, 0.0, 0.0)
+def relu_squared(x, A, B, HALF: tl.constexpr):
+    r = threshold(x, 0.0, 0.0, HALF)
     return r * r
 
 
 @triton.jit
-def relu_squared_derivative(x, A, B):
-    return 2 * threshold(x, 0.0, 0.0)
+def relu_squared_derivative(x, A, B, HALF: tl.constexpr):
+    return 2 * threshold(x, 0.0, 0.0, HALF)
 
 
 @triton.jit
-def elu(x, A, B):
-    return tl.where(x <= 0, A * expm1(tl.where(x <= 0, x, 0.0)), x)
+def elu(x, A, B, HALF: tl.constexpr):
+    return tl.where(x <= 0, A * expm1(tl.where(x <= 0, x, 0.0), HALF), x)
 
 
 @triton.jit
-def elu_derivative(x, A, B):
-    return tl.where(x <= 0, A * elementary.exp_minus(tl.where(x <= 0, -x, 0.0)), 1.0)
+def elu_derivative(x, A, B, HALF: tl.constexpr):
+    return tl.where(x <= 0, A * elementary.exp_minus(tl.where(x <= 0, -x, 0.0), HALF), 1.0)
 
 
 @triton.jit
-def selu(x, A, B):
-    return 1.0507009873554805 * elu(x, 1.6732632423543772, B)
+def selu(x, A, B, HALF: tl.constexpr):
+    return 1.0507009873554805 * elu(x, 1.6732632423543772, B, HALF)
 
 
 @triton.jit
-def selu_derivative(x, A, B):
-    return 1.0507009873554805 * elu_derivative(x, 1.6732632423543772, B)
+def selu_derivative(x, A, B, HALF: tl.constexpr):
+    return 1.0507009873554805 * elu_derivative(x, 1.6732632423543772, B, HALF)
 
 
 @triton.jit
-def celu(x, A, B):
-    return tl.where(x <= 0, A * expm1(tl.where(x <= 0, x / A, 0.0)), x)
+def celu(x, A, B, HALF: tl.constexpr):
+    return tl.where(x <= 0, A * expm1(tl.where(x <= 0, x / A, 0.0), HALF), x)
 
 
 @triton.jit
-def celu_derivative(x, A, B):
-    return tl.where(x <= 0, elementary.exp(tl.where(x <= 0, x / A, 0.0)), 1.0)
+def celu_derivative(x, A, B, HALF: tl.constexpr):
+    return tl.where(x <= 0, elementary.exp(tl.where(x <= 0, x / A, 0.0), HALF), 1.0)
 
 
 @triton.jit
-def gelu(x, A, B):
-    tail = elementary.normal_tail(tl.abs(x))[0]
+def gelu(x, A, B, HALF: tl.constexpr):
+    tail = elementary.normal_tail(tl.abs(x), HALF)[0]
     return x * tl.where(x < 0, tail, 1 - tail)
 
 
 @triton.jit
-def gelu_derivative(x, A, B):
-    tail, e = elementary.normal_tail(tl.abs(x))
-    return tl.where(x < 0, tail, 1 - tail) + x * (e * 0.3989422804014327)
+def gelu_derivative(x, A, B, HALF: tl.constexpr):
+    tail, density = elementary.normal_tail(tl.abs(x), HALF)
+    return tl.where(x < 0, tail, 1 - tail) + x * density
 
 
 @triton.jit
 def _gelu_inner(x):
     """v = 2 √(2/π) (x + 0.044715 x³)."""
-    return 1.5957691216057308 * (x + 0.044715 * x * x * x)
+    return x * (1.5957691216057308 + 0.07135481627260025 * (x * x))
 
 
 @triton.jit
-def gelu_tanh(x, A, B):
-    return x * elementary.sigmoid(_gelu_inner(x))
+def gelu_tanh(x, A, B, HALF: tl.constexpr):
+    return x * elementary.sigmoid(_gelu_inner(x), HALF)
 
 
 @triton.jit
-def gelu_tanh_derivative(x, A, B):
+def gelu_tanh_derivative(x, A, B, HALF: tl.constexpr):
     v = _gelu_inner(x)
-    slope = 1.5957691216057308 * (1 + 3 * 0.044715 * x * x)
-    s = elementary.sigmoid(v)
-    return s + x * (s * elementary.sigmoid(-v)) * slope  # x times the slope may overflow
+    slope = 1.5957691216057308 + 0.21406444881780076 * (x * x)
+    s = elementary.sigmoid(v, HALF)
+    rest = 1 - s if HALF else elementary.sigmoid(-v)
+    return s + x * (s * rest) * slope  # x times the slope may overflow
 
 
 @triton.jit
-def silu(x, A, B):
-    return x * elementary.sigmoid(x)
+def silu(x, A, B, HALF: tl.constexpr):
+    return x * elementary.sigmoid(x, HALF)
 
 
 @triton.jit
-def silu_derivative(x, A, B):
-    s = elementary.sigmoid(x)
+def silu_derivative(x, A, B, HALF: tl.constexpr):
+    s = elementary.sigmoid(x, HALF)
     return s * (1 + x * (1 - s))
 
 
@@ -143,116 +144,132 @@ def _tanh_softplus(x):
 
 
 @triton.jit
-def mish(x, A, B):
+def _tanh_softplus_half(x):
+    """The same in half precision, where t is 1 from 20 on: n - 1, 1 / (n + 1), e^x and x, each of
+    an x up to 20."""
+    x = tl.where(x > 20, 20.0, x)
+    e = elementary.exp(x, True)
+    m = e * (2 + e)
+    return m, divide(1.0, m + 2, True), e, x
+
+
+@triton.jit
+def mish(x, A, B, HALF: tl.constexpr):
+    if HALF:
+        m, r, _, _ = _tanh_softplus_half(x)
+        return x * (m * r)
     return x * _tanh_softplus(x)[0]
 
 
 @triton.jit
-def mish_derivative(x, A, B):
+def mish_derivative(x, A, B, HALF: tl.constexpr):
     """(1 - t²) σ = 4 n / (n + 1)² · e^x / (1 + e^x): written so, nothing cancels where t is near
     1."""
+    if HALF:
+        m, r, e, x = _tanh_softplus_half(x)
+        return r * (m + x * (4 * e * (1 + e) * r))
     t, d, e = _tanh_softplus(x)
     return t + x * (4 * (1 + e) * tl.where(x > 0, e * e, e) / (d * d))  # 4 x may overflow
 
 
 @triton.jit
-def sigmoid(x, A, B):
-    return elementary.sigmoid(x)
+def sigmoid(x, A, B, HALF: tl.constexpr):
+    return elementary.sigmoid(x, HALF)
 
 
 @triton.jit
-def sigmoid_derivative(y, A, B):
+def sigmoid_derivative(y, A, B, HALF: tl.constexpr):
     return y * (1 - y)
 
 
 @triton.jit
-def logsigmoid(x, A, B):
-    return -elementary.softplus(-x)
+def logsigmoid(x, A, B, HALF: tl.constexpr):
+    return -elementary.softplus(-x, HALF)
 
 
 @triton.jit
-def logsigmoid_derivative(x, A, B):
-    return elementary.sigmoid(-x)
+def logsigmoid_derivative(x, A, B, HALF: tl.constexpr):
+    return elementary.sigmoid(-x, HALF)
 
 
 @triton.jit
-def hardsigmoid(x, A, B):
-    return hardtanh((x + 3) / 6, 0.0, 1.0)
+def hardsigmoid(x, A, B, HALF: tl.constexpr):
+    return hardtanh((x + 3) / 6, 0.0, 1.0, HALF)
 
 
 @triton.jit
-def hardsigmoid_derivative(x, A, B):
+def hardsigmoid_derivative(x, A, B, HALF: tl.constexpr):
     return tl.where((x > -3) & (x < 3), 1.0, 0.0).to(x.dtype) / 6
 
 
 @triton.jit
-def hardswish(x, A, B):
-    return x * hardtanh(x + 3, 0.0, 6.0) / 6
+def hardswish(x, A, B, HALF: tl.constexpr):
+    return x * hardtanh(x + 3, 0.0, 6.0, HALF) / 6
 
 
 @triton.jit
-def hardswish_derivative(x, A, B):
+def hardswish_derivative(x, A, B, HALF: tl.constexpr):
     return tl.where(x <= -3, 0.0, tl.where(x < 3, x / 3 + 0.5, 1.0))
 
 
 @triton.jit
-def tanh(x, A, B):
-    return elementary.tanh(x)
+def tanh(x, A, B, HALF: tl.constexpr):
+    return elementary.tanh(x, HALF)
 
 
 @triton.jit
-def tanh_derivative(y, A, B):
+def tanh_derivative(y, A, B, HALF: tl.constexpr):
     return 1 - y * y
 
 
 @triton.jit
-def tanhshrink(x, A, B):
-    return x - elementary.tanh(x)
+def tanhshrink(x, A, B, HALF: tl.constexpr):
+    return x - elementary.tanh(x, HALF)
 
 
 @triton.jit
-def tanhshrink_derivative(x, A, B):
-    t = elementary.tanh(x)
+def tanhshrink_derivative(x, A, B, HALF: tl.constexpr):
+    t = elementary.tanh(x, HALF)
     return t * t
 
 
 @triton.jit
-def softplus(x, A, B):
+def softplus(x, A, B, HALF: tl.constexpr):
     z = x * A
-    return tl.where(z > B, x, elementary.softplus(z) / A)
+    return tl.where(z > B, x, elementary.softplus(z, HALF) / A)
 
 
 @triton.jit
-def softplus_derivative(x, A, B):
+def softplus_derivative(x, A, B, HALF: tl.constexpr):
     z = x * A
-    return tl.where(z > B, 1.0, elementary.sigmoid(z))
+    return tl.where(z > B, 1.0, elementary.sigmoid(z, HALF))
 
 
 @triton.jit
-def softsign(x, A, B):
-    return x / (1 + tl.abs(x))
+def softsign(x, A, B, HALF: tl.constexpr):
+    return divide(x, 1 + tl.abs(x), HALF)
 
 
 @triton.jit
-def softsign_derivative(x, A, B):
+def softsign_derivative(x, A, B, HALF: tl.constexpr):
     d = 1 + tl.abs(x)
-    return 1 / (d * d)
+    return divide(1.0, d * d, HALF)
 
 
 @triton.jit
-def softshrink(x, A, B):
+def softshrink(x, A, B, HALF: tl.constexpr):
     a = constant(A, x)
     return tl.where(x > a, x - a, tl.where(x < -a, x + a, x * 0))
 
 
 @triton.jit
-def hardshrink(x, A, B):
+def hardshrink(x, A, B, HALF: tl.constexpr):
     a = constant(A, x)
     return tl.where((x >= -a) & (x <= a), 0.0, x)
 
 
 @triton.jit
-def shrink_derivative(x, A, B):
+def shrink_derivative(x, A, B, HALF: tl.constexpr):
     a = constant(A, x)
     return tl.where((x >= -a) & (x <= a), 0.0, 1.0).to(x.dtype)
 

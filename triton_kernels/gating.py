@@ -14,6 +14,7 @@ import triton.language as tl
 from torch import Tensor
 
 from .activation import DEVICE_FUNCTIONS, SAVES_OUTPUT
+from .elementary import half
 from .launch import Launch, cdiv, kernel, next_power_of_2, planned
 from .pointwise import BLOCK
 from .rows import read, write
@@ -34,7 +35,7 @@ def _forward(
 ):  # fmt: skip
     """y = f(a) b."""
     row, column, inside = _tile(rows, n, blocks, ROWS, BLOCK)
-    y = F(read(A, row * a_row + column, inside), P, Q)
+    y = F(read(A, row * a_row + column, inside), P, Q, half(A))
     write(Y, row * n + column, inside, y * read(B, row * b_row + column, inside))
 
 
@@ -48,10 +49,10 @@ def _backward(
     row, column, inside = _tile(rows, n, blocks, ROWS, BLOCK)
     dy = read(DY, row * n + column, inside)
     a = read(A, row * a_row + column, inside)
-    y = F(a, P, Q)
+    y = F(a, P, Q, half(A))
     if DA is not None:
         b = read(B, row * b_row + column, inside)
-        write(DA, row * da_row + column, inside, dy * b * D(y if OF_OUTPUT else a, P, Q))
+        write(DA, row * da_row + column, inside, dy * b * D(y if OF_OUTPUT else a, P, Q, half(A)))
     if DB is not None:
         write(DB, row * da_row + column, inside, dy * y)
 

@@ -10,7 +10,7 @@ import triton.language as tl
 from torch import Tensor
 
 from .activation import constants
-from .elementary import upcast
+from .elementary import half, upcast
 from .launch import Launch, cdiv, kernel, planned
 
 
@@ -69,7 +69,7 @@ def _product(
     if Z is not None:
         tl.store(Z + place, total.to(Z.dtype.element_ty), inside)
     if F is not None:
-        total = F(total, A, B)
+        total = F(total, A, B, half(OUT))
     tl.store(OUT + place, total.to(OUT.dtype.element_ty), inside)
 
 

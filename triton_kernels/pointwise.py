@@ -1,7 +1,7 @@
 """Elementwise kernels: a value and its derivative, one block of a dense tensor a program.
 
-The functions that they apply are compile-time constants: ``F(x, A, B)`` takes x in the
-accumulator's dtype and two parameters. (A float argument of a kernel would be float32, which rounds
+The functions that they apply are compile-time constants: ``F(x, A, B, HALF)`` takes x in the
+accumulator's dtype, two parameters, and whether x came from 16 bits. (A float argument of a kernel would be float32, which rounds
 a parameter in float64.)
 """
 
@@ -14,6 +14,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from .elementary import half
 from .launch import cdiv, kernel
 from .rows import read, write
 
@@ -34,7 +35,7 @@ def block_of(index, n, BLOCK: tl.constexpr):
 def forward(X, Y, n, F: tl.constexpr, A: tl.constexpr, B: tl.constexpr, BLOCK: tl.constexpr):
     """y = f(x)."""
     start, offsets, inside = block_of(tl.program_id(0), n, BLOCK)
-    write(Y + start, offsets, inside, F(read(X + start, offsets, inside), A, B))
+    write(Y + start, offsets, inside, F(read(X + start, offsets, inside), A, B, half(X)))
 
 
 @kernel
@@ -45,7 +46,7 @@ def backward(
     start, offsets, inside = block_of(tl.program_id(0), n, BLOCK)
     dy = read(DY + start, offsets, inside)
     saved = read(SAVED + start, offsets, inside)
-    write(DX + start, offsets, inside, dy * F(saved, A, B))
+    write(DX + start, offsets, inside, dy * F(saved, A, B, half(SAVED)))
 
 
 def grid(n: int, dtype: torch.dtype) -> dict[str, Any]:
