@@ -102,8 +102,8 @@ def _exp_minus_roughly(x):
 
 @triton.jit
 def expm1(x, HALF: tl.constexpr = False):
-    """e^x - 1 = (2^k - 1) + 2^k (e^r - 1); in half precision Taylor's series near 0; in float64 the rounding of e = e^x cancels in (e - 1) /
-    log(e) (Kahan)."""
+    """e^x - 1 = (2^k - 1) + 2^k (e^r - 1); in half precision Taylor's series near 0; in float64 the
+    rounding of e = e^x cancels in (e - 1) / log(e) (Kahan)."""
     if x.dtype == tl.float64:
         e = tl.exp(x)
         far = (e < 0.5) | (e > 2)

@@ -14,6 +14,7 @@ import triton.language as tl
 from torch import Tensor
 
 from . import activation as activations
+from .elementary import half
 from .launch import Launch, cdiv, kernel, multiprocessors, planned
 from .matmul import product
 from .rows import column_sum, partial_sums, read, write
@@ -40,7 +41,7 @@ def _columns(
         place = row[:, None] * n + column[None, :]
         dz = read(DY, place, inside)
         if F is not None:
-            dz *= F(read(SAVED, place, inside), A, B)
+            dz *= F(read(SAVED, place, inside), A, B, half(SAVED))
             write(DZ, place, inside, dz)
         if NEED_BIAS:
             sums += tl.where(inside, dz, 0.0)

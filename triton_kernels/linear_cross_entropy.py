@@ -21,9 +21,9 @@ from .rows import lowest, online, online_of_rows, over_rows, read, start_of, til
 
 
 @triton.jit
-def _softcap(z, A, B):
+def _softcap(z, A, B, HALF: tl.constexpr):
     c = constant(A, z)
-    return c * elementary.tanh(z / c)
+    return c * elementary.tanh(z / c, HALF)
 
 
 @kernel

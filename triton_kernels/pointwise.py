@@ -1,8 +1,8 @@
 """Elementwise kernels: a value and its derivative, one block of a dense tensor a program.
 
 The functions that they apply are compile-time constants: ``F(x, A, B, HALF)`` takes x in the
-accumulator's dtype, two parameters, and whether x came from 16 bits. (A float argument of a kernel would be float32, which rounds
-a parameter in float64.)
+accumulator's dtype, two parameters, and whether x came from 16 bits. (A float argument of a kernel
+would be float32, which rounds a parameter in float64.)
 """
 
 from __future__ import annotations

@@ -162,6 +162,8 @@ def _compiled(compiled: dict[str, list[Resources]]) -> str:
             "128-bit loads",
             "128-bit stores",
             "atomics",
+            "instructions",
+            "an element",
         ]
     ]
     for key, group in groups.items():
@@ -169,9 +171,10 @@ def _compiled(compiled: dict[str, list[Resources]]) -> str:
             str(max(getattr(r, field) for r in group))
             for field in ("num_warps", "registers", "spilled", "shared")
         ]
-        rows.append(
-            [*key, str(len(group)), *most, *_wide(group), str(max(r.atomics for r in group))]
-        )
+        last = [str(max(getattr(r, field) for r in group)) for field in ("atomics", "instructions")]
+        element = max(r.per_element for r in group)
+        last.append(f"{element:.1f}" if element else "-")
+        rows.append([*key, str(len(group)), *most, *_wide(group), *last])
     return table(rows)
 
 

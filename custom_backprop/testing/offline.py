@@ -9,6 +9,7 @@ observed, and Triton compiles what they would have launched. Triton's interprete
 from __future__ import annotations
 
 import re
+import struct
 import subprocess
 import tempfile
 from collections.abc import Callable, Iterable, Iterator
@@ -60,6 +61,11 @@ class Launch:
     named: dict[str, Any] = field(default_factory=dict)
 
 
+#: machine instructions an element of an elementwise kernel of 16-bit numbers: what hides behind the
+#: memory of an H100
+INSTRUCTIONS = 22
+
+
 @dataclass(frozen=True)
 class Resources:
     """The resources of one compiled kernel, as reported by the assembler and as found in its code.
@@ -72,6 +78,9 @@ class Resources:
         loads, stores: instructions to global memory; ``wide`` ones move 128 bits or more per
             thread.
         atomics: atomic instructions.
+        instructions: all of a thread, those of a loop once.
+        per_element: on sm_90, instructions an element of an elementwise kernel (``pointwise.py``)
+            of 16-bit numbers; else 0.
     """
 
     kernel: str
@@ -87,6 +96,8 @@ class Resources:
     stores: int
     wide_stores: int
     atomics: int
+    instructions: int = 0
+    per_element: float = 0.0
 
     @property
     def faults(self) -> list[str]:
@@ -102,6 +113,11 @@ class Resources:
             found.append(
                 f"{self.atomics} atomic instructions: the order of a sum, and so its bits, would "
                 "differ from run to run"
+            )
+        if self.per_element > INSTRUCTIONS:
+            found.append(
+                f"{self.per_element:.1f} instructions an element, and {INSTRUCTIONS} hide behind "
+                "the memory"
             )
         if self.shared > limit:
             found.append(
@@ -155,17 +171,25 @@ def _compile(launch: Launch, target: str) -> Any:
 
 
 def _resources(launch: Launch, compiled: Any, target: str) -> Resources:
-    read = read_cubin if TARGETS[target].backend == "cuda" else read_amdgcn
+    cuda = TARGETS[target].backend == "cuda"
+    read = (read_cubin if cuda else read_amdgcn)(compiled.asm)
+    warps = launch.options.get("num_warps", 4)
+    family = launch.kernel.__module__.rpartition(".")[2]
+    signature = [t for t in compiled.src.signature.values() if t != "constexpr"]
+    halves = signature[0] in ("*bf16", "*fp16") and family == "pointwise" and target == "sm_90"
     return Resources(
-        kernel=f"{launch.kernel.__module__.rpartition('.')[2]}.{launch.kernel.__name__}",
+        kernel=f"{family}.{launch.kernel.__name__}",
         target=target,
-        signature=", ".join(t for t in compiled.src.signature.values() if t != "constexpr"),
+        signature=", ".join(signature),
         constants=", ".join(
             f"{k}={getattr(v, '__name__', v)}" for k, v in launch.constexprs.items()
         ),
-        num_warps=launch.options.get("num_warps", 4),
+        num_warps=warps,
         shared=compiled.metadata.shared,
-        **read(compiled.asm),
+        per_element=read["instructions"] * 32 * warps / launch.constexprs["BLOCK"]
+        if halves
+        else 0.0,
+        **read,
     )
 
 
@@ -200,7 +224,25 @@ def read_cubin(asm: Any) -> dict[str, int]:
         file.flush()
         command = [knobs.nvidia.cuobjdump.path, "--dump-resource-usage", file.name]
         usage = subprocess.run(command, capture_output=True, text=True, check=True).stdout
-    return {**read_usage(usage), **read_ptx(asm["ptx"])}
+    return {
+        **read_usage(usage),
+        **read_ptx(asm["ptx"]),
+        "instructions": count_instructions(asm["cubin"]),
+    }
+
+
+def count_instructions(cubin: bytes) -> int:
+    """Machine instructions in an ELF file: words of 16 bytes in its sections ``.text``, but for the
+    NOPs that fill them up."""
+    headers, size, number, names = struct.unpack_from("<Q10xHHH", cubin, 0x28)
+    sections = [struct.unpack_from("<II16xQQ", cubin, headers + i * size) for i in range(number)]
+    at = sections[names][2]
+    count = 0
+    for name, _, start, length in sections:
+        if cubin[at + name :].startswith(b".text"):
+            words = struct.iter_unpack("<Q8x", cubin[start : start + length])
+            count += sum(word & 0xFFF != 0x918 for (word,) in words)
+    return count
 
 
 def read_usage(usage: str) -> dict[str, int]:
@@ -252,6 +294,7 @@ def read_amdgcn(asm: Any) -> dict[str, int]:
         "registers": note("vgpr_count"),
         "spilled": max(note("private_segment_fixed_size"), 4 * note("vgpr_spill_count")),
         **_counts(loads, stores, len(re.findall(r"\b(?:global|buffer|flat)_atomic_", text))),
+        "instructions": len(re.findall(r"^\s+(?:[vs]|ds|global|buffer|flat)_\w", text, re.M)),
     }
 
 
