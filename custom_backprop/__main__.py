@@ -30,7 +30,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
             module = import_module(f".cli.{name}", __package__)
             command.description = module.__doc__
             module.add_arguments(command)
-            command.set_defaults(run=module.run)
+            command.set_defaults(run=module.run, arguments=arguments)
     args = parser.parse_args(arguments)
     try:
         return args.run(args)

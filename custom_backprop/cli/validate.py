@@ -199,23 +199,14 @@ def run(args: argparse.Namespace) -> int:
         refuse(f"--require {unknown[0]}: it is not among --check {' '.join(checks)}")
     work = [*checks, *([PLOTS] if args.html else [])]
     results = in_processes(_check, [(name, request) for name in work], args.jobs, "check")
-    report = Report(args.target)
-    for check in work:
-        if (check, request) not in results:
-            return INTERRUPTED
-        result = results[check, request]
-        if isinstance(result, Refused):
-            refuse(result)
-        if not isinstance(result, Report):  # an exception: not of the code, but of its process
-            died = [Result(check, "not run", _died(result))] if check != PLOTS else []
-            result = Report(args.target, died)
-        report.merge(result)
+    if len(results) < len(work):
+        return INTERRUPTED
+    report = _report(request.target, {name: result for (name, _), result in results.items()})
     report.about = {
-        **versions(args.target.partition(":")[0]),
+        **versions(request.target.partition(":")[0]),
         "on": device_name(args.device),
-        "command": shlex.join(["custom-backprop", *sys.argv[1:]]),
+        "command": shlex.join(["custom-backprop", *args.arguments]),
     }
-    print(report.to_markdown())
     for path, written in (
         (args.json, report.to_json),
         (args.junit, report.to_junit),
@@ -223,12 +214,27 @@ def run(args: argparse.Namespace) -> int:
     ):
         if path:
             Path(path).write_text(written() + "\n")
+    print(report.to_markdown())
     missing = report.missing(args.require)
     if missing:
         print("\nrequired: " + ", ".join(f"{r.check} is {r.status}" for r in missing))
     if report.failures or missing:
         return 1
     return 0 if report.ok else 2
+
+
+def _report(title: str, results: dict[str, Any]) -> Report:
+    """What all processes found, in one report."""
+    report = Report(title)
+    for check, result in results.items():
+        if isinstance(result, Refused):
+            refuse(result)
+        if isinstance(result, Report):
+            report.merge(result)
+        elif check != PLOTS:  # an exception: not of the code, but of its process
+            reason = str(result) if type(result) is RuntimeError else repr(result)
+            report.merge(Report(title, [Result(check, "not run", reason)]))
+    return report
 
 
 def _request(args: argparse.Namespace) -> Request:
@@ -257,10 +263,6 @@ def _request(args: argparse.Namespace) -> Request:
         args.device,
         args.pretend_cuda,
     )
-
-
-def _died(error: BaseException) -> str:
-    return str(error) if type(error) is RuntimeError else f"{type(error).__name__}: {error}"
 
 
 @dataclass(frozen=True)

@@ -52,7 +52,8 @@ def _class(status: str) -> str:
 
 
 def _wrong(report: Report, r: Result) -> str:
-    found = f"<section><h3>{r.check}</h3>{_docstring(r.check)}<pre class='said'>{escape(said(report, r))}</pre>"
+    detail = f'<pre class="said">{escape(said(report, r))}</pre>'
+    found = f"<section><h3>{r.check}</h3>{_docstring(r.check)}{detail}"
     if r.example:
         found += f"<p>The smallest inputs found: <code>{escape(r.example)}</code></p>"
     if r.script:

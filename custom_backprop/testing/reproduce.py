@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Iterable
+from textwrap import indent
 
 from .inputs import Inputs
 from .target import Target
@@ -46,26 +47,36 @@ def script(
         imports: further lines before the others.
         interpreted: the call of ``interpreted`` inside which it runs, if its kernels need it.
     """
-    names = {"validate", *(["interpreted"] if interpreted else [])}
-    lines = [*imports, *target.imports]
+    own = ["validate", *(["interpreted"] if interpreted else [])]
+    lines = [*imports, *target.imports, *(reference.imports if reference else ())]
+    lines += [f"from custom_backprop.testing import {name}" for name in own]
     arguments = [target.expression, inputs]
     if reference is not None:
-        lines += reference.imports
         arguments.append(f"reference={reference.expression}")
-    lines = list(dict.fromkeys(lines))
-    own = "from custom_backprop.testing import "
-    names |= {n for line in lines if line.startswith(own) for n in line[len(own) :].split(", ")}
-    lines = sorted((line for line in lines if not line.startswith(own)), key=_order)
     arguments += [f'checks=["{check}"]', *options]
     call = f"print(validate({', '.join(arguments)}))"
     if len(call) > 96:
         first, rest = ", ".join(arguments[:2]), ", ".join(arguments[2:])
         call = f"print(\n    validate(\n        {first},\n        {rest},\n    )\n)"
-    head = f"{own}{', '.join(sorted(names))}"
+    lines = _merged(lines)
     if not interpreted:
-        return "\n".join([*sorted([head, *lines], key=_order), "", call])
-    body = "\n".join(["    " + line for line in "\n".join([*lines, call]).splitlines()])
-    return f"{head}\n\nwith {interpreted}:\n{body}"
+        return "\n".join([*lines, "", call])
+    outside = [line for line in lines if "custom_backprop.testing" in line]
+    inside = "\n".join(line for line in [*lines, call] if line not in outside)
+    return "\n".join([*outside, "", f"with {interpreted}:", indent(inside, "    ")])
+
+
+def _merged(lines: Iterable[str]) -> list[str]:
+    """The same imports, sorted, with one line for each module."""
+    names: dict[str, set[str]] = {}
+    for line in lines:
+        module, _, name = line.partition(" import ") if line.startswith("from ") else (line, "", "")
+        names.setdefault(module, set()).add(name)
+    merged = [
+        f"{module} import {', '.join(sorted(of))}" if of != {""} else module
+        for module, of in names.items()
+    ]
+    return sorted(merged, key=_order)
 
 
 def _order(line: str) -> tuple[bool, bool, str]:
