@@ -228,6 +228,32 @@ def test_names_and_modules():
     assert unnamed == {"parameter", "leaf"}
 
 
+def test_nodes_are_in_the_order_of_the_engine():
+    x = torch.randn(3, requires_grad=True)
+    y = x.exp()
+    loss = (y.sin() * (y.cos() + x.tanh()).sigmoid()).sum()
+    ran, stack = [], [loss.grad_fn]
+    while stack:
+        node = stack.pop()
+        if not hasattr(node, "variable"):
+            node.register_hook(partial(lambda name, *_: ran.append(name), node.name()))
+            stack += [after for after, _ in node.next_functions]
+    picture = draw(loss)
+    assert [n.name for n in picture.nodes if n.kind != "leaf"] == list(dict.fromkeys(ran))
+
+
+def test_a_box_ends_where_the_graph_branches():
+    w = torch.randn(3, 3, requires_grad=True)
+    turned = w.t()
+    y = (torch.ones(2, 3) @ turned).exp()
+    boxes = fold(draw(((y.sin() + y.cos()) @ turned).sum()).nodes)
+    found = [["+".join(n.op for n in row.nodes) for row in box.rows] for box in boxes]
+    assert found == [["Sum", "Mm", "Add"], ["Cos"], ["Sin"], ["Exp", "Mm"]]
+    assert [box.to for box in boxes] == [[2, 1], [3], [3], []]
+    (weight,) = boxes[0].rows[1].leaves
+    assert [weight[0].op, weight[1][0].op] == ["leaf", "T"], "shared, and shown at each use"
+
+
 def test_vanishing_and_exploding():
     torch.manual_seed(0)
     layers = [layer for _ in range(12) for layer in (nn.Linear(16, 16), nn.Sigmoid())]
@@ -242,10 +268,10 @@ def test_vanishing_and_exploding():
     assert "vanishing" in str(picture)
 
     large = torch.ones(1, 4, requires_grad=True)
-    for _ in range(6):
-        large = large * 10
+    for factor in (10, 1, 1, 10, 10, 10, 10):
+        large = large * factor
     picture = draw(large.mean())
-    assert node_of(picture, "leaf").mark == "exploding"
+    assert [n.mark for n in picture.nodes] == [""] * 5 + ["exploding"] * 4
     assert {e.mark for n in picture.nodes for e in n.edges} == {"", "exploding"}
 
 
@@ -343,11 +369,16 @@ def test_a_checkpoint_is_not_run_to_count_what_it_holds():
 
     def f(x):
         runs.append(x)
-        return x.exp().sin()
+        return (x.exp() + torch.rand(4)).sin()
 
-    loss = checkpoint(f, torch.ones(4, requires_grad=True), use_reentrant=False).sum()
+    x = torch.ones(4, requires_grad=True)
+    loss = checkpoint(f, x, use_reentrant=False, preserve_rng_state=False).sum()
     picture = draw(loss, gradients=False)
     assert len(runs) == 1
+    before = torch.random.get_rng_state()
+    draw(loss)
+    assert len(runs) == 2
+    assert torch.equal(torch.random.get_rng_state(), before), "random numbers are put back"
     assert [s.note for s in node_of(picture, "Sin").saved] == ["packed"]
     assert picture.saved_bytes == 0
 
@@ -387,7 +418,9 @@ def test_what_cannot_be_drawn(make, error, message):
 
 
 def test_files(tmp_path):
-    picture = draw(loss_of(stock_mlp()), title="A <title>")
+    model = stock_mlp()
+    picture = draw(loss_of(model), names={"</script>": model[0].weight}, title="A <title>")
+    assert picture.html.count("</script>") == 2, "a name does not end the data"
     for name in ("graph.html", "graph.svg"):
         picture.save(tmp_path / name)
         assert "A &lt;title&gt;" in (tmp_path / name).read_text(encoding="utf-8")

@@ -10,6 +10,9 @@ from .formulas import SHAPING
 from .graph import Node
 from .marks import module_of
 
+#: what may happen to a parameter before it is used
+PREPARING = (*SHAPING, "ToCopy")
+
 
 @dataclass
 class Row:
@@ -47,10 +50,9 @@ def fold(nodes: Sequence[Node]) -> list[Box]:
             continue
         if node.kind == "leaf":
             hidden[node.index] = node, []
-        elif len(node.edges) == 1 and node.edges[0].to in hidden and len(senders[node.index]) == 1:
+        elif len(node.edges) == 1 and node.op in PREPARING and node.edges[0].to in hidden:
             leaf, between = hidden[node.edges[0].to]
-            if node.op in (*SHAPING, "ToCopy"):
-                hidden[node.index] = leaf, [node, *between]
+            hidden[node.index] = leaf, [node, *between]
     shown = [node for node in nodes if node.index not in hidden]
     targets = {n.index: _once(e.to for e in n.edges if e.to not in hidden) for n in shown}
     above = {n.index: {s for s in senders[n.index] if s not in hidden} for n in shown}
