@@ -342,6 +342,8 @@ def _checked(check: str, request: Request, launches: list[Any]) -> Report:
             of_one = judged(call.sample)
             of_one.results = [replace(r, example=example, script=text) for r in of_one.results]
         report.merge(of_one)
+    if launches:
+        report.notes.append("Triton's interpreter ran its kernels")
     return report
 
 

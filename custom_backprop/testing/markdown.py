@@ -51,8 +51,9 @@ def _cell(text: str, most: int = 160) -> str:
 
 
 def said(report: Report, r: Result) -> str:
-    """The detail without what the report says already."""
-    return r.detail.strip().removeprefix(f"{report.name}: ").removeprefix("Wrong: ")
+    """The detail without what the report says already, nor gradcheck's advice."""
+    text = r.detail.strip().removeprefix(f"{report.name}: ").removeprefix("Wrong: ")
+    return text.partition("\n\nNOTE: If your op relies on non-deterministic")[0]
 
 
 def _wrong(report: Report) -> list[str]:
@@ -62,12 +63,13 @@ def _wrong(report: Report) -> list[str]:
     shown: dict[str, str] = {}
     for r in report.failures:
         parts += [f"#### {r.check}", f"```\n{said(report, r)}\n```"]
+        script = r.script.replace(f'"{r.check}"', "")
+        if script and script in shown:
+            parts.append(f'To see it: the script of {shown[script]}, with `checks=["{r.check}"]`.')
+            continue
+        shown[script] = r.check
         if r.example:
             parts.append(f"The smallest inputs found: `{r.example}`")
-        script = r.script.replace(f'"{r.check}"', '"…"')
-        if script in shown:
-            parts.append(f'To see it: the script above, with `checks=["{r.check}"]`.')
-        elif r.script:
-            shown[script] = r.check
+        if r.script:
             parts.append(f"```python\n{r.script}\n```")
     return parts
