@@ -23,7 +23,6 @@ from .fusions import (
     fusions_of,
     unfused,
 )
-from .losing import why_it_loses
 from .patch import is_patched, patch, unpatch, unpatched
 from .probe import device_of
 
@@ -54,7 +53,7 @@ def convert(
     activations and ``Conv1D``; and what :func:`register_conversion` was told. Only exact classes
     are swapped: a subclass with a ``forward`` of its own stays, and so does a module that was given
     another ``forward``. What loses time on the model's device stays too, unless ``include`` names
-    it: see :mod:`custom_backprop.conversions.losing`. :func:`custom_backprop.conversion_report`
+    it: its class here says so (``loses_on_a_cpu``). :func:`custom_backprop.conversion_report`
     says what was swapped, and what was left and why.
 
     Results are equal to rounding. Half precision differs where theirs rounds between the operators
@@ -164,9 +163,19 @@ def plan_of(model: torch.nn.Module, include: Rules = None, exclude: Rules = None
         elif include is not None and module not in included:
             plan[module] = given, NOT_INCLUDED
         else:
-            loss = None if include is not None else why_it_loses(cls, device)
+            loss = None if include is not None else _why_it_loses(cls, device)
             plan[module] = given, loss or counterpart(module, cls)
     return plan
+
+
+def _why_it_loses(cls: type, device: str) -> str | None:
+    """In words, why this class is left on that device; None for most. ``loses_on_a_cpu`` of ours is
+    stock's time over ours, forward and backward, at the large size of ``python -m
+    benchmarks.report`` (benchmarks/results), where the microseconds of a call no longer count; of
+    batch norms, in a step of the ResNet of ``python -m benchmarks.models``. It is there where ours
+    takes a fifth more time or worse, or slows a whole model, and saves no memory."""
+    ratio = getattr(DROP_INS.get(cls), "loses_on_a_cpu", None) if device == "cpu" else None
+    return None if ratio is None else f"loses on this device ({device}): {ratio:.2f}x"
 
 
 def _check(model: Any) -> None:

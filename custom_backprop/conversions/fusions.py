@@ -22,7 +22,7 @@ from ..nn.linear import Linear, listened_to
 from . import theirs_of
 from .blocks import KNOWN, Block, is_known, looks_like
 from .generated import made_of, subclass
-from .joined import LEFT_ON_A_CPU, is_activation, linear_activation, op_of_norm
+from .joined import is_activation, linear_activation, op_of_norm, takes
 
 #: the answers of a plan that the user chose
 CHOSEN = EXCLUDED, NOT_INCLUDED = "excluded", "not included"
@@ -218,8 +218,8 @@ def _now(fusion, module, device):
         return f"somebody hears of {heard[0]}"
     if fusion.name == "dropout_add" and not parts[fusion.parts[0]].p:
         return "it drops nothing: p = 0"
-    if device == "cpu" and fusion.op in LEFT_ON_A_CPU:
-        return "gains nothing on this device (cpu)"
+    if not takes(fusion.op, device):
+        return f"gains nothing on this device ({device})"
     return None
 
 

@@ -1,7 +1,7 @@
 """Neighbours of a model run as one op, where nobody can tell: both are exact classes known here,
 nobody hears of their calls, and the tensors fit. Else they are called one after another.
 
-On a CPU some ops gain nothing by it and cost their call: see :data:`LEFT_ON_A_CPU`. Autocast is not
+On a CPU some ops gain nothing by it and cost their call: see :func:`takes`. Autocast is not
 followed by the sums, and leaves them apart.
 """
 
@@ -20,12 +20,6 @@ from ..nn.linear import listened_to, plain_linear
 from .activation import NAMES, activation_of
 from .generated import made_of
 from .norm import RMSNorm
-
-#: the ops that are not taken on a CPU unless a backend is forced. They save no memory there.
-#: Stock's time over theirs, forward and backward in float32, is for linear_activation 0.84 at 32x64
-#: -> 64 and 1.00 at 1024x256 -> 1024, for add_layer_norm 0.64 at 64x64 and 0.91 at 1024x256. Of the
-#: others add_rms_norm has 1.04 and 1.51; dropout_add 1.03 and 1.09 over ours one after another.
-LEFT_ON_A_CPU = frozenset({"add_layer_norm", "linear_activation"})
 
 _NAMES = {"LeakyReLU": "leaky_relu"}
 #: torch's class, or ours -> the name of its activation
@@ -110,10 +104,19 @@ def _norm_of_sum(norm, op, x, residual):
 
 
 def _takes(op, x):
-    """Whether the op is taken for this tensor on its device."""
-    if type(x) not in TENSORS:
-        return False
-    return op not in LEFT_ON_A_CPU or not x.is_cpu or get_backend() is not None
+    return type(x) in TENSORS and takes(op, x.device.type)
+
+
+def takes(op: str, device: str) -> bool:
+    """Whether an op is taken on a device. On a CPU, unless a backend is forced, those are left that
+    are not marked, and save no memory there either. Stock's time over theirs, forward and backward
+    in float32, is for linear_activation 0.84 at 32x64 -> 64 and 1.00 at 1024x256 -> 1024, for
+    add_layer_norm 0.64 at 64x64 and 0.91 at 1024x256. Of the marked ones add_rms_norm has 1.04 and
+    1.51; dropout_add 1.03 and 1.09 over ours one after another.
+    """
+    if device != "cpu" or get_backend() is not None:
+        return True
+    return hasattr(getattr(F, op), "gains_on_a_cpu")
 
 
 def _fit(x, residual):

@@ -30,18 +30,7 @@ from .generated import Members, made_of, subclass
 F = TypeVar("F", bound=Callable[..., Any])
 Model = TypeVar("Model", bound=torch.nn.Module)
 
-#: Of these, ours saves memory or time on a CPU, too. Of all others the CPU runs ATen's operators
-#: either way, so that a Function written in Python costs its 10 microseconds for nothing
-#: (benchmarks/results/cpu.md). A forced backend is taken for all.
-GAINS_ON_A_CPU = frozenset(
-    {
-        "alpha_dropout", "cross_entropy", "dropout", "gaussian_nll_loss", "kl_div", "l1_loss",
-        "linear_cross_entropy", "logsigmoid", "mse_loss", "normalize", "poisson_nll_loss", "prelu",
-        "rms_norm", "softsign", "triplet_margin_loss",
-    }
-)  # fmt: skip
-
-#: and these from so many numbers on: with fewer, the Function costs more than they take
+#: on a CPU with fewer numbers a Function costs more than it gains
 LEAST = 2**18
 
 #: how many patches are active in this thread or task, one in another
@@ -77,9 +66,10 @@ def patch(model: Any = None) -> Any:
     Other threads and tasks see stock's functions. Patches nest. What
     ``torch.utils.checkpoint`` computes again in backward runs under the patch of its forward.
 
-    Stock's function runs where ours gains nothing: on a CPU all but :data:`GAINS_ON_A_CPU`, and
-    those too with few numbers; where a compiler, an exporter or a tracer looks on; for a tensor
-    subclass; and with ``out=``.
+    Stock's function runs where ours gains nothing: on a CPU all but those that
+    :func:`custom_backprop.functional.arguments.gains_on_a_cpu` marks, and those too with few
+    numbers; where a compiler, an exporter or a tracer looks on; for a tensor subclass; and with
+    ``out=``. A forced backend is taken for all.
 
     Args:
         model: its class becomes a subclass of the same name, whose forward runs under a patch.
@@ -213,7 +203,7 @@ def _is_linear(module: Any) -> bool:
 def _choice(name: str, its: Callable[..., Any]) -> Callable[..., Any]:
     """Ours where a patch is active, else stock's."""
     ours = getattr(functional, name)
-    gains = name in GAINS_ON_A_CPU
+    gains = hasattr(ours, "gains_on_a_cpu")
 
     def call(*args: Any, **kwargs: Any) -> Any:
         given = (*args, *kwargs.values()) if kwargs else args

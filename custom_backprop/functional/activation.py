@@ -19,7 +19,7 @@ from torch import Tensor
 from torch.overrides import has_torch_function
 
 from ..ops.activation import activate_, activations
-from .arguments import number
+from .arguments import gains_on_a_cpu, number
 
 __all__ = [
     "celu",
@@ -121,6 +121,7 @@ def sigmoid(input: Tensor) -> Tensor:
     return _apply("sigmoid", input, False)
 
 
+@gains_on_a_cpu
 def logsigmoid(input: Tensor) -> Tensor:
     """y = log σ(x);  dx = dy σ(-x)."""
     return _apply("logsigmoid", input, False)
@@ -165,6 +166,7 @@ def softplus(input: Tensor, beta: float = 1.0, threshold: float = 20.0) -> Tenso
     return _apply("softplus", input, False, beta, threshold)
 
 
+@gains_on_a_cpu
 def softsign(input: Tensor) -> Tensor:
     """y = x / (1 + |x|);  dx = dy / (1 + |x|)²."""
     return _apply("softsign", input, False)

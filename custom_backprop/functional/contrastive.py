@@ -15,11 +15,12 @@ from torch.nn import _reduction as _Reduction
 from ..ops import contrastive as ops
 from ..ops.normalize import normalize as unit_vectors
 from ..ops.route import overridable
-from .arguments import not_tensors, reduction_of, same_dtype
+from .arguments import gains_on_a_cpu, not_tensors, reduction_of, same_dtype
 
 __all__ = ["info_nce", "triplet_margin_loss"]
 
 
+@gains_on_a_cpu
 @overridable
 def triplet_margin_loss(
     anchor: Tensor,

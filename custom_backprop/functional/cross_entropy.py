@@ -16,6 +16,7 @@ from .arguments import (
     check_classes,
     check_tensors,
     check_weight,
+    gains_on_a_cpu,
     reduction_of,
     same_dtype,
     without_rows,
@@ -24,6 +25,7 @@ from .arguments import (
 __all__ = ["cross_entropy"]
 
 
+@gains_on_a_cpu
 @overridable
 def cross_entropy(
     input: Tensor,

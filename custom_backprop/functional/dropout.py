@@ -36,7 +36,7 @@ from ..backends.selection import TENSORS, backend_for, is_traced, is_transformed
 from ..dtensor import is_dtensor
 from ..ops import dropout as ops
 from ..ops.route import overridable
-from .arguments import SEEDS, no_seed, not_tensors
+from .arguments import SEEDS, gains_on_a_cpu, no_seed, not_tensors
 
 __all__ = [
     "alpha_dropout",
@@ -49,6 +49,7 @@ __all__ = [
 ]
 
 
+@gains_on_a_cpu
 @overridable
 def dropout(
     input: Tensor, p: float = 0.5, training: bool = True, inplace: bool = False,
@@ -58,6 +59,7 @@ def dropout(
     return _drop("dropout", input, p, training, inplace, seed, False, False)
 
 
+@gains_on_a_cpu
 @overridable
 def alpha_dropout(
     input: Tensor, p: float = 0.5, training: bool = False, inplace: bool = False,
@@ -110,6 +112,7 @@ def dropout3d(
     return _drop("dropout3d", input, p, training, inplace, seed, False, True, input.dim() != 5)
 
 
+@gains_on_a_cpu
 @overridable
 def dropout_add(
     input: Tensor, residual: Tensor, p: float = 0.5, training: bool = True,

@@ -14,11 +14,18 @@ from torch.nn import _reduction as _Reduction
 from ..backends.selection import TENSORS, is_autocast, is_traced, is_transformed
 from ..ops import linear_cross_entropy as ops
 from ..ops.route import overridable
-from .arguments import cast_to_one_dtype, check_classes, check_weight, not_tensors
+from .arguments import (
+    cast_to_one_dtype,
+    check_classes,
+    check_weight,
+    gains_on_a_cpu,
+    not_tensors,
+)
 
 __all__ = ["linear_cross_entropy"]
 
 
+@gains_on_a_cpu
 @overridable
 def linear_cross_entropy(
     input: Tensor,

@@ -20,7 +20,7 @@ from ..backends.selection import backend_of, is_autocast, is_traced, is_transfor
 from ..formulas.loss import BATCHMEAN, SUM
 from ..ops.loss import pointwise
 from ..ops.route import overridable
-from .arguments import common_dtype, number, reduction_of, together
+from .arguments import common_dtype, gains_on_a_cpu, number, reduction_of, together
 
 __all__ = [
     "binary_cross_entropy",
@@ -35,6 +35,7 @@ __all__ = [
 ]
 
 
+@gains_on_a_cpu
 @overridable
 def mse_loss(
     input: Tensor,
@@ -60,6 +61,7 @@ def mse_loss(
     )
 
 
+@gains_on_a_cpu
 @overridable
 def l1_loss(
     input: Tensor,
@@ -209,6 +211,7 @@ def binary_cross_entropy_with_logits(
     return pointwise("binary_cross_entropy_with_logits", x, t, p, w, enum)
 
 
+@gains_on_a_cpu
 @overridable
 def kl_div(
     input: Tensor,
@@ -253,6 +256,7 @@ def kl_div(
     return loss / input.shape[0] if divided else loss
 
 
+@gains_on_a_cpu
 @overridable
 def gaussian_nll_loss(
     input: Tensor,
@@ -308,6 +312,7 @@ def gaussian_nll_loss(
     return pointwise("gaussian_nll_loss", x, t, v, None, _Reduction.get_enum(reduction), full, eps)
 
 
+@gains_on_a_cpu
 @overridable
 def poisson_nll_loss(
     input: Tensor,

@@ -15,7 +15,7 @@ from ..formulas.norm import CASTINGS
 from ..formulas.precision import wide
 from ..ops import norm as ops
 from ..ops.route import overridable
-from .arguments import number
+from .arguments import gains_on_a_cpu, number
 
 __all__ = ["add_layer_norm", "add_rms_norm", "layer_norm", "rms_norm"]
 
@@ -43,6 +43,7 @@ def layer_norm(
     return _norm("layer_norm", input, normalized_shape, weight, bias, eps, "layer")
 
 
+@gains_on_a_cpu
 @overridable
 def rms_norm(
     input: Tensor,
@@ -93,6 +94,7 @@ def add_layer_norm(
     return _norm("add_layer_norm", input, normalized_shape, weight, bias, eps, "layer", (residual,))
 
 
+@gains_on_a_cpu
 @overridable
 def add_rms_norm(
     input: Tensor,

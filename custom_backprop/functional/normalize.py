@@ -10,11 +10,12 @@ from torch import Tensor
 
 from ..ops import normalize as ops
 from ..ops.route import overridable
-from .arguments import number
+from .arguments import gains_on_a_cpu, number
 
 __all__ = ["normalize"]
 
 
+@gains_on_a_cpu
 @overridable
 def normalize(
     input: Tensor, p: float = 2.0, dim: int = 1, eps: float = 1e-12, out: Tensor | None = None

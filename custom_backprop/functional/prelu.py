@@ -6,11 +6,12 @@ from torch import Tensor
 
 from ..ops import prelu as ops
 from ..ops.route import overridable
-from .arguments import cast_to_one_dtype, not_tensors
+from .arguments import cast_to_one_dtype, gains_on_a_cpu, not_tensors
 
 __all__ = ["prelu"]
 
 
+@gains_on_a_cpu
 @overridable
 def prelu(input: Tensor, weight: Tensor) -> Tensor:
     """y = x where x > 0, else w_c x;  dx = dy or w_c dy, dw_c = Σ dy x over the elements x <= 0 of

@@ -13,6 +13,8 @@ __all__ = ["EmbeddingBag"]
 class EmbeddingBag(torch.nn.EmbeddingBag):
     """See :func:`custom_backprop.functional.embedding_bag`."""
 
+    loses_on_a_cpu = 0.82  # stock's time over ours
+
     def forward(
         self,
         input: Tensor,
