@@ -254,6 +254,16 @@ def test_a_box_ends_where_the_graph_branches():
     assert [weight[0].op, weight[1][0].op] == ["leaf", "T"], "shared, and shown at each use"
 
 
+def test_parameters_are_named_within_their_row():
+    mlp = custom_backprop.nn.SwiGLUMLP(4, 8)
+    model = nn.Sequential(nn.LayerNorm(4), mlp)
+    picture = draw(model(torch.ones(2, 4)).sum(), model)
+    names = dict(mlp.named_parameters())
+    assert len(names) > 1
+    for name in names:
+        assert f"↳ {name} " in picture.svg
+
+
 def test_vanishing_and_exploding():
     torch.manual_seed(0)
     layers = [layer for _ in range(12) for layer in (nn.Linear(16, 16), nn.Sigmoid())]

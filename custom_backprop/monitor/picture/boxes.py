@@ -23,6 +23,11 @@ class Row:
     leaves: list[tuple[Node, list[Node], float | None]] = field(default_factory=list)
 
     @property
+    def module(self) -> str:
+        """What the names of its parameters have in common."""
+        return _common(module_of(leaf.label) for leaf, _, _ in self.leaves if leaf.named)
+
+    @property
     def thin(self) -> bool:
         return not self.leaves and all(node.op in SHAPING for node in self.nodes)
 

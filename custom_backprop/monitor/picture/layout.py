@@ -19,10 +19,12 @@ STRAIGHT = 1000.0
 
 
 class Layout(NamedTuple):
-    """Centre and upper edge of each box; of each edge the points between its ends; the size."""
+    """Centre and upper edge of each box, and the lower edge of its layer; of each edge the points
+    between its ends; the size."""
 
     x: list[float]
     y: list[float]
+    floor: list[float]
     bends: dict[tuple[int, int], list[tuple[float, float]]]
     width: float
     height: float
@@ -70,7 +72,8 @@ def arrange(sizes: Sequence[tuple[float, float]], edges: Sequence[tuple[int, int
         for edge, chain in chains.items()
     }
     right = max((x[v] + widths[v] / 2 for v in range(len(x))), default=0.0)
-    return Layout(x, [tops[level] for level in layer], bends, right, max(y - DOWN, 0.0))
+    floors = [tops[level + 1] - DOWN for level in layer]
+    return Layout(x, [tops[level] for level in layer], floors, bends, right, max(y - DOWN, 0.0))
 
 
 def _order(rows: list[list[int]], above: list[list[int]], below: list[list[int]]) -> None:

@@ -13,7 +13,6 @@ from .boxes import Box, Row, fold
 from .flow import BINS, HIGH, LOW
 from .graph import Flow, Node, number_text, shape_text, size_text
 from .layout import arrange
-from .marks import module_of
 
 #: name -> colour on a light and on a dark background
 COLOURS = {
@@ -100,6 +99,7 @@ class Drawing:
         layout = self._layout
         points = [
             (layout.x[a], layout.y[a] + _height(self._boxes[a])),
+            (layout.x[a], layout.floor[a]),
             *layout.bends[a, b],
             (layout.x[b], layout.y[b]),
         ]
@@ -160,7 +160,7 @@ class Drawing:
         yield _text("shape end", WIDTH - PAD, y + 33, _cut(shape, 16))
         for i, (leaf, between, norm) in enumerate(row.leaves):
             at = y + ROW + 10 + LEAF * i
-            name = leaf.label.rpartition(".")[2] if leaf.named else leaf.label
+            name = leaf.label.removeprefix(row.module).lstrip(".") or leaf.label
             indices = " ".join(str(n.index) for n in (leaf, *between))
             yield f'<g class="leaf {leaf.mark}" data-node="{indices}">'
             yield (
@@ -193,8 +193,8 @@ def _names(row: Row, module: str) -> str:
     room."""
     node, room = row.nodes[0], SPARK_X - PAD - 18
     name = _cut(node.op if node.kind != "leaf" else node.label, 27)
-    own = module_of(row.leaves[0][0].label) if row.leaves and row.leaves[0][0].named else ""
-    about = node.label if node.named and node.kind != "leaf" else own.removeprefix(module)
+    own = row.module.removeprefix(module)
+    about = node.label if node.named and node.kind != "leaf" else own
     more = [("label", _cut(about.lstrip("."), 16), 6.6)] if about.lstrip(".") else []
     more += [("bytes", size_text(node.bytes), 6.2)] if node.bytes else []
     told, used = escape(name), 8.4 * len(name)
