@@ -328,7 +328,7 @@ def _checked(check: str, request: Request, launches: list[Any]) -> Report:
     for call in calls:
         of_one = judged(call.sample)
         if of_one.failures and not report.failures:
-            call = _smaller(call, judged)
+            call = _smaller(call, judged, request.device)
             text = script(
                 code,
                 call.written,
@@ -347,13 +347,13 @@ def _checked(check: str, request: Request, launches: list[Any]) -> Report:
     return report
 
 
-def _smaller(call: Call, judged: Callable[[Any], Report]) -> Call:
+def _smaller(call: Call, judged: Callable[[Any], Report], device: str) -> Call:
     """The smallest call of this kind that fails as well; itself, if it fails with its values
     alone."""
 
     def fails(inputs: Inputs) -> bool:
         try:
-            return bool(judged(inputs).failures)
+            return bool(judged(inputs.make(device)).failures)
         except TargetError:
             return False
 
@@ -363,8 +363,16 @@ def _smaller(call: Call, judged: Callable[[Any], Report]) -> Call:
         return call
     if call.inputs is None and not fails(inputs):
         return call
-    inputs = smallest(inputs, fails)
-    return Call(inputs.make(), _quoted(str(inputs)), (), inputs)
+    return _described(smallest(inputs, fails), device)
+
+
+def _described(inputs: Inputs, device: str) -> Call:
+    """The call that a text describes. ``validate`` makes it on the CPU, if nothing else is said."""
+    text = _quoted(str(inputs))
+    if torch.device(device).type == "cpu":
+        return Call(inputs.make(), text, (), inputs)
+    importing = ("from custom_backprop.testing import Inputs",)
+    return Call(inputs.make(device), f'Inputs.parse({text}).make("{device}")', importing, inputs)
 
 
 def _sample(item: Any) -> Sample:
@@ -406,15 +414,11 @@ def _loaded(request: Request) -> tuple[Target, Target | None, list[Call]]:
         )
     elif request.reference:
         reference = target(request.reference, request.init)
-    calls = [
-        Call(inputs.make(request.device), _quoted(text), (), inputs)
-        for text in request.inputs
-        for inputs in [Inputs.parse(text)]
-    ]
+    calls = [_described(Inputs.parse(text), request.device) for text in request.inputs]
     for name in request.samples:
         calls += _yielded(name, request.device)
     for path in request.recorded:
-        calls += _recorded(path, code)
+        calls += _recorded(path, code, request.device)
     return code, reference, calls
 
 
@@ -427,18 +431,27 @@ def _yielded(name: str, device: str) -> list[Call]:
         raise TargetError(f"--samples {name}: {type(error).__name__}: {error}") from error
     arguments, imports = "", found.imports
     if makes:
-        arguments, imports = "Make()", (*imports, "from custom_backprop.testing import Make")
+        arguments, imports = (
+            f"Make({_on(device)})",
+            (*imports, "from custom_backprop.testing import Make"),
+        )
     return [
         Call(item, f"list({found.expression}({arguments}))[{i}]", imports)
         for i, item in enumerate(items)
     ]
 
 
-def _recorded(path: str, code: Target) -> list[Call]:
+def _on(device: str) -> str:
+    """A device among the arguments of a call; the CPU is the default."""
+    return "" if torch.device(device).type == "cpu" else repr(device)
+
+
+def _recorded(path: str, code: Target, device: str) -> list[Call]:
     try:
-        samples = Recording.load(path).samples(code.value)
+        samples = Recording.load(path).samples(code.value, device)
     except (ValueError, KeyError) as error:
         raise TargetError(f"--recorded {path}: {error.args[0]}") from error
-    written = f"Recording.load({path!r}).samples({name_of(code.value)!r})"
+    arguments = ", ".join(filter(None, (repr(name_of(code.value)), _on(device))))
+    written = f"Recording.load({path!r}).samples({arguments})"
     imports = ("from custom_backprop.testing import Recording",)
     return [Call(sample, f"{written}[{i}]", imports) for i, sample in enumerate(samples)]

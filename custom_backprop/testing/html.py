@@ -87,7 +87,8 @@ def _errors(report: Report) -> str:
     )
     return (
         "<p>Relative to the largest true value, over outputs and gradients.</p>"
-        f"<table><tr><th>dtype</th><th>ours</th><th>the reference's own</th></tr>{rows}</table>"
+        "<table><tr><th>dtype</th><th>this code</th><th>the reference's own</th></tr>"
+        f"{rows}</table>"
     )
 
 
@@ -151,7 +152,7 @@ def plot(curve: Curve) -> str:
         )
     middle = (LEFT + WIDTH - RIGHT) / 2
     parts.append(f'<text class="x" x="{middle}" y="{HEIGHT - 6}">{escape(curve.axis)}</text>')
-    for name, errors in (("theirs", curve.theirs), ("ours", curve.ours)):
+    for name, errors in (("ours", curve.ours), ("theirs", curve.theirs)):
         for run in _runs(positions, errors):
             points = " ".join(f"{across(p):.1f},{up(e):.1f}" for p, e in run)
             parts.append(f'<polyline class="{name}" points="{points}"/>')

@@ -15,7 +15,7 @@ def markdown(report: Report) -> str:
     if report.errors:
         parts.append(
             "\n".join(
-                ["| error against float64 in | ours | the reference's own |", "|---|---|---|"]
+                ["| error against float64 in | this code | the reference's own |", "|---|---|---|"]
                 + [f"| {d} | {ours:.1e} | {own:.1e} |" for d, (ours, own) in report.errors.items()]
             )
         )

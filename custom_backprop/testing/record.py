@@ -36,12 +36,13 @@ class Recording:
     calls: dict[str, dict[str, list[str]]] = field(default_factory=dict)
     left_out: dict[str, list[str]] = field(default_factory=dict)
 
-    def samples(self, of: Any = None) -> list[Sample]:
+    def samples(self, of: Any = None, device: str | torch.device = "cpu") -> list[Sample]:
         """The calls of one of them, with the data if there are any, else with random values.
 
         Args:
             of: its name, or itself: a Function, its ``apply``, a module or its class, or an
                 operator. May be left out if only one was called.
+            device: that of the tensors.
 
         Raises:
             KeyError: it was not called.
@@ -49,7 +50,7 @@ class Recording:
         name = next(iter(self.calls)) if of is None and len(self.calls) == 1 else name_of(of)
         if name not in self.calls:
             raise KeyError(f"no call of {name} was recorded; there are {', '.join(self.calls)}")
-        return [_sample(text, data) for text, data in self.calls[name].items()]
+        return [_sample(text, data, device) for text, data in self.calls[name].items()]
 
     def save(self, path: str | Path) -> None:
         """Writes it as JSON."""
@@ -187,10 +188,10 @@ def _written(t: Tensor) -> str:
     return base64.b64encode(bytes(flat.tolist())).decode()
 
 
-def _read(description: TensorOf, text: str) -> Tensor:
+def _read(description: TensorOf, text: str, device: str | torch.device) -> Tensor:
     raw = bytearray(base64.b64decode(text))
     values = torch.frombuffer(raw, dtype=description.dtype) if raw else torch.empty(0)
-    t = description.make(torch.Generator()).detach()
+    t = description.make(torch.Generator(), device).detach()
     once = t
     for dim, stride in enumerate(t.stride()):
         if stride == 0 and t.shape[dim] > 1:
@@ -202,14 +203,14 @@ def _read(description: TensorOf, text: str) -> Tensor:
     return t.requires_grad_(description.requires_grad)
 
 
-def _sample(text: str, data: list[str]) -> Sample:
+def _sample(text: str, data: list[str], device: str | torch.device) -> Sample:
     inputs = Inputs.parse(text)
     if not data:
-        return inputs.make()
+        return inputs.make(device)
     values = iter(data)
 
     def made(a: Any) -> Any:
-        return _read(a, next(values)) if isinstance(a, TensorOf) else a
+        return _read(a, next(values), device) if isinstance(a, TensorOf) else a
 
     args = tuple(map(made, inputs.args))
     return Sample(args, {name: made(a) for name, a in inputs.kwargs.items()}, text)

@@ -57,7 +57,7 @@ def script(
     call = f"print(validate({', '.join(arguments)}))"
     if len(call) > 96:
         first, rest = ", ".join(arguments[:2]), ", ".join(arguments[2:])
-        call = f"print(\n    validate(\n        {first},\n        {rest},\n    )\n)"
+        call = f"print(validate(\n    {first},\n    {rest},\n))"
     lines = _merged(lines)
     if not interpreted:
         return "\n".join([*lines, "", call])
