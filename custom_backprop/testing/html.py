@@ -252,7 +252,7 @@ svg .x { text-anchor: middle; } svg .y { text-anchor: end; }
 svg .grid { stroke: var(--line); stroke-width: 1; }
 svg polyline { fill: none; stroke-width: 2; stroke-linejoin: round; }
 svg polyline.ours { stroke: var(--ours); }
-svg polyline.theirs { stroke: var(--theirs); stroke-dasharray: 4 3; }
+svg polyline.theirs { stroke: var(--theirs); stroke-dasharray: 6 6; }
 svg circle.ours { fill: var(--ours); stroke: var(--page); stroke-width: 1.5; }
 svg .worst { fill: var(--text); } svg .bad { text-anchor: middle; font-weight: 700; }
 svg .bad.ours { fill: var(--ours); } svg .bad.theirs { fill: var(--theirs); }
