@@ -28,6 +28,7 @@ suppress_warnings = ["myst.header"]  # a page for GitHub may start with a lower 
 
 autodoc_typehints = "signature"
 autodoc_member_order = "bysource"
+autodoc_inherit_docstrings = False  # torch's
 napoleon_google_docstring = True
 napoleon_numpy_docstring = False
 napoleon_use_rtype = False

@@ -40,8 +40,8 @@ def page(name: str) -> str:
         elif not isinstance(value, ModuleType):
             parts.append(_entry(name, public, value))
     if linked:
-        parts.append("Each of these has a page:\n\n.. hlist::\n   :columns: 3\n\n" + "\n".join(
-            f"   {line}" for line in linked))  # fmt: skip
+        names = "\n".join(f"   {line}" for line in linked)
+        parts.insert(1, f"Each of these has a page:\n\n.. hlist::\n   :columns: 3\n\n{names}")
     return f"# {name}\n\n```{{eval-rst}}\n" + "\n\n".join(parts) + "\n```\n"
 
 

@@ -8,7 +8,9 @@ import re
 from docutils import nodes
 from sphinx import addnodes
 from sphinx.application import Sphinx
+from sphinx.environment import BuildEnvironment
 from sphinx.transforms import SphinxTransform
+from sphinx.util.nodes import make_refnode
 
 from custom_backprop.testing import CHECKS, database
 
@@ -16,6 +18,8 @@ from . import notation, prose
 
 _WRITTEN_HERE = ("reference/ops/", "reference/families/", "reference/checks/", "reference/api/")
 _OWN = (nodes.literal, nodes.math, nodes.literal_block, nodes.math_block, nodes.raw)
+#: a link whose text stays code
+REFERENCE = "page of the site"
 _QUALIFIED = re.compile(r"(?:custom_backprop\.)?(?:(?:functional|nn|F)\.)?(\w+)(?:\(.*\))?")
 
 
@@ -72,9 +76,8 @@ class Guides(SphinxTransform):
                 target = f"/reference/checks/{m[0]}"
             if target:
                 link = addnodes.pending_xref(
-                    "", refdomain="std", reftype="doc", reftarget=target, refexplicit=True,
-                    refwarn=True, refdoc=name,
-                )  # fmt: skip
+                    "", refdomain="", reftype=REFERENCE, reftarget=target, refwarn=True, refdoc=name
+                )
                 literal.replace_self(link)
                 link += literal
 
@@ -88,5 +91,15 @@ def _inside(node: nodes.Node, kinds: tuple[type[nodes.Element], ...]) -> bool:
     return False
 
 
+def _resolve(
+    app: Sphinx, env: BuildEnvironment, node: addnodes.pending_xref, text: nodes.Element
+) -> nodes.Element | None:
+    page = node["reftarget"].removeprefix("/")
+    if node["reftype"] != REFERENCE or page not in env.all_docs:
+        return None
+    return make_refnode(app.builder, node["refdoc"], page, None, text)
+
+
 def setup(app: Sphinx) -> None:
     app.add_transform(Guides)
+    app.connect("missing-reference", _resolve)

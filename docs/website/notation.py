@@ -433,6 +433,10 @@ def _is_formula(source: str, following: str, names: bool) -> bool:
         return False
     if re.fullmatch(r"[b-zB-HJ-Z]|d[xyqkvwWbPsztaphnrlL]|t[xyqkvw]", source):
         return names
-    if source in FUNCTIONS or re.fullmatch(r"[-()\[\]\d.,/\s]+|[A-Za-z]+", source):
+    if (
+        source == "n/a"
+        or source in FUNCTIONS
+        or re.fullmatch(r"[-()\[\]\d.,/\s]+|[A-Za-z]+", source)
+    ):
         return False
     return bool(_SIGNIFICANT.search(source))
