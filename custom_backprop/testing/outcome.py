@@ -43,6 +43,9 @@ FEATURES: set[str] = set()
 #: checks of how an op is traced, and not of the backend that then runs it
 TRACED: set[str] = set()
 
+#: checks of the Triton kernels that somebody launches; ours have the command ``kernels``
+OF_KERNELS: set[str] = set()
+
 
 def feature(function: CheckFunction) -> CheckFunction:
     """A decorator: the check belongs to :data:`FEATURES`."""
@@ -53,4 +56,10 @@ def feature(function: CheckFunction) -> CheckFunction:
 def traced(function: CheckFunction) -> CheckFunction:
     """A decorator: the check belongs to :data:`TRACED`."""
     TRACED.add(function.__name__)
+    return function
+
+
+def of_kernels(function: CheckFunction) -> CheckFunction:
+    """A decorator: the check belongs to :data:`OF_KERNELS`."""
+    OF_KERNELS.add(function.__name__)
     return function

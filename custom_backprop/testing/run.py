@@ -45,7 +45,8 @@ def _result(name: str, function: Callable[[Case], Any], case: Case) -> tuple[str
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
-            return "right", "", function(case)
+            found = function(case)
+            return "right", found if isinstance(found, str) else "", found
     except NotApplicable as reason:
         return "n/a", str(reason), None
     except NotRun as reason:

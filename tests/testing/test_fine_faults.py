@@ -9,6 +9,7 @@ import pytest
 import torch
 
 from custom_backprop.testing import CHECKS, validate
+from custom_backprop.testing.outcome import OF_KERNELS
 
 FINE = 1 + 1e-6
 
@@ -300,7 +301,7 @@ FAULTS = {
     ],
 }
 #: those that need another call
-OTHERS = {"float64", "opcheck", "sweep"}
+OTHERS = {"float64", "opcheck", "sweep"} | OF_KERNELS
 
 
 def one_element_off(x, w):

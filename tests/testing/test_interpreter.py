@@ -10,7 +10,7 @@ import torch
 from helpers import python
 
 from custom_backprop.backends import interpreting
-from custom_backprop.testing import audit, interpreted
+from custom_backprop.testing import audit, interpreted, validate
 
 triton = pytest.importorskip("triton")
 tl = pytest.importorskip("triton.language")
@@ -241,18 +241,23 @@ def test_programs_that_may_wait_for_each_other_are_not_judged(jit):
     assert any("read by one program and written by another" in note for note in found.notes)
 
 
-def test_launches_are_compiled_in_the_process_that_interpreted_them(tmp_path):
+def test_kernels_of_another_project_are_compiled_in_the_process_that_ran_them(tmp_path):
     (tmp_path / "theirs.py").write_text(THEIRS)
     printed = python(
         f"import sys; sys.path.insert(0, {str(tmp_path)!r})\n"
-        "from custom_backprop.testing.launches import compile_launches, recorded\n"
+        "from custom_backprop.testing import interpreted, validate\n"
         "import theirs, torch\n"
-        "with recorded() as launches:\n"
-        "    y = [theirs.double(torch.ones(n)) for n in (64, 64, 7)]\n"
-        "assert all((a == 2).all() for a in y)\n"
-        "for r in compile_launches(launches, 'sm_90'): print(r.kernel, r.spilled, r.num_warps)\n"
+        "for function in theirs.double, theirs.wrong:\n"
+        "    with interpreted():\n"
+        "        report = validate(function, torch.ones(64), checks=['forward', 'compiles'])\n"
+        "    print(report.status('compiles'), report.results[-1].detail)\n"
     )
-    assert printed.splitlines() == ["theirs.kernel 0 2"] * 2, "64 is a multiple of 16, 7 is not"
+    right, wrong = printed.splitlines()
+    assert right.startswith("right theirs.kernel on sm_90: ")
+    assert " 0 bytes spilled, 16 bytes wide 0 of 1 loads and 0 of 1 stores" in right
+    assert wrong.startswith("wrong ")
+    for target in ("sm_80", "sm_90", "sm_100", "gfx942"):
+        assert f"{target}: CompilationError" in wrong
 
 
 THEIRS = """
@@ -263,11 +268,69 @@ from triton.language.extra.libdevice import rint
 @triton.jit
 def kernel(X, Y, n, BLOCK: tl.constexpr):
     i = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
-    tl.store(Y + i, rint(tl.load(X + i, i < n) * 2), i < n)
+    tl.store(Y + i, rint(tl.load(X + i, i < n).to(tl.float32) * 2), i < n)
+
+@triton.jit
+def changes_its_type(X, Y, n):
+    total = 0
+    for i in range(n):
+        total += tl.load(X + i)
+    tl.store(Y, total)
 
 def double(x):
     y = torch.empty_like(x)
     with torch.cuda.device(0):
         kernel[lambda meta: (triton.cdiv(x.numel(), meta["BLOCK"]),)](x, y, x.numel())
     return y
+
+def wrong(x):
+    y = torch.empty(())
+    changes_its_type[(1,)](x, y, x.numel())
+    return y
 """
+
+
+class Doubled(torch.autograd.Function):
+    """y = 2 x by a kernel that takes a gradient to be contiguous, or does not."""
+
+    @staticmethod
+    def forward(ctx, x, contiguous=True, unwritten=0):
+        ctx.contiguous = contiguous
+        return Doubled.launched(x.contiguous(), unwritten)
+
+    @staticmethod
+    def launched(x, unwritten=0):
+        y = torch.empty_like(x)
+        _doubled[(2,)](x, y, x.numel() - unwritten, BLOCK=4)
+        return y
+
+    @staticmethod
+    def backward(ctx, dy):
+        return Doubled.launched(dy.contiguous() if ctx.contiguous else dy), None, None
+
+
+@triton.jit
+def _doubled(X, Y, n, BLOCK: tl.constexpr):
+    i = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
+    tl.store(Y + i, tl.load(X + i, i < n) * 2, i < n)
+
+
+def checked(function):
+    (memory,) = validate(function, torch.ones(2, 3), checks=["memory"]).results
+    return memory.status, memory.detail
+
+
+def test_the_check_memory():
+    assert checked(Doubled.apply) == ("right", "")
+    status, detail = checked(lambda x: Doubled.apply(x, False))
+    assert (status, "outside every tensor" in detail) == ("wrong", True)
+    status, detail = checked(lambda x: Doubled.apply(x, True, 2))
+    assert (status, "2 of 6 elements of result 0 depend on memory" in detail) == ("wrong", True)
+    assert checked(torch.exp) == ("n/a", "no Triton kernel was launched")
+
+
+def test_what_cannot_be_checked_here_says_so():
+    with interpreted():
+        report = validate(Doubled.apply, torch.ones(2, 3), checks=["compile", "compiles"])
+    assert [r.status for r in report.results] == ["not run"] * 2
+    assert "unset it" in report.results[1].detail

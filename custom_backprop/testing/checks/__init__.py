@@ -9,6 +9,7 @@ from typing import Any
 from ..case import Case
 from .batching import batched, hessian, jacobians, vmap
 from .derivatives import forward_mode, gradcheck, gradgradcheck
+from .kernels import compiles, memory
 from .layouts import input_layouts, layouts
 from .ownership import freed, inputs_unchanged, subsets, two_backwards
 from .precision import autocast, precision, sweep
@@ -37,6 +38,8 @@ CHECKS: dict[str, Callable[[Case], Any]] = {
         two_backwards,
         freed,
         subsets,
+        memory,
+        compiles,
         autocast,
         precision,
         sweep,
@@ -48,6 +51,7 @@ __all__ = [
     "autocast",
     "batched",
     "compile",
+    "compiles",
     "float64",
     "forward",
     "forward_mode",
@@ -60,6 +64,7 @@ __all__ = [
     "inputs_unchanged",
     "jacobians",
     "layouts",
+    "memory",
     "opcheck",
     "precision",
     "subsets",

@@ -10,6 +10,7 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from ..case import Case, gradients, outputs
+from ..interpreter import is_interpreted
 from ..outcome import NotApplicable, NotRun, feature, traced
 from .compare import same
 
@@ -36,6 +37,8 @@ def compile(case: Case) -> None:
 
     Finds a Function that breaks the graph, and a gradient that a compiler loses.
     """
+    if is_interpreted():
+        raise NotRun("torch.compile does not see through the interpreter of Triton's kernels")
     leaves = case.leaves
     expected, expected_grads = gradients(case.call, leaves)
     compilable = case.inductor and cpp_compiler() is not None
