@@ -57,6 +57,13 @@ def _in_place(X, BLOCK: tl.constexpr):
     tl.store(X + i, tl.load(X + i) * 2)
 
 
+def _counted(Y, n):
+    for i in range(1, n, 2):
+        tl.store(Y + i.to(tl.int64), i)
+    for i in tl.range(0, n, step=2):
+        tl.store(Y + i.to(tl.int64), -i)
+
+
 def _same_bits(Y):
     tl.store(Y, 7.0)
 
@@ -190,6 +197,12 @@ def test_autotuning_an_update_in_place_is_a_fault(jit):
         x = torch.ones(4)
         assert launch(kernel, 1, x).faults == []
         assert x.tolist() == [2.0] * 4
+
+
+def test_loops_count_in_tensors(jit):
+    y = torch.empty(5)
+    launch(jit(_counted), 1, y, 5)
+    assert y.tolist() == [0, 1, -2, 3, -4]
 
 
 def test_heuristics(jit):

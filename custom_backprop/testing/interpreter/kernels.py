@@ -81,13 +81,16 @@ def patched() -> Iterator[None]:
         """For one launch: the language by its short name and its core, which Triton's own functions
         call."""
         modules = {"tl": triton.language, "core": triton.language.core}
-        return put_into(types.SimpleNamespace(__globals__=modules))
+        scope = put_into(types.SimpleNamespace(__globals__=modules))
+        for module in modules.values():
+            scope.set_attr(module, "range", counted)
+        return scope
 
     def compile_and_exec(rewriter: Any, tree: Any) -> Any:
         """The function in a namespace of its own: its module is left as it is."""
         function, local = rewriter.fn, dict(rewriter.kwargs)
         closure = inspect.getclosurevars(function).nonlocals
-        space = {**vars(interpreter), **function.__globals__, **closure}
+        space = {**vars(interpreter), "range": counted, **function.__globals__, **closure}
         space |= {name: interpretable(value) for name, value in space.items()}
         exec(compile(tree, rewriter.filename, "exec"), space, local)
         return local[function.__name__]
@@ -107,6 +110,16 @@ def patched() -> Iterator[None]:
         for owner, name, replacement in replaced:
             patches.enter_context(patch.object(owner, name, replacement, create=True))
         yield
+
+
+def counted(start: Any, stop: Any = None, step: Any = 1, **options: Any) -> Iterator[Any]:
+    """``range`` in a kernel: it counts in tensors, as when compiled. (``tl.static_range`` counts in
+    numbers.)"""
+    from triton.runtime.interpreter import interpreter_semantic
+
+    bounds = (0, start, step) if stop is None else (start, stop, step)
+    for i in range(*map(int, bounds)):
+        yield interpreter_semantic.to_tensor(i)
 
 
 def interpretable(value: Any) -> Any:
