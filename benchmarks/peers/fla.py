@@ -127,7 +127,7 @@ OPS = [
         "rms_norm_gated",
         "lambda x, g, weight: OP(x, g, weight, None)",
         "[randn(5, 7), randn(5, 7), randn(7)]",
-        "lambda x, g, weight: F.rms_norm(x, (7,), weight, 1e-5) * F.silu(g)",
+        "lambda x, g, weight: F.rms_norm(x, (7,), weight, 1e-6) * F.silu(g)",
     ),
     _module(
         "modules.fused_cross_entropy.ops",

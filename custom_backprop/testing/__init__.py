@@ -8,7 +8,7 @@ from .checks import CHECKS
 from .database import cases, check_op, database
 from .inputs import Inputs
 from .interpreter import interpreted
-from .launches import compile_launches, recorded
+from .launches import compile_launches, record_launches
 from .memory import peak_memory
 from .offline import TARGETS, Resources, compile_offline
 from .record import Recording, record
@@ -45,7 +45,7 @@ __all__ = [
     "own_forward",
     "peak_memory",
     "record",
-    "recorded",
+    "record_launches",
     "traffic",
     "validate",
 ]

@@ -15,13 +15,13 @@ from .offline import TARGETS, Launch, Resources, _compile, _resources
 
 
 @contextmanager
-def recorded() -> Iterator[list[Launch]]:
+def record_launches() -> Iterator[list[Launch]]:
     """Runs every Triton kernel inside in the interpreter, as :func:`interpreted` does, and yields
     the list of its launches. They hold no tensor: of each its dtype and its alignment.
 
     Example::
 
-        with recorded() as launches:
+        with record_launches() as launches:
             my_function(x).sum().backward()
         for resources in compile_launches(launches, "sm_90"):
             print(resources.kernel, resources.registers, resources.spilled)
@@ -86,4 +86,4 @@ def _without_data(value: Any) -> Any:
     return pointer
 
 
-__all__ = ["TARGETS", "compile_launches", "recorded"]
+__all__ = ["TARGETS", "compile_launches", "record_launches"]

@@ -59,13 +59,13 @@ def compiles(case: Case) -> str:
         registers, spilled bytes, and how many of the loads and stores are 16 bytes wide, of each
         kernel on sm_90; and where else it spills.
     """
-    from ..launches import recorded
+    from ..launches import record_launches
     from ..offline import TARGETS
 
     _requires_cpu(case)
     from triton.runtime.jit import JITFunction
 
-    with recorded() as launches:
+    with record_launches() as launches:
         _both_ways(case)
     if not launches:
         raise NotApplicable("no Triton kernel was launched")
