@@ -142,14 +142,16 @@ def inputs_unchanged(function: Function, reference: Function, inputs: Sequence[T
     ys = _outputs(function(*xs))
     dys = _weights(ys)
     torch.autograd.grad(ys, [x for x in xs if x.requires_grad], dys, allow_unused=True)
-    names = [
-        *(f"input {i}" for i in range(len(xs))),
-        *(f"grad_output {i}" for i in range(len(dys))),
+    given = [(f"input {i}", x, x0) for i, (x, x0) in enumerate(zip(xs, inputs, strict=True))]
+    given += [
+        (f"grad_output {i}", dy, dy0)
+        for i, (dy, dy0) in enumerate(zip(dys, _weights(ys), strict=True))
     ]
-    after = [t.detach() for t in (*xs, *dys)]
-    before = [*(x.detach() for x in _fresh(inputs)), *_weights(ys)]
-    found = [n for n, a, b in zip(names, after, before, strict=True) if not torch.equal(a, b)]
-    return f"{', '.join(found)} overwritten" if found else ""
+    found = [(n, t._version) for n, t, t0 in given if not torch.equal(t.detach(), t0.detach())]
+    if not found:
+        return ""
+    moved = "" if any(v for _, v in found) else "; autograd's version counter does not move"
+    return f"{', '.join(n for n, _ in found)} overwritten{moved}"
 
 
 def two_backwards(function: Function, reference: Function, inputs: Sequence[Tensor]) -> str:
