@@ -137,7 +137,10 @@ def test_a_function_that_computes_in_float32_whatever_comes_is_checked_in_float3
     assert report.status("float64") == "not offered"
     assert validate(torch.mul, inputs(), torch.mul).status("float64") == "right"
     assert validate(torch.floor, inputs()[0], torch.floor).status("float64") == "right"
-    assert not validate(call, inputs(), reference, dtype=torch.float64, checks=["forward"]).ok
+    report = validate(call, inputs(), reference, dtype=torch.float64, checks=["forward"])
+    assert "say dtype=float32" in report.failures[0].detail
+    report = validate(lambda x, w: 2.1 * x * w, inputs(), reference, checks=["forward"])
+    assert "float32" not in report.failures[0].detail
 
 
 @pytest.mark.parametrize("what", ["an input", "a leaf", "dy"])

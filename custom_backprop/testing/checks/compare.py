@@ -66,7 +66,10 @@ def as_reference(
     theirs = compute(case.call_reference, case.leaves)
     ours = compute(case.call, case.leaves)
     if case.exact:
-        same(ours, theirs, what)
+        try:
+            same(ours, theirs, what)
+        except Wrong as error:
+            raise Wrong(f"{error}{_hint(ours, theirs)}") from None
         return
     exact = case.to(torch.float64)
     truth = compute(exact.call_reference, exact.leaves)
@@ -87,6 +90,19 @@ def as_reference(
             f"{what} are off the truth by {_off(our, true):.2e}, the reference's by "
             f"{_off(their, true):.2e}",
         )
+
+
+def _hint(ours: Any, theirs: Any) -> str:
+    """Where the largest error is one of float32's rounding, how that is checked."""
+    pairs = without_none(ours, theirs) if len(ours) == len(theirs) else []
+    if not pairs or any(a.shape != b.shape for a, b in pairs):
+        return ""
+    worst = max(relative_error(a, b) for a, b in pairs)
+    if not 0 < worst < 1e-5:
+        return ""
+    return (
+        "\nThat is as much as float32 rounds: if part of it computes in float32, say dtype=float32"
+    )
 
 
 def _off(value: Tensor, truth: Tensor) -> float:
