@@ -16,6 +16,7 @@ from functools import partial
 import pytest
 import torch
 from torch import nn
+from torch._functorch import config
 from torch.utils.checkpoint import checkpoint
 
 import custom_backprop
@@ -395,9 +396,9 @@ def test_a_checkpoint_is_not_run_to_count_what_it_holds():
 
 def test_a_compiled_region_is_one_node():
     model = stock_mlp()
-    with torch._functorch.config.patch(donated_buffer=False):
-        loss = torch.compile(model, backend="aot_eager")(torch.randn(5, 8)).sum()
-    picture = draw(loss, model)
+    compiled = torch.compile(model, backend="aot_eager")
+    with config.patch(donated_buffer=False):
+        picture = draw(compiled(torch.randn(5, 8)).sum(), model)
     assert shown(picture).count("CompiledFunction") == 1
     assert node_of(picture, "CompiledFunction").kind == "compiled"
     assert {n.label for n in picture.nodes if n.kind == "leaf"} == {*dict(model.named_parameters())}
@@ -413,6 +414,17 @@ def reentrant():
     return checkpoint(torch.exp, torch.ones(2, requires_grad=True), use_reentrant=True).sum()
 
 
+def donated():
+    """What a compiled region says, of which the compiler reuses a saved tensor in backward."""
+
+    def refuse(gradient):
+        raise RuntimeError("compiled with non-empty donated buffers")
+
+    x = torch.ones(2, requires_grad=True).exp()
+    x.register_hook(refuse)
+    return x.sum()
+
+
 @pytest.mark.parametrize(
     ("make", "error", "message"),
     [
@@ -420,6 +432,7 @@ def reentrant():
         (lambda: torch.tensor(1.0), ValueError, "does not require grad"),
         (freed, RuntimeError, r"before loss\.backward\(\)"),
         (reentrant, RuntimeError, "use_reentrant=False"),
+        (donated, RuntimeError, "donated_buffer = False before torch.compile"),
     ],
 )
 def test_what_cannot_be_drawn(make, error, message):
