@@ -9,6 +9,7 @@ import pytest
 import torch
 
 from custom_backprop.testing import CHECKS, validate
+from custom_backprop.testing.outcome import OF_KERNELS
 
 
 class Scale(torch.autograd.Function):
@@ -376,6 +377,7 @@ def test_without_a_reference_the_oracle_checks_do_not_apply():
         "forward",
         "gradient",
         "opcheck",
+        *OF_KERNELS,
         "autocast",
         "precision",
         "sweep",
