@@ -46,6 +46,7 @@ FINDINGS = {
         "turn the silence into an error.",
         "liger-kernel:softmax",
         """
+
 def norm_of_gradient_with_penalty(f, x):
     x = x.clone().requires_grad_()
     loss = f(x).square().sum()
@@ -65,6 +66,7 @@ print(norm_of_gradient_with_penalty(reference, inputs[0]))
         "The same numbers, transposed or sliced, give other results.",
         "liger-kernel:cross_entropy",
         """
+
 def gradient(f, x, target):
     x = x.clone().requires_grad_()
     return torch.autograd.grad(f(x.t().contiguous().t(), target), x)[0]
