@@ -66,13 +66,13 @@ class Guides(SphinxTransform):
                     )
 
     def _links(self, name: str) -> None:
-        pages = by_name()
+        pages = {} if name == "peers" else by_name()  # there the names are those of others
         for literal in list(self.document.findall(nodes.literal)):
             m = _QUALIFIED.fullmatch(literal.astext())
             if m is None or _inside(literal, (nodes.title, addnodes.pending_xref, nodes.reference)):
                 continue
             target = pages.get(m[1])
-            if name == "validate" and _inside(literal, (nodes.entry,)) and m[0] in CHECKS:
+            if name in ("validate", "peers") and _inside(literal, (nodes.entry,)) and m[0] in CHECKS:
                 target = f"/reference/checks/{m[0]}"
             if target:
                 link = addnodes.pending_xref(
