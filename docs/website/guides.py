@@ -18,6 +18,8 @@ from . import notation, prose
 
 _WRITTEN_HERE = ("reference/ops/", "reference/families/", "reference/checks/", "reference/api/")
 _OWN = (nodes.literal, nodes.math, nodes.literal_block, nodes.math_block, nodes.raw)
+#: pages in whose tables names are those of checks
+NAMES_CHECKS = ("validate", "peers")
 #: a link whose text stays code
 REFERENCE = "page of the site"
 _QUALIFIED = re.compile(r"(?:custom_backprop\.)?(?:(?:functional|nn|F)\.)?(\w+)(?:\(.*\))?")
@@ -72,7 +74,7 @@ class Guides(SphinxTransform):
             if m is None or _inside(literal, (nodes.title, addnodes.pending_xref, nodes.reference)):
                 continue
             target = pages.get(m[1])
-            if name in ("validate", "peers") and _inside(literal, (nodes.entry,)) and m[0] in CHECKS:
+            if m[0] in CHECKS and name in NAMES_CHECKS and _inside(literal, (nodes.entry,)):
                 target = f"/reference/checks/{m[0]}"
             if target:
                 link = addnodes.pending_xref(
