@@ -274,7 +274,7 @@ FAULTS = {
     "inputs_unchanged": [
         (
             writes(0, bits=False),
-            {"gradcheck", "layouts", "two_backwards"},
+            {"gradcheck", "two_backwards"},
         ),
         (writes(1, bits=True), {"gradcheck", "two_backwards"}),
         (writes("dy", bits=True), set()),
