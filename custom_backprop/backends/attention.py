@@ -53,8 +53,19 @@ def _as(t, result):
 
 
 def _rows(*tensors):
-    """With the last dimension dense: torch's kernel takes that for granted."""
-    return [t if t.stride(3) == 1 else t.contiguous() for t in tensors]
+    """With the last dimension dense and no two elements in one place. Torch's kernel takes that for
+    granted: it writes its results in the strides of what it gets."""
+    return [t if t.stride(3) == 1 and _is_apart(t) else t.contiguous() for t in tensors]
+
+
+def _is_apart(t):
+    span = 1
+    for stride, n in sorted(zip(t.stride(), t.shape, strict=True)):
+        if n > 1:
+            if stride < span:
+                return False
+            span += stride * (n - 1)
+    return True
 
 
 def _numbers(mask, q):

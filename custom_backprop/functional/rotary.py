@@ -87,7 +87,7 @@ def _check(x, cos, sin, offset, positions):
             "rotary_embedding is not differentiable with respect to cos and sin, which require grad"
         )
     if positions is None:
-        if not 0 <= offset <= cos.shape[0] - x.shape[-2]:
+        if x.shape[-2] and not 0 <= offset <= cos.shape[0] - x.shape[-2]:
             raise IndexError(
                 f"rotary_embedding: positions {offset} to {offset + x.shape[-2] - 1} are out of "
                 f"range for {tables}"

@@ -12,7 +12,7 @@ import torch
 from ..backends import use_backend
 from . import specs
 from .case import Case
-from .outcome import OF_KERNELS, TRACED
+from .outcome import OF_KERNELS, SEARCHED, TRACED
 from .report import Report
 from .run import applicable, run
 from .spec import Make, OpSpec
@@ -57,14 +57,17 @@ def check_op(
     checks: Iterable[str] | None = None,
 ) -> Report:
     """Checks every sample of an op on one backend. The checks of how it is traced run on every
-    sample with ATen, and only on the first with other backends: they are slow. Those of Triton
-    kernels are left to the command ``kernels``, which knows more of ours."""
+    sample with ATen, and only on the first with other backends: they are slow. Those that search
+    run on the first sample with ATen, and on a GPU with any backend. Those of Triton kernels are
+    left to the command ``kernels``, which knows more of ours."""
     report = Report(spec.name)
+    interpreted = backend != "aten" and torch.device(device).type == "cpu"
     with use_backend(backend):
         for i, case in enumerate(cases(spec, device)):
-            traced = i == 0 or backend == "aten"
-            wanted = [c for c in applicable(checks) if c not in OF_KERNELS]
-            report.merge(run(case, [c for c in wanted if traced or c not in TRACED]))
+            left_out = OF_KERNELS | (SEARCHED if i or interpreted else set())
+            if i and backend != "aten":
+                left_out |= TRACED
+            report.merge(run(case, [c for c in applicable(checks) if c not in left_out]))
     return report
 
 

@@ -12,7 +12,16 @@ if TYPE_CHECKING:
 
 
 class Wrong(AssertionError):
-    """A result is wrong, or something was changed that must not be."""
+    """A result is wrong, or something was changed that must not be.
+
+    Args:
+        reason: what is wrong.
+        script: a program that shows it.
+    """
+
+    def __init__(self, reason: str = "", script: str = "") -> None:
+        super().__init__(reason)
+        self.script = script
 
 
 class NotOffered(Exception):
@@ -21,11 +30,12 @@ class NotOffered(Exception):
     Args:
         reason: what it refuses, and how.
         found: what the check would have returned, of what the code does offer.
+        script: a program that shows it.
     """
 
-    def __init__(self, reason: str, found: Any = None) -> None:
+    def __init__(self, reason: str, found: Any = None, script: str = "") -> None:
         super().__init__(reason)
-        self.found = found
+        self.found, self.script = found, script
 
 
 class NotRun(Exception):
@@ -46,6 +56,9 @@ TRACED: set[str] = set()
 #: checks of the Triton kernels that somebody launches; ours have the command ``kernels``
 OF_KERNELS: set[str] = set()
 
+#: checks that draw inputs of their own, like those of the case: of an op's samples one is enough
+SEARCHED: set[str] = set()
+
 
 def feature(function: CheckFunction) -> CheckFunction:
     """A decorator: the check belongs to :data:`FEATURES`."""
@@ -62,4 +75,10 @@ def traced(function: CheckFunction) -> CheckFunction:
 def of_kernels(function: CheckFunction) -> CheckFunction:
     """A decorator: the check belongs to :data:`OF_KERNELS`."""
     OF_KERNELS.add(function.__name__)
+    return function
+
+
+def searched(function: CheckFunction) -> CheckFunction:
+    """A decorator: the check belongs to :data:`SEARCHED`."""
+    SEARCHED.add(function.__name__)
     return function

@@ -6,6 +6,7 @@ import json
 import math
 from collections.abc import Iterable
 from dataclasses import asdict, dataclass, field, replace
+from textwrap import indent
 from typing import Any
 
 from .checks import CHECKS
@@ -180,7 +181,10 @@ class Report:
         counts = [f"{len(found)} {status}" for status in STATUSES if (found := self._with(status))]
         lines = [f"{self.name}: {self.verdict.upper()} ({', '.join(counts)})"]
         lines += [f"  note: {note}" for note in self.notes]
-        lines += [f"  {r.status:<13}{r.check:<18}{r.detail}" for r in self.results]
+        for r in self.results:
+            lines.append(f"  {r.status:<13}{r.check:<18}{r.detail}")
+            if r.status == "wrong" and r.script:
+                lines += ["", *indent(r.script, " " * 6).splitlines(), ""]
         lines += [
             f"  error in {d}: {ours:.1e} (the reference's own: {theirs:.1e})"
             for d, (ours, theirs) in self.errors.items()

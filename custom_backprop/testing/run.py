@@ -33,30 +33,31 @@ def run(case: Case, checks: Iterable[str] | None = None) -> Report:
     report = Report(case.name)
     for name, function in applicable(checks).items():
         start = time.perf_counter()
-        status, detail, found = _result(name, function, case)
+        status, detail, found, script = _result(name, function, case)
         if name == "precision" and found:
             report.errors = found
-        report.results.append(Result(name, status, detail, time.perf_counter() - start))
+        seconds = time.perf_counter() - start
+        report.results.append(Result(name, status, detail, seconds, script=script))
     return report
 
 
-def _result(name: str, function: Callable[[Case], Any], case: Case) -> tuple[str, str, Any]:
-    """(status, detail, what the check returned)."""
+def _result(name: str, function: Callable[[Case], Any], case: Case) -> tuple[str, str, Any, str]:
+    """(status, detail, what the check returned, a script that shows it)."""
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
             found = function(case)
-            return "right", found if isinstance(found, str) else "", found
+            return "right", found if isinstance(found, str) else "", found, ""
     except NotApplicable as reason:
-        return "n/a", str(reason), None
+        return "n/a", str(reason), None, ""
     except NotRun as reason:
-        return "not run", str(reason), None
+        return "not run", str(reason), None, ""
     except NotOffered as reason:
-        return "not offered", str(reason), reason.found
+        return "not offered", str(reason), reason.found, reason.script
     except (Wrong, GradcheckError) as error:
-        return "wrong", _said(case, error), None
+        return "wrong", _said(case, error), None, getattr(error, "script", "")
     except Exception as error:
-        return "not offered" if name in FEATURES else "wrong", _said(case, error), None
+        return "not offered" if name in FEATURES else "wrong", _said(case, error), None, ""
 
 
 def _said(case: Case, error: Exception) -> str:

@@ -414,3 +414,22 @@ def test_a_row_that_is_certain_keeps_its_gradient_in_half_precision():
     expected = torch.autograd.grad(stock(*exact), exact, dy.to(DEVICE, torch.float64))
     for g, e in zip(grads, expected, strict=True):
         torch.testing.assert_close(g.double(), e, rtol=1e-2, atol=0)
+
+
+@pytest.mark.parametrize("which", range(3))
+@pytest.mark.parametrize("stride", [(0, 1), (1, 1), (1, 0)], ids=str)
+def test_rows_that_lie_in_one_place(which, stride, backend):
+    """An expanded query or value, or windows of one signal. torch's CPU kernel (2.13) writes its
+    results in the strides of what it gets, one over the other, and leaves memory that it never
+    wrote in the others."""
+    given = [torch.randn(1, 2, 3, 4, dtype=torch.float64, device=DEVICE) for _ in range(3)]
+    given[which] = torch.randn(26, dtype=torch.float64, device=DEVICE).as_strided(
+        (1, 2, 3, 4), (20, 10, *stride)
+    )
+    dy = torch.randn(1, 2, 3, 4, dtype=torch.float64, device=DEVICE)
+    found = []
+    for tensors in (given, [t.clone(memory_format=torch.contiguous_format) for t in given]):
+        leaves = [t.detach().requires_grad_() for t in tensors]
+        y = functional.scaled_dot_product_attention(*leaves)
+        found.append((y.detach(), *torch.autograd.grad(y, leaves, dy)))
+    torch.testing.assert_close(*found, rtol=1e-9, atol=1e-11)

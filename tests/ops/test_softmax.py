@@ -12,12 +12,12 @@ import torch.nn.functional as F
 from helpers import DEVICE
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from strategies import layouts, tensors
 
 from custom_backprop import functional, nn, use_backend
 from custom_backprop.backends import BACKENDS, why_not
 from custom_backprop.backends.kernels import kernels
 from custom_backprop.testing import database
+from custom_backprop.testing.strategies import tensors, views
 
 INF, NAN = float("inf"), float("nan")
 HERE = [b for b in BACKENDS if why_not(b, DEVICE) is None]
@@ -351,7 +351,7 @@ def test_any_shape_dim_and_strides(name, data):
     x = data.draw(tensors(special=(-INF, 1e3)))
     dim = data.draw(st.integers(-max(x.dim(), 1), max(x.dim(), 1) - 1))
     x = x.to(DEVICE)
-    dy = data.draw(layouts(x.dim()))(torch.randn(x.shape, dtype=x.dtype, device=DEVICE))
+    dy = data.draw(views(x.shape)).holding(torch.randn(x.shape, dtype=x.dtype, device=DEVICE))
     expected = results(getattr(F, name), x, dim, dy)
     for b in HERE:
         with use_backend(b):

@@ -378,6 +378,7 @@ def test_without_a_reference_the_oracle_checks_do_not_apply():
         "gradient",
         "opcheck",
         *OF_KERNELS,
+        "shapes",
         "autocast",
         "precision",
         "sweep",

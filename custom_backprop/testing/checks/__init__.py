@@ -13,6 +13,7 @@ from .kernels import compiles, memory
 from .layouts import input_layouts, layouts
 from .ownership import freed, inputs_unchanged, subsets, two_backwards
 from .precision import autocast, precision, sweep
+from .search import shapes, strides
 from .traced import compile, opcheck
 from .values import float64, forward, gradient
 
@@ -34,6 +35,8 @@ CHECKS: dict[str, Callable[[Case], Any]] = {
         compile,
         layouts,
         input_layouts,
+        strides,
+        shapes,
         inputs_unchanged,
         two_backwards,
         freed,
@@ -67,6 +70,8 @@ __all__ = [
     "memory",
     "opcheck",
     "precision",
+    "shapes",
+    "strides",
     "subsets",
     "sweep",
     "two_backwards",

@@ -19,6 +19,8 @@ def _reference(f: Callable[..., Tensor], first: bool) -> Callable[..., Tensor]:
     """By stock's activation and product."""
 
     def reference(input, value=None, dim=-1, gate_first=first, **options):
+        if value is None and input.shape[dim] % 2:
+            raise RuntimeError("halves of an odd size")
         a, b = (input, value) if value is not None else input.chunk(2, dim)
         a, b = (a, b) if gate_first or value is not None else (b, a)
         return f(a, **options) * b
