@@ -24,7 +24,11 @@ if "PYTEST_XDIST_WORKER" in os.environ:
 from helpers import DEVICE
 
 import custom_backprop
-from custom_backprop.backends import BACKENDS, why_not
+from custom_backprop.backends import BACKENDS, interpreting, why_not
+from custom_backprop.testing.interpreter.faster import remember_builtins
+
+if interpreting() and why_not("triton", DEVICE) is None:
+    remember_builtins()
 
 EXAMPLES = Path(__file__).parents[1] / "examples"
 

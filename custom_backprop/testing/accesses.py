@@ -19,6 +19,7 @@ from torch import Tensor
 
 from ..backends import interpreting
 from .interpreter import is_interpreted
+from .interpreter.faster import remember_builtins
 
 
 @dataclass(frozen=True)
@@ -74,6 +75,7 @@ def watched(
     import triton.language as tl
     from triton.runtime.interpreter import GridExecutor, TensorHandle, interpreter_builder
 
+    remember_builtins()
     running: list[M] = []
     builder, call = interpreter_builder, GridExecutor.__call__
     load, store = builder.create_masked_load, builder.create_masked_store

@@ -9,9 +9,10 @@ from functools import cache
 
 import torch
 
-from ..backends import use_backend
+from ..backends import interpreting, use_backend
 from . import specs
 from .case import Case
+from .interpreter.faster import remember_builtins
 from .outcome import OF_KERNELS, SEARCHED, TRACED
 from .report import Report
 from .run import applicable, run
@@ -62,6 +63,8 @@ def check_op(
     left to the command ``kernels``, which knows more of ours."""
     report = Report(spec.name)
     interpreted = backend != "aten" and torch.device(device).type == "cpu"
+    if backend == "triton" and interpreting():
+        remember_builtins()
     with use_backend(backend):
         for i, case in enumerate(cases(spec, device)):
             left_out = OF_KERNELS | (SEARCHED if i or interpreted else set())

@@ -108,7 +108,7 @@ def _samples(make: Make) -> Iterator[Sample]:
         name="window, ALiBi, shared keys",
     )
     yield Sample(_qkv(make, 1, 1, 1, 2, 0, 1), name="no keys")
-    tensors = *_qkv(make, 2, 2, 1, 2, 5, 1), make.tensor(2, 5)
+    tensors = *_qkv(make, 1, 2, 1, 2, 5, 1), make.tensor(2, 5)
     seed = torch.tensor(2**62 + 5, device=make.device)
     options = {"enable_gqa": True, "seed": seed}
     yield Sample((*tensors, 0.4), options, name="dropout")

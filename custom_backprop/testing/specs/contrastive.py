@@ -116,13 +116,13 @@ def _nce_samples(make: Make) -> Iterator[Sample]:
     options: Any = {"temperature": 0.7, "symmetric": True, "normalize": False, "reduction": "sum"}
     yield Sample((make.tensor(3, 2), make.tensor(3, 2)), options, name="symmetric, sum")
     yield Sample(
-        (make.tensor(2, 3), make.tensor(2, 3)),
+        (make.tensor(2, 2), make.tensor(2, 2)),
         {"temperature": 0.5, "symmetric": True, "reduction": "none"},
         name="symmetric, none",
     )
     options = {"temperature": 0.9, "reduction": "none"}
     yield Sample(
-        (make.tensor(2, 3), make.tensor(2, 3), make.tensor(3, 3)),
+        (make.tensor(2, 2), make.tensor(2, 2), make.tensor(3, 2)),
         options,
         name="negatives of all, none",
     )

@@ -28,7 +28,7 @@ def _samples(make: Make) -> Iterator[Sample]:
         "label_smoothing": 0.2,
     }
     yield Sample(
-        (make.tensor(2, 4, 3), make.index(2, 3, high=4)),
+        (make.tensor(2, 4, 2), make.index(2, 2, high=4)),
         options,
         name="3-D, weight, smoothing, mean",
     )
