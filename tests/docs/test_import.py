@@ -20,6 +20,7 @@ for option in ("--version", "--help"):
         main([option])
     except SystemExit as ended:
         assert ended.code == 0
+import custom_backprop.pytest_plugin
 for name in ("torch", "numpy", "triton"):
     assert name not in sys.modules, f"{name} is imported before anyone asked"
 assert custom_backprop.nn.Linear
