@@ -154,5 +154,8 @@ def _norm(name, x, shape, weight, bias, eps, kind, residual=()):
     # also where one of the dimensions is 0
     rows = [t.reshape(*x.shape[:-n], prod(shape)) for t in (x, *residual)]
     flat = [None if t is None else t.flatten() for t in (weight, bias)]
+    if residual and all(t.requires_grad and t.is_leaf for t in (x, *residual)):
+        # both get one gradient, and through views each would take it for its own
+        rows[1].register_hook(lambda g: g if g is None else g.clone())
     found = call(*rows, *flat, eps, kind)
     return tuple([t.view(x.shape) for t in found]) if residual else found.view(x.shape)

@@ -32,14 +32,15 @@ class EmbeddingBag:
 
     @staticmethod
     def backward(run: Any, ctx: Any, dy: Tensor) -> Any:
-        needs, (_, per_sample, _, index, bounds) = ctx.needs_input_grad[:2], ctx.saved_tensors
+        needs, saved = ctx.needs_input_grad[:2], ctx.saved_tensors
         if not (ctx.sparse and needs[0]):
-            return run(dy, *ctx.saved_tensors, ctx.rows, *ctx.options, *needs)
+            return run(dy, *saved, ctx.rows, *ctx.options, *needs)
+        _, per_sample, _, index, bounds = saved
         mode, padding, _ = ctx.options
         each = formula.entry_gradients(dy, per_sample, index, bounds, mode, padding).to(dy.dtype)
         dw, dp = sparse_gradient(each, index, ctx.rows, padding), None
         if needs[1]:
-            dp = run(dy, *ctx.saved_tensors, ctx.rows, *ctx.options, False, True)[1]
+            dp = run(dy, *saved, ctx.rows, *ctx.options, False, True)[1]
         return dw, dp
 
     @staticmethod

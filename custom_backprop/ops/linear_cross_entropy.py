@@ -30,11 +30,11 @@ class LinearCrossEntropy:
 
     @staticmethod
     def backward(run: Any, ctx: Any, dy: Tensor) -> Any:
-        made = ctx.saved_tensors[6:]
+        saved = ctx.saved_tensors
         if any(ctx.makes) and not ctx.is_differentiated:
-            dx, dw, db = (None if g is None else scaled(ctx, g, dy) for g in made)
+            dx, dw, db = (None if g is None else scaled(ctx, g, dy) for g in saved[6:])
             return dx, dw, None, db
-        return run(*ctx.saved_tensors[:6], dy, None, None, *ctx.options, ctx.needs_input_grad[:4])
+        return run(*saved[:6], dy, None, None, *ctx.options, ctx.needs_input_grad[:4])
 
     @staticmethod
     def jvp(ctx: Any, *tangents: Any) -> Any:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib
 import pkgutil
 from collections.abc import Iterable, Sequence
+from dataclasses import replace
 from functools import cache
 
 import torch
@@ -13,8 +14,8 @@ from ..backends import interpreting, use_backend
 from . import specs
 from .case import Case
 from .interpreter.faster import remember_builtins
-from .outcome import OF_KERNELS, SEARCHED, TRACED
-from .report import Report
+from .outcome import COSTLY, ENOUGH, OF_KERNELS, SEARCHED, TRACED
+from .report import Report, Result
 from .run import applicable, run
 from .spec import Make, OpSpec
 
@@ -57,20 +58,35 @@ def check_op(
     device: str | torch.device = "cpu",
     checks: Iterable[str] | None = None,
 ) -> Report:
-    """Checks every sample of an op on one backend. The checks of how it is traced run on every
-    sample with ATen, and only on the first with other backends: they are slow. Those that search
-    run on the first sample with ATen, and on a GPU with any backend. Those of Triton kernels are
-    left to the command ``kernels``, which knows more of ours."""
+    """Checks every sample of an op on one backend. Those of :data:`~.outcome.TRACED` run on every
+    sample with ATen, and only on the first with other backends; those of
+    :data:`~.outcome.COSTLY` on the first sample of representative ops, with ATen; those of
+    :data:`~.outcome.ENOUGH` with ATen. Those that search run on the first sample with ATen, and on
+    a GPU with any backend. Those of Triton kernels are left to the command ``kernels``, which knows
+    more of ours."""
     report = Report(spec.name)
     interpreted = backend != "aten" and torch.device(device).type == "cpu"
     if backend == "triton" and interpreting():
         remember_builtins()
     with use_backend(backend):
         for i, case in enumerate(cases(spec, device)):
-            left_out = OF_KERNELS | (SEARCHED if i or interpreted else set())
-            if i and backend != "aten":
-                left_out |= TRACED
+            traced = i == 0 or backend == "aten"
+            costly = i == 0 and backend == "aten" and spec.representative
+            left_out = (set() if traced else TRACED) | (set() if costly else COSTLY)
+            left_out |= OF_KERNELS | (SEARCHED if i or interpreted else set())
+            if backend != "aten":
+                left_out |= ENOUGH
             report.merge(run(case, [c for c in applicable(checks) if c not in left_out]))
+            if i == 0:
+                reason = (
+                    "run with ATen, on ops that represent the others, or by the command kernels"
+                )
+                skipped = [Result(c, "n/a", reason) for c in applicable(checks) if c in left_out]
+                report.merge(Report(spec.name, skipped))
+    for i, r in enumerate(report.results):
+        excuse = spec.excused.get((backend, r.check)) or spec.excused.get(("", r.check))
+        if excuse and r.status in ("wrong", "not offered"):
+            report.results[i] = replace(r, status="n/a", detail=excuse)
     return report
 
 

@@ -39,7 +39,7 @@ class NotOffered(Exception):
 
 
 class NotRun(Exception):
-    """This machine cannot run the check, or not all of it."""
+    """This machine, or this sample, cannot tell, or not all of it."""
 
 
 class NotApplicable(Exception):
@@ -50,7 +50,8 @@ class NotApplicable(Exception):
 #: exception there, that is "not offered". In any other check it is "wrong"
 FEATURES: set[str] = set()
 
-#: checks of how an op is traced, and not of the backend that then runs it
+#: checks of how an op is called and traced, which differ little from backend to backend, or are
+#: slow in the interpreter: the database runs them on the first sample alone where ATen does not run
 TRACED: set[str] = set()
 
 #: checks of the Triton kernels that somebody launches; ours have the command ``kernels``
@@ -58,6 +59,14 @@ OF_KERNELS: set[str] = set()
 
 #: checks that draw inputs of their own, like those of the case: of an op's samples one is enough
 SEARCHED: set[str] = set()
+
+
+#: checks that take a second: the database runs them on the first sample of representative ops, with
+#: ATen
+COSTLY: set[str] = set()
+
+#: checks of the samples and not of the code: it is enough if one sample passes, with ATen
+ENOUGH = {"mutations"}
 
 
 def feature(function: CheckFunction) -> CheckFunction:
@@ -81,4 +90,10 @@ def of_kernels(function: CheckFunction) -> CheckFunction:
 def searched(function: CheckFunction) -> CheckFunction:
     """A decorator: the check belongs to :data:`SEARCHED`."""
     SEARCHED.add(function.__name__)
+    return function
+
+
+def costly(function: CheckFunction) -> CheckFunction:
+    """A decorator: the check belongs to :data:`COSTLY`."""
+    COSTLY.add(function.__name__)
     return function

@@ -11,6 +11,7 @@ from typing import Any
 
 from .checks import CHECKS
 from .curves import Curve
+from .outcome import ENOUGH
 
 #: every status, the worst first
 STATUSES = ("wrong", "not offered", "not run", "right", "n/a")
@@ -49,6 +50,7 @@ class Report:
         notes: what was done to be able to run the checks.
         about: what was run, by what: the command, versions, the machine.
         curves: errors over the range of the inputs, of ``validate(plots=True)``.
+        figures: check -> what it measured -> (ours, the reference's).
     """
 
     name: str
@@ -57,6 +59,7 @@ class Report:
     notes: list[str] = field(default_factory=list)
     about: dict[str, str] = field(default_factory=dict)
     curves: list[Curve] = field(default_factory=list)
+    figures: dict[str, dict[str, tuple[float, float]]] = field(default_factory=dict)
 
     @property
     def ok(self) -> bool:
@@ -131,6 +134,12 @@ class Report:
             dtype: [e if math.isfinite(e) else str(e) for e in pair]
             for dtype, pair in self.errors.items()
         }
+        found["figures"] = {
+            check: {
+                what: [e if math.isfinite(e) else str(e) for e in pair] for what, pair in of.items()
+            }
+            for check, of in self.figures.items()
+        }
         return json.dumps(found, **options)
 
     def to_markdown(self) -> str:
@@ -155,7 +164,7 @@ class Report:
 
     def merge(self, other: Report) -> None:
         """Adds the report of another case. A check is right if it is right on every case to which
-        it applies."""
+        it applies; of :data:`~.outcome.ENOUGH`, if it is right on one."""
         merged = {r.check: r for r in self.results}
         for r in other.results:
             mine = merged.get(r.check)
@@ -163,6 +172,8 @@ class Report:
                 merged[r.check] = r
                 continue
             worse = min(mine, r, key=lambda x: STATUSES.index(x.status))
+            if r.check in ENOUGH and worse.status == "not run":
+                worse = max(mine, r, key=lambda x: x.status == "right")
             merged[r.check] = replace(worse, seconds=mine.seconds + r.seconds)
         order = list(CHECKS)
         self.results = sorted(
@@ -177,6 +188,12 @@ class Report:
             before = self.errors.get(dtype, (0.0, 0.0))
             self.errors[dtype] = (max(before[0], ours), max(before[1], theirs))
 
+        for check, figures in other.figures.items():
+            mine_of = self.figures.setdefault(check, {})
+            for what, (ours, theirs) in figures.items():
+                before = mine_of.get(what, (0.0, 0.0))
+                mine_of[what] = (max(before[0], ours), max(before[1], theirs))
+
     def __str__(self) -> str:
         counts = [f"{len(found)} {status}" for status in STATUSES if (found := self._with(status))]
         lines = [f"{self.name}: {self.verdict.upper()} ({', '.join(counts)})"]
@@ -188,5 +205,10 @@ class Report:
         lines += [
             f"  error in {d}: {ours:.1e} (the reference's own: {theirs:.1e})"
             for d, (ours, theirs) in self.errors.items()
+        ]
+        lines += [
+            f"  {check} of {what}: {ours:.4g} (the reference's: {theirs:.4g})"
+            for check, figures in self.figures.items()
+            for what, (ours, theirs) in figures.items()
         ]
         return "\n".join(line.rstrip() for line in lines)

@@ -36,6 +36,8 @@ def run(case: Case, checks: Iterable[str] | None = None) -> Report:
         status, detail, found, script = _result(name, function, case)
         if name == "precision" and found:
             report.errors = found
+        elif isinstance(found, dict) and found:
+            report.figures[name] = found
         seconds = time.perf_counter() - start
         report.results.append(Result(name, status, detail, seconds, script=script))
     return report

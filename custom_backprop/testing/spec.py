@@ -115,8 +115,7 @@ class OpSpec:
         batched: False if vmap cannot batch torch's own op either (data-dependent shapes).
         elementwise: each element of the result depends only on the same element of its one tensor.
             Every 16-bit number is then tried.
-        reads_output: backward reads the output, which must then not be changed in place, even where
-            the reference lets that pass.
+        excused: (backend, check) -> why it may fail there; an empty backend means all.
         read_twice: sums over more numbers than a program holds stand between two readings of what
             goes in, in both directions; counted in the floor of its traffic.
         representative: it represents similar ops in tests that are too slow to run on all: Inductor
@@ -136,7 +135,7 @@ class OpSpec:
     low_precision: tuple[torch.dtype, ...] = (torch.float32, torch.bfloat16, torch.float16)
     batched: bool = True
     elementwise: bool = False
-    reads_output: bool = False
+    excused: dict[tuple[str, str], str] = field(default_factory=dict)
     read_twice: bool = False
     representative: bool = False
     module_variants: tuple[dict[str, Any], ...] = ()

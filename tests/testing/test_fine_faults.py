@@ -3,13 +3,15 @@ subset of the inputs, one layout. All the checks that turn red are named beside 
 
 from __future__ import annotations
 
+import functools
 import math
+import threading
 
 import pytest
 import torch
 
 from custom_backprop.testing import CHECKS, validate
-from custom_backprop.testing.outcome import OF_KERNELS, SEARCHED
+from custom_backprop.testing.outcome import COSTLY, OF_KERNELS, SEARCHED
 
 FINE = 1 + 1e-6
 
@@ -239,6 +241,104 @@ def doubled_but_at_one_input(which):
     return Doubled.apply
 
 
+def gradients_require_grad(ctx, dy):
+    dx, dw = Right.backward(ctx, dy)
+    return dx, dw if torch.is_grad_enabled() or not is_plain(dy) else dw.requires_grad_()
+
+
+def one_bit_off_at_times():
+    """Every second forward."""
+    calls = iter(range(1 << 30))
+
+    def forward(x, w):
+        y = Right.forward(x, w)
+        off = is_plain(x) and next(calls) % 2
+        return torch.nextafter(y, torch.full_like(y, math.inf)) if off else y
+
+    return planted(forward=forward)
+
+
+def reads_what_nobody_wrote(x, w):
+    y = Right.forward(x, w)
+    return y * (FINE if torch.empty(y.shape).isnan().all() else 1.0)
+
+
+def hides_what_it_saves(ctx, inputs, output):
+    Right.setup_context(ctx, inputs, output)
+    ctx.hidden = lambda: inputs
+
+
+def from_what_is_hidden(ctx, dy):
+    if not is_plain(dy) or torch.is_grad_enabled():
+        return Right.backward(ctx, dy)
+    x, w = ctx.hidden()
+    return dy * w * x.cos(), dy * x.sin()
+
+
+def notes_strides(ctx, inputs, output):
+    Right.setup_context(ctx, inputs, output)
+    ctx.strides = inputs[0].stride()
+
+
+def by_noted_strides(ctx, dy):
+    x, w = ctx.saved_tensors
+    if is_plain(dy) and is_plain(x) and not torch.is_grad_enabled():
+        x = x.as_strided(x.shape, ctx.strides)
+    return dy * w * x.cos(), dy * x.sin()
+
+
+def attribute_of_the_context(ctx, inputs, output):
+    Right.setup_context(ctx, inputs, output)
+    ctx.w = inputs[1]
+
+
+def drops_nan(x, w):
+    y = Right.forward(x, w)
+    return torch.where(y.isnan(), 0.0, y)
+
+
+def stays_finite(ctx, dy):
+    dx, dw = Right.backward(ctx, dy)
+    return dx, dw.clamp(-1e300, 1e300)
+
+
+def accumulates_by_itself(ctx, dy):
+    """Where the graph is freed, as after ``loss.backward()``."""
+    dx, dw = Right.backward(ctx, dy)
+    w = ctx.saved_tensors[1]
+    if w._post_accumulate_grad_hooks:
+        w.grad, dw = dw, None
+    return dx, dw
+
+
+@functools.wraps(reference)
+def under_other_names(a, b):
+    return reference(a, b)
+
+
+def adds_an_epsilon(ctx, dy):
+    dx, dw = Right.backward(ctx, dy)
+    return dx + (1e-4 if dy.dtype == torch.bfloat16 else 0), dw
+
+
+def saves_much(ctx, inputs, output):
+    Right.setup_context(ctx, inputs, output)
+    ctx.save_for_backward(*inputs, *(inputs[0].clone() for _ in range(9)))
+
+
+def from_the_first_two(ctx, dy):
+    x, w, *_ = ctx.saved_tensors
+    return dy * w * x.cos(), dy * x.sin()
+
+
+def exported_off(x, w):
+    return reference(x, w) * (FINE if torch.compiler.is_exporting() else 1.0)
+
+
+def in_a_thread(x, w):
+    return threading.current_thread().name.startswith("ThreadPool")
+
+
 #: check -> (function, the other checks that see it)
 FAULTS = {
     "forward": [(planted(forward=lambda x, w: one_element_off(x, w)), set())],
@@ -274,7 +374,7 @@ FAULTS = {
     "inputs_unchanged": [
         (
             writes(0, bits=False),
-            {"gradcheck", "two_backwards"},
+            {"gradcheck", "two_backwards", "hooks"},
         ),
         (writes(1, bits=True), {"gradcheck", "two_backwards"}),
         (writes("dy", bits=True), set()),
@@ -284,7 +384,34 @@ FAULTS = {
         (planted(backward=one_bit_off_the_second_time), {"gradcheck", "layouts"}),
         (planted(backward=gives_away_what_it_keeps), set()),
     ],
-    "freed": [(planted(setup_context=holds_its_output), set())],
+    "freed": [(planted(setup_context=holds_its_output), {"saved_tensors"})],
+    "gradient_memory": [(planted(backward=gradients_require_grad), {"two_backwards"})],
+    "determinism": [
+        (one_bit_off_at_times(), {"non_finite"}),
+        (planted(forward=reads_what_nobody_wrote), set()),
+    ],
+    "in_place": [
+        (planted(setup_context=hides_what_it_saves, backward=from_what_is_hidden), set()),
+    ],
+    "non_finite": [
+        (planted(forward=drops_nan), set()),
+        (planted(forward=lambda x, w: Right.forward(x, w) + 0 * x.detach().sum()), set()),
+        (planted(backward=stays_finite), set()),
+    ],
+    "hooks": [(planted(backward=accumulates_by_itself), set())],
+    "saved_tensors": [
+        (planted(setup_context=notes_strides, backward=by_noted_strides), set()),
+        (planted(setup_context=attribute_of_the_context), set()),
+    ],
+    "keywords": [(under_other_names, set())],
+    "threads": [(value_off(in_a_thread), set())],
+    "memory_use": [(planted(setup_context=saves_much, backward=from_the_first_two), set())],
+    "export": [(exported_off, set())],
+    "dynamic_shapes": [(compiled_off(lambda x, w: x.shape[0] > 3), set())],
+    "loss_scale": [(planted(backward=adds_an_epsilon), set())],
+    "accuracy": [
+        (value_off(lambda x, w: x.dtype == torch.float32 and x.abs().max() > 60, 0.0), set())
+    ],
     "subsets": [
         (gradient_off(only(True, False)), set()),
         (gradient_off(only(False, True), 1), set()),
@@ -301,7 +428,8 @@ FAULTS = {
     ],
 }
 #: those that need another call
-OTHERS = {"float64", "opcheck", "sweep"} | OF_KERNELS | SEARCHED  # test_search.py
+#: (test_search.py has SEARCHED)
+OTHERS = {"float64", "opcheck", "sweep", "unwanted", "mutations"} | OF_KERNELS | SEARCHED
 
 
 def one_element_off(x, w):
@@ -334,7 +462,7 @@ def test_what_is_right_is_green():
     ],
 )
 def test_a_fine_fault_turns_its_check_red(check, function, others):
-    leave_out = () if check == "compile" else ("compile",)  # no fault but its own, and slow
+    leave_out = {"compile", *COSTLY} - {check}  # no fault but its own, and slow
     assert red(function, leave_out=leave_out) == {check, *others}
 
 
@@ -403,6 +531,99 @@ def test_a_fake_of_other_strides_turns_opcheck_red():
 
 def test_every_check_has_a_fault():
     assert set(FAULTS) | OTHERS == set(CHECKS)
+
+
+def test_two_gradients_in_one_memory_are_seen():
+    class Sum(torch.autograd.Function):
+        @staticmethod
+        def forward(ctx, a, b):
+            return a + b
+
+        @staticmethod
+        def backward(ctx, dy):
+            return dy.view_as(dy), dy.view_as(dy)
+
+    report = validate(Sum.apply, inputs(), torch.add, checks=["gradient", "gradient_memory"])
+    assert [r.check for r in report.failures] == ["gradient_memory"]
+    assert "memory of the gradient of input 1" in report.failures[0].detail
+
+
+def test_what_hooks_of_saved_tensors_do_not_see_is_not_offered():
+    class Sine(torch.autograd.Function):
+        @staticmethod
+        def forward(ctx, x):
+            ctx.derivative = x.cos()
+            return x.sin()
+
+        @staticmethod
+        def backward(ctx, dy):
+            return dy * ctx.derivative
+
+    report = validate(Sine.apply, torch.randn(3), torch.sin, checks=["saved_tensors"])
+    assert report.status("saved_tensors") == "not offered"
+    assert "ctx.derivative" in report.results[0].detail
+
+
+def test_an_output_that_is_saved_may_not_be_changed_in_place_and_that_is_no_fault():
+    assert validate(torch.exp, torch.randn(3), torch.exp, checks=["in_place"]).ok
+    assert validate(torch.exp, torch.randn(3), torch.sin, checks=["in_place"]).ok
+    report = validate(torch.exp, torch.randn(3), lambda x: x * 1, checks=["in_place"])
+    assert report.status("in_place") == "not offered"
+    assert "modified by an inplace operation" in report.results[0].detail
+
+
+def test_gradients_that_nobody_wants_are_not_offered():
+    def as_wanted(ctx, dy):
+        grads = Right.backward(ctx, dy)
+        return tuple(
+            g if want else None for g, want in zip(grads, ctx.needs_input_grad, strict=False)
+        )
+
+    report = validate(Right.apply, inputs(), reference, checks=["unwanted"])
+    assert report.status("unwanted") == "not offered"
+    assert "of the arguments 0, 1" in report.results[0].detail
+    report = validate(planted(backward=as_wanted), inputs(), reference, checks=["unwanted"])
+    assert report.status("unwanted") == "right"
+
+
+@pytest.mark.parametrize(
+    ("function", "given", "said"),
+    [
+        (torch.mul, (torch.zeros(3), torch.rand(3)), "1.001 in the gradient of input 1"),
+        (torch.exp, (torch.rand(1),), "values in the wrong places"),
+        (torch.sum, (torch.rand(3),), "values in the wrong places"),
+        (torch.floor, (torch.rand(3) + 0.1,), "an incoming gradient that is ignored"),
+    ],
+)
+def test_a_weak_sample_is_named(function, given, said):
+    report = validate(function, given, function, checks=["forward", "mutations"])
+    assert report.verdict == "right"
+    assert report.status("mutations") == "not run"
+    assert "weak sample: " in report.results[1].detail
+    assert said in report.results[1].detail
+    strong = validate(torch.mul, inputs(), torch.mul, checks=["forward", "mutations"])
+    assert strong.status("mutations") == "right"
+    strong.merge(report)
+    assert strong.status("mutations") == "right"
+
+
+def test_figures_are_reported():
+    report = validate(
+        lambda x: torch.log(1 + torch.exp(x)),
+        torch.randn(4),
+        torch.nn.functional.softplus,
+        elementwise=True,
+        checks=["accuracy", "memory_use"],
+    )
+    assert report.status("memory_use") == "right"
+    ours, theirs = report.figures["memory_use"]["saved"]
+    assert ours > theirs > 0
+    assert report.status("accuracy") == "wrong"
+    assert "no digit of the value" in report.failures[0].detail
+    report = validate(torch.tanh, torch.randn(4), torch.tanh, checks=["accuracy"])
+    ours, theirs = report.figures["accuracy"]["value"]
+    assert 0 < ours == theirs < 8
+    assert "accuracy of value" in str(report)
 
 
 def test_without_a_compiler_inductor_is_not_run_and_said_so(monkeypatch):

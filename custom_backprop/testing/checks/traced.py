@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -11,8 +12,9 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from ..case import Case, gradients, outputs
 from ..interpreter import is_interpreted
-from ..outcome import NotApplicable, NotRun, feature, traced
+from ..outcome import NotApplicable, NotRun, costly, feature, traced
 from .compare import same
+from .determinism import seeded
 
 
 @traced
@@ -56,6 +58,86 @@ def compile(case: Case) -> None:
         )
     if case.inductor and not compilable:
         raise NotRun("Inductor, which needs a C++ compiler (set CXX)")
+
+
+@feature
+@costly
+def export(case: Case) -> None:
+    """torch.export with dynamic shapes gives a program that computes the same, also for one more
+    row.
+
+    Finds operators without fake tensors, and shapes that are read as numbers and so become
+    constants.
+    """
+    dynamic = tuple(
+        {d: torch.export.Dim.AUTO for d, size in enumerate(t.shape) if size > 1}
+        for t in _tensors(case)
+    )
+
+    class Call(torch.nn.Module):
+        def forward(self, *given: Tensor) -> Any:
+            return case.function(*_with(case, given), **case.kwargs)
+
+    program = torch.export.export(
+        Call(), tuple(_tensors(case)), dynamic_shapes=(dynamic,), strict=False
+    ).module()
+    for given in _with_one_more_row(case):
+        with seeded(case):
+            expected = outputs(Call()(*map(torch.clone, given)))
+        with seeded(case):
+            same(
+                outputs(program(*map(torch.clone, given))),
+                expected,
+                "outputs of the exported program",
+            )
+
+
+@feature
+@costly
+def dynamic_shapes(case: Case) -> None:
+    """torch.compile(dynamic=True) gives eager's outputs and gradients, also for one more row.
+
+    Finds a size that backward remembers from the first call.
+    """
+    torch._dynamo.reset()
+    compiled = torch.compile(case.function, fullgraph=True, dynamic=True, backend="aot_eager")
+    for given in _with_one_more_row(case):
+        args = _with(case, given)
+        args = tuple(a.requires_grad_() if i in case.wanted else a for i, a in enumerate(args))
+        found: list[Any] = []
+        for function in (case.function, compiled):
+            of_one = replace(case, function=function, args=args)
+            with seeded(case):
+                found += gradients(of_one.call, of_one.leaves)
+        results, grads, compiled_results, compiled_grads = found
+        same(compiled_results, results, "outputs compiled with dynamic shapes")
+        same(compiled_grads, grads, "gradients compiled with dynamic shapes")
+
+
+def _tensors(case: Case) -> list[Tensor]:
+    return [a.detach() for a in case.args if isinstance(a, Tensor)]
+
+
+def _with(case: Case, tensors: Sequence[Tensor]) -> tuple[Any, ...]:
+    """The positional arguments, with these tensors."""
+    left = iter(tensors)
+    return tuple(next(left) if isinstance(a, Tensor) else a for a in case.args)
+
+
+def _with_one_more_row(case: Case) -> Iterator[list[Tensor]]:
+    """The tensors, and again with their first row once more at their end, if the function takes
+    that. Rows are as many as the first tensor has, and more than one."""
+    tensors = _tensors(case)
+    yield [t.clone() for t in tensors]
+    rows = next((t.shape[0] for t in tensors if t.dim()), 0)
+    if rows < 2:
+        return
+    longer = [torch.cat([t, t[:1]]) if t.dim() and len(t) == rows else t.clone() for t in tensors]
+    try:
+        case.function(*_with(case, [t.clone() for t in longer]), **case.kwargs)
+    except Exception:
+        return
+    yield longer
 
 
 def cpp_compiler() -> str | None:

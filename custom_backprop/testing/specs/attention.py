@@ -161,6 +161,9 @@ SPECS = [
         samples=_samples,
         large=lambda make, size: Sample(_qkv(make, *SIZES[size][0]), SIZES[size][1]),
         regimes=_regimes,
-        reads_output=True,
+        excused={
+            ("", "in_place"): "backward reads the output, even where stock's does not",
+            ("aten", "non_finite"): "torch's kernel for CPUs gives 0 where a query is NaN",
+        },
     ),
 ]
