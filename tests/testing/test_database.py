@@ -24,7 +24,8 @@ def test_op(spec, backend):
         not_met |= COSTLY
     if backend != "aten":
         not_met |= ENOUGH
-    if not any(len(case.wanted) > 1 for case in cases(spec, DEVICE)):
+    samples = cases(spec, DEVICE)[: None if backend == "aten" else 1]
+    if not any(len(case.wanted) > 1 for case in samples):
         not_met.add("unwanted")
     met = {r.check for r in report.results if r.status in ("right", "not run")}
     if backend != "aten" and DEVICE == "cpu":
