@@ -34,6 +34,7 @@ class Case:
     low_precision: tuple[torch.dtype, ...] = (torch.float32, torch.bfloat16, torch.float16)
     inductor: bool = False
     elementwise: bool = False
+    rows: tuple[int, ...] = ()
     isolated: bool = False
     """each call gets copies, because the function overwrites what it gets"""
     refuses_float64: str = ""

@@ -115,6 +115,8 @@ class OpSpec:
         batched: False if vmap cannot batch torch's own op either (data-dependent shapes).
         elementwise: each element of the result depends only on the same element of its one tensor.
             Every 16-bit number is then tried.
+        rows: positions of the arguments of ``large``, of shape (rows, ...), whose rows do not
+            depend on one another, to the last bit on every backend.
         excused: (backend, check) -> why it may fail there; an empty backend means all.
         read_twice: sums over more numbers than a program holds stand between two readings of what
             goes in, in both directions; counted in the floor of its traffic.
@@ -135,6 +137,7 @@ class OpSpec:
     low_precision: tuple[torch.dtype, ...] = (torch.float32, torch.bfloat16, torch.float16)
     batched: bool = True
     elementwise: bool = False
+    rows: tuple[int, ...] = ()
     excused: dict[tuple[str, str], str] = field(default_factory=dict)
     read_twice: bool = False
     representative: bool = False

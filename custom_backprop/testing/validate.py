@@ -31,6 +31,7 @@ def validate(
     low_precision: tuple[torch.dtype, ...] = (torch.float32, torch.bfloat16, torch.float16),
     inductor: bool = False,
     elementwise: bool = False,
+    rows: Sequence[int] = (),
     plots: bool = False,
     name: str | None = None,
 ) -> Report:
@@ -60,6 +61,8 @@ def validate(
         inductor: also compile with Inductor, which needs a C++ compiler and some seconds.
         elementwise: states that each element of the result depends only on the same element of the
             one differentiated tensor. Every 16-bit number is then tried.
+        rows: states that the results of a row do not depend on the other rows: the positions of the
+            arguments of shape (rows, ...). :func:`~.checks.batch_invariance` then applies.
         plots: also measure the errors over the range of the inputs, which ``to_html`` draws.
         name: the report's title.
 
@@ -69,8 +72,8 @@ def validate(
     Raises:
         TypeError: no input is a floating-point tensor, or one is a list or dict of tensors, which
             would not be differentiated.
-        ValueError: an unknown check, another dtype, or ``elementwise`` with several differentiated
-            tensors.
+        ValueError: an unknown check, another dtype, ``elementwise`` with several differentiated
+            tensors, or ``rows`` that are no tensors.
     """
     title = name or _title(fn_or_module)
     if (samples := samples_of(inputs)) is not None:
@@ -87,6 +90,7 @@ def validate(
                 low_precision=low_precision,
                 inductor=inductor,
                 elementwise=elementwise,
+                rows=rows,
                 plots=plots,
                 name=title,
             )
@@ -123,7 +127,11 @@ def validate(
         low_precision=low_precision,
         inductor=inductor,
         elementwise=elementwise,
+        rows=tuple(rows),
     )
+    for i in rows:
+        if not (0 <= i < len(args) and isinstance(args[i], Tensor) and args[i].dim()):
+            raise ValueError(f"rows={tuple(rows)}: argument {i} is no tensor with rows")
     if elementwise and len(case.wanted) != 1:
         raise ValueError(
             f"an elementwise function has one differentiated tensor, not {len(case.wanted)}"

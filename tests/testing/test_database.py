@@ -18,7 +18,7 @@ WITH_MODULE = [s for s in SPECS if s.module is not None]
 def test_op(spec, backend):
     report = check_op(spec, backend, DEVICE)
     report.raise_if_failed(require="all")
-    not_met = OF_KERNELS | (set() if spec.elementwise else {"sweep"})
+    not_met = {"batch_invariance"} | OF_KERNELS | (set() if spec.elementwise else {"sweep"})
     not_met |= {check for of, check in spec.excused if of in ("", backend)}
     if not (spec.representative and backend == "aten"):
         not_met |= COSTLY

@@ -429,7 +429,11 @@ FAULTS = {
 }
 #: those that need another call
 #: (test_search.py has SEARCHED)
-OTHERS = {"float64", "opcheck", "sweep", "unwanted", "mutations"} | OF_KERNELS | SEARCHED
+OTHERS = (
+    {"batch_invariance", "float64", "opcheck", "sweep", "unwanted", "mutations"}
+    | OF_KERNELS
+    | SEARCHED
+)
 
 
 def one_element_off(x, w):

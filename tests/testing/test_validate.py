@@ -384,6 +384,7 @@ def test_without_a_reference_the_oracle_checks_do_not_apply():
         "autocast",
         "non_finite",
         "precision",
+        "batch_invariance",
         "sweep",
         "unwanted",
         "memory_use",

@@ -8,6 +8,7 @@ from typing import Any
 
 from ..case import Case
 from .accuracy import accuracy
+from .batch_invariance import batch_invariance
 from .batching import batched, hessian, jacobians, vmap
 from .calls import keywords, threads
 from .derivatives import forward_mode, gradcheck, gradgradcheck
@@ -55,6 +56,7 @@ CHECKS: dict[str, Callable[[Case], Any]] = {
         freed,
         gradient_memory,
         determinism,
+        batch_invariance,
         in_place,
         non_finite,
         hooks,
@@ -79,6 +81,7 @@ __all__ = [
     "CHECKS",
     "accuracy",
     "autocast",
+    "batch_invariance",
     "batched",
     "compile",
     "compiles",

@@ -57,6 +57,7 @@ def _regimes(make: Make) -> Iterator[Sample]:
 SPECS = [
     OpSpec(
         name="embedding",
+        rows=(0,),
         family="embedding",
         formula="y_r = W_t, t = t_r;  dW_v = Σ dy_r [t = v]",
         function=functional.embedding,

@@ -27,6 +27,7 @@ def _regimes(make: Make) -> Iterator[Sample]:
 SPECS = [
     OpSpec(
         name="normalize",
+        rows=(0,),
         family="normalize",
         formula="y = x / r, r = max(‖x‖, ε);  dx = (dy - y Σ y dy) / r, dy / ε where ‖x‖ <= ε",
         function=functional.normalize,

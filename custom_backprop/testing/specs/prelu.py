@@ -39,6 +39,7 @@ def _regimes(make: Make) -> Iterator[Sample]:
 SPECS = [
     OpSpec(
         name="prelu",
+        rows=(0,),
         family="prelu",
         formula="y = x [x > 0] + w x [x <= 0];  "
         "dx = dy ([x > 0] + w [x <= 0]), dw_c = Σ dy x [x <= 0]",

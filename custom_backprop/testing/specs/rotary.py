@@ -93,6 +93,7 @@ def _regimes(make: Make) -> Iterator[Sample]:
 SPECS = [
     OpSpec(
         name="rotary_embedding",
+        rows=(0,),
         family="rotary",
         formula="(a, b)' = (a cos φ - b sin φ, a sin φ + b cos φ);  dx = dy turned by -φ",
         function=functional.rotary_embedding,

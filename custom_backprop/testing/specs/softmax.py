@@ -52,6 +52,7 @@ def _spec(name: str, module: str) -> OpSpec:
             {"dim": 1},
             lambda make: (make.tensor(3, 5, 2),),
         ),
+        rows=(0,),
         representative=name == "softmax",
     )
 
