@@ -9,7 +9,7 @@ from ..fallback import fall_back as _fall_back
 from . import families as _families
 from .families import *
 
-__all__ = [name for name in vars(_families) if name[0] != "_"]
+__all__ = [name for name in vars(_families) if name[0].isalpha()]  # pytest adds some
 
 if TYPE_CHECKING:
     # ours a second time: of two stars with one name mypy keeps the first, pyright the last
