@@ -166,8 +166,8 @@ def mish_derivative(x, A, B, HALF: tl.constexpr):
     """(1 - t²) σ = 4 n / (n + 1)² · e^x / (1 + e^x): written so, nothing cancels where t is near
     1."""
     if HALF:
-        m, r, e, x = _tanh_softplus_half(x)
-        return r * (m + x * (4 * e * (1 + e) * r))
+        m, r, e, most = _tanh_softplus_half(x)
+        return r * (m + most * (4 * (m - e) * r)) + 0 * x  # of an infinite x NaN, as in float32
     t, d, e = _tanh_softplus(x)
     return t + x * (4 * (1 + e) * tl.where(x > 0, e * e, e) / (d * d))  # 4 x may overflow
 

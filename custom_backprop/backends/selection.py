@@ -159,7 +159,7 @@ def is_transformed() -> bool:
     return functorch_active() or forward_ad._current_level >= 0
 
 
-_saved_tensor_hooks = torch._C._autograd._top_saved_tensors_default_hooks
+saved_tensor_hooks = torch._C._autograd._top_saved_tensors_default_hooks
 
 
 class watch_saved(torch.autograd.graph.saved_tensors_hooks):
@@ -171,14 +171,14 @@ class watch_saved(torch.autograd.graph.saved_tensors_hooks):
             look(t)
             return t
 
-        super().__init__(pack, _unchanged)
+        super().__init__(pack, unchanged)
 
 
-def _unchanged(t: torch.Tensor) -> torch.Tensor:
+def unchanged(t: torch.Tensor) -> torch.Tensor:
     return t
 
 
 def are_saved_tensors_hooked() -> bool:
     """Whether a hook gets what is saved for backward, and does more than look at it."""
-    hooks = _saved_tensor_hooks(True)
-    return hooks is not None and hooks[1] is not _unchanged
+    hooks = saved_tensor_hooks(True)
+    return hooks is not None and hooks[1] is not unchanged

@@ -15,10 +15,11 @@ from torch import Tensor
 from ..backends.library import Primitive
 from ..backends.scale import scale, scale_
 from ..backends.selection import (
-    are_saved_tensors_hooked,
     is_plain,
     is_traced,
     is_transformed,
+    saved_tensor_hooks,
+    unchanged,
 )
 
 _compiling = torch.compiler.is_dynamo_compiling
@@ -42,7 +43,8 @@ def is_made_in_forward(forward_op: Primitive, x: Tensor, scalar: bool) -> bool:
             return _compiling() and not _exporting() and forward_op.is_traced_whole(x)
         if is_transformed():
             return False
-    return not are_saved_tensors_hooked()
+    hooks = saved_tensor_hooks(True)  # are_saved_tensors_hooked, without a call
+    return hooks is None or hooks[1] is unchanged
 
 
 def scaled(ctx: Any, grad: Tensor, dy: Tensor) -> Tensor:
