@@ -20,6 +20,7 @@ from torch import Tensor
 from torch.distributed.tensor import DTensor, Partial, Replicate, Shard
 from torch.distributed.tensor.placement_types import Placement
 
+from .. import functional  # noqa: F401 (it defines every primitive)
 from ..backends.library import LIBRARY, OPERATORS, PRIMITIVES
 from ..formulas.activation import ACTIVATIONS
 
