@@ -30,7 +30,7 @@ from ..testing.spec import Make
 from ..testing.target import Target, TargetError, named, own_forward, target
 from ..testing.versions import device_name, versions
 from . import INTERRUPTED
-from .work import check_device, check_file, count, in_processes, refuse
+from .work import add_jobs, check_device, check_file, in_processes, refuse
 
 DTYPES = {"float64": torch.float64, "float32": torch.float32}
 
@@ -128,13 +128,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="without a GPU, for code that refuses to run there: CPU tensors say that they are on "
         "one",
     )
-    parser.add_argument(
-        "--jobs",
-        type=count,
-        default=os.cpu_count() or 1,
-        metavar="N",
-        help="processes; default: one per core",
-    )
+    add_jobs(parser)
     parser.add_argument("--json", metavar="F", help="also write the report to this file")
     parser.add_argument("--junit", metavar="F", help="also write JUnit's XML")
     parser.add_argument(

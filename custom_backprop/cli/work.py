@@ -31,6 +31,12 @@ def add_common(parser: argparse.ArgumentParser) -> None:
         help="an op; or a family, for all its ops, unless an op has its name (activation, loss, "
         "contrastive); default: all",
     )
+    add_jobs(parser)
+    parser.add_argument("--json", metavar="F", help="also write the results to this file")
+
+
+def add_jobs(parser: argparse.ArgumentParser) -> None:
+    """The option for how many processes work."""
     parser.add_argument(
         "--jobs",
         type=count,
@@ -38,7 +44,6 @@ def add_common(parser: argparse.ArgumentParser) -> None:
         metavar="N",
         help="processes; default: one per core",
     )
-    parser.add_argument("--json", metavar="F", help="also write the results to this file")
 
 
 def count(text: str) -> int:

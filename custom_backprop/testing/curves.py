@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -43,7 +44,7 @@ class Curve:
         )
 
 
-def _worse(some: Sequence[float | None], others: Sequence[float | None]) -> tuple:  # type: ignore[type-arg]
+def _worse(some: Sequence[float | None], others: Sequence[float | None]) -> tuple[Any, ...]:
     return tuple(
         None if a is None or b is None else max(a, b) for a, b in zip(some, others, strict=True)
     )

@@ -69,31 +69,15 @@ COSTLY: set[str] = set()
 ENOUGH = {"mutations"}
 
 
-def feature(function: CheckFunction) -> CheckFunction:
-    """A decorator: the check belongs to :data:`FEATURES`."""
-    FEATURES.add(function.__name__)
-    return function
+def _adds_to(names: set[str]) -> Callable[[CheckFunction], CheckFunction]:
+    def mark(function: CheckFunction) -> CheckFunction:
+        names.add(function.__name__)
+        return function
+
+    return mark
 
 
-def traced(function: CheckFunction) -> CheckFunction:
-    """A decorator: the check belongs to :data:`TRACED`."""
-    TRACED.add(function.__name__)
-    return function
-
-
-def of_kernels(function: CheckFunction) -> CheckFunction:
-    """A decorator: the check belongs to :data:`OF_KERNELS`."""
-    OF_KERNELS.add(function.__name__)
-    return function
-
-
-def searched(function: CheckFunction) -> CheckFunction:
-    """A decorator: the check belongs to :data:`SEARCHED`."""
-    SEARCHED.add(function.__name__)
-    return function
-
-
-def costly(function: CheckFunction) -> CheckFunction:
-    """A decorator: the check belongs to :data:`COSTLY`."""
-    COSTLY.add(function.__name__)
-    return function
+# decorators of checks
+feature, traced, of_kernels, searched, costly = map(
+    _adds_to, (FEATURES, TRACED, OF_KERNELS, SEARCHED, COSTLY)
+)

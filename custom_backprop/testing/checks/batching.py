@@ -137,7 +137,8 @@ def _loss(function: Callable[..., Any], leaves: Sequence[Tensor]) -> Callable[..
     weights = weights_for(outputs(function(*leaves)))
 
     def weighted(*args: Tensor) -> Tensor:
-        return sum((r * w).sum() for r, w in zip(outputs(function(*args)), weights, strict=True))  # type: ignore[return-value]
+        parts = [(r * w).sum() for r, w in zip(outputs(function(*args)), weights, strict=True)]
+        return torch.stack(parts).sum()
 
     return weighted
 
