@@ -92,7 +92,7 @@ class Case:
         if any(r.requires_grad for r in results):
             torch.autograd.grad(results, leaves, dys, allow_unused=True)
         for (name, t), (copy_, version) in zip(named, before, strict=True):
-            if not torch.equal(_bits(t), _bits(copy_)) or t._version != version:
+            if not same_bits(t, copy_) or t._version != version:
                 return f"{name}, of shape {tuple(t.shape)}, was written"
         return ""
 
@@ -133,8 +133,10 @@ class Case:
         )
 
 
-def _bits(t: Tensor) -> Tensor:
-    return t.detach().contiguous().reshape(-1).view(torch.uint8)
+def same_bits(a: Tensor, b: Tensor) -> bool:
+    """Whether two tensors have the same bits."""
+    a, b = (t.detach().contiguous().reshape(-1).view(torch.uint8) for t in (a, b))
+    return torch.equal(a, b)
 
 
 class _Copy(torch.autograd.Function):

@@ -130,16 +130,8 @@ class Report:
     def to_json(self, **options: Any) -> str:
         """The report as JSON, with infinity and NaN as strings, since JSON has neither."""
         found = self.to_dict()
-        found["errors"] = {
-            dtype: [e if math.isfinite(e) else str(e) for e in pair]
-            for dtype, pair in self.errors.items()
-        }
-        found["figures"] = {
-            check: {
-                what: [e if math.isfinite(e) else str(e) for e in pair] for what, pair in of.items()
-            }
-            for check, of in self.figures.items()
-        }
+        found["errors"] = _as_json(self.errors)
+        found["figures"] = {check: _as_json(of) for check, of in self.figures.items()}
         return json.dumps(found, **options)
 
     def to_markdown(self) -> str:
@@ -184,15 +176,9 @@ class Report:
         for curve in other.curves:
             drawn[curve.title] = drawn.get(curve.title, curve).worse(curve)
         self.curves = list(drawn.values())
-        for dtype, (ours, theirs) in other.errors.items():
-            before = self.errors.get(dtype, (0.0, 0.0))
-            self.errors[dtype] = (max(before[0], ours), max(before[1], theirs))
-
+        _keep_largest(self.errors, other.errors)
         for check, figures in other.figures.items():
-            mine_of = self.figures.setdefault(check, {})
-            for what, (ours, theirs) in figures.items():
-                before = mine_of.get(what, (0.0, 0.0))
-                mine_of[what] = (max(before[0], ours), max(before[1], theirs))
+            _keep_largest(self.figures.setdefault(check, {}), figures)
 
     def __str__(self) -> str:
         counts = [f"{len(found)} {status}" for status in STATUSES if (found := self._with(status))]
@@ -212,3 +198,17 @@ class Report:
             for what, (ours, theirs) in figures.items()
         ]
         return "\n".join(line.rstrip() for line in lines)
+
+
+#: what was measured -> (ours, the reference's)
+Pairs = dict[str, tuple[float, float]]
+
+
+def _as_json(pairs: Pairs) -> dict[str, list[float | str]]:
+    return {what: [e if math.isfinite(e) else str(e) for e in pair] for what, pair in pairs.items()}
+
+
+def _keep_largest(mine: Pairs, others: Pairs) -> None:
+    for what, (ours, theirs) in others.items():
+        before = mine.get(what, (0.0, 0.0))
+        mine[what] = (max(before[0], ours), max(before[1], theirs))

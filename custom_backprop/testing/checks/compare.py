@@ -138,12 +138,6 @@ def stack(rows: Any) -> tuple[Tensor | None, ...]:
     )
 
 
-def same_bits(a: Tensor, b: Tensor) -> bool:
-    """Whether two tensors have the same bits."""
-    a, b = (t.detach().contiguous().reshape(-1).view(torch.uint8) for t in (a, b))
-    return torch.equal(a, b)
-
-
 def without_none(*results: Any) -> list[tuple[Tensor, ...]]:
     """The results side by side, but for those of which one is None."""
     return [row for row in zip(*results, strict=True) if not any(t is None for t in row)]

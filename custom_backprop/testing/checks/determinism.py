@@ -9,9 +9,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..case import Case, outputs, weights_for
+from ..case import Case, outputs, same_bits, weights_for
 from ..outcome import NotApplicable, traced
-from .compare import require, same, same_bits
+from .compare import require, same
 
 #: how often a call is repeated
 RUNS = 3

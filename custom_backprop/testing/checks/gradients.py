@@ -8,9 +8,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..case import Case, outputs, weights_for
+from ..case import Case, outputs, same_bits, weights_for
 from ..outcome import NotApplicable, traced
-from .compare import not_isolated, require, same_bits
+from .compare import not_isolated, require
 
 
 @traced

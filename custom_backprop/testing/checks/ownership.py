@@ -8,9 +8,9 @@ import weakref
 
 import torch
 
-from ..case import Case, gradients, outputs, weights_for
+from ..case import Case, gradients, outputs, same_bits, weights_for
 from ..outcome import Wrong
-from .compare import require, same, same_bits
+from .compare import require, same
 
 
 def inputs_unchanged(case: Case) -> None:

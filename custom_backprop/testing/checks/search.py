@@ -12,10 +12,10 @@ from typing import TYPE_CHECKING, Any, TypeVar
 import torch
 from torch import Tensor
 
-from ..case import Case, outputs, weights_for
+from ..case import Case, outputs, same_bits, weights_for
 from ..drawn import Call, Source, ViewOf, gradients_for
 from ..outcome import NotApplicable, NotOffered, NotRun, Wrong, feature, searched
-from .compare import as_reference, same, same_bits, with_reference
+from .compare import as_reference, same, with_reference
 
 if TYPE_CHECKING:
     from hypothesis.strategies import DataObject
