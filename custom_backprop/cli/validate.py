@@ -13,23 +13,20 @@ import shlex
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass, replace
-from functools import cache
+from dataclasses import replace
 from importlib.util import find_spec
-from inspect import signature
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from ..testing import CHECKS, Report, Result, Sample, validate
-from ..testing.inputs import Inputs, InputsError, samples_of
-from ..testing.record import Recording, name_of
+from ..testing import CHECKS, Report, Result, validate
+from ..testing.inputs import Inputs, InputsError
 from ..testing.reproduce import script, smallest
-from ..testing.spec import Make
-from ..testing.target import Target, TargetError, named, own_forward, target
+from ..testing.target import TargetError
 from ..testing.versions import device_name, versions
 from . import INTERRUPTED
+from .calls import Call, Request, described, loaded, sample_of
 from .work import add_jobs, check_device, check_file, in_processes, refuse
 
 DTYPES = {"float64": torch.float64, "float32": torch.float32}
@@ -119,6 +116,15 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "every 16-bit number is tried",
     )
     parser.add_argument(
+        "--rows",
+        action="append",
+        default=[],
+        type=int,
+        metavar="N",
+        help="argument N is a batch, of which no row depends on another (batch_invariance); may be "
+        "given several times; the first is 0",
+    )
+    parser.add_argument(
         "--inductor", action="store_true", help="also compile with Inductor, which takes longer"
     )
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
@@ -157,24 +163,6 @@ examples:
 
 #: the work that measures what --html draws
 PLOTS = "plots"
-
-
-@dataclass(frozen=True)
-class Request:
-    """What the processes need to know."""
-
-    target: str
-    inputs: tuple[str, ...]
-    samples: tuple[str, ...]
-    recorded: tuple[str, ...]
-    reference: str | None
-    init: str
-    imports: tuple[str, ...]
-    dtype: str | None
-    elementwise: bool
-    inductor: bool
-    device: str
-    pretend_cuda: bool
 
 
 class Refused(str):
@@ -253,20 +241,11 @@ def _request(args: argparse.Namespace) -> Request:
         tuple(args.imports),
         args.dtype,
         args.elementwise,
+        tuple(args.rows),
         args.inductor,
         args.device,
         args.pretend_cuda,
     )
-
-
-@dataclass(frozen=True)
-class Call:
-    """One call, and how a script writes its inputs."""
-
-    sample: Any
-    written: str
-    imports: tuple[str, ...] = ()
-    inputs: Inputs | None = None
 
 
 def _check(check: str, request: Request) -> Report | Refused:
@@ -299,7 +278,7 @@ def _environment(request: Request) -> Iterator[list[Any]]:
 
 
 def _checked(check: str, request: Request, launches: list[Any]) -> Report:
-    code, reference, calls = _loaded(request)
+    code, reference, calls = loaded(request)
     oracle = reference.value if reference else None
 
     def judged(inputs: Any) -> Report:
@@ -311,6 +290,7 @@ def _checked(check: str, request: Request, launches: list[Any]) -> Report:
                 checks=[check] if check != PLOTS else [],
                 dtype=DTYPES.get(request.dtype or ""),
                 elementwise=request.elementwise,
+                rows=request.rows,
                 inductor=request.inductor,
                 plots=check == PLOTS,
                 name=request.target,
@@ -352,100 +332,20 @@ def _smaller(call: Call, judged: Callable[[Any], Report], device: str) -> Call:
             return False
 
     try:
-        inputs = call.inputs or Inputs.of(_sample(call.sample))
+        inputs = call.inputs or Inputs.of(sample_of(call.sample))
     except ValueError:  # it has arguments that no text describes
         return call
     if call.inputs is None and not fails(inputs):
         return call
-    return _described(smallest(inputs, fails), device)
-
-
-def _described(inputs: Inputs, device: str) -> Call:
-    """The call that a text describes. ``validate`` makes it on the CPU, if nothing else is said."""
-    text = _quoted(str(inputs))
-    if torch.device(device).type == "cpu":
-        return Call(inputs.make(), text, (), inputs)
-    importing = ("from custom_backprop.testing import Inputs",)
-    return Call(inputs.make(device), f'Inputs.parse({text}).make("{device}")', importing, inputs)
-
-
-def _sample(item: Any) -> Sample:
-    """What was yielded, as a sample."""
-    if isinstance(item, torch.Tensor):
-        return Sample((item,))
-    return (samples_of(item) or [Sample(tuple(item))])[0]
-
-
-def _quoted(text: str) -> str:
-    return f'"{text}"' if not {'"', "\\"} & {*text} else repr(text)
+    return described(smallest(inputs, fails), device)
 
 
 def _options(request: Request) -> list[str]:
     found = [f"dtype=torch.{request.dtype}"] if request.dtype else []
     found += ["elementwise=True"] if request.elementwise else []
+    found += [f"rows={request.rows}"] if request.rows else []
     return found + (["inductor=True"] if request.inductor else [])
 
 
 def _interpreted(request: Request) -> str:
     return f"interpreted({'pretend_cuda=True' if request.pretend_cuda else ''})"
-
-
-@cache
-def _loaded(request: Request) -> tuple[Target, Target | None, list[Call]]:
-    """The code, the reference, and the calls."""
-    for module in request.imports:
-        try:
-            __import__(module)
-        except (Exception, SystemExit) as error:
-            raise TargetError(f"--import {module}: {type(error).__name__}: {error}") from error
-    code = target(request.target, request.init)
-    reference = None
-    if request.reference == "own":
-        reference = Target(
-            own_forward(code.value),
-            (*code.imports, "from custom_backprop.testing import own_forward"),
-            f"own_forward({code.expression})",
-        )
-    elif request.reference:
-        reference = target(request.reference, request.init)
-    calls = [_described(Inputs.parse(text), request.device) for text in request.inputs]
-    for name in request.samples:
-        calls += _yielded(name, request.device)
-    for path in request.recorded:
-        calls += _recorded(path, code, request.device)
-    return code, reference, calls
-
-
-def _yielded(name: str, device: str) -> list[Call]:
-    found = named(name)
-    makes = bool(signature(found.value).parameters)
-    try:
-        items = list(found.value(Make(device)) if makes else found.value())
-    except Exception as error:
-        raise TargetError(f"--samples {name}: {type(error).__name__}: {error}") from error
-    arguments, imports = "", found.imports
-    if makes:
-        arguments, imports = (
-            f"Make({_on(device)})",
-            (*imports, "from custom_backprop.testing import Make"),
-        )
-    return [
-        Call(item, f"list({found.expression}({arguments}))[{i}]", imports)
-        for i, item in enumerate(items)
-    ]
-
-
-def _on(device: str) -> str:
-    """A device among the arguments of a call; the CPU is the default."""
-    return "" if torch.device(device).type == "cpu" else repr(device)
-
-
-def _recorded(path: str, code: Target, device: str) -> list[Call]:
-    try:
-        samples = Recording.load(path).samples(code.value, device)
-    except (ValueError, KeyError) as error:
-        raise TargetError(f"--recorded {path}: {error.args[0]}") from error
-    arguments = ", ".join(filter(None, (repr(name_of(code.value)), _on(device))))
-    written = f"Recording.load({path!r}).samples({arguments})"
-    imports = ("from custom_backprop.testing import Recording",)
-    return [Call(sample, f"{written}[{i}]", imports) for i, sample in enumerate(samples)]

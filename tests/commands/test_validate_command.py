@@ -52,6 +52,10 @@ class WrongAtAHalf(Silu):
         return Silu.backward(ctx, dy) * torch.where(x == 0.5, 1.01, 1.0)
 
 
+def centred(x):
+    return x - x.mean(0)
+
+
 class Dies(Silu):
     @staticmethod
     def backward(ctx, dy):
@@ -155,6 +159,13 @@ def test_a_target_that_is_right(target, here, capsys):
 @pytest.mark.parametrize("target", [["mine:scale"], ["mine:Scale", "--init", "4, by=2."]])
 def test_a_module_is_made(target, here):
     assert validate(*target, "--inputs", "f32[2,4] requires_grad", "--reference", "own") == 0
+
+
+def test_rows_are_a_batch(here, capsys):
+    given = ["--inputs", "f32[5,3]", "--rows", "0"]
+    assert validate("torch.sin", *given, checks=["batch_invariance"]) == 0
+    assert validate("mine:centred", *given, checks=["batch_invariance"]) == 1
+    assert "rows=(0,)" in capsys.readouterr().out
 
 
 def test_what_is_not_offered_is_wrong_only_if_required(here, capsys):
