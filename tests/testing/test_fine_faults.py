@@ -259,8 +259,8 @@ def one_bit_off_at_times():
 
 
 def reads_what_nobody_wrote(x, w):
-    y = Right.forward(x, w)
-    return y * (FINE if torch.empty(y.shape).isnan().all() else 1.0)
+    """64 MiB come from the system, as zeros, and not from what another test left behind."""
+    return Right.forward(x, w) * (FINE if torch.empty(1 << 24)[0].isnan() else 1.0)
 
 
 def hides_what_it_saves(ctx, inputs, output):
