@@ -50,8 +50,9 @@ class NotApplicable(Exception):
 #: exception there, that is "not offered". In any other check it is "wrong"
 FEATURES: set[str] = set()
 
-#: checks of how an op is called and traced, which differ little from backend to backend, or are
-#: slow in the interpreter: the database runs them on the first sample alone where ATen does not run
+#: checks of how an op is called and traced, and of second derivatives and tangents, which are
+#: formulas on every backend, or checks that are slow in the interpreter: the database runs them on
+#: the first sample alone where ATen does not run
 TRACED: set[str] = set()
 
 #: checks of the Triton kernels that somebody launches; ours have the command ``kernels``

@@ -11,7 +11,7 @@ from torch import Tensor
 from torch.autograd import gradcheck as torch_gradcheck
 
 from ..case import Case, gradients, outputs, weights_for
-from ..outcome import NotApplicable, NotOffered, Wrong, feature
+from ..outcome import NotApplicable, NotOffered, Wrong, feature, traced
 from .compare import as_reference, outputs_of
 
 #: rows of the Jacobian that a case in float32 compares
@@ -33,6 +33,7 @@ def gradcheck(case: Case) -> None:
 
 
 @feature
+@traced
 def gradgradcheck(case: Case) -> None:
     """gradcheck of the gradients; an op without a second derivative must raise, not be silently
     wrong.
@@ -61,6 +62,7 @@ def gradgradcheck(case: Case) -> None:
 
 
 @feature
+@traced
 def forward_mode(case: Case) -> None:
     """gradcheck of the jvp.
 
