@@ -28,7 +28,18 @@ def page(report: Report) -> str:
     if report.failures:
         parts += ["<h2>What is wrong</h2>", *(_wrong(report, r) for r in report.failures)]
     if report.errors:
-        parts += ["<h2>Largest error against float64</h2>", _errors(report)]
+        rows = [(d, f"{ours:.1e}", f"{own:.1e}") for d, (ours, own) in report.errors.items()]
+        parts += [
+            "<h2>Largest error against float64</h2>",
+            "<p>Relative to the largest true value, over outputs and gradients.</p>",
+            _beside("dtype", rows),
+        ]
+    if report.figures:
+        parts += [
+            "<h2>Figures</h2>",
+            "<p>Of memory in bytes, of accuracy in units in the last place.</p>",
+            _beside("of", report._measured()),
+        ]
     if report.curves:
         parts += ["<h2>Errors in units in the last place</h2>", _plots(report.curves)]
     parts += ["<h2>Every check</h2>", *(_check(report, r) for r in report.results)]
@@ -80,16 +91,11 @@ def _docstring(check: str) -> str:
     return "".join(f"<p>{paragraph}</p>" for paragraph in paragraphs if paragraph)
 
 
-def _errors(report: Report) -> str:
-    rows = "".join(
-        f"<tr><td>{dtype}</td><td>{ours:.1e}</td><td>{theirs:.1e}</td></tr>"
-        for dtype, (ours, theirs) in report.errors.items()
-    )
-    return (
-        "<p>Relative to the largest true value, over outputs and gradients.</p>"
-        "<table><tr><th>dtype</th><th>this code</th><th>the reference's own</th></tr>"
-        f"{rows}</table>"
-    )
+def _beside(what: str, rows: list[tuple[str, str, str]]) -> str:
+    """Figures of this code beside the reference's."""
+    head = f"<tr><th>{what}</th><th>this code</th><th>the reference's own</th></tr>"
+    cells = ("".join(f"<td>{escape(text)}</td>" for text in row) for row in rows)
+    return f"<table>{head}{''.join(f'<tr>{row}</tr>' for row in cells)}</table>"
 
 
 def _plots(curves: list[Curve]) -> str:

@@ -13,12 +13,10 @@ def markdown(report: Report) -> str:
     parts += [f"Note: {note}." for note in report.notes]
     parts.append(_table(report))
     if report.errors:
-        parts.append(
-            "\n".join(
-                ["| error against float64 in | this code | the reference's own |", "|---|---|---|"]
-                + [f"| {d} | {ours:.1e} | {own:.1e} |" for d, (ours, own) in report.errors.items()]
-            )
-        )
+        rows = [(d, f"{ours:.1e}", f"{own:.1e}") for d, (ours, own) in report.errors.items()]
+        parts.append(_beside("error against float64 in", rows))
+    if report.figures:
+        parts.append(_beside("", report._measured()))
     parts += _wrong(report)
     if report.about:
         about = dict(report.about)
@@ -39,6 +37,12 @@ def _table(report: Report) -> str:
         word = f"**{status}**" if status == "wrong" else status
         lines.append(f"| {word} | {', '.join(checks)} | {_cell(detail)} |")
     return "\n".join(lines)
+
+
+def _beside(what: str, rows: list[tuple[str, str, str]]) -> str:
+    """Figures of this code beside the reference's."""
+    lines = [f"| {what} | this code | the reference's own |", "|---|---|---|"]
+    return "\n".join([*lines, *(f"| {' | '.join(row)} |" for row in rows)])
 
 
 def _cell(text: str, most: int = 160) -> str:

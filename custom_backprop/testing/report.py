@@ -180,6 +180,14 @@ class Report:
         for check, figures in other.figures.items():
             _keep_largest(self.figures.setdefault(check, {}), figures)
 
+    def _measured(self) -> list[tuple[str, str, str]]:
+        """The figures as text: (what, ours, the reference's)."""
+        return [
+            (f"{check} of {what}", f"{ours:.4g}", f"{theirs:.4g}")
+            for check, figures in self.figures.items()
+            for what, (ours, theirs) in figures.items()
+        ]
+
     def __str__(self) -> str:
         counts = [f"{len(found)} {status}" for status in STATUSES if (found := self._with(status))]
         lines = [f"{self.name}: {self.verdict.upper()} ({', '.join(counts)})"]
@@ -193,9 +201,8 @@ class Report:
             for d, (ours, theirs) in self.errors.items()
         ]
         lines += [
-            f"  {check} of {what}: {ours:.4g} (the reference's: {theirs:.4g})"
-            for check, figures in self.figures.items()
-            for what, (ours, theirs) in figures.items()
+            f"  {what}: {ours} (the reference's: {theirs})"
+            for what, ours, theirs in self._measured()
         ]
         return "\n".join(line.rstrip() for line in lines)
 

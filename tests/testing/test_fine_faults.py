@@ -628,6 +628,9 @@ def test_figures_are_reported():
     ours, theirs = report.figures["accuracy"]["value"]
     assert 0 < ours == theirs < 8
     assert "accuracy of value" in str(report)
+    cells = "accuracy of value", f"{ours:.4g}", f"{theirs:.4g}"
+    assert f"| {' | '.join(cells)} |" in report.to_markdown()
+    assert f"<td>{'</td><td>'.join(cells)}</td>" in report.to_html()
 
 
 def test_without_a_compiler_inductor_is_not_run_and_said_so(monkeypatch):
