@@ -6,7 +6,9 @@ import warnings
 
 import pytest
 import torch
+from functorch.compile import make_boxed_func
 from helpers import DEVICE
+from torch._dynamo.backends.common import aot_autograd
 
 import custom_backprop
 from custom_backprop.testing import Make, database
@@ -37,10 +39,23 @@ def assert_same(traced, twin, inputs):
     torch.testing.assert_close(*found)
 
 
-def test_compiled(case):
+def test_compiled(case, request):
+    """Of an elementwise op the compiler sees nothing but torch's own operators, which it fuses, in
+    forward and in backward."""
     module, twin, inputs = case
+    graphs = []
+
+    def keep(graph, _):
+        graphs.append(graph.graph)
+        return make_boxed_func(graph.forward)
+
     torch._dynamo.reset()
-    assert_same(torch.compile(module, backend="aot_eager", fullgraph=True), twin, inputs)
+    compiled = torch.compile(module, backend=aot_autograd(fw_compiler=keep), fullgraph=True)
+    assert_same(compiled, twin, inputs)
+    assert len(graphs) == 2
+    if request.node.callspec.params["case"].elementwise:
+        called = [str(node.target) for graph in graphs for node in graph.nodes]
+        assert not [name for name in called if "custom_backprop" in name]
 
 
 @pytest.mark.parametrize("strict", [False, True])
