@@ -14,7 +14,7 @@ from ..backends import interpreting, use_backend
 from . import specs
 from .case import Case
 from .interpreter.faster import remember_builtins
-from .outcome import COSTLY, ENOUGH, OF_KERNELS, SEARCHED, TRACED
+from .outcome import COSTLY, ENOUGH, FIRST_SAMPLE, OF_KERNELS, SEARCHED
 from .report import Report, Result
 from .run import applicable, run
 from .spec import Make, OpSpec
@@ -58,8 +58,8 @@ def check_op(
     device: str | torch.device = "cpu",
     checks: Iterable[str] | None = None,
 ) -> Report:
-    """Checks every sample of an op on one backend. Those of :data:`~.outcome.TRACED` run on every
-    sample with ATen, and only on the first with other backends; those of
+    """Checks every sample of an op on one backend. Those of :data:`~.outcome.FIRST_SAMPLE` run on
+    every sample with ATen, and only on the first with other backends; those of
     :data:`~.outcome.COSTLY` on the first sample of representative ops, with ATen; those of
     :data:`~.outcome.ENOUGH` with ATen. Those that search run on the first sample with ATen, and on
     a GPU with any backend. Those of Triton kernels are left to the command ``kernels``, which knows
@@ -70,10 +70,11 @@ def check_op(
         remember_builtins()
     with use_backend(backend):
         for i, case in enumerate(cases(spec, device)):
-            traced = i == 0 or backend == "aten"
-            costly = i == 0 and backend == "aten" and spec.representative
-            left_out = (set() if traced else TRACED) | (set() if costly else COSTLY)
-            left_out |= OF_KERNELS | (SEARCHED if i or interpreted else set())
+            left_out = OF_KERNELS | (SEARCHED if i or interpreted else set())
+            if i or backend != "aten" or not spec.representative:
+                left_out |= COSTLY
+            if i and backend != "aten":
+                left_out |= FIRST_SAMPLE
             if backend != "aten":
                 left_out |= ENOUGH
             report.merge(run(case, [c for c in applicable(checks) if c not in left_out]))

@@ -28,11 +28,10 @@ def page(report: Report) -> str:
     if report.failures:
         parts += ["<h2>What is wrong</h2>", *(_wrong(report, r) for r in report.failures)]
     if report.errors:
-        rows = [(d, f"{ours:.1e}", f"{own:.1e}") for d, (ours, own) in report.errors.items()]
         parts += [
             "<h2>Largest error against float64</h2>",
             "<p>Relative to the largest true value, over outputs and gradients.</p>",
-            _beside("dtype", rows),
+            _beside("dtype", report._errors()),
         ]
     if report.figures:
         parts += [

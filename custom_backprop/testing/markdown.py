@@ -13,8 +13,7 @@ def markdown(report: Report) -> str:
     parts += [f"Note: {note}." for note in report.notes]
     parts.append(_table(report))
     if report.errors:
-        rows = [(d, f"{ours:.1e}", f"{own:.1e}") for d, (ours, own) in report.errors.items()]
-        parts.append(_beside("error against float64 in", rows))
+        parts.append(_beside("error against float64 in", report._errors()))
     if report.figures:
         parts.append(_beside("", report._measured()))
     parts += _wrong(report)

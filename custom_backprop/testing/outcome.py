@@ -50,10 +50,10 @@ class NotApplicable(Exception):
 #: exception there, that is "not offered". In any other check it is "wrong"
 FEATURES: set[str] = set()
 
-#: checks of how an op is called and traced, and of second derivatives and tangents, which are
-#: formulas on every backend, or checks that are slow in the interpreter: the database runs them on
-#: the first sample alone where ATen does not run
-TRACED: set[str] = set()
+#: checks that the database runs on the first sample alone where ATen does not run: how an op is
+#: called and traced differs little from backend to backend, second derivatives and tangents are
+#: formulas on all of them, and some checks are slow in the interpreter
+FIRST_SAMPLE: set[str] = set()
 
 #: checks of the Triton kernels that somebody launches; ours have the command ``kernels``
 OF_KERNELS: set[str] = set()
@@ -79,6 +79,6 @@ def _adds_to(names: set[str]) -> Callable[[CheckFunction], CheckFunction]:
 
 
 # decorators of checks
-feature, traced, of_kernels, searched, costly = map(
-    _adds_to, (FEATURES, TRACED, OF_KERNELS, SEARCHED, COSTLY)
+feature, first_sample, of_kernels, searched, costly = map(
+    _adds_to, (FEATURES, FIRST_SAMPLE, OF_KERNELS, SEARCHED, COSTLY)
 )

@@ -180,6 +180,10 @@ class Report:
         for check, figures in other.figures.items():
             _keep_largest(self.figures.setdefault(check, {}), figures)
 
+    def _errors(self) -> list[tuple[str, str, str]]:
+        """The errors as text: (dtype, ours, the reference's own)."""
+        return [(d, f"{ours:.1e}", f"{own:.1e}") for d, (ours, own) in self.errors.items()]
+
     def _measured(self) -> list[tuple[str, str, str]]:
         """The figures as text: (what, ours, the reference's)."""
         return [
@@ -197,8 +201,8 @@ class Report:
             if r.status == "wrong" and r.script:
                 lines += ["", *indent(r.script, " " * 6).splitlines(), ""]
         lines += [
-            f"  error in {d}: {ours:.1e} (the reference's own: {theirs:.1e})"
-            for d, (ours, theirs) in self.errors.items()
+            f"  error in {d}: {ours} (the reference's own: {own})"
+            for d, ours, own in self._errors()
         ]
         lines += [
             f"  {what}: {ours} (the reference's: {theirs})"

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from ..case import Case, outputs, weights_for
-from ..outcome import NotApplicable, NotRun, Wrong, costly, traced
+from ..outcome import NotApplicable, NotRun, Wrong, costly, first_sample
 from .compare import same
 from .determinism import seeded
 
@@ -22,7 +22,7 @@ from .determinism import seeded
 THREADS, CALLS = 4, 3
 
 
-@traced
+@first_sample
 def keywords(case: Case) -> None:
     """Every argument by its name, and those that are not given at their defaults, give the same
     outputs and gradients.

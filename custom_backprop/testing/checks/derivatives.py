@@ -11,7 +11,7 @@ from torch import Tensor
 from torch.autograd import gradcheck as torch_gradcheck
 
 from ..case import Case, gradients, outputs, weights_for
-from ..outcome import NotApplicable, NotOffered, Wrong, feature, traced
+from ..outcome import NotApplicable, NotOffered, Wrong, feature, first_sample
 from .compare import as_reference, outputs_of
 
 #: rows of the Jacobian that a case in float32 compares
@@ -33,7 +33,7 @@ def gradcheck(case: Case) -> None:
 
 
 @feature
-@traced
+@first_sample
 def gradgradcheck(case: Case) -> None:
     """gradcheck of the gradients; an op without a second derivative must raise, not be silently
     wrong.
@@ -62,7 +62,7 @@ def gradgradcheck(case: Case) -> None:
 
 
 @feature
-@traced
+@first_sample
 def forward_mode(case: Case) -> None:
     """gradcheck of the jvp.
 

@@ -10,14 +10,14 @@ import torch
 from torch import Tensor
 
 from ..case import Case, outputs, same_bits, weights_for
-from ..outcome import NotApplicable, traced
+from ..outcome import NotApplicable, first_sample
 from .compare import require, same
 
 #: how often a call is repeated
 RUNS = 3
 
 
-@traced
+@first_sample
 def determinism(case: Case) -> None:
     """Repeated with the same seed, forward and backward give the same bits. They give the same
     values if the memory that ``torch.empty`` returns is full of NaN.

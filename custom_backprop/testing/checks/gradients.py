@@ -9,11 +9,11 @@ import torch
 from torch import Tensor
 
 from ..case import Case, outputs, same_bits, weights_for
-from ..outcome import NotApplicable, traced
+from ..outcome import NotApplicable, first_sample
 from .compare import not_isolated, require
 
 
-@traced
+@first_sample
 def gradient_memory(case: Case) -> None:
     """``x.grad`` is a tensor of its own: after backward, a write into it changes no argument, no
     output, no incoming gradient and no other gradient. It has no history.

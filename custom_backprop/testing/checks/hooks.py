@@ -12,12 +12,12 @@ from torch.utils._pytree import tree_leaves
 from torch.utils.checkpoint import checkpoint
 
 from ..case import Case, outputs, weights_for
-from ..outcome import NotApplicable, NotOffered, feature, traced
+from ..outcome import NotApplicable, NotOffered, feature, first_sample
 from .compare import equal, outputs_of, require, same, transposed
 from .determinism import seeded
 
 
-@traced
+@first_sample
 def hooks(case: Case) -> None:
     """A hook of an output sees its incoming gradient, and backward gets what the hook returns; one
     of an input sees the input's gradient once, as does one that runs after it was accumulated; one
@@ -76,7 +76,7 @@ def _in_order(seen: list[Tensor], dys: tuple[Tensor, ...]) -> list[Tensor]:
 
 
 @feature
-@traced
+@first_sample
 def saved_tensors(case: Case) -> None:
     """All that is kept for backward goes through ``save_for_backward``: nothing is an attribute of
     ``ctx``. Gradients are the same if what was saved was packed away and comes back in contiguous

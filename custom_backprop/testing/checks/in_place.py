@@ -11,13 +11,13 @@ from torch import Tensor
 from torch.utils._pytree import tree_map_only
 
 from ..case import Case, outputs, weights_for
-from ..outcome import NotOffered, feature, traced
+from ..outcome import NotOffered, feature, first_sample
 from .compare import not_isolated, same
 from .determinism import seeded
 
 
 @feature
-@traced
+@first_sample
 def in_place(case: Case) -> None:
     """An output may be changed in place after the call, as in ``linear(x).relu_()``, where the
     reference's may. If an argument is changed, backward raises, or gives the gradients of what the

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 
 from ..case import Case, gradients, outputs, weights_for
-from ..outcome import NotApplicable, feature, traced
+from ..outcome import NotApplicable, feature, first_sample
 from ..sweep import HALVES
 from .compare import require, with_reference
 from .determinism import seeded
@@ -15,7 +15,7 @@ SCALES = {torch.float16: (8, -8), torch.bfloat16: (60, -60)}
 
 
 @feature
-@traced
+@first_sample
 def loss_scale(case: Case) -> None:
     """In half precision, the gradients for dy times 2^k are 2^k times those for dy, to rounding,
     wherever the reference's neither overflow nor underflow.

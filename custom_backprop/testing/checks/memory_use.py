@@ -11,7 +11,7 @@ from torch.utils._pytree import tree_leaves
 
 from ..case import Case, outputs, weights_for
 from ..memory import peak_memory
-from ..outcome import NotApplicable, traced
+from ..outcome import NotApplicable, first_sample
 from .compare import require, with_reference
 from .determinism import seeded
 from .hooks import outside
@@ -20,7 +20,7 @@ from .hooks import outside
 SLACK = 64
 
 
-@traced
+@first_sample
 def memory_use(case: Case) -> dict[str, tuple[int, int]]:
     """Bytes saved for backward, and the peak of one forward and backward, beside the reference's.
 

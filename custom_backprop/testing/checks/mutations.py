@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from ..case import Case, is_float
-from ..outcome import NotApplicable, NotRun, traced
+from ..outcome import NotApplicable, NotRun, first_sample
 from .derivatives import gradcheck
 from .values import gradient
 
@@ -18,7 +18,7 @@ from .values import gradient
 FINE, COARSE = 1.001, 1.1
 
 
-@traced
+@first_sample
 def mutations(case: Case) -> None:
     """Mistakes that are planted into backward are seen by ``gradient`` (without a reference, by
     ``gradcheck``): a wrong factor or another sign in the gradient of each input, values in the

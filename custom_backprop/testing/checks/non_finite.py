@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from ..case import Case, outputs, weights_for
-from ..outcome import Wrong, feature, traced
+from ..outcome import Wrong, feature, first_sample
 from .compare import with_reference
 from .determinism import seeded
 
@@ -23,7 +23,7 @@ Results = dict[str, Tensor | None]
 
 
 @feature
-@traced
+@first_sample
 def non_finite(case: Case) -> None:
     """One element of an input, or of an incoming gradient, is NaN or infinite. A result that
     depends on it is not finite where the reference's is NaN or infinite. One that does not depend

@@ -12,12 +12,12 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from ..case import Case, gradients, outputs
 from ..interpreter import is_interpreted
-from ..outcome import NotApplicable, NotRun, costly, feature, traced
+from ..outcome import NotApplicable, NotRun, costly, feature, first_sample
 from .compare import same
 from .determinism import seeded
 
 
-@traced
+@first_sample
 def opcheck(case: Case) -> None:
     """torch.library.opcheck on every custom operator that forward and backward call.
 
@@ -32,7 +32,7 @@ def opcheck(case: Case) -> None:
 
 
 @feature
-@traced
+@first_sample
 def compile(case: Case) -> None:
     """torch.compile(fullgraph=True) gives eager's outputs and gradients, and also its outputs if no
     gradient is needed.

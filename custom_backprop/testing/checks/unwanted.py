@@ -7,12 +7,12 @@ from typing import Any
 import torch
 
 from ..case import Case, outputs, weights_for
-from ..outcome import NotApplicable, NotOffered, feature, traced
+from ..outcome import NotApplicable, NotOffered, feature, first_sample
 from .hooks import nodes_of
 
 
 @feature
-@traced
+@first_sample
 def unwanted(case: Case) -> None:
     """A Function returns no gradient for an input that does not require one.
 
