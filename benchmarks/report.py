@@ -27,6 +27,7 @@ from custom_backprop.testing.database import named
 
 from .cases import DIRECTIONS, HUGE, SIZES, pair
 from .measure import Prepare, compare, reuse_freed_memory
+from .plots import heat_map
 from .training import HIDDEN, training_step
 
 RESULTS = Path(__file__).parent / "results"
@@ -95,7 +96,7 @@ def main() -> int:
         json.dumps({"machine": machine, "rows": rows}, indent=1) + "\n"
     )
     (args.out / f"{name}.md").write_text(_markdown(machine, rows, name))
-    _plot(rows, args.out / f"{name}.png")
+    draw(rows, args.out / f"{name}.png")
     print(_markdown(machine, rows, name))
     print(
         f"wrote {', '.join(str(args.out / f'{name}.{kind}') for kind in ('json', 'md', 'png'))}",
@@ -208,31 +209,25 @@ def _cell(row: dict[str, Any] | None) -> str:
     return f"{row['ratio']:.2f}" + (f" ({row['ours'] * 1e6:.0f} us)" if row["size"] == HUGE else "")
 
 
-def _plot(rows: list[dict[str, Any]], file: Path) -> None:
-    import matplotlib
+def draw(rows: list[dict[str, Any]], file: Path) -> None:
+    """A heat map of the ratios, and of the memory of stock over that of ours."""
+    rows = [r for r in rows if r["family"] != "training" and "error" not in r]
+    sizes = [s for s in (*SIZES, HUGE) if any(r["size"] == s for r in rows)]
+    ratios = {(r["op"], f"{r['size']} {r['direction']}"): r["ratio"] for r in rows}
+    ratios |= {(r["op"], "memory"): r["stock_bytes"] / r["ours_bytes"] for r in last(rows)}
+    heat_map(
+        list(dict.fromkeys(r["op"] for r in rows)),
+        [*(f"{s} {d}" for s in sizes for d in DIRECTIONS), "memory"],
+        ratios,
+        f"Stock / ours on {file.stem}: above 1 ours is better",
+        file,
+    )
 
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
 
-    size = HUGE if any(r["size"] == HUGE for r in rows) else "large"
-    shown = [r for r in rows if r["size"] == size and "error" not in r]
-    ops = list(dict.fromkeys(r["op"] for r in shown))
-    figure, axes = plt.subplots(figsize=(max(6, 0.32 * len(ops)), 5), layout="constrained")
-    for offset, direction in enumerate(DIRECTIONS):
-        values = {r["op"]: r["ratio"] for r in shown if r["direction"] == direction}
-        axes.bar(
-            [i + 0.4 * offset for i in range(len(ops))],
-            [values.get(op, 0) for op in ops],
-            width=0.4,
-            label=direction,
-        )
-    axes.axhline(1, color="black", linewidth=0.8)
-    axes.set_xticks([i + 0.2 for i in range(len(ops))], ops, rotation=90)
-    axes.set_ylabel("stock / ours (above 1 ours is faster)")
-    axes.set_title(f"{size} size, {'bfloat16' if size == HUGE else 'float32'}")
-    axes.legend()
-    figure.savefig(file, dpi=110)
-    plt.close(figure)
+def last(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """Forward + backward at the largest size, of which the memory was measured."""
+    largest = [s for s in (*SIZES, HUGE) if any(r["size"] == s for r in rows)][-1]
+    return [r for r in rows if r["size"] == largest and r.get("ours_bytes")]
 
 
 if __name__ == "__main__":

@@ -13,6 +13,7 @@ from pathlib import Path
 import pytest
 from pages import agree, commands, outputs, python_blocks, script
 
+from benchmarks import performance
 from custom_backprop.testing import CHECKS
 from custom_backprop.testing.table import markdown
 
@@ -124,6 +125,11 @@ def test_the_table_of_ops_is_the_database():
     assert (ROOT / "docs" / "ops.md").read_text(encoding="utf-8") == markdown(), (
         "python -m custom_backprop.testing.table > docs/ops.md"
     )
+
+
+def test_performance_is_made_of_the_result_files():
+    page = performance.PAGE.read_text(encoding="utf-8")
+    assert page == performance.markdown(), "python -m benchmarks.performance"
 
 
 @pytest.mark.parametrize("page", TRANSLATED, ids=lambda p: p.name)
