@@ -26,8 +26,8 @@ EVEN, MANY = 0.9, 16
 INTRODUCTION = f"""# Performance
 
 This page is made of result files by `python -m benchmarks.performance`. Every number in it is in a
-file of [benchmarks/results]({LINK}/README.md), which says more of each. Below a title
-are the command behind the file, its name, the machine and the versions.
+file of [benchmarks/results]({LINK}/README.md), which says more of each.
+Below a title are the command behind the file, its name, the machine and the versions.
 
 A *ratio* is the time of stock over the time of ours, both taken in turns in one process: **above 1
 ours is faster**. Ratios below 1 stay in. How a step grows with a network is in
