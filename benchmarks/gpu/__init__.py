@@ -1,0 +1,1 @@
+"""``python -m benchmarks.gpu``: all that there is to measure on a card, in one process."""
