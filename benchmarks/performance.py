@@ -5,6 +5,7 @@ the page that is not in one of these files."""
 from __future__ import annotations
 
 import json
+import re
 import statistics
 import sys
 import textwrap
@@ -55,7 +56,7 @@ GPU = [
         "nvidia-h200",
         "Every op on an NVIDIA H200",
         "python -m benchmarks.report --sizes small large huge --seconds 0.03",
-        "Small: 64 x 64 numbers or about as many, and calls one after the other until the GPU has "
+        "Small: 4096 numbers or about as many, and calls one after the other until the GPU has "
         "finished them, so the host's time counts. Large: 1M, and huge, in bfloat16, more than the "
         "cache; both are the GPU's own time, of CUDA graphs. Ops newer than this version of the "
         "package have not been measured on a GPU.",
@@ -86,7 +87,7 @@ CPU = [
         "cpu",
         "Every op on a CPU",
         "python -m benchmarks.report",
-        "Small: 64 x 64 numbers or about as many, medium: 64K, large: 1M. The C library's default "
+        "Small: 4096 numbers or about as many, medium: 64K, large: 1M. The C library's default "
         "allocator, as users have it: large blocks of new memory cost page faults.",
     ),
     Section(
@@ -173,7 +174,7 @@ def summary(rows: list[dict[str, Any]]) -> list[str]:
                 line += f"; below: {', '.join(map(_named, lose))}"
             found.append(f"{line}.")
     for r in (r for r in rows if r["family"] == "training"):
-        found.append(f"**{r['op']}**, {r['size']}: {r['ratio']:.2f}.")
+        found.append(f"**{r['op']}**, `{r['size']}`: {r['ratio']:.2f}.")
     memory = sorted((r["ours_bytes"] / r["stock_bytes"], r["op"]) for r in last(rows))
     less, more = sum(m[0] < 0.99 for m in memory), [m for m in memory if m[0] > 1.01]
     line = f"**peak memory, {last(rows)[0]['size']}**: less than stock's for {less} of "
@@ -182,8 +183,8 @@ def summary(rows: list[dict[str, Any]]) -> list[str]:
 
 
 def tables(text: str) -> list[str]:
-    """What follows the introduction of a result file, without its figure."""
-    parts = text.rstrip().split("\n\n")
+    """What follows the introduction of a result file, without its figure. Names are code."""
+    parts = re.sub(r"^\| (\w+_\w+)", r"| `\1`", text.rstrip(), flags=re.MULTILINE).split("\n\n")
     first = next(i for i, part in enumerate(parts) if part.startswith("|"))
     return [part for part in parts[first:] if not part.startswith("!")]
 
@@ -194,7 +195,7 @@ def draw_rows(section: Section) -> None:
     header, _, *lines = [line.strip("| ").split(" | ") for line in table.splitlines()]
     panels: dict[str, Any] = {direction: {} for direction in DIRECTIONS}
     for name, *cells in lines:
-        op, direction = name.split()
+        op, direction = name.replace("`", "").split()
         pairs = [cell.split(" / ") for cell in cells]
         panels[direction][op] = tuple([float(v) for v in of] for of in zip(*pairs, strict=True))
     bandwidths(header[1:], panels, f"TB/s: {section.name}", _file(section, "png"))
@@ -212,7 +213,7 @@ def _rows(section: Section) -> list[dict[str, Any]] | None:
 
 
 def _named(ratio: tuple[float, str]) -> str:
-    return f"{ratio[1]} {ratio[0]:.2f}"
+    return f"`{ratio[1]}` {ratio[0]:.2f}"
 
 
 def _wrapped(text: str, indent: str = "") -> str:

@@ -4,9 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
-
-#: rows of a heat map that stand in one panel
-TALL = 40
+from typing import Any
 
 
 def heat_map(
@@ -17,40 +15,32 @@ def heat_map(
     file: Path,
 ) -> None:
     """Ratios stock / ours by (row, column), blue where ours is better, red where it is worse. Cells
-    without a ratio stay empty. Many rows are divided between two panels."""
+    without a ratio stay empty."""
     import matplotlib
 
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
     from matplotlib.colors import TwoSlopeNorm
 
-    half = len(rows) if len(rows) <= TALL else -(-len(rows) // 2)
-    parts = [rows[i : i + half] for i in range(0, len(rows), half)]
-    size = (3.2 + 0.8 * len(columns)) * len(parts), 1.8 + 0.24 * half
-    figure, panels = plt.subplots(1, len(parts), figsize=size, layout="constrained", squeeze=False)
-    for part, panel in zip(parts, panels[0], strict=True):
-        panel.set_xlim(-0.5, len(columns) - 0.5)
-        panel.set_ylim(half - 0.5, -0.5)
-        panel.set_xticks(
-            range(len(columns)), [c.replace(" ", "\n").replace("+", "\n+ ") for c in columns]
-        )
-        panel.set_yticks(range(len(part)), part)
-        panel.tick_params(length=0, top=True, labeltop=True, bottom=False, labelbottom=False)
-        panel.spines[:].set_visible(False)
-        colours, norm = plt.get_cmap("RdBu"), TwoSlopeNorm(1, vmin=0, vmax=3)
-        for y, row in enumerate(part):
-            for x, column in enumerate(columns):
-                if (row, column) not in ratios:
-                    continue
-                ratio = ratios[row, column]
-                red, green, blue, _ = colour = colours(norm(min(ratio, 3)))
-                panel.add_patch(plt.Rectangle((x - 0.48, y - 0.46), 0.96, 0.92, color=colour))
-                dark = 0.3 * red + 0.59 * green + 0.11 * blue < 0.5
-                text = f"{ratio:.2f}" if ratio < 10 else f"{ratio:.0f}"
-                panel.text(
-                    x, y, text, ha="center", va="center", fontsize=8,
-                    color="white" if dark else "black",
-                )  # fmt: skip
+    size = 3.2 + 0.8 * len(columns), 1.8 + 0.24 * len(rows)
+    figure, axis = plt.subplots(figsize=size, layout="constrained")
+    axis.set_xlim(-0.5, len(columns) - 0.5)
+    axis.set_ylim(len(rows) - 0.5, -0.5)
+    axis.set_xticks(
+        range(len(columns)), [c.replace(" ", "\n").replace("+", "\n+ ") for c in columns]
+    )
+    axis.set_yticks(range(len(rows)), rows)
+    axis.tick_params(length=0, top=True, labeltop=True, bottom=False, labelbottom=False)
+    axis.spines[:].set_visible(False)
+    colours, norm = plt.get_cmap("RdBu"), TwoSlopeNorm(1, vmin=0, vmax=3)
+    for (row, column), ratio in ratios.items():
+        x, y = columns.index(column), rows.index(row)
+        red, green, blue, _ = colour = colours(norm(min(ratio, 3)))
+        axis.add_patch(plt.Rectangle((x - 0.48, y - 0.46), 0.96, 0.92, color=colour))
+        dark = 0.3 * red + 0.59 * green + 0.11 * blue < 0.5
+        text = f"{ratio:.2f}" if ratio < 10 else f"{ratio:.0f}"
+        style: Any = {"ha": "center", "va": "center", "fontsize": 8}
+        axis.text(x, y, text, color="white" if dark else "black", **style)
     figure.suptitle(title)
     figure.savefig(file, dpi=110)
     plt.close(figure)
