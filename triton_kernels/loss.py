@@ -19,7 +19,7 @@ from torch import Tensor
 
 from .elementary import constant, exp, exp_minus, log1p, log1p_positive, sigmoid, softplus, upcast
 from .launch import Launch, cdiv, kernel, multiprocessors, planned
-from .pointwise import BLOCK, block_of, like
+from .pointwise import block_of, grid, like
 from .rows import partial_sums, read, total, write
 
 NONE, MEAN, BATCHMEAN = 0, 1, 3
@@ -281,14 +281,17 @@ def _parameters(given: tuple[Any, ...]) -> dict[str, Any]:
 
 @planned
 def plan(
-    name: str, n: int, divisor: int | None, reduction: int, count: int, *parameters: Any
+    name: str, n: int, divisor: int | None, reduction: int, dtype: torch.dtype, count: int,
+    *parameters: Any,
 ) -> Launch:  # fmt: skip
     """Forward of ``n`` elements, on ``count`` multiprocessors."""
     value, derivative, *_ = DEVICE_FUNCTIONS[name]
-    blocks = cdiv(cdiv(n, BLOCK), PROGRAMS * count) if n and reduction != NONE else 1
+    of_grid = grid(n, dtype)
+    programs = of_grid.pop("programs")
+    blocks = max(cdiv(programs, PROGRAMS * count), 1) if reduction != NONE else 1
     return _forward.launch(
-        cdiv(cdiv(n, BLOCK), blocks), n=n, blocks=blocks, divisor=divisor, F=value, L_X=derivative,
-        **_parameters(parameters), REDUCED=reduction != NONE, BLOCK=BLOCK,
+        cdiv(programs, blocks), **of_grid, blocks=blocks, divisor=divisor, F=value, L_X=derivative,
+        **_parameters(parameters), REDUCED=reduction != NONE,
     )  # fmt: skip
 
 
@@ -299,12 +302,9 @@ def plan_backward(
 ) -> Launch:  # fmt: skip
     """Backward of ``n`` elements, of one dy for all if ``scalar``."""
     functions = dict(zip(("F", "L_X", "L_T", "L_V"), DEVICE_FUNCTIONS[name], strict=True))
-    # four gradients of doubles fill the registers of four warps
-    block, warps = (BLOCK // 2, 8) if dtype == torch.float64 else (BLOCK, 4)
     return _backward.launch(
-        cdiv(n, block), n=n, divisor=divisor, **functions, **_parameters(parameters), SCALAR=scalar,
-        BLOCK=block, num_warps=warps,
-    )  # fmt: skip
+        **grid(n, dtype), divisor=divisor, **functions, **_parameters(parameters), SCALAR=scalar
+    )
 
 
 def forward(
@@ -318,7 +318,7 @@ def forward(
     layout = dx if dx is not None else x if x.is_contiguous() else torch.empty_like(x)
     operands = [None if a is None else like(a, layout) for a in (x, t, v, w)]
     divisor = _divisor(x, reduction)
-    run = plan(name, n, divisor, reduction, multiprocessors(x.device), *parameters)
+    run = plan(name, n, divisor, reduction, x.dtype, multiprocessors(x.device), *parameters)
     if reduction == NONE:
         y = torch.empty_like(x)
         run(*operands, y, dx)

@@ -306,9 +306,9 @@ IN_HALF = {
     "silu": (lambda F, x: F.silu(x), [[(n,)] for n in (*around(2048), 4097)]),
     "mse_loss": (
         lambda F, x, t: F.mse_loss(x, t, reduction="none"),
-        [2 * [(n,)] for n in (*around(1024), 2049)],
+        [2 * [(n,)] for n in (*around(2048), 4097)],
     ),
-    "mean mse_loss": (lambda F, x, t: F.mse_loss(x, t), [2 * [(1025,)]]),
+    "mean mse_loss": (lambda F, x, t: F.mse_loss(x, t), [2 * [(2049,)]]),
     "prelu": (
         lambda F, x, w: F.prelu(x, w),
         [[shape, shape[1:2]] for shape in zip(around(4), around(8), around(32), strict=True)],
