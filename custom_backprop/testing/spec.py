@@ -104,6 +104,8 @@ class OpSpec:
             "medium" (about 64k) and "large" (1M and more), and on a GPU "huge" (64M and more).
             ``kernels`` compiles for these sizes, on meta tensors. The audit runs "awkward": work
             for several programs, with no side a multiple of a block.
+        by_length: ``by_length(make, rows, n)``, a call on so many rows of n numbers, of an op whose
+            speed depends on n. ``benchmarks.gpu`` runs it for n from 256 to 262144.
         regimes: large inputs that only ``kernels`` compiles for. With ``large``, they reach every
             branch of the launchers.
         module: (our class, torch's class, arguments of the constructor, the modules' inputs from a
@@ -120,6 +122,7 @@ class OpSpec:
         excused: (backend, check) -> why it may fail there; an empty backend means all.
         read_twice: sums over more numbers than a program holds stand between two readings of what
             goes in, in both directions; counted in the floor of its traffic.
+        gathers: it reads only a part of what it gets, so those bytes are no floor of its traffic.
         representative: it represents similar ops in tests that are too slow to run on all: Inductor
             and compiled transformations.
     """
@@ -132,6 +135,7 @@ class OpSpec:
     samples: Callable[[Make], Iterable[Sample]]
     large: Callable[[Make, str], Sample]
     module: tuple[type, type, dict[str, Any], Callable[[Make], tuple[Any, ...]]] | None = None
+    by_length: Callable[[Make, int, int], Sample] | None = None
     double_backward: bool = True
     regimes: Callable[[Make], Iterable[Sample]] = lambda make: ()
     low_precision: tuple[torch.dtype, ...] = (torch.float32, torch.bfloat16, torch.float16)
@@ -140,6 +144,7 @@ class OpSpec:
     rows: tuple[int, ...] = ()
     excused: dict[tuple[str, str], str] = field(default_factory=dict)
     read_twice: bool = False
+    gathers: bool = False
     representative: bool = False
     module_variants: tuple[dict[str, Any], ...] = ()
 

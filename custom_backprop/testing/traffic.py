@@ -6,7 +6,7 @@ of merit that needs no GPU and has no noise.
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -107,7 +107,7 @@ def traffic(spec: OpSpec, size: str = "medium") -> list[Traffic]:
     moved: list[int] = []
     with use_backend("triton"), watched(_Moved, lambda _, launch: moved.append(launch.bytes)):
         results = outputs(spec.function(*sample.args, **sample.kwargs))
-        saved = _saved([y.grad_fn for y in results])
+        saved = saved_by(results)
         forward = sum(moved)
         dys = [  # of a loss 1, as in loss.backward()
             w if y.dim() else torch.ones_like(y)
@@ -117,16 +117,7 @@ def traffic(spec: OpSpec, size: str = "medium") -> list[Traffic]:
         grads = torch.autograd.grad(results, leaves, dys)
     if not sum(moved):
         return []
-    made = _distinct([*results, *saved])
-    floors = {
-        "forward": _bytes(_distinct(given) | made),
-        "backward": _bytes(_distinct([*dys, *saved])) + _bytes(_distinct(grads)),
-    }
-    if spec.read_twice:
-        floors["forward"] += _bytes(_distinct(given))
-        floors["backward"] += _bytes(_distinct([*dys, *saved]))
-    if all(key in made for key in _distinct(grads)):  # a loss makes its gradient in forward
-        floors["backward"] = _bytes(_distinct(dys))
+    floors = floors_of(spec, given, results, saved, dys, grads)
     flops = counter.get_total_flops()
     return [
         Traffic(spec.name, "forward", forward, floors["forward"], flops),
@@ -134,9 +125,35 @@ def traffic(spec: OpSpec, size: str = "medium") -> list[Traffic]:
     ]
 
 
-def _saved(nodes: Iterable[Any]) -> list[Tensor]:
-    """The tensors that a graph saves."""
-    found, waiting = [], list(nodes)
+def floors_of(
+    spec: OpSpec,
+    given: Sequence[Tensor],
+    results: Sequence[Tensor],
+    saved: Sequence[Tensor],
+    dys: Sequence[Tensor],
+    grads: Sequence[Tensor],
+) -> dict[str, int]:
+    """The fewest bytes of a call that got, returned and saved these tensors: of "forward",
+    "backward", and "inference", which is forward without a gradient."""
+    made = _distinct([*results, *saved])
+    floors = {
+        "inference": _bytes(_distinct(given) | _distinct(results)),
+        "forward": _bytes(_distinct(given) | made),
+        "backward": _bytes(_distinct([*dys, *saved])) + _bytes(_distinct(grads)),
+    }
+    if spec.read_twice:
+        floors["inference"] += _bytes(_distinct(given))
+        floors["forward"] += _bytes(_distinct(given))
+        floors["backward"] += _bytes(_distinct([*dys, *saved]))
+    if all(key in made for key in _distinct(grads)):  # a loss makes its gradient in forward
+        floors["backward"] = _bytes(_distinct(dys))
+    return floors
+
+
+def saved_by(results: Iterable[Tensor]) -> list[Tensor]:
+    """The tensors that the graph of these results saves."""
+    found: list[Tensor] = []
+    waiting: list[Any] = [y.grad_fn for y in results]
     while waiting:
         node = waiting.pop()
         found += [t for t in getattr(node, "saved_tensors", ()) if t is not None]

@@ -90,6 +90,13 @@ def _qkv(
     return make.tensor(B, H, L, E), make.tensor(B, K, S, E), make.tensor(B, K, S, width or E)
 
 
+def _by_length(make: Make, rows: int, n: int) -> Sample:
+    """n tokens, in up to 16 heads of 128 numbers."""
+    heads = max(1, min(16, rows // 128))
+    batch = max(1, rows // 128 // heads)
+    return Sample(_qkv(make, batch, heads, heads, n, n, 128), {"is_causal": True})
+
+
 def _samples(make: Make) -> Iterator[Sample]:
     yield Sample(_qkv(make, 1, 1, 1, 2, 2, 2), {"is_causal": True}, name="causal")
     tensors = *_qkv(make, 1, 2, 1, 2, 2, 1, 2), make.tensor(2, 1, 2)
@@ -160,6 +167,7 @@ SPECS = [
         reference=stock,
         samples=_samples,
         large=lambda make, size: Sample(_qkv(make, *SIZES[size][0]), SIZES[size][1]),
+        by_length=_by_length,
         regimes=_regimes,
         excused={
             ("", "in_place"): "backward reads the output, even where stock's does not",

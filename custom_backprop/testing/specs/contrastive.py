@@ -162,6 +162,7 @@ SPECS = [
         large=lambda make, size: Sample(
             tuple(make.tensor(*SIZES[size][0]) for _ in range(3)), SIZES[size][1]
         ),
+        by_length=lambda make, rows, n: Sample(tuple(make.tensor(rows, n) for _ in range(3))),
         regimes=_triplet_regimes,
         module=(
             nn.TripletMarginLoss,

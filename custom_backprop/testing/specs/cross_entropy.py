@@ -9,7 +9,7 @@ import torch.nn.functional as F
 
 from ... import functional, nn
 from ..spec import Make, OpSpec, Sample
-from .nll import OPTIONS, inputs, large_of, some_classes
+from .nll import OPTIONS, inputs, of_rows, some_classes
 
 SIZES = {
     "awkward": (37, 1031),
@@ -103,7 +103,8 @@ SPECS = [
         function=functional.cross_entropy,
         reference=F.cross_entropy,
         samples=_samples,
-        large=large_of(SIZES),
+        large=lambda make, size: of_rows(make, *SIZES[size]),
+        by_length=of_rows,
         regimes=_regimes,
         module=(
             nn.CrossEntropyLoss,

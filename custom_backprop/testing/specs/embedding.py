@@ -64,6 +64,8 @@ SPECS = [
         reference=F.embedding,
         samples=_samples,
         large=_large,
+        by_length=lambda make, rows, n: Sample((make.index(rows, high=rows), make.tensor(rows, n))),
+        gathers=True,
         regimes=_regimes,
         module=(
             nn.Embedding,

@@ -93,6 +93,7 @@ SPECS = [
         reference=_reference,
         samples=_samples,
         large=_large,
+        gathers=True,
         regimes=_regimes,
         module=(
             nn.EmbeddingBag,

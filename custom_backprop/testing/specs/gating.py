@@ -72,6 +72,9 @@ def _spec(
         reference=reference,
         samples=lambda make: _samples(make, name, avoid, options),
         large=lambda make, size: Sample((make.tensor(*SIZES[size]),)),
+        by_length=lambda make, rows, n: Sample(
+            _both(name, make.tensor(rows, n), make.tensor(rows, n)), options
+        ),
         regimes=lambda make: _regimes(make, name),
         **named,
     )

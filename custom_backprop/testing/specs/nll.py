@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 
 import torch
 import torch.nn.functional as F
@@ -66,12 +66,8 @@ def _regimes(make: Make) -> Iterator[Sample]:
     )
 
 
-def large_of(sizes: dict[str, tuple[int, int]]) -> Callable[[Make, str], Sample]:
-    def large(make: Make, size: str) -> Sample:
-        rows, classes = sizes[size]
-        return Sample((make.tensor(rows, classes), make.index(rows, high=classes)))
-
-    return large
+def of_rows(make: Make, rows: int, classes: int) -> Sample:
+    return Sample((make.tensor(rows, classes), make.index(rows, high=classes)))
 
 
 def inputs(make: Make) -> tuple[Tensor, Tensor]:
@@ -88,7 +84,8 @@ SPECS = [
         function=functional.nll_loss,
         reference=F.nll_loss,
         samples=_samples,
-        large=large_of(SIZES),
+        large=lambda make, size: of_rows(make, *SIZES[size]),
+        gathers=True,
         regimes=_regimes,
         module=(nn.NLLLoss, torch.nn.NLLLoss, OPTIONS, inputs),
     ),

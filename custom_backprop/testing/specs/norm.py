@@ -95,6 +95,7 @@ def _spec(reference: Callable[..., Tensor], formula: str, parameters: int, **nam
         reference=reference,
         samples=lambda make: _samples(make, parameters),
         large=lambda make, size: _call(make, parameters, make.tensor(*SIZES[size])),
+        by_length=lambda make, rows, n: _call(make, parameters, make.tensor(rows, n)),
         regimes=lambda make: _regimes(make, parameters),
         **named,
     )
@@ -128,6 +129,7 @@ def _add_spec(name: str, norm: Callable[..., Tensor], formula: str, parameters: 
         reference=_of_sum(norm),
         samples=lambda make: _add_samples(make, parameters),
         large=lambda make, size: _add_call(make, parameters, *SIZES[size]),
+        by_length=lambda make, rows, n: _add_call(make, parameters, rows, n),
         regimes=lambda make: _add_regimes(make, parameters),
     )
 

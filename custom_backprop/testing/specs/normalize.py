@@ -34,6 +34,7 @@ SPECS = [
         reference=F.normalize,
         samples=_samples,
         large=lambda make, size: Sample((make.tensor(*SIZES[size]),)),
+        by_length=lambda make, rows, n: Sample((make.tensor(rows, n),)),
         regimes=_regimes,
     )
 ]

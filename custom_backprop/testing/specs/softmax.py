@@ -36,6 +36,10 @@ def _regimes(make: Make) -> Iterator[Sample]:
     yield Sample((make.tensor(2**16, 2**15), 0), name="offsets in int64")
 
 
+def _rows(make: Make, rows: int, n: int) -> Sample:
+    return Sample((make.tensor(rows, n), -1))
+
+
 def _spec(name: str, module: str) -> OpSpec:
     return OpSpec(
         name=name,
@@ -44,7 +48,8 @@ def _spec(name: str, module: str) -> OpSpec:
         function=getattr(functional, name),
         reference=getattr(F, name),
         samples=_samples,
-        large=lambda make, size: Sample((make.tensor(*SIZES[size]), -1)),
+        large=lambda make, size: _rows(make, *SIZES[size]),
+        by_length=_rows,
         regimes=_regimes,
         module=(
             getattr(nn, module),
