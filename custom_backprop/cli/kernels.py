@@ -164,6 +164,9 @@ def _compiled(compiled: dict[str, list[Resources]]) -> str:
             "atomics",
             "instructions",
             "an element",
+            "a number moved",
+            "resident",
+            "KB in flight",
         ]
     ]
     for key, group in groups.items():
@@ -174,8 +177,24 @@ def _compiled(compiled: dict[str, list[Resources]]) -> str:
         last = [str(max(getattr(r, field) for r in group)) for field in ("atomics", "instructions")]
         element = max(r.per_element for r in group)
         last.append(f"{element:.1f}" if element else "-")
+        last += _of_passes(group)
         rows.append([*key, str(len(group)), *most, *_wide(group), *last])
     return table(rows)
+
+
+def _of_passes(group: Iterable[Resources]) -> tuple[str, str, str]:
+    """Of the variants that were looked at pass by pass: the most instructions a number moved, the
+    fewest programs of a multiprocessor, and the fewest KB in flight on it."""
+    seen = [r for r in group if r.passes]
+    if not seen:
+        return "-", "-", "-"
+    numbers = max((r.per_number for r in seen), key=max)
+    flights = [r.in_flight for r in seen if r.in_flight]
+    return (
+        ", ".join(f"{n:.1f}" for n in numbers),
+        str(min(r.resident for r in seen)),
+        ", ".join(f"{n / 1024:.0f}" for n in min(flights, key=min, default=[])) or "-",
+    )
 
 
 def _wide(group: Iterable[Resources]) -> tuple[str, str]:

@@ -9,7 +9,6 @@ observed, and Triton compiles what they would have launched. Triton's interprete
 from __future__ import annotations
 
 import re
-import struct
 import subprocess
 import tempfile
 from collections.abc import Callable, Iterable, Iterator
@@ -27,6 +26,7 @@ from ..backends import selection
 from ..backends.kernels import kernels
 from ..backends.library import OPERATORS
 from .case import outputs, weights_for
+from .sass import Pass, functions
 from .spec import Make, OpSpec, Sample
 
 
@@ -81,6 +81,8 @@ class Resources:
         instructions: all of a thread, those of a loop once.
         per_element: on sm_90, instructions an element of an elementwise kernel (``pointwise.py``)
             of 16-bit numbers; else 0.
+        passes: on sm_90, what a kernel on 16-bit numbers takes in each of its innermost loops, or
+            without one in all; of no kernel that multiplies matrices.
     """
 
     kernel: str
@@ -98,6 +100,24 @@ class Resources:
     atomics: int
     instructions: int = 0
     per_element: float = 0.0
+    passes: tuple[Pass, ...] = ()
+
+    @property
+    def per_number(self) -> list[float]:
+        """Instructions of each pass for each 16-bit number that it loads or stores."""
+        return [p.per_number(2) for p in self.passes]
+
+    @property
+    def resident(self) -> int:
+        """Programs that a multiprocessor of sm_90 has at once: of 64 warps, 65536 registers and 228
+        KB of shared memory. A warp takes multiples of 256 registers, a program 1 KB of its own."""
+        registers = -(-self.registers // 8) * 256 * self.num_warps
+        return min(32, 64 // self.num_warps, 65536 // registers, 228 * 1024 // (self.shared + 1024))
+
+    @property
+    def in_flight(self) -> list[int]:
+        """Bytes that the loads under way bring to a multiprocessor, in each pass."""
+        return [self.resident * 32 * self.num_warps * p.in_flight for p in self.passes if p.loaded]
 
     @property
     def faults(self) -> list[str]:
@@ -176,7 +196,8 @@ def _resources(launch: Launch, compiled: Any, target: str) -> Resources:
     warps = launch.options.get("num_warps", 4)
     family = launch.kernel.__module__.rpartition(".")[2]
     signature = [t for t in compiled.src.signature.values() if t != "constexpr"]
-    halves = signature[0] in ("*bf16", "*fp16") and family == "pointwise" and target == "sm_90"
+    halves = signature[0] in ("*bf16", "*fp16") and target == "sm_90"
+    multiplies = halves and "mma" in compiled.asm["ptx"]
     return Resources(
         kernel=f"{family}.{launch.kernel.__name__}",
         target=target,
@@ -187,8 +208,11 @@ def _resources(launch: Launch, compiled: Any, target: str) -> Resources:
         num_warps=warps,
         shared=compiled.metadata.shared,
         per_element=read["instructions"] * 32 * warps / launch.constexprs["BLOCK"]
-        if halves
+        if halves and family == "pointwise"
         else 0.0,
+        passes=tuple(p for f in functions(compiled.asm["cubin"]) for p in f.passes())
+        if halves and not multiplies
+        else (),
         **read,
     )
 
@@ -227,22 +251,8 @@ def read_cubin(asm: Any) -> dict[str, int]:
     return {
         **read_usage(usage),
         **read_ptx(asm["ptx"]),
-        "instructions": count_instructions(asm["cubin"]),
+        "instructions": sum(f.instructions for f in functions(asm["cubin"])),
     }
-
-
-def count_instructions(cubin: bytes) -> int:
-    """Machine instructions in an ELF file: words of 16 bytes in its sections ``.text``, but for the
-    NOPs that fill them up."""
-    headers, size, number, names = struct.unpack_from("<Q10xHHH", cubin, 0x28)
-    sections = [struct.unpack_from("<II16xQQ", cubin, headers + i * size) for i in range(number)]
-    at = sections[names][2]
-    count = 0
-    for name, _, start, length in sections:
-        if cubin[at + name :].startswith(b".text"):
-            words = struct.iter_unpack("<Q8x", cubin[start : start + length])
-            count += sum(word & 0xFFF != 0x918 for (word,) in words)
-    return count
 
 
 def read_usage(usage: str) -> dict[str, int]:
