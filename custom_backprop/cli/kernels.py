@@ -42,6 +42,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         default=",".join(TARGETS),
         help="some of %(default)s (the default), with commas between",
     )
+    parser.add_argument(
+        "--variants",
+        action="store_true",
+        help="print each variant of a kernel (size, alignment, compile-time arguments) by itself",
+    )
     interpreted = parser.add_mutually_exclusive_group()
     interpreted.add_argument(
         "--audit",
@@ -82,7 +87,8 @@ def run(args: argparse.Namespace) -> int:
         print(_moved([moved for both in done.values() for moved in both]))
     else:
         for target in targets:
-            print(f"\n{target}\n{_compiled({n: f for (n, t), f in done.items() if t == target})}")
+            of = {n: found for (n, t), found in done.items() if t == target}
+            print(f"\n{target}\n{_compiled(of, args.variants)}")
     found = [
         {"op": item[0], **one.to_dict()}
         for item, result in done.items()
@@ -142,13 +148,14 @@ def _label(found: dict[str, Any]) -> str:
     return found.get("kernel") or found["direction"]
 
 
-def _compiled(compiled: dict[str, list[Resources]]) -> str:
+def _compiled(compiled: dict[str, list[Resources]], variants: bool) -> str:
     """One row for each op, kernel and dtype: the maximum of each figure over its variants (sizes,
-    alignments, compile-time arguments)."""
-    groups: dict[tuple[str, str, str], list[Resources]] = {}
+    alignments, compile-time arguments). Or a row for each of these."""
+    groups: dict[tuple[str, ...], list[Resources]] = {}
     for op, resources in compiled.items():
-        for r in resources:
-            groups.setdefault((op, r.kernel, r.signature.split(",")[0].strip("*")), []).append(r)
+        for i, r in enumerate(resources):
+            key = op, r.kernel, r.signature.split(",")[0].strip("*")
+            groups.setdefault((*key, str(i)) if variants else key, []).append(r)
     rows = [
         [
             "op",
@@ -178,7 +185,11 @@ def _compiled(compiled: dict[str, list[Resources]]) -> str:
         element = max(r.per_element for r in group)
         last.append(f"{element:.1f}" if element else "-")
         last += _of_passes(group)
-        rows.append([*key, str(len(group)), *most, *_wide(group), *last])
+        rows.append([*key[:3], str(len(group)), *most, *_wide(group), *last])
+        if variants:
+            rows[-1].append(group[0].constants)
+    if variants:
+        rows[0].append("compile-time arguments")
     return table(rows)
 
 

@@ -377,9 +377,21 @@ def calls(spec: OpSpec) -> list[Callable[[], Any]]:
     return [partial(both_ways, spec, sample) for sample in samples]
 
 
+#: rows that an op of rows is compiled for: one of each tile, those in a loop, and two whose length
+#: leaves fewer numbers to an access
+LENGTHS = (*(2**k for k in range(8, 19)), 1000, 50257)
+
+
+def calls_by_length(spec: OpSpec) -> list[Callable[[], Any]]:
+    """Calls of an op of rows on each of :data:`LENGTHS`, in bfloat16 on meta tensors."""
+    make = Make("meta", torch.bfloat16)
+    return [partial(both_ways, spec, spec.lengths(make, n)) for n in LENGTHS if spec.lengths]
+
+
 def compile_op(spec: OpSpec, target: str) -> list[Resources]:
-    """Compiles every kernel that an op launches in its :func:`calls`."""
-    return compile_calls(calls(spec), target)
+    """Compiles every kernel that an op launches in its :func:`calls`, for sm_90 also in its
+    :func:`calls_by_length`."""
+    return compile_calls(calls(spec) + calls_by_length(spec) * (target == "sm_90"), target)
 
 
 def compile_calls(functions: Iterable[Callable[[], Any]], target: str) -> list[Resources]:

@@ -11,6 +11,7 @@ import struct
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cached_property
+from itertools import pairwise
 
 NOP, BRA, EXIT, RET = 0x918, 0x947, 0x94D, 0x950
 LOADS = {0x381, 0x981, 0xFAE}  # LDG; LDGSTS, to shared memory
@@ -131,7 +132,7 @@ class Function:
             if i.opcode == BRA:
                 starts.add(at + i.distance)
         bounds = [*sorted(s for s in starts if s < len(self.code)), len(self.code)]
-        return dict(zip(bounds, bounds[1:], strict=False))
+        return dict(pairwise(bounds))
 
     def _block(self, start: int) -> list[Instruction]:
         return self.code[start : self._ends[start]]

@@ -95,9 +95,9 @@ def test_branches_far_and_near(distance):
     assert not Function(word(BRA, condition=0, distance=distance)).code[0].always
 
 
-@pytest.mark.parametrize("size,count", [(0, 1), (1, 1), (2, 2), (3, 2), (4, 4), (5, 8), (6, 16)])
+@pytest.mark.parametrize(("size", "count"), [*enumerate((1, 1, 2, 2, 4, 8, 16))])
 def test_bytes(size, count):
-    (loading, storing) = Function(load(size=size) + store(size)).code
+    loading, storing = Function(load(size=size) + store(size)).code
     assert (loading.loaded, loading.stored) == (count, 0)
     assert (storing.loaded, storing.stored) == (0, count)
 
