@@ -154,7 +154,7 @@ def _compiled(compiled: dict[str, list[Resources]], variants: bool) -> str:
     groups: dict[tuple[str, ...], list[Resources]] = {}
     for op, resources in compiled.items():
         for i, r in enumerate(resources):
-            key = op, r.kernel, r.signature.split(",")[0].strip("*")
+            key: tuple[str, ...] = op, r.kernel, r.signature.split(",")[0].strip("*")
             groups.setdefault((*key, str(i)) if variants else key, []).append(r)
     rows = [
         [

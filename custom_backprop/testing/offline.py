@@ -384,8 +384,8 @@ LENGTHS = (*(2**k for k in range(8, 19)), 1000, 50257)
 
 def calls_by_length(spec: OpSpec) -> list[Callable[[], Any]]:
     """Calls of an op of rows on each of :data:`LENGTHS`, in bfloat16 on meta tensors."""
-    make = Make("meta", torch.bfloat16)
-    return [partial(both_ways, spec, spec.lengths(make, n)) for n in LENGTHS if spec.lengths]
+    make, call = Make("meta", torch.bfloat16), spec.by_length
+    return [partial(both_ways, spec, call(make, 2**27 // n, n)) for n in LENGTHS] if call else []
 
 
 def compile_op(spec: OpSpec, target: str) -> list[Resources]:

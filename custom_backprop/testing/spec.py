@@ -105,11 +105,10 @@ class OpSpec:
             ``kernels`` compiles for these sizes, on meta tensors. The audit runs "awkward": work
             for several programs, with no side a multiple of a block.
         by_length: ``by_length(make, rows, n)``, a call on so many rows of n numbers, of an op whose
-            speed depends on n. ``benchmarks.gpu`` runs it for n from 256 to 262144.
+            speed depends on n. ``benchmarks.gpu`` runs it for n from 256 to 262144; ``kernels``
+            compiles it for them, for sm_90, and counts how busy each keeps the memory.
         regimes: large inputs that only ``kernels`` compiles for. With ``large``, they reach every
             branch of the launchers.
-        lengths: ``lengths(make, n)``, for an op on rows: a call on rows of n. ``kernels`` compiles
-            many lengths for sm_90, and counts how busy each keeps the memory.
         module: (our class, torch's class, arguments of the constructor, the modules' inputs from a
             ``Make``), for the tests of drop-in modules. No argument has its default value, so that
             a test notices one that is ignored.
@@ -140,7 +139,6 @@ class OpSpec:
     by_length: Callable[[Make, int, int], Sample] | None = None
     double_backward: bool = True
     regimes: Callable[[Make], Iterable[Sample]] = lambda make: ()
-    lengths: Callable[[Make, int], Sample] | None = None
     low_precision: tuple[torch.dtype, ...] = (torch.float32, torch.bfloat16, torch.float16)
     batched: bool = True
     elementwise: bool = False

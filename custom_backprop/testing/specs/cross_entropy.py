@@ -106,9 +106,6 @@ SPECS = [
         large=lambda make, size: of_rows(make, *SIZES[size]),
         by_length=of_rows,
         regimes=_regimes,
-        lengths=lambda make, n: Sample(
-            (make.tensor(2**27 // n, n), make.index(2**27 // n, high=n))
-        ),
         module=(
             nn.CrossEntropyLoss,
             torch.nn.CrossEntropyLoss,

@@ -97,7 +97,6 @@ def _spec(reference: Callable[..., Tensor], formula: str, parameters: int, **nam
         large=lambda make, size: _call(make, parameters, make.tensor(*SIZES[size])),
         by_length=lambda make, rows, n: _call(make, parameters, make.tensor(rows, n)),
         regimes=lambda make: _regimes(make, parameters),
-        lengths=lambda make, n: _call(make, parameters, make.tensor(2**27 // n, n)),
         **named,
     )
 

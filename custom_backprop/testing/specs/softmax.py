@@ -51,7 +51,6 @@ def _spec(name: str, module: str) -> OpSpec:
         large=lambda make, size: _rows(make, *SIZES[size]),
         by_length=_rows,
         regimes=_regimes,
-        lengths=lambda make, n: Sample((make.tensor(2**27 // n, n), -1)),
         module=(
             getattr(nn, module),
             getattr(torch.nn, module),
