@@ -121,10 +121,11 @@ def waits(call: Callable[..., Any], prepare: Prepare) -> bool:
     """Whether the host waits for the GPU, as in stock's gaussian_nll_loss. Such a call cannot be
     recorded, and the attempt would break torch's random number generator."""
     call(*prepare())
+    given = prepare()
     torch.cuda.synchronize()
     torch.cuda.set_sync_debug_mode("error")
     try:
-        call(*prepare())
+        call(*given)
     except RuntimeError:
         return True
     finally:
@@ -134,7 +135,11 @@ def waits(call: Callable[..., Any], prepare: Prepare) -> bool:
 
 class Recorded:
     """Times a CUDA graph by events. The graph has many calls if they are short. Inputs of a few
-    megabytes are then in the L2 cache."""
+    megabytes are then in the L2 cache.
+
+    ``prepare`` runs on the stream that is recorded, as a backward pass runs on the stream of its
+    forward pass.
+    """
 
     def __init__(self, call: Callable[..., Any], prepare: Prepare = tuple) -> None:
         stream = torch.cuda.Stream()
@@ -143,12 +148,12 @@ class Recorded:
             for _ in range(2):
                 call(*prepare())
             self._count = max(1, min(20, int(1e-3 / _finished(call, prepare, 3))))
+            given = [prepare() for _ in range(self._count)]
         torch.cuda.current_stream().wait_stream(stream)
-        given = [prepare() for _ in range(self._count)]
         # every replay reads these, and a call may empty a list that it is given
         self._read = [list(a) if isinstance(a, list) else a for args in given for a in args]
         self._graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(self._graph):
+        with torch.cuda.graph(self._graph, stream=stream):
             for args in given:
                 call(*args)
 

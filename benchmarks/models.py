@@ -13,7 +13,7 @@ import importlib.util
 import json
 import statistics
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import asdict
 from functools import partial
 from pathlib import Path
@@ -68,10 +68,16 @@ class Trained:
 
 
 def measured(
-    name: str, size: Size, device: str, seconds: float, compiles: bool, tell: Callable[[str], None]
+    name: str,
+    size: Size,
+    device: str,
+    seconds: float,
+    sides: Sequence[str],
+    tell: Callable[[str], None],
+    backend: str = "inductor",
 ) -> list[dict[str, Any]]:
     """The rows of a network, one for each side: all in turns for about ``seconds`` each. ``tell``
-    is called with the name of each part of the work before it begins."""
+    is called with the name of each part of the work before it begins. ``backend`` compiles."""
     network = NETWORKS[name]
     torch.manual_seed(0)
     model = network.build(size).to(device, _dtype(device)).train()
@@ -80,16 +86,15 @@ def measured(
     trained: dict[str, Trained] = {}
     losses: dict[str, list[float]] = {}
     parameters = sum(p.numel() for p in model.parameters())
-    for side, (converted, compiled) in SIDES.items():
-        if compiled and not compiles:
-            continue
+    for side in sides:
+        converted, compiled = SIDES[side]
         tell(side)
         rows[side] = {"network": name, "side": side, "parameters": parameters, "unit": network.unit}
         try:
             twin = copy.deepcopy(model)
             twin = custom_backprop.convert(twin) if converted else twin
             if compiled:
-                twin.compile()
+                twin.compile(backend=backend)
             run = Trained(twin, batches[0])
             losses[side] = [run.step(batch) for batch in batches]
             trained[side] = run
@@ -150,6 +155,7 @@ def main() -> int:
         print(skipped, file=sys.stderr)
     if not (names := [n for n in names if n not in missing]):
         return 1
+    sides = [side for side, (_, compiled) in SIDES.items() if not (args.quick and compiled)]
     size = QUICK if args.quick else LARGE if args.device == "cuda" else MEDIUM
     seconds = 0.0 if args.quick else args.seconds
     machine = machine_of(args.device) | {"dtype": str(_dtype(args.device)).removeprefix("torch.")}
@@ -161,7 +167,7 @@ def main() -> int:
         for name in names:
             tell = partial(_tell, bar, name)
             try:
-                rows += measured(name, size, args.device, seconds, not args.quick, tell)
+                rows += measured(name, size, args.device, seconds, sides, tell)
             except KeyboardInterrupt:
                 print(f"\ninterrupted: {file}.* have the models before {name}", file=sys.stderr)
                 return 130

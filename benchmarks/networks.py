@@ -18,7 +18,7 @@ from torch.nn import functional as F
 @dataclass(frozen=True)
 class Size:
     """Features and layers; tokens of a sequence, sequences and images of a batch; the most words of
-    a vocabulary; classes of images."""
+    a vocabulary; classes of images; the height and width of large ones."""
 
     hidden: int = 256
     layers: int = 4
@@ -27,6 +27,7 @@ class Size:
     images: int = 32
     words: int = 2**17
     classes: int = 100
+    pixels: int = 224
 
     @property
     def heads(self) -> int:
@@ -39,7 +40,7 @@ class Size:
 
 
 #: of a test; of a CPU; of a GPU, where GPT-2 has 124 million parameters
-QUICK = Size(hidden=32, layers=1, tokens=8, sequences=2, images=2, words=50, classes=5)
+QUICK = Size(hidden=32, layers=1, tokens=8, sequences=2, images=2, words=50, classes=5, pixels=32)
 MEDIUM = Size()
 LARGE = Size(hidden=768, layers=12, tokens=1024, sequences=8, images=128)
 
@@ -139,6 +140,86 @@ def convolution(inputs: int, width: int, stride: int) -> nn.Module:
     )
 
 
+class Attention(nn.Module):
+    """Of each of the tokens to all, or to those before it."""
+
+    def __init__(self, size: Size, causal: bool) -> None:
+        super().__init__()
+        self.qkv = nn.Linear(size.hidden, 3 * size.hidden)
+        self.out = nn.Linear(size.hidden, size.hidden)
+        self.heads, self.causal = size.heads, causal
+
+    def forward(self, x: Tensor) -> Tensor:
+        q, k, v = self.qkv(x).unflatten(-1, (3, self.heads, -1)).permute(2, 0, 3, 1, 4)
+        y = F.scaled_dot_product_attention(q, k, v, is_causal=self.causal)
+        return self.out(y.transpose(1, 2).flatten(2))
+
+
+class Layer(nn.Module):
+    """x + attention(norm(x)), then x + mlp(norm(x))."""
+
+    def __init__(self, size: Size, causal: bool) -> None:
+        super().__init__()
+        self.norm1, self.norm2 = nn.LayerNorm(size.hidden), nn.LayerNorm(size.hidden)
+        self.attention = Attention(size, causal)
+        inner = 4 * size.hidden
+        self.mlp = nn.Sequential(
+            nn.Linear(size.hidden, inner), nn.GELU(), nn.Linear(inner, size.hidden)
+        )
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = x + self.attention(self.norm1(x))
+        return x + self.mlp(self.norm2(x))
+
+
+class Transformer(nn.Module):
+    """Layers and a last norm, on tokens with learned positions."""
+
+    def __init__(self, size: Size, tokens: int, causal: bool) -> None:
+        super().__init__()
+        self.positions = nn.Parameter(0.02 * torch.randn(tokens, size.hidden))
+        self.layers = nn.Sequential(*[Layer(size, causal) for _ in range(size.layers)])
+        self.norm = nn.LayerNorm(size.hidden)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.norm(self.layers(x + self.positions[: x.shape[1]]))
+
+
+class GPT(nn.Module):
+    """Each token predicts the next one. The head is the embedding; 124 million parameters with 768
+    features, 12 layers and 50257 words."""
+
+    def __init__(self, size: Size) -> None:
+        super().__init__()
+        words = min(50257, size.words)
+        self.embedding = nn.Embedding(words, size.hidden)
+        self.body = Transformer(size, size.tokens, causal=True)
+        self.head = nn.Linear(size.hidden, words, bias=False)
+        nn.init.normal_(self.embedding.weight, std=0.02)
+        self.head.weight = self.embedding.weight
+
+    def forward(self, input_ids: Tensor, labels: Tensor) -> Tensor:
+        logits = self.head(self.body(self.embedding(input_ids)))
+        return F.cross_entropy(logits[:, :-1].flatten(0, 1), labels[:, 1:].flatten())
+
+
+class ViT(nn.Module):
+    """Classes of images, in patches of 16x16. ViT-B, of 86 million parameters, with 768 features,
+    12 layers and images of 224x224."""
+
+    def __init__(self, size: Size) -> None:
+        super().__init__()
+        self.patches = nn.Conv2d(3, size.hidden, 16, 16)
+        self.first = nn.Parameter(0.02 * torch.randn(1, 1, size.hidden))
+        self.body = Transformer(size, (size.pixels // 16) ** 2 + 1, causal=False)
+        self.head = nn.Linear(size.hidden, size.classes)
+
+    def forward(self, pixel_values: Tensor, labels: Tensor) -> Tensor:
+        x = self.patches(pixel_values).flatten(2).mT
+        x = torch.cat([self.first.expand(len(x), -1, -1), x], 1)
+        return F.cross_entropy(self.head(self.body(x)[:, 0]), labels)
+
+
 class MLP(nn.Module):
     """down(silu(gate(x)) * up(x))."""
 
@@ -187,12 +268,16 @@ def masked(size: Size, chance: Generator) -> dict[str, Tensor]:
     return {"input_ids": x.masked_fill(hidden, min(103, size.words - 1)), "labels": labels}
 
 
-def images(size: Size, chance: Generator) -> dict[str, Tensor]:
+def images(size: Size, chance: Generator, pixels: int = 32) -> dict[str, Tensor]:
     labels = torch.randint(size.classes, (size.images,), generator=chance)
     return {
-        "pixel_values": torch.randn(size.images, 3, 32, 32, generator=chance),
+        "pixel_values": torch.randn(size.images, 3, pixels, pixels, generator=chance),
         "labels": labels,
     }
+
+
+def large_images(size: Size, chance: Generator) -> dict[str, Tensor]:
+    return images(size, chance, size.pixels)
 
 
 def vectors(size: Size, chance: Generator) -> dict[str, Tensor]:
@@ -212,8 +297,10 @@ def _images(size: Size) -> int:
 NETWORKS = {
     "llama": Network("tokens", _tokens, llama, causal(32000), "transformers"),
     "gpt2": Network("tokens", _tokens, gpt2, causal(50257), "transformers"),
+    "gpt": Network("tokens", _tokens, GPT, causal(50257)),
     "bert": Network("tokens", _tokens, bert, masked, "transformers"),
     "vit": Network("images", _images, vit, images, "transformers"),
+    "vit-b": Network("images", _images, ViT, large_images),
     "resnet": Network("images", _images, ResNet, images),
     "swiglu-mlp": Network("vectors", _tokens, MLPs, vectors),
 }

@@ -90,10 +90,14 @@ class Store:
                 self.rows = [Row(**row) for row in found["rows"]]
                 self.machine = found["machine"]
 
-    def done(self, *, again: bool = False) -> set[str]:
-        """The cases that need not run; ``again``: but those that failed or were skipped."""
-        found = {row.case for row in self.rows}
-        return found - {row.case for row in self.rows if again and row.status != "ok"}
+    def done(self) -> set[str]:
+        """The cases that need not run."""
+        return {row.case for row in self.rows}
+
+    def forget(self) -> None:
+        """The cases that failed or were skipped are to run again."""
+        gone = {row.case for row in self.rows if row.status != "ok"}
+        self.rows = [row for row in self.rows if row.case not in gone]
 
     def add(self, case: str, rows: Iterable[Row]) -> None:
         """The rows of a case, instead of those that it had."""

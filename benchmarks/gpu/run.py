@@ -1,0 +1,62 @@
+"""Runs cases until the time is spent: those of each section in their order, and of the sections the
+one that has had least of its share."""
+
+from __future__ import annotations
+
+import time
+from collections import deque
+from collections.abc import Callable, Mapping, Sequence
+
+from .case import Case
+from .device import Card
+from .results import Row, Store
+from .sweep import verdict
+
+
+class CardLost(Exception):
+    """Nothing runs on the card any more in this process."""
+
+
+def run(
+    plan: Mapping[str, Sequence[Case]],
+    shares: Mapping[str, float],
+    store: Store,
+    device: Card,
+    until: float,
+    tell: Callable[[str], None] = lambda key: None,
+) -> None:
+    """Runs what is not in the store. ``until`` is a reading of ``time.perf_counter``; the case that
+    runs then is the last one. ``tell`` is called with the key of each case before it begins.
+
+    Raises:
+        CardLost: after a case that is stored as failed.
+    """
+    done = store.done()
+    waiting = {
+        name: deque(case for case in cases if case.key not in done) for name, cases in plan.items()
+    }
+    spent = dict.fromkeys(plan, 0.0)
+    try:
+        while (begun := time.perf_counter()) < until and (open_ := [n for n in plan if waiting[n]]):
+            name = min(open_, key=lambda n: spent[n] / shares.get(n, 1.0))
+            case = waiting[name][0]
+            tell(case.key)
+            store.add(case.key, rows_of(case))
+            waiting[name].popleft()
+            if device.is_lost():
+                raise CardLost(case.key)
+            device.free()
+            spent[name] += time.perf_counter() - begun
+    finally:
+        store.left = [case.key for cases in waiting.values() for case in cases]
+        store.write()
+
+
+def rows_of(case: Case) -> list[Row]:
+    """The rows of a case; of one that raises, those that it had, and why."""
+    rows: list[Row] = []
+    try:
+        rows.extend(case.work())
+    except Exception as error:
+        rows.append(case.row.because(*verdict("ours", error)))
+    return rows
