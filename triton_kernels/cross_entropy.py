@@ -23,6 +23,7 @@ from .rows import (
     online_of_rows,
     online_rest,
     online_rest_of_rows,
+    online_start,
     over_rows,
     read,
     start_of,
@@ -62,7 +63,7 @@ def _forward(
     rows, n, inner, tiles, s_outer, s_n, s_inner, ignore_index,
     PROBABILITIES: tl.constexpr, SMOOTHING: tl.constexpr, MEAN: tl.constexpr, REDUCE: tl.constexpr,
     ALL: tl.constexpr, SEVERAL: tl.constexpr, LOOP: tl.constexpr, WIDE: tl.constexpr,
-    WIDE_COLUMNS: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr,
+    WIDE_COLUMNS: tl.constexpr, ALIGNED: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     """The loss of each row, or their sum a program; dx for a dy of 1; m, log z = log Σ e^(x-m), and
     of probabilities Q and T.
@@ -110,16 +111,15 @@ def _forward(
             u += tl.where(of_lane == m[:, None], 0.0, top)
             top = tl.where(of_lane == m[:, None], top, 0.0)
         elif LOOP:
-            m = tl.full((ROWS, BLOCK), lowest(dtype), dtype)
-            z = tl.zeros((ROWS, BLOCK), dtype)
+            m, z = online_start(X, ROWS, BLOCK, dtype)
             for done in range(0, n, BLOCK):
                 place = done + column
                 inside = alive[:, None] & (place < n)
                 x = read(X + start, place * s_n, inside, float("-inf"))
-                m, z = online(m, z, tl.where(column == chosen - done, float("-inf"), x), False)
+                m, z = online(m, z, tl.where(column == chosen - done, float("-inf"), x), ALIGNED)
                 if SOFT:
                     u += _soft(Q, WEIGHT, s_n, place, inside, n, PROBABILITIES, SMOOTHING, dtype)
-            others, z = online_of_rows(m, z, False)
+            others, z = online_of_rows(m, z)
             m = tl.maximum(others, x_t)
             rest = z * tl.exp(others - m)
         else:

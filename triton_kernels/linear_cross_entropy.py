@@ -17,7 +17,7 @@ from .cross_entropy import GRADIENT
 from .elementary import constant
 from .launch import Launch, kernel, multiprocessors, planned
 from .nll import NONE, view_of
-from .rows import lowest, online, online_of_rows, over_rows, read, start_of, tile_of, write
+from .rows import online, online_of_rows, online_start, over_rows, read, start_of, tile_of, write
 
 
 @triton.jit
@@ -30,7 +30,8 @@ def _softcap(z, A, B, HALF: tl.constexpr):
 def _finish(
     LOGITS, D, LSE, K, rows, n, inner, tiles, s_outer, s_n, s_inner,
     Z_LOSS: tl.constexpr, SOFTCAP: tl.constexpr, SEVERAL: tl.constexpr, LOOP: tl.constexpr,
-    WIDE: tl.constexpr, WIDE_COLUMNS: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr,
+    WIDE: tl.constexpr, WIDE_COLUMNS: tl.constexpr, ALIGNED: tl.constexpr, ROWS: tl.constexpr,
+    BLOCK: tl.constexpr,
 ):  # fmt: skip
     """lse of each row; and the slope (d + 2 ζ k lse p) (1 - (l/c)²) over d. Without K, k is 1."""
     dtype: tl.constexpr = tl.float64 if LOGITS.dtype.element_ty == tl.float64 else tl.float32
@@ -39,13 +40,13 @@ def _finish(
         row, alive, column = tile_of(tile, rows, ROWS, BLOCK, WIDE, WIDE_COLUMNS)
         start = start_of(row, inner, s_outer, s_inner)
         if Z_LOSS > 0:
-            m = tl.full((ROWS, BLOCK), lowest(dtype), dtype)
-            z = tl.zeros((ROWS, BLOCK), dtype)
+            m, z = online_start(LOGITS, ROWS, BLOCK, dtype)
             for done in range(0, n if LOOP else BLOCK, BLOCK):
                 place = done + column
                 inside = alive[:, None] & (place < n)
-                m, z = online(m, z, read(LOGITS + start, place * s_n, inside, float("-inf")), False)
-            m, z = online_of_rows(m, z, False)
+                logits = read(LOGITS + start, place * s_n, inside, float("-inf"))
+                m, z = online(m, z, logits, ALIGNED)
+            m, z = online_of_rows(m, z)
             lse = m + tl.log(z)
             tl.store(LSE + row, lse, alive)
             of_p = lse * tl.full((), 2 * Z_LOSS, dtype)

@@ -91,6 +91,7 @@ def over_rows(
         "rows": outer * inner, "n": n, "inner": inner, "tiles": tiles,
         **dict(zip(("s_outer", "s_n", "s_inner"), strides[0], strict=True)),
         "SEVERAL": several, "LOOP": n > block, "WIDE": far(extent), "WIDE_COLUMNS": far(columns),
+        "ALIGNED": all(s[1] == 1 and s[0] % 16 == 0 for s in strides),
         "ROWS": c.rows, "BLOCK": block,
     }  # fmt: skip
     taken = {k: v for k, v in shared.items() if k in kernel.numbers + kernel.constexprs}
@@ -141,23 +142,41 @@ def lowest(dtype: tl.constexpr):
 
 
 @triton.jit
-def online(m, z, x, EXACT: tl.constexpr):
-    """(max(m, x), Σ e^(x-m) so far) of each lane by itself, so that no iteration waits for another
-    warp. m starts at the lowest number and z at 0: x = -inf then adds e^-inf = 0.
-
-    One exponential serves both cases: x <= m adds e^(x-m), x > m scales z by e^(m-x) and adds 1.
-    """
-    d = tl.abs(x - m)
-    e = elementary.exp_minus(d) if EXACT else tl.exp(-d)
-    return tl.maximum(m, x), tl.where(x > m, z * e + 1, z + e)
+def online_start(X, ROWS: tl.constexpr, BLOCK: tl.constexpr, dtype: tl.constexpr):
+    """(m, z) of no numbers yet, for :func:`online`. A lane takes several numbers of a block of X;
+    of rows side by side one, as a thread's others are of other rows."""
+    at_once: tl.constexpr = 1 if ROWS > 1 else 128 // X.dtype.element_ty.primitive_bitwidth
+    m = tl.full((ROWS, BLOCK // at_once), lowest(dtype), dtype)
+    return m, tl.zeros((ROWS, BLOCK // at_once), dtype)
 
 
 @triton.jit
-def online_of_rows(m, z, EXACT: tl.constexpr):
+def online(m, z, x, ALIGNED: tl.constexpr):
+    """(max(m, x), Σ e^(x-m) so far) of each lane by itself, so that no iteration waits for another
+    warp. m starts at the lowest number and z at 0: x = -inf then adds e^-inf = 0."""
+    rows: tl.constexpr = x.shape[0]
+    lanes: tl.constexpr = m.shape[1]
+    at_once: tl.constexpr = x.shape[1] // lanes
+    # those that a thread has: neighbours, if it reads them at once
+    axis: tl.constexpr = 2 if ALIGNED else 1
+    x = tl.reshape(x, (rows, lanes, at_once) if ALIGNED else (rows, at_once, lanes))
+    largest = tl.maximum(m, tl.max(x, axis))
+    e = exp_of_term(x - tl.expand_dims(largest, axis))
+    return largest, z * exp_of_term(m - largest) + tl.sum(e, axis)
+
+
+@triton.jit
+def exp_of_term(x):
+    """e^x for x <= 0, a term of a sum that is at least 1: what is less than 2^-126 may be 0, for
+    which tl.exp has three instructions more."""
+    return tl.exp(x) if x.dtype == tl.float64 else tl.exp2(x * 1.4426950408889634)
+
+
+@triton.jit
+def online_of_rows(m, z):
     """(m, z) of each row from those of its lanes."""
     largest = tl.max(m, 1)
-    d = m - largest[:, None]
-    return largest, tl.sum(z * (elementary.exp(d) if EXACT else tl.exp(d)), 1)
+    return largest, tl.sum(z * exp_of_term(m - largest[:, None]), 1)
 
 
 @triton.jit

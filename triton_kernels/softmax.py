@@ -13,7 +13,17 @@ import triton.language as tl
 from torch import Tensor
 
 from .launch import Launch, kernel, multiprocessors, planned
-from .rows import lowest, online, online_of_rows, over_rows, read, start_of, tile_of, write
+from .rows import (
+    lowest,
+    online,
+    online_of_rows,
+    online_start,
+    over_rows,
+    read,
+    start_of,
+    tile_of,
+    write,
+)
 
 LOG_HALF = tl.constexpr(math.log(0.5))
 
@@ -31,7 +41,8 @@ def _input(X, place, inside, Y, NEGATE: tl.constexpr):
 def _forward(
     X, Y, rows, n, inner, tiles, s_outer, s_n, s_inner,
     LOG: tl.constexpr, NEGATE: tl.constexpr, SEVERAL: tl.constexpr, LOOP: tl.constexpr,
-    WIDE: tl.constexpr, WIDE_COLUMNS: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr,
+    WIDE: tl.constexpr, WIDE_COLUMNS: tl.constexpr, ALIGNED: tl.constexpr, ROWS: tl.constexpr,
+    BLOCK: tl.constexpr,
 ):  # fmt: skip
     """A row's m = max x and z = Σ e^(x-m), then y."""
     dtype: tl.constexpr = tl.float64 if Y.dtype.element_ty == tl.float64 else tl.float32
@@ -42,13 +53,12 @@ def _forward(
         y_start = Y + start_of(row, inner, n * inner, 1)
         alive = alive[:, None]
         if LOOP:
-            m = tl.full((ROWS, BLOCK), lowest(dtype), dtype)
-            z = tl.zeros((ROWS, BLOCK), dtype)
+            m, z = online_start(X, ROWS, BLOCK, dtype)
             for start in range(0, n, BLOCK):
                 place = start + column
                 x = _input(x_start, place * s_n, alive & (place < n), Y, NEGATE)
-                m, z = online(m, z, x, False)
-            m, z = online_of_rows(m, z, False)
+                m, z = online(m, z, x, ALIGNED)
+            m, z = online_of_rows(m, z)
         else:
             x = _input(x_start, column * s_n, alive & (column < n), Y, NEGATE)
             m = tl.max(x, 1)
