@@ -125,12 +125,21 @@ def main() -> int:
 
 def markdown() -> str:
     """The page."""
-    parts = [INTRODUCTION]
-    for title, sections in (("On a GPU", GPU), ("On a CPU", CPU)):
-        parts.append(f"## {title}")
-        for section in sections:
-            parts += paragraphs(section)
+    parts = [INTRODUCTION, "## On a GPU"]
+    for file in sorted(RESULTS.glob("gpu-*.md")):
+        parts += of_a_card(file.read_text(encoding="utf-8"))
+    for section in GPU:
+        parts += paragraphs(section)
+    parts.append("## On a CPU")
+    for section in CPU:
+        parts += paragraphs(section)
     return "\n\n".join(parts) + "\n"
+
+
+def of_a_card(text: str) -> list[str]:
+    """What ``benchmarks.gpu`` wrote, one heading below."""
+    text = re.sub(r"^#(#*) ", r"###\1 ", text.rstrip(), flags=re.MULTILINE)
+    return re.sub(r"^(!\[.*\]\()", rf"\1{LINK}/", text, flags=re.MULTILINE).split("\n\n")
 
 
 def paragraphs(section: Section) -> list[str]:

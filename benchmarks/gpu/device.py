@@ -49,7 +49,19 @@ class Card:
 
     kind = "cuda"
     dtypes = (torch.bfloat16, torch.float32)
-    lengths: tuple[int, ...] = (4096, 2**16, 1024, 2**14, 2**18, 256, 2**15, 2**13, 2**17, 2048, 512)
+    lengths: tuple[int, ...] = (
+        4096,
+        2**16,
+        1024,
+        2**14,
+        2**18,
+        256,
+        2**15,
+        2**13,
+        2**17,
+        2048,
+        512,
+    )
     product = 8192
     network = networks.LARGE
     checks: tuple[str, ...] | None = None

@@ -132,6 +132,13 @@ def test_performance_is_made_of_the_result_files():
     assert page == performance.markdown(), "python -m benchmarks.performance"
 
 
+def test_performance_takes_in_what_a_card_has_measured():
+    text = "# Card\n\ntorch: 2\n\n## Times\n\n![a](b.png)\n\n| op |\n|---|\n"
+    heading, _, below, figure, table = performance.of_a_card(text)
+    assert (heading, below, table) == ("### Card", "#### Times", "| op |\n|---|")
+    assert figure == f"![a]({performance.LINK}/b.png)"
+
+
 @pytest.mark.parametrize("page", TRANSLATED, ids=lambda p: p.name)
 def test_a_translated_page_has_the_same_code(page):
     """So the code runs once. Formulas are the same, too, but for words in them."""
