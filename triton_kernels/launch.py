@@ -11,10 +11,11 @@ cheap key of our own, and a launch that finds it goes straight to the driver.
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
-from functools import cache, partial, wraps
-from typing import Any
+from functools import cache, lru_cache, wraps
+from types import CodeType
+from typing import Any, Protocol
 
 import numpy as np
 import torch
@@ -24,20 +25,37 @@ from triton import knobs
 from triton.runtime import interpreter
 from triton.runtime.jit import JITFunction
 
+#: plans of a family: shapes that do not come back are forgotten
+PLANS = 4096
+
 _HIP = torch.version.hip is not None
 
 _observers: list[Callable[..., None]] = []
 
 
-class Launch(partial[None]):
-    """A kernel with its programs, its numbers and its constants: call it with the tensors.
+class Launch(Protocol):
+    """A kernel with its programs, its numbers and its constants: call it with the tensors, and by
+    name with the numbers that it was made without."""
 
-    Numbers that differ at every call may be given there, by name.
-    """
+    programs: int
+    numbers: dict[str, Any]
 
-    @property
-    def programs(self) -> int:
-        return self.args[0]
+    def __call__(self, *tensors: Tensor | None, **named: Any) -> None: ...
+
+
+#: what a compiled kernel depends on: of a number, whether it is 1, is divisible by 16 and fits into
+#: 32 bits; of a pointer, its device, dtype and 16-byte alignment
+NUMBER = (
+    "({0} == 1 or ({0} & 15 == 0, -2147483648 <= {0} < 2147483648))"
+    " if type({0}) is int else type({0})"
+)
+TENSOR = (
+    "{0} if {0} is None else ({0}.get_device(), {0}.dtype, not (_{0} := {0}.data_ptr()) & 15"
+    # AMD's buffer instructions reach 2 GiB
+    + (", {0}.untyped_storage().nbytes() < 2147483648)" if _HIP else ")")
+)
+
+_kind: Callable[[Any], Any] = eval(f"lambda n: {NUMBER.format('n')}")
 
 
 class Kernel:
@@ -53,7 +71,8 @@ class Kernel:
         self.numbers = [n for n in passed if not n.isupper()]
         if self.tensors + self.numbers + self.constexprs != self.jit.arg_names:
             raise TypeError(f"{self.__name__}: tensors come first, then numbers, then constexprs")
-        self._bound: dict[Any, Callable[..., None]] = {}
+        self._compiled: dict[Any, dict[tuple[Any, ...], Any]] = {}
+        self._code: dict[tuple[str, ...], CodeType] = {}
 
     def launch(
         self, programs: int, *, num_warps: int = 4, num_stages: int = 3, **named: Any
@@ -61,7 +80,8 @@ class Kernel:
         """The launch of ``programs`` programs, all on axis x, whose limit is 2**31 - 1.
 
         Args:
-            named: the kernel's numbers and all of its constexprs.
+            named: all of the kernel's constexprs, and its numbers but those that will differ at
+                every call.
 
         Raises:
             TypeError: a constexpr is missing, or a name is not the kernel's.
@@ -72,29 +92,35 @@ class Kernel:
                 f"{self.__name__} takes the numbers {self.numbers} and all of the constexprs "
                 f"{self.constexprs}, but was given {[*named, *constants]}"
             )
-        variant = self.variant(num_warps, num_stages, constants)
-        if variant not in self._bound:
-            options = {"num_warps": num_warps, "num_stages": num_stages}
-            self._bound[variant] = self._bind(options, constants)
-        return Launch(self._bound[variant], programs, **named)
+        options = {"num_warps": num_warps, "num_stages": num_stages}
+        return self._bind(programs, named, options, constants)
 
-    def variant(self, num_warps: int, num_stages: int, constants: dict[str, Any]) -> Any:
-        """What a choice of the constants is cached under. Functions count by ``id`` (the compiled
-        kernel keeps them alive): Triton hashes them by their source, at every call."""
+    def variant(
+        self, numbers: dict[str, Any], options: dict[str, int], constants: dict[str, Any]
+    ) -> Any:
+        """What the kernels compiled for these are kept under. Functions count by ``id`` (the
+        compiled kernel keeps them alive): Triton hashes them by their source, at every call."""
+        kinds = [_kind(numbers[n]) if n in numbers else None for n in self.numbers]
         values = [id(c) if type(c) is JITFunction else c or repr(c) for c in constants.values()]
-        return num_warps, num_stages, *values
+        return *kinds, *options.values(), *values
 
-    def _bind(self, options: dict[str, int], constants: dict[str, Any]) -> Callable[..., None]:
+    def _bind(
+        self, programs: int, numbers: dict[str, Any], options: dict[str, int],
+        constants: dict[str, Any],
+    ) -> Launch:  # fmt: skip
         jit, interpreted = self.jit, not isinstance(self.jit, JITFunction)
-        compiled: dict[tuple[Any, ...], Any] = {}
+        # of no programs nothing is ever ready
+        kept = self._compiled if programs else {}
+        compiled = kept.setdefault(self.variant(numbers, options, constants), {})
 
-        def by_triton(programs: int, *args: Any) -> None:
+        def by_triton(key: tuple[Any, ...], *tensors: Tensor | None, **others: Any) -> None:
             """Every launch but those of a compiled kernel on the current device that nobody
             observes."""
-            if programs == 0:
+            if not programs:
                 return
-            device = self._device(args)
-            given = args
+            every = {**numbers, **others}
+            given = args = *tensors, *[every[name] for name in self.numbers]
+            device = self._device(tensors)
             if interpreted and device.type != "meta":
                 args = _in_float32(args)
             for observer in _observers[-1:]:
@@ -111,14 +137,15 @@ class Kernel:
             with torch.cuda.device(device):
                 # hooks must see every launch
                 hooks = knobs.runtime.launch_enter_hook.calls, knobs.runtime.launch_exit_hook.calls
-                if (key := key_of(*args)) in compiled and not _observers and not any(hooks):
-                    bound(programs, *args)
+                if key in compiled and not _observers and not any(hooks):
+                    launch(*tensors, **others)
                     return
                 binary = jit[(programs,)](*args, **constants, **options)
             compiled[key] = device.index, binary.run, binary.function, binary.packed_metadata
 
-        key_of, bound = self._generated(compiled, by_triton, tuple(constants.values()))
-        return bound
+        _, launch = self._generated(numbers, compiled, by_triton, programs, constants.values())
+        launch.programs, launch.numbers = programs, numbers
+        return launch
 
     def _device(self, args: tuple[Any, ...]) -> torch.device:
         devices = list(dict.fromkeys(a.device for a in args if isinstance(a, Tensor)))
@@ -132,75 +159,75 @@ class Kernel:
         return devices[0]
 
     def _generated(
-        self, compiled: dict[tuple[Any, ...], Any], by_triton: Callable[..., None],
-        constants: tuple[Any, ...],
-    ) -> tuple[Callable[..., tuple[Any, ...]], Callable[..., None]]:  # fmt: skip
+        self, numbers: dict[str, Any], compiled: dict[tuple[Any, ...], Any],
+        by_triton: Callable[..., None], programs: int, constants: Iterable[Any],
+    ) -> tuple[Callable[..., tuple[Any, ...]], Launch]:  # fmt: skip
         """The key of some arguments, and a launch of them, written out argument by argument: a loop
         over them would take twice as long.
 
-        The key has all that a compiled kernel depends on: device, dtype and 16-byte alignment of a
-        pointer; an integer's width and divisibility by 16. Tensors of two devices give a key that
-        no kernel has. The driver is given addresses: it would ask a tensor for its address again,
-        and then the GPU whether that is one of its own.
+        What a launch was made with is not looked at again: the key has only the tensors and the
+        other numbers. Tensors of two devices give a key that no kernel has. The driver is given
+        addresses: it would ask a tensor for its address again, and then the GPU whether that is one
+        of its own.
         """
-        addresses = [f"_{name}" for name in self.tensors]
-        # AMD's buffer instructions reach 2 GiB
-        reach = ", {0}.untyped_storage().nbytes() < 2147483648" if _HIP else ""
-        tensor = (
-            "{0} if {0} is None else"
-            " ({0}.get_device(), {0}.dtype, not (_{0} := {0}.data_ptr()) & 15" + reach + ")"
-        )
-        number = (
-            "({0} == 1 or ({0} & 15 == 0, -2147483648 <= {0} < 2147483648))"
-            " if type({0}) is int else type({0})"
-        )
-        parts = [tensor.format(a) for a in self.tensors] + [number.format(a) for a in self.numbers]
-        key = "".join(f"{part}, " for part in parts)
-        args, passed = ", ".join(self.tensors + self.numbers), ", ".join(addresses + self.numbers)
-        source = f"""
+        others = tuple([name for name in self.numbers if name not in numbers])
+        if others not in self._code:
+            addresses = [f"_{name}" for name in self.tensors]
+            parts = [TENSOR.format(t) for t in self.tensors] + [NUMBER.format(n) for n in others]
+            key = "".join(f"{part}, " for part in parts)
+            args = ", ".join([*self.tensors, *others])
+            by_name = ", ".join([*self.tensors, *[f"{name}={name}" for name in others]])
+            passed = [name if name in others else f"_{name}" for name in self.numbers]
+            source = f"""
 def key_of({args}):
     return ({key})
 
-def bound(_programs, {args}):
+def launch({args}):
     {" = ".join([*addresses, "None"])}
-    _ready = _get(({key}))
+    _ready = _get(_key := ({key}))
     if (
-        _ready is None or _ready[0] != _device() or _observers or _programs == 0
+        _ready is None or _ready[0] != _device() or _observers
         or _runtime.launch_enter_hook.calls or _runtime.launch_exit_hook.calls
     ):
-        _by_triton(_programs, {args})
+        _by_triton(_key, {by_name})
     else:
         _ready[1](_programs, 1, 1, _stream(_ready[0]), _ready[2], _ready[3], None, None, None,
-                  {passed}, *_constants)
+                  {", ".join([*addresses, *passed])}, *_constants)
 """
+            self._code[others] = compile(source, f"<launch of {self.__name__}>", "exec")
         space: dict[str, Any] = {
+            **{f"_{name}": value for name, value in numbers.items()},
             "_get": compiled.get, "_observers": _observers, "_runtime": knobs.runtime,
-            "_by_triton": by_triton, "_constants": constants,
+            "_by_triton": by_triton, "_programs": programs, "_constants": tuple(constants),
             "_device": getattr(torch._C, "_cuda_getDevice", lambda: None),
             "_stream": getattr(torch._C, "_cuda_getCurrentRawStream", None),
         }  # fmt: skip
-        exec(source, space)
-        return space["key_of"], space["bound"]
+        exec(self._code[others], space)
+        return space["key_of"], space["launch"]
 
 
 kernel = Kernel
 
 
 def planned(make: Callable[..., Any]) -> Callable[..., Any]:
-    """Decorator of a family's ``plan``: what it made for some arguments is made once."""
-    made: dict[tuple[Any, ...], Any] = {}
+    """Decorator of a family's ``plan``: what it made for some arguments is made once.
+
+    The numbers of an op are its ``*parameters``: of those 0.0 and -0.0 are told apart.
+    """
+    code = make.__code__
+    if not code.co_flags & inspect.CO_VARARGS:
+        return lru_cache(PLANS)(make)
+    first = code.co_argcount
+
+    @lru_cache(PLANS)
+    def made(zeros: str | None, *args: Any) -> Any:
+        return make(*args)
 
     @wraps(make)
     def plan(*args: Any) -> Any:
-        # 0.0 and -0.0 are equal, but not the same
-        key = args if all(args) else tuple([a or repr(a) for a in args])
-        found = made.get(key)
-        if found is None:
-            if len(made) >= 4096:  # shapes that do not come back
-                made.clear()
-            found = made[key] = make(*args)
-        return found
+        return made(repr(args[first:]) if 0.0 in args[first:] else None, *args)
 
+    plan.cache_clear = made.cache_clear  # type: ignore[attr-defined]
     return plan
 
 

@@ -113,9 +113,9 @@ def backward(
     run = plan(True, *_view(dx, weight), multiprocessors(x.device), need_x, need_weight)
     partial, dw = None, weight.new_empty(0)
     if need_weight:
-        parts = run.programs // run.keywords["tiles"]
+        parts = run.programs // run.numbers["tiles"]
         dw = torch.empty_like(weight)
-        partial = partial_sums(dx, 1, parts, run.keywords["channels"])
+        partial = partial_sums(dx, 1, parts, run.numbers["channels"])
     run(like(dy, dx), like(x, dx), weight.contiguous(), dx if need_x else None, partial)
     if partial is not None:
         column_sum(partial, dw)

@@ -106,12 +106,16 @@ def test_one_bfloat16_storage_under_two_names():
 
 
 def key(*args, warps=4, stages=3, **constexprs):
+    """What a compiled kernel is found under: by its launch, and by the arguments of a call."""
     probe = copy.copy(DOUBLE)
-    count = sum(a is None or isinstance(a, torch.Tensor) for a in args)
-    probe.tensors = [f"T{i}" for i in range(count)]
-    probe.numbers = [f"n{i}" for i in range(len(args) - count)]
-    key_of, _ = probe._generated({}, None, ())
-    return probe.variant(warps, stages, constexprs), key_of(*args)
+    tensors = [a for a in args if a is None or isinstance(a, torch.Tensor)]
+    numbers = {f"n{i}": n for i, n in enumerate(args[len(tensors) :])}
+    probe.tensors, probe.numbers = [f"T{i}" for i in range(len(tensors))], list(numbers)
+    probe._code = {}
+    at_a_call, _ = probe._generated({}, {}, None, 1, ())
+    options = {"num_warps": warps, "num_stages": stages}
+    made_with = probe.variant(numbers, options, constexprs)
+    return made_with, at_a_call(*tensors, **numbers)
 
 
 def aligned(dtype=torch.float32):
@@ -149,6 +153,7 @@ def on_gpu(index):
         (key(2, N=0), key(2, N=None)),
         (key(on_gpu(0)), key(on_gpu(1))),
         (key(on_gpu(0), on_gpu(0)), key(on_gpu(0), on_gpu(1))),
+        (key(2, 16), key(16, 2)),
         (key(2), key(2, warps=8)),
         (key(2), key(2, stages=2)),
     ],
@@ -255,24 +260,29 @@ def test_a_plan_is_made_once():
     made = []
 
     @launcher.planned
-    def plan(scale, *more):
-        made.append((scale, *more))
-        return DOUBLE.launch(7, n=48, BLOCK=16)
+    def plan(n, *parameters):
+        made.append((n, *parameters))
+        return DOUBLE.launch(7, n=n, BLOCK=16)
 
-    assert plan(0.0) is plan(0.0)
-    assert plan(-0.0) is not plan(0.0)
-    assert plan(1.0, 2.0) is plan(1.0, 2.0)
-    assert list(map(str, made)) == ["(0.0,)", "(-0.0,)", "(1.0, 2.0)"]
+    assert plan(0, 0.0) is plan(0, 0.0)
+    assert plan(0, -0.0) is not plan(0, 0.0)
+    assert plan(1, 1.0, 2.0) is plan(1, 1.0, 2.0)
+    assert list(map(str, made)) == ["(0, 0.0)", "(0, -0.0)", "(1, 1.0, 2.0)"]
+
+
+def test_no_programs_do_not_find_what_others_compiled(gpus):
+    (of, jit), x = compiling(), on_gpu(0)
+    for programs in (7, 7, 0):
+        launch(of, programs, x, x, 64, BLOCK=16)
+    assert [call[0] for call in jit.compiled.calls] == [7]
 
 
 def test_a_number_may_differ_at_every_call(gpus):
     (of, jit), x = compiling(), on_gpu(0)
-    run = of.launch(7, n=48, BLOCK=16)
-    assert run.programs == 7
-    run(x, x)
-    run(x, x)
-    run(x, x, n=64)
-    run(x, x, n=49)
+    run = of.launch(7, BLOCK=16)
+    assert (run.programs, run.numbers) == (7, {})
+    for n in (48, 48, 64, 49):
+        run(x, x, n=n)
     assert [args[2] for args, *_ in jit.compilations] == [48, 49]
     assert [call[11] for call in jit.compiled.calls] == [48, 64]
 
