@@ -54,7 +54,10 @@ def main(argv: Sequence[str] | None = None) -> int:
         "--sections", nargs="+", choices=SHARES, default=list(SHARES), help="default: all"
     )
     parser.add_argument(
-        "--minutes", type=float, default=9.0, help="no case begins later; default: %(default)s"
+        "--minutes",
+        type=float,
+        default=9.0,
+        help="no case begins that may end later; default: %(default)s",
     )
     parser.add_argument(
         "--again", action="store_true", help="also the cases that failed or were skipped"

@@ -7,17 +7,19 @@ time, Triton's interpreter for our kernels and those of peers, and no graphs.
 from __future__ import annotations
 
 import hashlib
+import math
 import os
 import platform
 import statistics
 import subprocess
 import time
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import ExitStack, contextmanager
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import torch
+import torch._functorch.config
 from torch import Tensor
 
 import custom_backprop
@@ -68,6 +70,8 @@ class Card:
     backend = "inductor"
     #: seconds of a turn, and for each model
     turn, model_seconds = 2e-3, 4.0
+    #: a call that takes more seconds at best, forward and backward, is not made
+    longest = 0.2
 
     def __init__(self) -> None:
         properties = torch.cuda.get_device_properties()
@@ -106,6 +110,11 @@ class Card:
         """Around everything."""
         yield
 
+    @contextmanager
+    def for_peers(self) -> Iterator[None]:
+        """Around calls of other packages."""
+        yield
+
     def timer(self, made: Callable[[], Timed]) -> Timer:
         """Of the GPU's own time; by the clock if the host waits for it in the call. ``made`` is
         asked again for each stream."""
@@ -115,7 +124,9 @@ class Card:
 
     def host_timer(self, made: Callable[[], Timed]) -> Timer:
         """By the clock, until the GPU has finished several calls."""
-        return _clock(self.kind, *made())
+        timer = _clock(self.kind, *made())
+        timer(3)  # the first call compiles
+        return timer
 
     def seconds(self, timers: Mapping[str, Timer]) -> dict[str, float]:
         """The medians of all timers, in turns."""
@@ -179,10 +190,11 @@ class DryRun(Card):
     checks = ("forward", "gradient", "gradcheck")
     backend = "eager"
     model_seconds = 0.0
+    longest = math.inf
 
     def __init__(self) -> None:
         self.name, self.size, self.elements = "dry-run", "small", 2**10
-        self.cache = 2**12
+        self.cache = 2**10
 
     def _hardware(self) -> dict[str, Any]:
         return {"card": "none: a dry run, whose figures mean nothing"}
@@ -190,13 +202,18 @@ class DryRun(Card):
     @contextmanager
     def ready(self) -> Iterator[None]:
         os.environ["TRITON_INTERPRET"] = "1"  # before the first kernel is decorated
-        with ExitStack() as stack:
-            stack.enter_context(interpreted())
-            stack.enter_context(use_backend("triton"))
+        with use_backend("triton"):
+            yield
+
+    @contextmanager
+    def for_peers(self) -> Iterator[None]:
+        with interpreted():
             yield
 
     def timer(self, made: Callable[[], Timed]) -> Timer:
         return _clock(self.kind, *made())
+
+    host_timer = timer
 
     def seconds(self, timers: Mapping[str, Timer]) -> dict[str, float]:
         return {who: timer(1) for who, timer in timers.items()}

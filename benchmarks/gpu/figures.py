@@ -7,10 +7,10 @@ from pathlib import Path
 from typing import Any
 
 from ..plots import heat_map
-from .case import BOTH, DIRECTIONS, FORWARD
+from .case import BOTH, DIRECTIONS
 from .ceilings import Ceilings
 from .page import short
-from .results import Row, ratios
+from .results import Ratio, Row, ratios
 
 COLORS = {
     "ours": "C0",
@@ -65,7 +65,7 @@ def _lengths(card: str, rows: Sequence[Row], file: Path) -> bool:
     ops = list(dict.fromkeys(op for op, _ in found))
     ceiling = Ceilings.of(rows).copy / 1e12
     figure, axes = plt.subplots(
-        len(ops), len(DIRECTIONS), figsize=(12, 2.2 * len(ops) + 0.6), layout="constrained",
+        len(ops), len(DIRECTIONS), figsize=(12, 2.2 * len(ops) + 1.4), layout="constrained",
         sharex=True, squeeze=False,
     )  # fmt: skip
     for op, line in zip(ops, axes, strict=True):
@@ -91,47 +91,55 @@ def _lengths(card: str, rows: Sequence[Row], file: Path) -> bool:
 
 
 def _roofline(card: str, rows: Sequence[Row], file: Path) -> bool:
-    """Left: ops that only move bytes, as a fraction of the copy. Right: ops with products."""
+    """Forward and backward at the first length. Left: ops that only move bytes, as a fraction of
+    the copy. Right: ops with products."""
     import matplotlib
 
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
 
-    found = [r for r in ratios(rows) if r.ours.dtype == DTYPE and r.ours.fraction]
-    moved = {r.ours.op: r for r in reversed(found) if not r.ours.flops and r.ours.direction == BOTH}
-    products = [r for r in found if r.ours.flops and r.ours.bytes]
+    first: dict[str, Ratio] = {}
+    for r in ratios(rows):
+        if r.ours.dtype == DTYPE and r.ours.direction == BOTH and r.ours.fraction:
+            first.setdefault(r.ours.op, r)
+    moved = [r for r in first.values() if not r.ours.flops]
+    products = [r for r in first.values() if r.ours.flops and r.ours.bytes]
     if not moved and not products:
         return False
     ceilings = Ceilings.of(rows)
     figure, (left, right) = plt.subplots(
         1, 2, figsize=(13, max(4.0, 0.19 * len(moved) + 1)), layout="constrained"
     )
-    order = sorted(moved.values(), key=lambda r: r.ours.fraction or 0)
+    order = sorted(moved, key=lambda r: r.ours.fraction or 0)
     names = [r.ours.op for r in order]
     left.barh(names, [r.ours.fraction or 0 for r in order], color=COLORS["ours"], label="ours")
     best = [r.best.fraction or 0 for r in order]
     left.plot(best, names, "|", color="black", markersize=9, label="the best of the others")
     left.axvline(1, color="black", linewidth=0.8, linestyle=":")
     left.tick_params(axis="y", labelsize=7)
-    left.set_title(f"{FORWARD} + backward: fraction of the speed of a copy")
+    left.set_title("fraction of the speed of a copy")
     left.legend(loc="lower right")
     peak = ceilings.products.get(DTYPE, 0)
-    points = [(r, row) for r in products for row in (r.ours, r.best)]
-    intensities = [(row.flops or 0) / (row.bytes or 1) for _, row in points] or [1.0]
-    bounds = min(intensities) / 4, max(*intensities, peak / ceilings.copy) * 4
     knee = peak / ceilings.copy
-    xs = sorted({bounds[0], min(max(knee, bounds[0]), bounds[1]), bounds[1]})
+    points = [
+        ((row.flops or 0) / (row.bytes or 1), row.tflops or 0, row)
+        for r in products
+        for row in (r.best, r.ours)
+    ]
+    intensities = [knee, *(x for x, _, _ in points)]
+    xs = [min(intensities) / 8, knee, max(intensities) * 4]
     right.loglog(xs, [min(x * ceilings.copy, peak) / 1e12 for x in xs], color="black")
-    for _, row in points:
-        x, y = (row.flops or 0) / (row.bytes or 1), row.tflops or 0
-        right.plot(x, y, "o", color=COLORS.get(row.who, "0.5"), markersize=4)
+    for x, y, row in points:
+        right.plot(x, y, "o", color=COLORS.get(row.who), markersize=5, label=row.who)
         if row.who == "ours":
-            right.annotate(f"{row.op} {row.direction}", (x, y), fontsize=6)
+            right.annotate(f" {row.op}", (x, y), fontsize=7, va="center")
+    known = dict(zip(*reversed(right.get_legend_handles_labels()), strict=True))
+    right.legend(known.values(), known, loc="lower right")
     right.set_xlabel("floating-point operations a byte")
     right.set_ylabel("TFLOP/s")
     right.set_title("ops with products")
     right.grid(alpha=0.3, which="both")
-    figure.suptitle(f"{DTYPE}, {card}")
+    figure.suptitle(f"Forward and backward, {DTYPE}, {card}")
     figure.savefig(file, dpi=100)
     plt.close(figure)
     return True

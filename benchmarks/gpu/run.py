@@ -25,8 +25,9 @@ def run(
     until: float,
     tell: Callable[[str], None] = lambda key: None,
 ) -> None:
-    """Runs what is not in the store. ``until`` is a reading of ``time.perf_counter``; the case that
-    runs then is the last one. ``tell`` is called with the key of each case before it begins.
+    """Runs what is not in the store. ``until`` is a reading of ``time.perf_counter``: no case
+    begins that would end later, if it took as long as the longest of its section. ``tell`` is
+    called with the key of each case before it begins.
 
     Raises:
         CardLost: after a case that is stored as failed.
@@ -35,10 +36,14 @@ def run(
     waiting = {
         name: deque(case for case in cases if case.key not in done) for name, cases in plan.items()
     }
-    spent = dict.fromkeys(plan, 0.0)
+    spent, longest = dict.fromkeys(plan, 0.0), dict.fromkeys(plan, 0.0)
     try:
-        while (begun := time.perf_counter()) < until and (open_ := [n for n in plan if waiting[n]]):
-            name = min(open_, key=lambda n: spent[n] / shares.get(n, 1.0))
+        while True:
+            begun = time.perf_counter()
+            names = [n for n in plan if waiting[n] and begun + longest[n] < until]
+            if not names:
+                break
+            name = min(names, key=lambda n: spent[n] / shares.get(n, 1.0))
             case = waiting[name][0]
             tell(case.key)
             store.add(case.key, rows_of(case))
@@ -46,7 +51,9 @@ def run(
             if device.is_lost():
                 raise CardLost(case.key)
             device.free()
-            spent[name] += time.perf_counter() - begun
+            seconds = time.perf_counter() - begun
+            spent[name] += seconds
+            longest[name] = max(longest[name], seconds)
     finally:
         store.left = [case.key for cases in waiting.values() for case in cases]
         store.write()

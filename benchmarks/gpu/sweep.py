@@ -16,7 +16,6 @@ import torch
 from torch import Tensor
 
 from custom_backprop.testing import OpSpec
-from custom_backprop.testing.case import outputs
 from custom_backprop.testing.traffic import floors_of, saved_by
 
 from ..measure import Timer
@@ -29,10 +28,8 @@ from .results import Row
 SECTION = "sweep"
 #: so many of the lengths are measured in float32, too, before the others are
 MAIN = 6
-#: a call that takes longer at best is not made: seconds, forward and backward
-LONGEST = 0.2
-#: a peer whose result is farther from stock's, relative to the largest number, computes something
-#: else
+#: a peer whose results and gradients are farther from stock's, relative to the largest number,
+#: computes something else
 TOLERANCE = 0.05
 
 
@@ -70,7 +67,9 @@ class Op:
 
     def against(self, peers: dict[str, Call]) -> Iterator[Row]:
         """Ours, stock and the peers."""
-        return self.measured({"ours": self.spec.function, "stock": self.spec.reference}, peers)
+        with self.device.for_peers():
+            who = {"ours": self.spec.function, "stock": self.spec.reference}
+            yield from self.measured(who, peers)
 
     def compiled(self) -> Iterator[Row]:
         """Stock's function, compiled."""
@@ -80,7 +79,7 @@ class Op:
         """All in turns."""
         ceilings, first = self.ceilings(), self._inputs()
         least = {d: replace(self.row, direction=d, **c) for d, c in costs(self.spec, first[0])}
-        if (seconds := ceilings.least(least[BOTH])) > LONGEST:
+        if (seconds := ceilings.least(least[BOTH])) > self.device.longest:
             reason = f"a call takes {seconds:.1f} s or more"
             yield from (replace(self.row, who=w).because("skipped", reason) for w in who)
             return
@@ -145,9 +144,10 @@ def costs(spec: OpSpec, given: Inputs) -> Iterator[tuple[str, dict[str, Any]]]:
 
 
 def differs(spec: OpSpec, function: Call, given: Inputs) -> str:
-    """Why a peer's function is not the op; empty if it is."""
+    """Why a peer's function is not the op; empty if it is. It may overwrite what it is given."""
+    stock = given.both(spec.reference)
     try:
-        theirs, stock = (outputs(given.forward(f)) for f in (function, spec.reference))
+        theirs = given.both(function)
     except Exception as error:
         return f"{type(error).__name__}: {error}"
     if [y.shape for y in theirs] != [y.shape for y in stock]:
@@ -155,5 +155,5 @@ def differs(spec: OpSpec, function: Call, given: Inputs) -> str:
     for y, z in zip(theirs, stock, strict=True):
         off = (y.double() - z.double()).abs().max().item()
         if not off <= TOLERANCE * z.double().abs().max().item():
-            return f"its result differs from stock's by {off:.1e}"
+            return f"its results differ from stock's by {off:.1e}"
     return ""

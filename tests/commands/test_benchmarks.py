@@ -26,7 +26,7 @@ def test_an_op_is_timed(benchmark, direction, which):
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="a GPU is here")
-@pytest.mark.parametrize("name", ["rows", "products"])
+@pytest.mark.parametrize("name", ["rows", "products", "gpu.__main__"])
 def test_benchmarks_that_need_a_gpu_say_so(name, monkeypatch, capsys):
     module = importlib.import_module(f"benchmarks.{name}")
     monkeypatch.setattr(sys, "argv", [name])
@@ -62,7 +62,7 @@ def models(monkeypatch, tmp_path):
 
 def test_models_are_trained(models, tmp_path):
     _, main = models
-    names = ["resnet", "swiglu-mlp"]
+    names = ["resnet", "swiglu-mlp", "gpt", "vit-b"]
     if importlib.util.find_spec("transformers"):
         names += ["llama", "gpt2", "bert", "vit"]
     assert main(*names) == 0
