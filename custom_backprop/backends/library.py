@@ -12,6 +12,7 @@ flops, what a compiler sees. No list elsewhere knows its name.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from functools import cached_property, partial
 from typing import Any
 
 import torch
@@ -56,12 +57,16 @@ class Primitive:
         self.operator = operator
         self.formula: Callable[..., Any] = fields["formula"]
         self.aten: Callable[..., Any] = fields["aten"] or self.formula
-        self.triton: Callable[..., Any] = fields["triton"]
+        self._triton: Callable[..., Any] = fields["triton"]
         self.sharding: Callable[..., Iterable[Sharding]] = fields["sharding"] or (lambda *args: ())
         shown = fields["traced"]
         self._shown = shown if shown in ("kernel", "operator") else None
         self.exported: Callable[..., Any] = self.formula if self._shown else shown or self.formula
         self.traced = self._operator_or_formula if self._shown else self.exported
+
+    @cached_property
+    def triton(self) -> Callable[..., Any]:
+        return self._triton.found if isinstance(self._triton, launcher) else self._triton
 
     def __call__(self, *args: Any) -> Any:
         return self.operator(*args)
@@ -142,14 +147,22 @@ def builtin(packet: Any, overload: str = "default") -> Callable[..., Any]:
     return getattr(packet, overload)._op
 
 
-def launcher(family: str, name: str, *first: Any) -> Callable[..., Any]:
+class launcher:
     """The launcher ``name`` of ``triton_kernels/<family>.py``, imported when it is called, with
     ``first`` before its other arguments."""
 
-    def call(*args: Any) -> Any:
-        return getattr(kernels(family), name)(*first, *args)
+    def __init__(self, family: str, name: str, *first: Any) -> None:
+        self._named = family, name, first
 
-    return call
+    @cached_property
+    def found(self) -> Callable[..., Any]:
+        """What is called, without the Python of :class:`launcher`."""
+        family, name, first = self._named
+        function = getattr(kernels(family), name)
+        return partial(function, *first) if first else function
+
+    def __call__(self, *args: Any) -> Any:
+        return self.found(*args)
 
 
 def fold_batch(

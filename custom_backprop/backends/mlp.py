@@ -10,8 +10,10 @@ where in the second the inner units are cut, as in Megatron-LM (Shoeybi et al., 
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from functools import partial
 from math import prod
+from typing import Any
 
 import torch
 
@@ -42,7 +44,7 @@ def _over_dh(dh, a, b, f):
 
 
 #: gate_backward where its dy is memory of our own
-_GATE_BACKWARD = {"aten": _over_dh, "triton": launcher("gating", "backward_")}
+_GATE_BACKWARD: dict[str, Callable[..., Any]] = {"aten": _over_dh, "triton": launcher("gating", "backward_")}
 
 
 def _products(which, x, gate_weight, up_weight, gate_bias, up_bias):

@@ -103,7 +103,9 @@ def backend_of(t: torch.Tensor) -> str:
     """
     if t.is_cpu:
         return "aten" if _forced is None else backend_for("cpu")
-    return backend_for("cuda") if t.is_cuda else "operator"
+    if t.is_cuda:
+        return "triton" if _forced is None and _kernels_run_on_cuda() else backend_for("cuda")
+    return "operator"
 
 
 @cache

@@ -116,8 +116,8 @@ def op(definition: Any, stock: Callable[..., Any] | None = None) -> Callable[...
 
     def backward(ctx: Any, *dys: Tensor | None) -> Any:
         needs, dys = ctx.needs_input_grad, dys[:count]
-        given = [dy for dy in dys if dy is not None]
-        if not given:
+        given = dys if count == 1 else [dy for dy in dys if dy is not None]
+        if not given or given[0] is None:
             return (None,) * len(needs)
         which = _for_gradient(*given)
         ctx.is_differentiated = which == "derivative"
@@ -175,7 +175,8 @@ def op(definition: Any, stock: Callable[..., Any] | None = None) -> Callable[...
             for a in args:
                 if type(a) in TENSORS and a.requires_grad:
                     return apply(*args, which)
-        return value(which, args)
+        output = getattr(forward_op, which)(*args)
+        return output[returned] if is_tuple else output
 
     def watched(args: tuple[Any, ...]) -> Any:
         if has_torch_function(args):
