@@ -44,7 +44,10 @@ def _over_dh(dh, a, b, f):
 
 
 #: gate_backward where its dy is memory of our own
-_GATE_BACKWARD: dict[str, Callable[..., Any]] = {"aten": _over_dh, "triton": launcher("gating", "backward_")}
+_GATE_BACKWARD: dict[str, Callable[..., Any]] = {
+    "aten": _over_dh,
+    "triton": launcher("gating", "backward_"),
+}
 
 
 def _products(which, x, gate_weight, up_weight, gate_bias, up_bias):
