@@ -6,7 +6,6 @@ import importlib
 import json
 import os
 import sys
-import time
 from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
@@ -161,15 +160,18 @@ def test_what_is_skipped_has_a_reason(run):
     assert found["d"] == ("ok", None)
 
 
-def test_no_case_begins_that_ends_too_late(run):
-    def slow():
-        time.sleep(0.05)
-        return [Row("sweep", "a")]
+def test_no_case_begins_that_ends_too_late(run, monkeypatch):
+    now = [0.0]
+    monkeypatch.setattr(run_, "time", SimpleNamespace(perf_counter=lambda: now[0]))
 
-    ran, store = run(until=time.perf_counter() + 0.08, a=slow)
-    assert ran == "a"
-    assert len(store.left) == 4
-    assert run(until=time.perf_counter())[0] == ""
+    def slow():
+        now[0] += 5.0
+        return [Row("sweep", "x")]
+
+    ran, store = run(until=14.0, a=slow, b=slow)
+    assert ran == "ab", "the third could end at 15"
+    assert store.left == ["sweep/c", "sweep/d", "sweep/e"]
+    assert run(until=10.0)[0] == ""
 
 
 def test_a_section_gets_its_share(tmp_path, monkeypatch):
