@@ -26,6 +26,7 @@ from ..backends import selection
 from ..backends.kernels import kernels
 from ..backends.library import OPERATORS
 from .case import outputs, weights_for
+from .goals import ELEMENT, KB_IN_FLIGHT, NUMBER, NUMBER_IN_A_LOOP, RESIDENT, shortfall
 from .sass import Pass, functions
 from .spec import Make, OpSpec, Sample
 
@@ -59,11 +60,6 @@ class Launch:
     constexprs: dict[str, Any]
     options: dict[str, int]
     named: dict[str, Any] = field(default_factory=dict)
-
-
-#: machine instructions an element of an elementwise kernel of 16-bit numbers: what hides behind the
-#: memory of an H100
-INSTRUCTIONS = 22
 
 
 @dataclass(frozen=True)
@@ -120,6 +116,23 @@ class Resources:
         return [self.resident * 32 * self.num_warps * p.in_flight for p in self.passes if p.loaded]
 
     @property
+    def figures(self) -> dict[str, float]:
+        """What has one of the :data:`~.goals.GOALS`: the worst of the passes."""
+        found = {ELEMENT: self.per_element} if self.per_element else {}
+        for p, number in zip(self.passes, self.per_number, strict=True):
+            what = NUMBER_IN_A_LOOP if p.loop else NUMBER
+            found[what] = max(found.get(what, 0.0), number)
+        if self.in_flight:
+            found[RESIDENT] = self.resident
+            found[KB_IN_FLIGHT] = min(self.in_flight) / 1024
+        return found
+
+    @property
+    def kind(self) -> str:
+        """The kernel, and whether none of its accesses has 128 bits, which changes its figures."""
+        return self.kernel + ("" if self.wide_loads or self.wide_stores else ", narrow")
+
+    @property
     def faults(self) -> list[str]:
         """Why this kernel is not good enough to ship; empty if it is."""
         limit = TARGETS[self.target].shared
@@ -134,16 +147,12 @@ class Resources:
                 f"{self.atomics} atomic instructions: the order of a sum, and so its bits, would "
                 "differ from run to run"
             )
-        if self.per_element > INSTRUCTIONS:
-            found.append(
-                f"{self.per_element:.1f} instructions an element, and {INSTRUCTIONS} hide behind "
-                "the memory"
-            )
         if self.shared > limit:
             found.append(
                 f"{self.shared} bytes of shared memory, where a block of {self.target} has {limit}"
             )
-        return found
+        figures = self.figures.items()
+        return found + [s for what, value in figures if (s := shortfall(self.kind, what, value))]
 
     def to_dict(self) -> dict[str, Any]:
         return {**asdict(self), "faults": self.faults}
@@ -350,6 +359,46 @@ def launches(function: Callable[[], Any]) -> list[Launch]:
     return found
 
 
+class _Noting(TorchDispatchMode):
+    """Notes the operators of torch that run a kernel of their own: they have a result with
+    elements, that is neither a view nor left as it was allocated."""
+
+    def __init__(self, found: list[str]) -> None:
+        super().__init__()
+        self.found = found
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        result = func(*args, **kwargs or {})
+        results = result if isinstance(result, (tuple, list)) else (result,)
+        if (
+            any(isinstance(r, Tensor) and r.numel() for r in results)
+            and not func.is_view
+            and not re.match("aten.(new_)?(empty|detach)", str(func))
+        ):
+            self.found.append(str(func))
+        return result
+
+
+def launched(spec: OpSpec) -> tuple[list[str], list[str]]:
+    """What a GPU runs for an op's large sample: our kernels and torch's operators, of forward with
+    a gradient wanted, and of backward."""
+    found: tuple[list[str], list[str]] = [], []
+    sample = spec.large(Make("meta", torch.bfloat16), "large")
+    given = [*sample.args, *sample.kwargs.values()]
+    leaves = [a for a in given if isinstance(a, Tensor) and a.requires_grad]
+
+    def run(into: list[str], function: Callable[..., Any], *args: Any, **named: Any) -> Any:
+        def observer(kernel: Any, *_: Any) -> None:
+            into.append(f"{kernel.fn.__module__.rpartition('.')[2]}.{kernel.__name__}")
+
+        with kernels("launch").observed(observer), _Noting(into), _Launching():
+            return function(*args, **named)
+
+    results = outputs(run(found[0], spec.function, *sample.args, **sample.kwargs))
+    run(found[1], torch.autograd.grad, results, leaves, weights_for(results))
+    return found
+
+
 #: what an op is compiled for: the sizes are those of ``OpSpec.large``
 REGIMES = [
     (torch.float64, "small"),
@@ -369,11 +418,20 @@ def both_ways(spec: OpSpec, sample: Sample) -> tuple[Tensor, ...]:
     return results
 
 
-def calls(spec: OpSpec) -> list[Callable[[], Any]]:
+#: targets that kernels are compiled for in float64, which is there for gradcheck: of NVIDIA's one,
+#: as all have the same registers
+DOUBLE = ("sm_90", "gfx942")
+
+
+def calls(spec: OpSpec, target: str = DOUBLE[0]) -> list[Callable[[], Any]]:
     """Calls of the op in each of :data:`REGIMES` and in the spec's own regimes, on meta tensors."""
-    samples = [spec.large(Make("meta", dtype), size) for dtype, size in REGIMES]
-    for dtype in (torch.float64, torch.float32):  # half precision computes in float32
-        samples += spec.regimes(Make("meta", dtype))
+    samples = [
+        spec.large(Make("meta", dtype), size)
+        for dtype, size in REGIMES
+        if dtype != torch.float64 or target in DOUBLE
+    ]
+    for dtype in (torch.float64, torch.float32) if target in DOUBLE else (torch.float32,):
+        samples += spec.regimes(Make("meta", dtype))  # half precision computes in float32
     return [partial(both_ways, spec, sample) for sample in samples]
 
 
@@ -391,7 +449,8 @@ def calls_by_length(spec: OpSpec) -> list[Callable[[], Any]]:
 def compile_op(spec: OpSpec, target: str) -> list[Resources]:
     """Compiles every kernel that an op launches in its :func:`calls`, for sm_90 also in its
     :func:`calls_by_length`."""
-    return compile_calls(calls(spec) + calls_by_length(spec) * (target == "sm_90"), target)
+    by_length = calls_by_length(spec) if target == "sm_90" else []
+    return compile_calls(calls(spec, target) + by_length, target)
 
 
 def compile_calls(functions: Iterable[Callable[[], Any]], target: str) -> list[Resources]:

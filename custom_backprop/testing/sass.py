@@ -82,12 +82,14 @@ class Pass:
         instructions: machine instructions.
         loaded, stored: bytes from and to global memory.
         in_flight: most bytes of the loads that nothing has waited for yet.
+        loop: whether it is a round of a loop.
     """
 
     instructions: int
     loaded: int
     stored: int
     in_flight: int
+    loop: bool = False
 
     def per_number(self, size: int) -> float:
         """Instructions for each number of ``size`` bytes that is loaded or stored."""
@@ -116,9 +118,9 @@ class Function:
         if not inner:
             whole = set(self._dominators)
             path = self._shortest(0, whole, lambda b: self._block(b)[-1].opcode == EXIT)
-            return [_pass(path, 1)]
+            return [_pass(path)]
         return [
-            _pass(self._shortest(head, body, lambda b, h=head: h in self._after[b]), 2)  # type: ignore[misc]
+            _pass(self._shortest(head, body, lambda b, h=head: h in self._after[b]), True)  # type: ignore[misc]
             for head, body in sorted(inner.items())
         ]
 
@@ -209,10 +211,10 @@ def _length(path: list[Instruction]) -> tuple[int, int]:
     return -sum(i.loaded + i.stored for i in path), len(path)
 
 
-def _pass(path: list[Instruction], rounds: int) -> Pass:
+def _pass(path: list[Instruction], loop: bool = False) -> Pass:
     waiting = dict.fromkeys(range(8), 0)
     most = 0
-    for i in path * rounds:
+    for i in path * (2 if loop else 1):
         waiting |= dict.fromkeys(i.awaited, 0)
         waiting[i.barrier] += i.loaded
         most = max(most, sum(waiting.values()))
@@ -221,6 +223,7 @@ def _pass(path: list[Instruction], rounds: int) -> Pass:
         loaded=sum(i.loaded for i in path),
         stored=sum(i.stored for i in path),
         in_flight=most,
+        loop=loop,
     )
 
 

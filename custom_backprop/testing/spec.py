@@ -123,6 +123,8 @@ class OpSpec:
         excused: (backend, check) -> why it may fail there; an empty backend means all.
         read_twice: sums over more numbers than a program holds stand between two readings of what
             goes in, in both directions; counted in the floor of its traffic.
+        launches: how many kernels a GPU runs for forward, with a gradient wanted, and for backward,
+            as Triton has them: one each, or so many that any more is noticed.
         gathers: it reads only a part of what it gets, so those bytes are no floor of its traffic.
         representative: it represents similar ops in tests that are too slow to run on all: Inductor
             and compiled transformations.
@@ -145,6 +147,7 @@ class OpSpec:
     rows: tuple[int, ...] = ()
     excused: dict[tuple[str, str], str] = field(default_factory=dict)
     read_twice: bool = False
+    launches: tuple[int, int] = (1, 1)
     gathers: bool = False
     representative: bool = False
     module_variants: tuple[dict[str, Any], ...] = ()

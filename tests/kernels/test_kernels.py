@@ -357,3 +357,14 @@ def test_the_optimizers_are_audited_through_their_table(monkeypatch):
     monkeypatch.setattr(table, "see", shifted)
     assert all("loads outside every tensor" in fault for fault in audit_optimizer("SGD").faults)
     assert len(audit_optimizer("SGD").faults) == 3
+
+
+def test_launches_an_op(monkeypatch):
+    """As many kernels as the spec says: one more costs every call microseconds."""
+    monkeypatch.setattr(selection, "why_not", lambda *_: None)  # of meta tensors
+    more = {}
+    for spec in database().values():
+        forward, backward = offline.launched(spec)
+        if (len(forward), len(backward)) != spec.launches:
+            more[spec.name] = forward, backward
+    assert more == {}

@@ -48,7 +48,7 @@ def test_a_kernel_without_a_loop():
 
 def test_a_loop_counts_and_what_is_around_it_does_not():
     loop = [load(), word(FMUL, awaits=[0]), multiply, word(BRA, guard=0, distance=-4)]
-    assert passes(multiply, *loop, multiply, store(), end) == [Pass(4, 16, 0, 16)]
+    assert passes(multiply, *loop, multiply, store(), end) == [Pass(4, 16, 0, 16, True)]
 
 
 def test_two_loops_in_a_loop_and_one_that_only_waits():
@@ -57,7 +57,7 @@ def test_two_loops_in_a_loop_and_one_that_only_waits():
     second = [store(size=5), word(BRA, guard=0, distance=-2)]
     code = [multiply, *first, *second, multiply]
     outer = [*code, word(BRA, guard=0, distance=-len(code) - 1)]
-    assert passes(*outer, end) == [Pass(4, 4, 0, 4), Pass(2, 0, 8, 0)]
+    assert passes(*outer, end) == [Pass(4, 4, 0, 4, True), Pass(2, 0, 8, 0, True)]
 
 
 def test_what_few_do_costs_the_others_nothing():
@@ -66,7 +66,7 @@ def test_what_few_do_costs_the_others_nothing():
     out = word(BRA, guard=3, distance=2)
     loop = [load(), *skip, out, word(BRA, guard=0, distance=-7)]
     cold = [multiply, multiply, word(BRA, distance=-5)]
-    assert passes(*loop, end, *cold) == [Pass(4, 16, 0, 16)]
+    assert passes(*loop, end, *cold) == [Pass(4, 16, 0, 16, True)]
     assert passes(word(BRA, guard=2, distance=2), load(), multiply, store(), end) == [
         Pass(5, 16, 16, 16)
     ], "a path that moves less is not the pass"
