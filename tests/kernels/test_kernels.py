@@ -12,8 +12,9 @@ import torch
 from helpers import python
 
 from custom_backprop.backends import interpreting, selection
-from custom_backprop.testing import Resources, audit, compile_offline, database, offline
+from custom_backprop.testing import Resources, audit, compile_offline, database, goals, offline
 from custom_backprop.testing.optimizers import OPTIMIZERS, steps
+from custom_backprop.testing.sass import Pass
 
 triton = pytest.importorskip("triton")
 tl = pytest.importorskip("triton.language")
@@ -233,13 +234,45 @@ def resources(**changed):
     return Resources("k", "sm_80", "*fp32", "", 4, **{**counts, **changed})
 
 
-def test_faults_of_a_compiled_kernel():
+def test_faults_of_a_compiled_kernel(monkeypatch):
     assert resources(registers=255, shared=163 * 1024).faults == []
     assert "local memory" in resources(spilled=8).faults[0]
     assert "atomic" in resources(atomics=1).faults[0]
     assert "shared memory" in resources(shared=163 * 1024 + 1).faults[0]
+    monkeypatch.setattr(goals, "TRITON", "")  # any
     assert resources(per_element=22.0).faults == []
-    assert "22.1 instructions an element" in resources(per_element=22.1).faults[0]
+    assert resources(per_element=22.1).faults == [
+        "22.1 instructions an element, where 22 is the most"
+    ]
+
+
+def test_faults_of_what_a_kernel_does_in_a_pass(monkeypatch):
+    """By figure: at the goal, and short of it; what is known to be short may be no worse."""
+    monkeypatch.setattr(goals, "TRITON", "")
+
+    def faults(p, **taken):
+        taken = {"registers": 32, "wide_loads": 1, **taken}
+        return resources(**taken, passes=(Pass(1, 0, 32, 0, p.loop), p)).faults
+
+    assert faults(Pass(88, 16, 0, 24)) == []
+    assert faults(Pass(89, 16, 0, 24)) == ["11.1 instructions a number, where 11 is the most"]
+    assert faults(Pass(88, 16, 0, 23)) == ["46.0 KB in flight, where 48 is the least"]
+    assert faults(Pass(80, 16, 0, 24, True)) == []
+    assert faults(Pass(81, 16, 0, 24, True)) == [
+        "10.1 instructions a number in a loop, where 10 is the most"
+    ]
+    assert faults(Pass(1, 16, 0, 999), registers=255, shared=113 * 1024) == []
+    assert faults(Pass(1, 16, 0, 999), shared=114 * 1024) == [
+        "1.0 programs on a multiprocessor, where 2 is the least"
+    ]
+    assert faults(Pass(8, 16, 0, 48), registers=168) == [
+        "18.0 KB in flight, where 48 is the least"
+    ], "three programs by 4 warps"
+    monkeypatch.setattr(goals, "SHORT", {("k", goals.NUMBER): 12, ("k, narrow", goals.NUMBER): 13})
+    assert [bool(faults(Pass(8 * n, 16, 0, 24))) for n in (12, 13)] == [False, True]
+    assert [bool(faults(Pass(8 * n, 16, 0, 24), wide_loads=0)) for n in (13, 14)] == [False, True]
+    monkeypatch.setattr(goals, "TRITON", "0.")
+    assert faults(Pass(999, 16, 0, 24)) == []
 
 
 COMPILED = """
@@ -360,11 +393,11 @@ def test_the_optimizers_are_audited_through_their_table(monkeypatch):
 
 
 def test_launches_an_op(monkeypatch):
-    """As many kernels as the spec says: one more costs every call microseconds."""
+    """No more kernels than the spec says: one more costs every call microseconds."""
     monkeypatch.setattr(selection, "why_not", lambda *_: None)  # of meta tensors
     more = {}
     for spec in database().values():
         forward, backward = offline.launched(spec)
-        if (len(forward), len(backward)) != spec.launches:
+        if len(forward) > spec.launches[0] or len(backward) > spec.launches[1]:
             more[spec.name] = forward, backward
     assert more == {}
