@@ -1,8 +1,8 @@
 """What the kernels on 16-bit numbers are held to on sm_90, and which are short of it.
 
 All of it is read in machine code, where it has no noise. While an H200 moves a number of 16 bits,
-at 4.2 TB/s, it can issue 16 instructions (132 x 128 a clock of 1.98 GHz), if nothing ever waits: two
-thirds of them are allowed. Its memory is busy while some 30 KB are under way to each
+at 4.2 TB/s, it can issue 16 instructions (132 x 128 a clock of 1.98 GHz), if nothing ever waits:
+two thirds of them are allowed. Its memory is busy while some 30 KB are under way to each
 multiprocessor; more are asked for, as programs do not load all the time.
 """
 

@@ -166,6 +166,7 @@ SPECS = [
         function=functional.scaled_dot_product_attention,
         reference=stock,
         samples=_samples,
+        launches=(1, 2),
         large=lambda make, size: Sample(_qkv(make, *SIZES[size][0]), SIZES[size][1]),
         by_length=_by_length,
         regimes=_regimes,

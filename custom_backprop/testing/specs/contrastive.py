@@ -159,6 +159,7 @@ SPECS = [
         function=functional.triplet_margin_loss,
         reference=F.triplet_margin_loss,
         samples=_triplet_samples,
+        launches=(2, 1),
         large=lambda make, size: Sample(
             tuple(make.tensor(*SIZES[size][0]) for _ in range(3)), SIZES[size][1]
         ),
@@ -179,6 +180,7 @@ SPECS = [
         function=functional.info_nce,
         reference=info_nce,
         samples=_nce_samples,
+        launches=(6, 8),
         large=lambda make, size: Sample(
             tuple(make.tensor(*NCE_SIZES[size][0]) for _ in range(2)), NCE_SIZES[size][1]
         ),

@@ -103,6 +103,7 @@ SPECS = [
         function=functional.cross_entropy,
         reference=F.cross_entropy,
         samples=_samples,
+        launches=(2, 1),
         large=lambda make, size: of_rows(make, *SIZES[size]),
         by_length=of_rows,
         regimes=_regimes,

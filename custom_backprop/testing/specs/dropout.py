@@ -78,6 +78,7 @@ def _spec(
         function=getattr(functional, name),
         reference=reference,
         samples=lambda make: _samples(make, name, shapes),
+        launches=(1, 2 if name == "dropout_add" else 1),
         large=lambda make, size: _large(make, name, (*sizes[size], *(1,) * (spatial - 1))),
         module=(*module, {"p": 1.0}, lambda make: tuple([make.tensor(*inputs)] * count)),
         module_variants=({"p": 1.0, "inplace": True},) if name != "dropout_add" else (),

@@ -63,6 +63,7 @@ SPECS = [
         function=functional.embedding,
         reference=F.embedding,
         samples=_samples,
+        launches=(1, 5),
         large=_large,
         by_length=lambda make, rows, n: Sample((make.index(rows, high=rows), make.tensor(rows, n))),
         gathers=True,

@@ -92,6 +92,7 @@ SPECS = [
         function=functional.embedding_bag,
         reference=_reference,
         samples=_samples,
+        launches=(5, 23),
         large=_large,
         gathers=True,
         regimes=_regimes,

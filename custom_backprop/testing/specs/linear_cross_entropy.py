@@ -161,6 +161,7 @@ SPECS = [
         function=functional.linear_cross_entropy,
         reference=linear_cross_entropy,
         samples=_samples,
+        launches=(24, 2),
         large=_large,
         regimes=_regimes,
         module=(nn.LinearCrossEntropyLoss, nn.linear_cross_entropy._Stock, OPTIONS, inputs),

@@ -100,6 +100,7 @@ def _spec(
         function=getattr(functional, name),
         reference=_reference(reference),
         samples=lambda make: _samples(make, name, options),
+        launches=(4, 9),
         large=_large,
         module=(
             module, _Stock, {**sizes, "bias": True, **options}, lambda make: (make.tensor(2, 3, 4),)

@@ -84,6 +84,7 @@ SPECS = [
         function=functional.nll_loss,
         reference=F.nll_loss,
         samples=_samples,
+        launches=(2, 1),
         large=lambda make, size: of_rows(make, *SIZES[size]),
         gathers=True,
         regimes=_regimes,

@@ -46,6 +46,7 @@ SPECS = [
         function=functional.prelu,
         reference=F.prelu,
         samples=_samples,
+        launches=(1, 2),
         large=lambda make, size: Sample((make.tensor(*SIZES[size]), make.tensor(SIZES[size][1]))),
         regimes=_regimes,
         representative=True,
