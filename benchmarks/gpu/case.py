@@ -97,12 +97,10 @@ def inputs_of(
 def timed(function: Call, inputs: Sequence[Inputs], direction: str) -> Timed:
     """A call, and what gives it the next inputs. Forward wants no gradient. Backward has graphs
     that are retained."""
-    if direction == FORWARD:
-        turns = cycle((given,) for given in inputs)
-        return (lambda given: given.forward(function)), lambda: next(turns)
-    if direction == BOTH:
-        turns = cycle((given,) for given in inputs)
-        return (lambda given: given.both(function)), lambda: next(turns)
+    if direction != BACKWARD:
+        call = Inputs.forward if direction == FORWARD else Inputs.both
+        turns = cycle((given, function) for given in inputs)
+        return call, lambda: next(turns)
     made: list[tuple[Inputs, tuple[Tensor, ...]]] = []
     which = cycle(range(len(inputs)))
 

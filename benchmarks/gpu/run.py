@@ -5,7 +5,7 @@ from __future__ import annotations
 
 import time
 from collections import deque
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 
 from .case import Case
 from .device import Card
@@ -46,8 +46,10 @@ def run(
             name = min(names, key=lambda n: spent[n] / shares.get(n, 1.0))
             case = waiting[name][0]
             tell(case.key)
-            store.add(case.key, rows_of(case))
+            rows = rows_of(case)
             waiting[name].popleft()
+            store.left = _left(waiting)
+            store.add(case.key, rows)
             if device.is_lost():
                 raise CardLost(case.key)
             device.free()
@@ -55,8 +57,12 @@ def run(
             spent[name] += seconds
             longest[name] = max(longest[name], seconds)
     finally:
-        store.left = [case.key for cases in waiting.values() for case in cases]
+        store.left = _left(waiting)
         store.write()
+
+
+def _left(waiting: Mapping[str, Iterable[Case]]) -> list[str]:
+    return [case.key for cases in waiting.values() for case in cases]
 
 
 def rows_of(case: Case) -> list[Row]:

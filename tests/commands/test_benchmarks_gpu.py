@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib
 import json
 import os
+import signal
 import sys
 from dataclasses import replace
 from pathlib import Path
@@ -136,7 +137,14 @@ def test_an_interrupted_run_goes_on(run):
     assert run(machine="another")[0] == "abcde", "their figures are not to stand in one file"
 
 
-def test_the_file_is_whole_whatever_ends_the_process(run, monkeypatch):
+def test_sigterm_interrupts(run):
+    with main_._terminated_as_interrupted():
+        ran, store = run(b=lambda: os.kill(os.getpid(), signal.SIGTERM))
+    assert ran == "abinterrupted"
+    assert [row.op for row in store.rows] == ["a"]
+
+
+def test_the_file_is_whole_whatever_ends_the_process(run, monkeypatch, tmp_path):
     before = os.replace
 
     def killed(new, file):
@@ -147,6 +155,9 @@ def test_the_file_is_whole_whatever_ends_the_process(run, monkeypatch):
     monkeypatch.setattr(os, "replace", killed)
     assert run()[0] == "abcinterrupted"
     monkeypatch.undo()
+    kept = json.loads((tmp_path / "gpu-x.json").read_text())
+    assert [row["op"] for row in kept["rows"]] == ["a", "b"]
+    assert kept["left"] == ["sweep/c", "sweep/d", "sweep/e"]
     assert run()[0] == "cde"
 
 
@@ -212,6 +223,21 @@ def test_a_peer_that_computes_something_else_is_not_timed(tmp_path):
     slow, device.longest = replace(ceilings, copy=1e3), 80.0
     op = replace(op, ceilings=lambda: slow)
     assert {r.reason for r in op.against({})} == {"a call takes 81.9 s or more"}
+
+
+def test_a_card_takes_turns():
+    calls = []
+
+    def timer(name, seconds):
+        return lambda count: calls.append((name, count)) or seconds
+
+    card = object.__new__(device_.Card)
+    timers = {"ours": timer("ours", 1e-4), "stock": timer("stock", 2e-4)}
+    assert card.seconds(timers) == {"ours": 1e-4, "stock": 2e-4}
+    assert calls == [(w, 3) for w in timers] + 3 * [
+        *((w, 10) for w in ("stock", "ours")), *((w, 10) for w in timers),
+    ] + [(w, 10) for w in ("stock", "ours")]  # fmt: skip
+    assert card.seconds({}) == {}
 
 
 def test_a_peer_that_is_half_installed_has_a_reason(monkeypatch):
