@@ -3,9 +3,9 @@ With --audit it runs every kernel in the interpreter and prints which memory it 
 --traffic, how many bytes each op moves, over the fewest possible.
 
 The kernels are those of the ops and of the optimizers (--traffic: of the ops). The exit code is 1
-if a kernel spills, has atomics or takes more shared memory than a block has; in the audit, if it
-accesses memory that it must not; in the traffic, if a memory-bound op moves too much; and if an op
-launches no kernel at all.
+if a kernel spills, has atomics or takes more shared memory than a block has, or if it is short of
+its goals on sm_90 (``testing/goals.py``); in the audit, if it accesses memory that it must not; in
+the traffic, if a memory-bound op moves too much; and if an op launches no kernel at all.
 """
 
 from __future__ import annotations
@@ -171,7 +171,7 @@ def _compiled(compiled: dict[str, list[Resources]], variants: bool) -> str:
             "atomics",
             "instructions",
             "an element",
-            "a number moved",
+            "a number",
             "resident",
             "KB in flight",
         ]

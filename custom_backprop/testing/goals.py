@@ -119,7 +119,7 @@ SHORT = {key: value for measured in _MEASURED.values() for key, value in measure
 
 
 def shortfall(kernel: str, what: str, value: float) -> str | None:
-    """What is wrong with a kernel's figure; None if it reaches its goal, or what is known of it, or
+    """How a figure is short of its goal, or of what is known of the kernel; None if it is not, and
     if another triton compiled it."""
     if not version("triton").startswith(TRITON):
         return None

@@ -151,11 +151,16 @@ class Resources:
             found.append(
                 f"{self.shared} bytes of shared memory, where a block of {self.target} has {limit}"
             )
+        return found
+
+    @property
+    def shortfalls(self) -> list[str]:
+        """Where a kernel of ours is short of its goals, more than is known."""
         figures = self.figures.items()
-        return found + [s for what, value in figures if (s := shortfall(self.kind, what, value))]
+        return [s for what, value in figures if (s := shortfall(self.kind, what, value))]
 
     def to_dict(self) -> dict[str, Any]:
-        return {**asdict(self), "faults": self.faults}
+        return {**asdict(self), "faults": self.faults + self.shortfalls}
 
 
 def compile_offline(
