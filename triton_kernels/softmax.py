@@ -157,30 +157,33 @@ def plan(
     return over_rows(kernel, shape, both, dtype, live, count, **named)
 
 
-def _view(t: Tensor, dim: int) -> Tensor:
-    """``t`` as (outer, n, inner), copied where its strides allow no such view, or where its memory
-    runs along outer."""
-    if t.dim() == 2 and dim == 1:
-        v = t.unsqueeze(2)
-    else:
-        v = t.reshape(t.shape[:dim].numel(), t.shape[dim], t.shape[dim + 1 :].numel())
-    return v.contiguous() if v.shape[2] == 1 and v.stride(1) > max(v.stride(0), 1) else v
+def _rows(t: Tensor, dim: int) -> tuple[Tensor, tuple[int, ...], tuple[int, ...]]:
+    """``t``, its sizes as (outer, n, inner) and its strides. It is copied where its strides allow
+    no such view, or where its memory runs along outer."""
+    sizes = t.shape
+    shape = sizes[:dim].numel(), sizes[dim], sizes[dim + 1 :].numel()
+    if not t.is_contiguous():
+        t = t.reshape(shape)
+        if shape[2] != 1 or t.stride(1) <= max(t.stride(0), 1):
+            return t, shape, t.stride()
+        t = t.contiguous()
+    return t, shape, (shape[1] * shape[2], shape[2], 1)
 
 
 def forward(name: str, x: Tensor, dim: int, dtype: torch.dtype | None) -> Tensor:
     """y, contiguous, of x cast to ``dtype``."""
-    y = x.new_empty(x.shape, dtype=dtype)
+    y = torch.empty_like(x, dtype=dtype, memory_format=torch.contiguous_format)
     if x.numel():
-        v = _view(x, dim)
-        plan(False, name, v.shape, v.stride(), y.dtype, multiprocessors(x.device))(v, y)
+        v, shape, strides = _rows(x, dim)
+        plan(False, name, shape, strides, y.dtype, multiprocessors(x.device))(v, y)
     return y
 
 
 def backward(name: str, dy: Tensor, y: Tensor, dim: int, dtype: torch.dtype) -> Tensor:
     """dx, contiguous, in ``dtype``."""
-    dx = y.new_empty(y.shape, dtype=dtype)
+    dx = torch.empty_like(y, dtype=dtype, memory_format=torch.contiguous_format)
     if y.numel():
-        v = _view(dy, dim)
-        run = plan(True, name, v.shape, v.stride(), y.dtype, multiprocessors(y.device))
+        v, shape, strides = _rows(dy, dim)
+        run = plan(True, name, shape, strides, y.dtype, multiprocessors(y.device))
         run(v, y.contiguous(), dx)
     return dx

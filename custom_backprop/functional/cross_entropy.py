@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 from torch.nn import _reduction as _Reduction
 
+from ..backends.selection import TENSORS
 from ..ops import cross_entropy as ops
 from ..ops.route import overridable
 from .arguments import (
@@ -56,9 +57,9 @@ def cross_entropy(
     """
     reduction = reduction_of(size_average, reduce, reduction)
     number = _Reduction.get_enum(reduction)
-    check_tensors("cross_entropy", input, target, ignore_index)
-    if weight is None and not label_smoothing and _is_common(input, target):
+    if weight is None and not label_smoothing and _is_common(input, target, ignore_index):
         return ops.cross_entropy(input, target, None, number, ignore_index, 0.0)
+    check_tensors("cross_entropy", input, target, ignore_index)
     if without_rows(input):
         return torch.nn.functional.cross_entropy(
             input, target, weight, None, ignore_index, None, reduction, label_smoothing
@@ -87,11 +88,14 @@ def cross_entropy(
     return by_rows(ops.cross_entropy, input, target, weight, number, ignore_index, smoothing)
 
 
-def _is_common(input: Tensor, target: Tensor) -> bool:
+def _is_common(input: Tensor, target: Tensor, ignore_index: int) -> bool:
     """Whether these are logits (N, C) and classes (N), as nearly always: then nothing else is left
     to check."""
     return (
-        target.dtype is torch.int64
+        type(input) in TENSORS
+        and type(target) in TENSORS
+        and type(ignore_index) is int
+        and target.dtype is torch.int64
         and target.dim() == 1
         and input.dim() == 2
         and input.is_floating_point()

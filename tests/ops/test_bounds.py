@@ -11,6 +11,10 @@ import torch
 from helpers import DEVICE
 
 import custom_backprop
+from custom_backprop import functional
+from custom_backprop.backends import interpreting
+from custom_backprop.backends.kernels import kernels
+from custom_backprop.ops import route
 from custom_backprop.testing import Make, database
 
 PACKAGE = Path(custom_backprop.__file__).parent
@@ -37,6 +41,95 @@ def frames_of(call):
     finally:
         sys.setprofile(None)
     return seen
+
+
+#: calls of Python and of C in one forward without a gradient, in one with it, and in our part of
+#: its backward, on the way of a GPU: a launch has 2 for each tensor and 4 more
+CALLS = {
+    "relu": (33, 38, 38),
+    "softmax": (39, 44, 36),
+    "mse_loss": (69, 84, 36),
+    "cross_entropy": (72, 90, 35),
+    "layer_norm": (58, 63, 69),
+    "linear": (34, 39, 53),
+}
+
+
+def calls_of(call, first=None):
+    """Each call of Python and of C in ``call``, or in the function ``first`` that it enters."""
+    seen, outermost = [], []
+
+    def profile(frame, event, function):
+        name = f"{Path(frame.f_code.co_filename).name}: {frame.f_code.co_name}"
+        if event == "call" and not outermost and first in (None, name):
+            outermost.append(frame)
+        elif event == "return" and [frame] == outermost:
+            sys.setprofile(None)
+        elif outermost and event == "call":
+            seen.append(name)
+        elif outermost and event == "c_call":
+            seen.append(f"    {function.__name__}")
+
+    sys.setprofile(profile)
+    try:
+        call()
+    finally:
+        sys.setprofile(None)
+    return seen
+
+
+@pytest.fixture
+def gpu(monkeypatch):
+    """Tensors of the CPU take the way of a GPU's, to a driver that does nothing."""
+    launch = kernels("launch")
+    generated = launch.Kernel._generated
+
+    def compiled_at_once(self, numbers, compiled, by_triton, *rest):
+        def by_nobody(key, *tensors, **others):
+            compiled[key] = -1, lambda *args: None, "function", "metadata"
+
+        return generated(self, numbers, compiled, by_nobody, *rest)
+
+    def forget_plans():
+        modules = [m for name, m in list(sys.modules.items()) if "triton_kernels." in name]
+        for plan in [v for m in modules for v in vars(m).values() if hasattr(v, "cache_clear")]:
+            plan.cache_clear()
+
+    monkeypatch.setattr(launch.Kernel, "_generated", compiled_at_once)
+    monkeypatch.setattr(torch._C, "_cuda_getDevice", lambda: -1, raising=False)
+    monkeypatch.setattr(torch._C, "_cuda_getCurrentRawStream", lambda device: 0, raising=False)
+    monkeypatch.setattr(route, "backend_of", lambda t: "triton")
+    forget_plans()
+    yield
+    forget_plans()
+
+
+@pytest.mark.skipif(not interpreting(), reason="on a GPU the driver is a real one")
+@pytest.mark.parametrize("name", CALLS)
+def test_calls_of_python_and_of_c(name, gpu):
+    sample = database()[name].large(Make(DEVICE, torch.float32), "small")
+    args = [
+        a.detach().requires_grad_(a.requires_grad) if torch.is_tensor(a) else a for a in sample.args
+    ]
+
+    def call():
+        return getattr(functional, name)(*args, **sample.kwargs)
+
+    def without_gradient():
+        with torch.no_grad():
+            call()
+            return calls_of(call)
+
+    y = call()
+    dy = torch.ones_like(y)
+    call().backward(dy)
+    found = {
+        "forward": without_gradient(),
+        "forward with a gradient": calls_of(call),
+        "backward": calls_of(lambda: y.backward(dy), "route.py: backward"),
+    }
+    for (what, seen), bound in zip(found.items(), CALLS[name], strict=True):
+        assert len(seen) <= bound, "\n".join([f"{what}: {len(seen)} calls", *seen])
 
 
 def is_implementation(file):
