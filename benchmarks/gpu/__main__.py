@@ -20,11 +20,11 @@ import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import Any
 
 import torch
 
 from custom_backprop.cli.progress import progress
+from custom_backprop.testing import OpSpec
 from custom_backprop.testing.database import named
 
 from ..report import RESULTS
@@ -33,7 +33,7 @@ from .case import Case
 from .ceilings import Ceilings
 from .device import Card, DryRun
 from .page import markdown
-from .peers import peers
+from .peers import Peer, peers
 from .results import Row, Store
 from .run import CardLost, run
 
@@ -84,21 +84,26 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def _measure(
-    device: Card, specs: Any, args: argparse.Namespace, file: Path, command: str, until: float
+    device: Card,
+    specs: Sequence[OpSpec],
+    args: argparse.Namespace,
+    file: Path,
+    command: str,
+    until: float,
 ) -> int:
     found = peers()
     store = Store(file, device.machine(found), command)
     if args.again:
         store.forget()
     first = {"ceilings": ceilings.cases(device), "peers": _absent(found)}
-    plan = {
-        "sweep": lambda: sweep.cases(device, specs, found, lambda: Ceilings.of(store.rows)),
-        "database": lambda: database.cases(device, specs),
-        "steps": lambda: steps.cases(device),
-        "graphs": lambda: graphs.cases(device, specs),
-        "host": lambda: host.cases(device, specs),
+    sections = {
+        "sweep": sweep.cases(device, specs, found, lambda: Ceilings.of(store.rows)),
+        "database": database.cases(device, specs),
+        "steps": steps.cases(device),
+        "graphs": graphs.cases(device, specs),
+        "host": host.cases(device, specs),
     }
-    rest = {name: plan[name]() for name in SHARES if name in args.sections}
+    rest = {name: cases for name, cases in sections.items() if name in args.sections}
     done = store.done()
     count = sum(case.key not in done for part in (first, rest) for c in part.values() for case in c)
     code = 0
@@ -136,7 +141,7 @@ def write(store: Store) -> None:
     store.file.with_suffix(".md").write_text(page, encoding="utf-8")
 
 
-def _absent(found: Sequence[Any]) -> list[Case]:
+def _absent(found: Sequence[Peer]) -> list[Case]:
     """One row for each peer that is not here."""
     return [
         Case(row, lambda row=row: [row])  # type: ignore[misc]

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import hashlib
 import math
-import os
 import platform
 import statistics
 import subprocess
@@ -24,7 +23,9 @@ from torch import Tensor
 
 import custom_backprop
 from custom_backprop.backends import use_backend
+from custom_backprop.cli.work import interpreter
 from custom_backprop.testing import interpreted
+from custom_backprop.testing.interpreter.faster import remember_builtins
 
 from .. import networks
 from ..measure import Prepare, Recorded, Timer, clock, take_turns, waits
@@ -52,18 +53,8 @@ class Card:
     kind = "cuda"
     dtypes = (torch.bfloat16, torch.float32)
     lengths: tuple[int, ...] = (
-        4096,
-        2**16,
-        1024,
-        2**14,
-        2**18,
-        256,
-        2**15,
-        2**13,
-        2**17,
-        2048,
-        512,
-    )
+        4096, 2**16, 1024, 2**14, 2**18, 256, 2**15, 2**13, 2**17, 2048, 512,
+    )  # fmt: skip
     product = 8192
     network = networks.LARGE
     checks: tuple[str, ...] | None = None
@@ -132,8 +123,8 @@ class Card:
         """The medians of all timers, in turns."""
         if not timers:
             return {}
-        longest = max(timer(3) for timer in timers.values())
-        calls, rounds = max(1, int(self.turn / longest)), 7 if longest < 0.05 else 3
+        slowest = max(timer(3) for timer in timers.values())
+        calls, rounds = max(1, int(self.turn / slowest)), 7 if slowest < 0.05 else 3
         times = take_turns(list(timers.values()), rounds, calls)
         return dict(zip(timers, map(statistics.median, times), strict=True))
 
@@ -201,8 +192,8 @@ class DryRun(Card):
 
     @contextmanager
     def ready(self) -> Iterator[None]:
-        os.environ["TRITON_INTERPRET"] = "1"  # before the first kernel is decorated
-        with use_backend("triton"):
+        with interpreter(True), use_backend("triton"):  # before the first kernel is decorated
+            remember_builtins()
             yield
 
     @contextmanager

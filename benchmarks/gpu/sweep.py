@@ -77,21 +77,21 @@ class Op:
 
     def measured(self, who: dict[str, Call], peers: dict[str, Call]) -> Iterator[Row]:
         """All in turns."""
-        ceilings, first = self.ceilings(), self._inputs()
-        least = {d: replace(self.row, direction=d, **c) for d, c in costs(self.spec, first[0])}
+        ceilings, calls = self.ceilings(), dict(who)
+        inputs = {name: self._inputs() for name in (*who, *peers)}
+        first = next(iter(inputs.values()))[0]
+        least = {d: replace(self.row, direction=d, **c) for d, c in costs(self.spec, first)}
         if (seconds := ceilings.least(least[BOTH])) > self.device.longest:
             reason = f"a call takes {seconds:.1f} s or more"
             yield from (replace(self.row, who=w).because("skipped", reason) for w in who)
             return
-        inputs = {name: self._inputs() for name in [*who, *peers][1:]} | {next(iter(who)): first}
-        calls = dict(who)
         for name, function in peers.items():
             if reason := differs(self.spec, function, inputs[name][0]):
                 yield replace(self.row, who=name).because("skipped", reason)
             else:
                 calls[name] = function
         for direction in DIRECTIONS:
-            if direction == BACKWARD and first[0].is_loss:
+            if direction == BACKWARD and first.is_loss:
                 continue
             timers: dict[str, Timer] = {}
             for name, function in calls.items():
