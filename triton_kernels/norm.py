@@ -1,10 +1,11 @@
 """layer_norm and rms_norm, also of a sum: one kernel each way for all, on ``rows.py``.
 
-Statistics are float32 (of float64, float64). Forward takes the mean out before it adds squares,
-block by block (Welford, 1962). If a row fits a block, both of its loops are one step, and the row
-is read once. Backward reads x and dy once: a few programs walk the rows, each with its sums of dw
-and db in registers, and one more kernel adds those up. The sums of a row that is longer than a
-block are computed first. KIND and formulas: ``custom_backprop/formulas/norm.py``.
+Statistics are float32 (of float64, float64). Forward takes the mean out before it adds squares: a
+row that fits a block is read once, a longer one is added up block by block (Welford, 1962).
+Backward reads x and dy once: a few programs walk the rows, each with its sums of dw and db in
+registers, and one more kernel adds those up. While a row waits for its own two sums, the next ones
+are on their way to shared memory (``num_stages``). The sums of a row that is longer than a block
+are computed first. KIND and formulas: ``custom_backprop/formulas/norm.py``.
 """
 
 from __future__ import annotations
@@ -28,18 +29,26 @@ from .rows import (
     write,
 )
 
-#: programs a multiprocessor that backward is cut into where it adds up over rows, and the numbers
-#: that it needs for each element at once
-RESIDENT, LIVE = 2, 4
+#: elements of a multiprocessor's programs, two at least, where backward adds up over rows: all of
+#: them are there at once, with the next rows on the way; and the numbers that it needs for each
+#: element at once
+RESIDENT, LIVE = 6144, 4
+
+
+def stages_of(dtype: torch.dtype) -> int:
+    """``num_stages`` of a loop that waits for sums: two blocks are loaded ahead, or one of numbers
+    of 32 bits, so that a multiprocessor has 48 KB under way while it computes."""
+    return 3 if dtype.itemsize == 2 else 2
 
 
 @triton.jit
-def _weighted(t, WEIGHT, column, n, KIND: tl.constexpr):
-    """t times what x̂ is multiplied by."""
+def _factor(WEIGHT, column, n, KIND: tl.constexpr):
+    """What x̂ is multiplied by."""
+    factor = 1.0
     if WEIGHT is not None:
         w = read(WEIGHT, column, column < n)
-        t = t * (1 + w if KIND == "gemma" else w)
-    return t
+        factor = 1 + w if KIND == "gemma" else w
+    return factor
 
 
 @triton.jit
@@ -64,8 +73,8 @@ def _input(X, RESIDUAL, place, inside):
 @kernel
 def _forward(
     X, RESIDUAL, WEIGHT, BIAS, Y, SUM, MEAN, RSTD, rows, n, tiles,
-    KIND: tl.constexpr, EPS: tl.constexpr, SEVERAL: tl.constexpr, LOOP: tl.constexpr,
-    WIDE: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr,
+    KIND: tl.constexpr, EPS: tl.constexpr, STAGES: tl.constexpr, SEVERAL: tl.constexpr,
+    LOOP: tl.constexpr, WIDE: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     """μ (where there is a MEAN) and r of each row, then y; of x, or of its SUM with a RESIDUAL."""
     dtype: tl.constexpr = tl.float64 if X.dtype.element_ty == tl.float64 else tl.float32
@@ -74,24 +83,32 @@ def _forward(
     for tile in range(program, last, tl.num_programs(0) if SEVERAL else 1):
         row, exists, column = tile_of(tile, rows, ROWS, BLOCK, WIDE, False)
         first, alive = (row * n)[:, None], exists[:, None]
-        x = tl.zeros((ROWS, BLOCK), dtype)
-        means = tl.zeros((ROWS, BLOCK), dtype)
-        squares = tl.zeros((ROWS, BLOCK), dtype)
-        for start in range(0, n if LOOP else BLOCK, BLOCK):
-            inside = alive & (start + column < n)
-            x = _input(X, RESIDUAL, first + start + column, inside)
+        mean = tl.zeros((ROWS,), dtype)
+        if LOOP:
+            means = tl.zeros((ROWS, BLOCK), dtype)
+            squares = tl.zeros((ROWS, BLOCK), dtype)
+            for start in tl.range(0, n, BLOCK, num_stages=STAGES):
+                inside = alive & (start + column < n)
+                x = _input(X, RESIDUAL, first + start + column, inside)
+                if MEAN is None:
+                    squares += x * x
+                else:
+                    seen = tl.full((), start // BLOCK + 1, dtype)
+                    means, squares = centred(means, squares, x, inside, seen)
             if MEAN is None:
-                squares += x * x
+                square = tl.sum(squares, 1)
             else:
-                seen = tl.full((), start // BLOCK + 1, dtype)
-                means, squares = centred(means, squares, x, inside, seen)
-        mean = tl.zeros((ROWS, 1), dtype)
-        if MEAN is None:
-            square = tl.sum(squares, 1)
+                of_lane = ((n - column + BLOCK - 1) // BLOCK).to(dtype)  # how many it has seen
+                mean, square = centred_rows(means, squares, of_lane, n)
         else:
-            of_lane = ((n - column + BLOCK - 1) // BLOCK).to(dtype)  # how many it has seen
-            of_row, square = centred_rows(means, squares, of_lane, n)
-            mean = of_row[:, None]
+            inside = alive & (column < n)
+            x = _input(X, RESIDUAL, first + column, inside)
+            if SUM is not None:
+                write(SUM + first, column, inside, x)
+            if MEAN is not None:
+                mean = tl.sum(x, 1) / n
+                x = tl.where(inside, x - mean[:, None], 0.0)
+            square = tl.sum(x * x, 1)
         rstd = 1 / tl.sqrt(square[:, None] / n + EPS)
         end = tl.cdiv(n, BLOCK) * BLOCK - BLOCK if LOOP else 0
         for back in range(0, n if LOOP else BLOCK, BLOCK):
@@ -99,24 +116,26 @@ def _forward(
             inside = alive & (place < n)
             if LOOP:
                 x = _input(X, RESIDUAL, first + place, inside)
-            if SUM is not None:
-                write(SUM + first, place, inside, x)
-            y = (x - mean) * rstd
+                if SUM is not None:
+                    write(SUM + first, place, inside, x)
+                x -= mean[:, None]
+            y = x * rstd
             if KIND == "llama":
                 y = y.to(X.dtype.element_ty).to(dtype)
-            y = _weighted(y, WEIGHT, place, n, KIND)
+            y *= _factor(WEIGHT, place, n, KIND)
             if BIAS is not None:
                 y += read(BIAS, place, place < n)
             write(Y + first, place, inside, y)
         if MEAN is not None:
-            tl.store(MEAN + row[:, None], mean, alive)
+            tl.store(MEAN + row, mean, exists)
         tl.store(RSTD + row[:, None], rstd, alive)
 
 
 @kernel
 def _row_sums(
     DY, X, WEIGHT, MEAN, RSTD, ALONG, TOTAL, rows, n, tiles,
-    KIND: tl.constexpr, WIDE: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr,
+    KIND: tl.constexpr, STAGES: tl.constexpr, WIDE: tl.constexpr, ROWS: tl.constexpr,
+    BLOCK: tl.constexpr,
 ):  # fmt: skip
     """Σ g x̂ / n of each row, and Σ g / n where there is a MEAN."""
     for tile in range(tl.program_id(0), tiles, tl.num_programs(0)):
@@ -124,10 +143,10 @@ def _row_sums(
         first = (row * n)[:, None]
         along = tl.zeros((ROWS, BLOCK), ALONG.dtype.element_ty)
         total = tl.zeros((ROWS, BLOCK), ALONG.dtype.element_ty)
-        for start in range(0, n, BLOCK):
+        for start in tl.range(0, n, BLOCK, num_stages=STAGES):
             place = start + column
             inside = exists[:, None] & (place < n)
-            g = _weighted(read(DY + first, place, inside), WEIGHT, place, n, KIND)
+            g = read(DY + first, place, inside) * _factor(WEIGHT, place, n, KIND)
             along += g * _unit(X + first, MEAN, RSTD, row, exists, place, inside)
             total += g
         tl.store(ALONG + row, tl.sum(along, 1) / n, exists)
@@ -139,7 +158,7 @@ def _row_sums(
 def _backward(
     DY, DSUM, X, WEIGHT, MEAN, RSTD, ALONG, TOTAL, DX, PARTIAL, rows, n, tiles, blocks,
     KIND: tl.constexpr, NEED_WEIGHT: tl.constexpr, NEED_BIAS: tl.constexpr,
-    WIDE: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr,
+    STAGES: tl.constexpr, WIDE: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     """dx of some rows in one block of columns; and where there is a PARTIAL, their sums of dy x̂ and
     of dy. A row of several blocks has its own sums in ALONG and TOTAL. What DSUM holds is added to
@@ -149,10 +168,11 @@ def _backward(
     # each thread adds up its own, so that no iteration waits for another's
     dw = tl.zeros((ROWS, BLOCK), dtype)
     db = tl.zeros((ROWS, BLOCK), dtype)
-    start = tl.program_id(0) % blocks * BLOCK
-    for tile in range(part, tiles, parts):
-        row, exists, column = tile_of(tile, rows, ROWS, BLOCK, WIDE, False)
-        first, column = (row * n)[:, None], start + column
+    column = (tl.program_id(0) % blocks * BLOCK + tl.arange(0, BLOCK))[None, :]
+    factor = _factor(WEIGHT, tl.broadcast_to(column, (ROWS, BLOCK)), n, KIND)
+    for tile in tl.range(part, tiles, parts, num_stages=STAGES):
+        row, exists, _ = tile_of(tile, rows, ROWS, BLOCK, WIDE, False)
+        first = (row * n)[:, None]
         inside = exists[:, None] & (column < n)
         dy = read(DY + first, column, inside)
         unit = _unit(X + first, MEAN, RSTD, row, exists, column, inside)
@@ -161,27 +181,26 @@ def _backward(
         if NEED_BIAS:
             db += dy
         if DX is not None:
-            g = _weighted(dy, WEIGHT, column, n, KIND)
+            g = dy * factor
             if ALONG is None:
                 along, total = tl.sum(g * unit, 1) / n, tl.sum(g, 1) / n
             else:
                 along = tl.load(ALONG + row, exists, other=0.0)
                 total = tl.load(TOTAL + row, exists, other=0.0)
-            g -= along[:, None] * unit
+            shift = along[:, None] * unit
             if MEAN is not None:
-                g -= total[:, None]
-            dx = g * tl.load(RSTD + row, exists, other=0.0)[:, None]
+                shift += total[:, None]
+            dx = (dy * factor - shift) * tl.load(RSTD + row, exists, other=0.0)[:, None]
             if DSUM is not None:
                 dx += read(DSUM + first, column, inside)
             write(DX + first, column, inside, dx)
     if PARTIAL is not None:
-        column = start + tl.arange(0, BLOCK)
         place = part.to(tl.int64) * n + column
         if NEED_WEIGHT:
-            tl.store(PARTIAL + place, tl.sum(dw, 0), column < n)
+            tl.store(PARTIAL + place, tl.sum(dw, 0)[None, :], column < n)
         if NEED_BIAS:
             second = parts.to(tl.int64) * n if NEED_WEIGHT else 0
-            tl.store(PARTIAL + second + place, tl.sum(db, 0), column < n)
+            tl.store(PARTIAL + second + place, tl.sum(db, 0)[None, :], column < n)
 
 
 @planned
@@ -189,7 +208,10 @@ def plan_forward(
     rows: int, n: int, dtype: torch.dtype, count: int, eps: float, kind: str
 ) -> Launch:
     """Of ``rows`` rows of ``n``, on ``count`` multiprocessors."""
-    named, live = {"KIND": kind, "EPS": eps}, 4 if kind == "layer" else 2
+    named = {"KIND": kind, "EPS": eps, "STAGES": stages_of(dtype)}
+    # in a loop each lane has its own mean and squares
+    looped = kind == "layer" and row_config(n, 1, dtype, LIVE).block < n
+    live = LIVE if looped else 2
     return over_rows(_forward, (rows, n, 1), [(n, 1, 1)], dtype, live, count, **named)
 
 
@@ -199,18 +221,20 @@ def plan_backward(
 ) -> tuple[Launch | None, Launch, int]:
     """The sums of rows that are longer than a block, the pass, and how many partial sums there
     are."""
-    c, row_sums = row_config(n, 1, dtype, LIVE), None
-    tile_m, tile_n, warps, programs = c.rows, c.block, c.num_warps, RESIDENT * count
+    c, row_sums, stages = row_config(n, 1, dtype, LIVE), None, stages_of(dtype)
+    tile_m, tile_n, warps = c.rows, c.block, c.num_warps
     if n > tile_n:
-        shape, layouts = (rows, n, 1), [(n, 1, 1)]
-        row_sums = over_rows(_row_sums, shape, layouts, dtype, 2 * LIVE, count, KIND=kind)
-        tile_m, tile_n, warps, programs = 8, 64 if dtype == torch.float64 else 128, 4, 8 * count
+        row_sums = over_rows(
+            _row_sums, (rows, n, 1), [(n, 1, 1)], dtype, LIVE, count, KIND=kind, STAGES=stages
+        )
+        tile_m, tile_n, warps = 8, 64 if dtype == torch.float64 else 128, 4
+    programs = max(RESIDENT // (tile_m * tile_n), 2) * count
     tiles, blocks, sums = cdiv(rows, tile_m), cdiv(n, tile_n), of_weight or of_bias
     parts = min(tiles, cdiv(programs, blocks)) if sums else tiles
     run = _backward.launch(
         parts * blocks, rows=rows, n=n, tiles=tiles, blocks=blocks, KIND=kind,
-        NEED_WEIGHT=of_weight, NEED_BIAS=of_bias, WIDE=far(rows * n), ROWS=tile_m, BLOCK=tile_n,
-        num_warps=warps,
+        NEED_WEIGHT=of_weight, NEED_BIAS=of_bias, STAGES=stages, WIDE=far(rows * n), ROWS=tile_m,
+        BLOCK=tile_n, num_warps=warps,
     )  # fmt: skip
     return row_sums, run, parts if sums else 0
 
