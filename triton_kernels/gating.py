@@ -16,7 +16,7 @@ from torch import Tensor
 from .activation import DEVICE_FUNCTIONS, SAVES_OUTPUT
 from .elementary import half
 from .launch import Launch, cdiv, kernel, next_power_of_2, planned
-from .pointwise import BLOCK
+from .pointwise import grid
 from .rows import read, write
 
 
@@ -62,7 +62,8 @@ def plan(
     backward: bool, f: str, rows: int, n: int, strides: tuple[int, ...], dtype: torch.dtype
 ) -> Launch:
     """Of (rows, n), with the strides of the rows of a, b and their gradients."""
-    size = BLOCK // 2 if dtype == torch.float64 else BLOCK
+    of_block = grid(rows * n, dtype)
+    size, warps = of_block["BLOCK"], of_block["num_warps"]
     block = min(next_power_of_2(n), size)
     tile, blocks = min(next_power_of_2(rows), size // block), cdiv(n, block)
     value, derivative, p, q = (*DEVICE_FUNCTIONS[f], None, None)[:4]
@@ -71,7 +72,7 @@ def plan(
         named.update(D=derivative, OF_OUTPUT=f in SAVES_OUTPUT, da_row=strides[2])
     return (_backward if backward else _forward).launch(
         cdiv(rows, tile) * blocks, rows=rows, n=n, blocks=blocks, a_row=strides[0],
-        b_row=strides[1], **named, num_warps=8 if dtype == torch.float64 else 4,
+        b_row=strides[1], **named, num_warps=warps,
     )  # fmt: skip
 
 
