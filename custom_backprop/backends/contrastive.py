@@ -14,22 +14,26 @@ from ..formulas import contrastive as formula
 from ..formulas.linear import rows
 from ..formulas.loss import MEAN, NONE, SUM, reduced
 from ..formulas.precision import HALF, wide, widen
+from . import tasks
 from .cross_entropy import minus_log, without_
 from .library import P, R, launcher, primitive, slices
 
-#: elements of a chunk of differences: 2 MiB of float32, beside which the cost of the calls is small
-CHUNK = 2**19
+#: elements of a chunk of differences: 1 MiB of float32, beside which the cost of the calls is small
+CHUNK = 2**18
 #: and of similarities: the product that makes them wants more rows
-SIMILARITIES = 2**20
+SIMILARITIES = 2**19
 
 
 def _triplet_forward(a, p, n, margin, order, eps, swap, reduction):
     flat = [rows(t) for t in (a, p, n)]
     d = a.new_empty((3 if swap else 2, len(flat[0])), dtype=wide(a.dtype))
-    for part in slices(len(flat[0]), flat[0].shape[1], CHUNK):
+
+    def work(part, _):
         a_, p_, n_ = (widen(t[part]) for t in flat)
         for (x, y), out in zip(formula.pairs(a_, p_, n_, swap), d, strict=True):
             out[part] = torch.linalg.vector_norm(torch.sub(x, y).add_(eps), order, dim=-1)
+
+    tasks.each(work, slices(len(flat[0]), flat[0].shape[1], CHUNK))
     d = d.view(len(d), *a.shape[:-1])
     return reduced(formula.hinge(d, margin).clamp_min_(0), reduction).to(a.dtype), d
 
@@ -39,7 +43,8 @@ def _triplet_backward(dy, a, p, n, d, margin, order, eps, swap, reduction, needs
     grads = [a.new_empty(a.shape) if need else None for need in needs]
     dy = dy.reshape(-1) if reduction == NONE else dy / len(flat[0]) if reduction == MEAN else dy
     d = d.reshape(len(d), -1)
-    for part in slices(len(flat[0]), flat[0].shape[1], CHUNK):
+
+    def work(part, _):
         share, which = (dy[part], NONE) if reduction == NONE else (dy, SUM)
         a_, p_, n_ = (t[part] for t in flat)
         if order == 2 and not swap and a.dtype not in HALF:
@@ -51,6 +56,8 @@ def _triplet_backward(dy, a, p, n, d, margin, order, eps, swap, reduction, needs
         for grad, result in zip(grads, found, strict=True):
             if grad is not None:
                 grad.view(flat[0].shape)[part] = result
+
+    tasks.each(work, slices(len(flat[0]), flat[0].shape[1], CHUNK))
     return tuple(grads)
 
 
@@ -82,7 +89,8 @@ def _info_nce(q, k, n, temperature, symmetric, reduction, makes_G):
     ).unsqueeze(1)
     G = q.new_empty((count, width) if makes_G else 0)
     losses = q_.new_empty(count)
-    for part in slices(count, width, SIMILARITIES):
+
+    def work(part, _):
         # the keys are everyone's; positives and negatives of one's own are of this chunk
         keys = k_ if n_ is None else k_[part]
         negatives = n_ if n_ is None or n_.dim() == 2 else n_[part]
@@ -94,6 +102,8 @@ def _info_nce(q, k, n, temperature, symmetric, reduction, makes_G):
         losses[part] = (minus_log(top, others) - lead).squeeze(1)
         if makes_G:
             G[part] = P.scatter_(1, t, others.neg_()).div_(temperature)
+
+    tasks.each(work, slices(count, width, SIMILARITIES))
     return reduced(losses, reduction).to(q.dtype), G
 
 

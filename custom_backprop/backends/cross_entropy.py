@@ -17,16 +17,19 @@ from ..formulas.cross_entropy import GRADIENT, NOTHING, STATISTICS
 from ..formulas.loss import MEAN, NONE, SUM
 from ..formulas.nll import along_classes, reduced
 from ..formulas.precision import HALF, wide, widen
-from . import nll
+from . import nll, tasks
 from .library import P, R, empty_if, launcher, primitive, slices
 
 aten = torch.ops.aten
 
-#: elements of a chunk: 2 MiB of float32
-CHUNK = 2**19
+#: elements of a chunk: 1 MiB of float32
+CHUNK = 2**18
 
 #: up to so many elements a call costs more than a pass
 SMALL = 2**16
+
+#: up to so many stock's log-probabilities stay in cache
+WHOLE = 2**20
 
 
 class _Target:
@@ -104,15 +107,18 @@ def _walk(x, q, dy, losses, statistics, dx, dtarget):
     wanted."""
     over_dx = dx is not None and dx.dtype == wide(x.dtype)
     count = (0 if over_dx else 1) + ((2 if dtarget is None else 3) if q.is_soft else 0)
-    fill, memory = _fill_soft if q.is_soft else _fill_hard, list[Tensor]()
-    for rows in _chunks(x):
+    fill = _fill_soft if q.is_soft else _fill_hard
+
+    def work(rows, memory):
         z = widen(x[rows])
-        memory = [t[: len(z)] for t in memory] or [torch.empty_like(z) for _ in range(count)]
         k = dy[rows] if dy is not None and dy.dim() else dy
-        p, *room = memory if not over_dx else (dx[rows], *memory)
+        room = tasks.scratch(memory, z, count)
+        p, *room = room if not over_dx else (dx[rows], *room)
         fill(z, p, room, q, rows, k, losses, statistics, dx, dtarget)
         if dx is not None and not over_dx:
             dx[rows] = p
+
+    tasks.each(work, _chunks(x))
 
 
 def _fill_hard(z, p, _, q, rows, k, losses, statistics, dx, __):
@@ -181,17 +187,18 @@ def _fill_statistics(statistics, rows, *found):
 
 def _classes(x, target, weight, reduction, ignore_index):
     """The loss alone, without label smoothing: by stock's two operators, chunk by chunk."""
-    if not x.numel() or (x.dtype not in HALF and x.numel() <= 2 * CHUNK):
+    if not x.numel() or (x.dtype not in HALF and x.numel() <= WHOLE):
         stock: Any = torch._C._nn.cross_entropy_loss  # its stub takes reduction for a string
         return stock(x, target, weight, reduction, ignore_index)
-    scratch, parts = None, []
     weight, of_part = widen(weight), NONE if reduction == NONE else SUM
-    for rows in _chunks(x):
+
+    def work(rows, memory):
         z = widen(x[rows])
-        scratch = torch.empty_like(z) if scratch is None else scratch[: len(z)]
-        log_p = aten._log_softmax.out(z, 1, False, out=scratch)
-        parts.append(nll.forward_aten(log_p, target[rows], weight, of_part, ignore_index))
-    losses, totals = zip(*parts, strict=True)
+        (log_p,) = tasks.scratch(memory, z)
+        aten._log_softmax.out(z, 1, False, out=log_p)
+        return nll.forward_aten(log_p, target[rows], weight, of_part, ignore_index)
+
+    losses, totals = zip(*tasks.each(work, _chunks(x)), strict=True)
     if reduction == NONE:
         return torch.cat(losses).to(x.dtype)
     loss = torch.stack(losses).sum()

@@ -7,6 +7,7 @@ import torch
 
 from ..formulas import dropout as formula
 from ..formulas.precision import wide
+from . import tasks
 from .library import launcher, primitive
 
 _launch = launcher("dropout", "dropout")
@@ -25,14 +26,19 @@ def _in_chunks(x, residual, seed, p, scale, add, instead, dtype):
     generator, bound = numpy.random.SFC64(int(seed)), formula.threshold(p) - 2**31
     chunks = _chunks(x)
     residuals = [None] * len(chunks) if residual is None else _chunks(residual)
-    for a, r, out in zip(chunks, residuals, _chunks(y), strict=True):
+    words = (formula.drawn(generator, len(a)) for a in chunks)  # in the order of the chunks
+
+    def work(chunk, _):
+        a, r, out, w = chunk
         t = a.to(wide(x.dtype)) * scale
-        m = torch.ge(formula.drawn(generator, len(a)), bound, out=torch.empty_like(t))
+        m = torch.ge(w, bound, out=torch.empty_like(t))
         if add or instead:
             t.add_(add - instead).mul_(m).add_(instead)
         else:
             t.mul_(m)
         out.copy_(t) if r is None else torch.add(t, r, out=out)
+
+    tasks.each(work, zip(chunks, residuals, _chunks(y), words, strict=True))
     return y if x.is_contiguous() else torch.empty_like(x, dtype=dtype).copy_(y)
 
 

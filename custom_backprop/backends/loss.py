@@ -19,13 +19,17 @@ from torch import Tensor
 
 from ..formulas.loss import LOG_0, LOSSES, NONE, SUM, Loss, divisor_of, weighted
 from ..formulas.precision import HALF, wide, widen
+from . import tasks
 from .library import P, Primitive, R, empty_if, launcher, primitive
 from .selection import functorch_active, is_traced
 
 aten = torch.ops.aten
 
-#: elements of a chunk: 2 MiB of float32, beside which the cost of the calls is small
-CHUNK = 2**19
+#: elements of a chunk: 1 MiB of float32, beside which the cost of the calls is small
+CHUNK = 2**18
+
+#: elements up to which a loss of few passes is quicker in one chunk, whose calls all threads share
+ONE = 2**20
 
 
 def _l1_loss(x, t, v, k, y, g):
@@ -157,8 +161,7 @@ def _binary_cross_entropy_with_logits_total(x, t, v, k, g):
     total += torch.clamp_min(x, 0, out=g).addcmul_(t, x, value=-1).sum().item()
     if math.isnan(total):
         return _one_by_one(FILL["binary_cross_entropy_with_logits"], x, t, v, k, g)
-    for xs, ts, gs in _chunks(CHUNK // 8, x, t, g):  # beside which little memory is taken
-        _binary_cross_entropy_with_logits_dx(xs, ts, k, gs)
+    _binary_cross_entropy_with_logits_dx(x, t, k, g)
     return total
 
 
@@ -175,6 +178,7 @@ TOTAL: dict[str, Callable[..., float]] = {
 #: gradient is made
 WHOLE: dict[str, Callable[..., Tensor]] = {
     "mse_loss": aten.mse_loss.default,
+    "l1_loss": aten.l1_loss.default,
     "smooth_l1_loss": aten.smooth_l1_loss.default,
     "huber_loss": aten.huber_loss.default,
     "binary_cross_entropy": lambda x, t, reduction: aten.binary_cross_entropy.default(
@@ -231,25 +235,33 @@ def _forward(loss, x, t, v, w, reduction, make_dx, *parameters):
         return loss.forward(x, t, v, w, reduction, make_dx, *parameters)
     n = x.numel()
     plain = _plain(loss, x, v, w, parameters)
-    if not make_dx and n <= 2 * CHUNK and plain and loss.name in WHOLE:
+    if not make_dx and n <= ONE and plain and loss.name in WHOLE:
         return WHOLE[loss.name](x, t, reduction, *parameters), None
     dx = torch.empty_like(x) if make_dx else None
-    total, scale = 0.0, 1 / (divisor_of(x, reduction) or 1)
+    scale = 1 / (divisor_of(x, reduction) or 1)
     if make_dx and reduction != NONE and plain and loss.name in TOTAL:
-        for xs, ts, vs, gs in _chunks(2 * CHUNK, x, t, v, dx):  # no scratch beside it
-            total += TOTAL[loss.name](xs, ts, vs, scale, gs, *parameters)
-        return _reduced(x, total, reduction), dx
+        total_of = TOTAL[loss.name]
+
+        def add(chunk, _):
+            xs, ts, vs, gs = chunk
+            return total_of(xs, ts, vs, scale, gs, *parameters)
+
+        size = CHUNK if loss.name == "binary_cross_entropy_with_logits" else ONE
+        return _reduced(x, sum(tasks.each(add, _chunks(size, x, t, v, dx))), reduction), dx
     dtype = wide(x.dtype)
     k = x.new_full((), scale, dtype=dtype)
     y = torch.empty_like(x) if reduction == NONE else None
-    fill, scratch = _filler(loss, x, v, w, parameters), None
-    for xs, ts, vs, ws, ys, gs in _chunks(CHUNK, x, t, v, w, y, dx):
-        if y is None and (scratch is None or scratch.shape != xs.shape):
-            scratch = torch.empty_like(xs, dtype=dtype)
-        fill(xs, ts, vs, ws, k, scratch if y is None else ys, gs, *parameters)
-        if scratch is not None:
-            total += scratch.sum().item()
-    return _reduced(x, total, reduction) if y is None else y, dx
+    fill = _filler(loss, x, v, w, parameters)
+
+    def work(chunk, memory):
+        xs, ts, vs, ws, ys, gs = chunk
+        if ys is None:
+            (ys,) = tasks.scratch(memory, xs, dtype=dtype)
+        fill(xs, ts, vs, ws, k, ys, gs, *parameters)
+        return ys.sum().item() if y is None else None
+
+    totals = tasks.each(work, _chunks(CHUNK, x, t, v, w, y, dx))
+    return _reduced(x, sum(totals), reduction) if y is None else y, dx
 
 
 def _reduced(x: Tensor, total: float, reduction: int) -> Tensor:
@@ -274,7 +286,9 @@ def _backward(loss, dy, x, t, v, w, reduction, needs, *parameters):
     rest = (False, need_t and not negated, *others)
     outs = [g if r else None for g, r in zip(grads, rest, strict=True)]
     fill = _filler(loss, x, v, w, parameters)
-    for xs, ts, vs, ws, ks, gs, *gs_rest in _chunks(CHUNK, x, t, v, w, k, filled, *outs):
+
+    def work(chunk, _):
+        xs, ts, vs, ws, ks, gs, *gs_rest = chunk
         if gs is not None:
             fill(xs, ts, vs, ws, ks, None, gs, *parameters)
         if any(rest):
@@ -282,6 +296,8 @@ def _backward(loss, dy, x, t, v, w, reduction, needs, *parameters):
             for out, grad in zip(gs_rest, made, strict=True):
                 if out is not None:
                     out.copy_(grad)
+
+    tasks.each(work, _chunks(CHUNK, x, t, v, w, k, filled, *outs))
     if negated:
         torch.neg(filled, out=dt)
     return grads

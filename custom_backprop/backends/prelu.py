@@ -9,6 +9,7 @@ from torch import Tensor
 
 from ..formulas import prelu as formula
 from ..formulas.precision import widen
+from . import tasks
 from .library import P, R, empty_if, launcher, primitive
 
 aten = torch.ops.aten
@@ -25,13 +26,18 @@ def _backward(dy, x, weight, need_x, need_weight):
     if need_x and need_weight and x.numel() <= _SMALL:
         dx, dw = aten._prelu_kernel_backward.default(dy, x, w)
         return dx, formula.summed(dw, weight)
-    dx, sums = empty_if(need_x, x), []
-    for dy_part, x_part, dx_part in _parts(dy, x, x if dx is None else dx):
+    dx = empty_if(need_x, x)
+
+    def work(parts, _):
+        dy_part, x_part, dx_part = parts
         if need_x:  # dy (m + w (1 - m)) with m = [x > 0]
             torch.gt(x_part, 0, out=dx_part)
             dx_part.addcmul_(1 - dx_part, w).mul_(dy_part)
         if need_weight:  # Σ dy min(x, 0)
-            sums.append(formula.summed(widen(x_part.clamp_max(0).mul_(dy_part)), weight))
+            return formula.summed(widen(x_part.clamp_max(0).mul_(dy_part)), weight)
+        return None
+
+    sums = tasks.each(work, _parts(dy, x, x if dx is None else dx))
     return dx, torch.stack(sums).sum(0).to(weight.dtype) if need_weight else None
 
 

@@ -7,12 +7,12 @@ thousand elements.
 
 from __future__ import annotations
 
-import ctypes
-import functools
 from collections.abc import Callable
 from typing import Any
 
 import torch
+
+from ..backends.tasks import openmp_setter
 
 Run = Callable[..., None]
 
@@ -39,18 +39,3 @@ def by_one_thread(kernel: Callable[..., Any], *args: Any, **kwargs: Any) -> None
         kernel(*args, **kwargs)
     finally:
         set_threads(threads)
-
-
-@functools.cache
-def openmp_setter() -> Callable[[int], None] | None:
-    """``omp_set_num_threads`` of the OpenMP that ATen itself uses, found through the library that
-    is linked to it; None if ATen has other threads.
-
-    (``torch.set_num_threads`` sets it for the whole process, and empties oneDNN's caches.)
-    """
-    if "parallel backend: OpenMP" not in torch.__config__.parallel_info():
-        return None
-    set_threads: Any = getattr(ctypes.PyDLL(torch._C.__file__), "omp_set_num_threads", None)
-    if set_threads is not None:
-        set_threads.argtypes, set_threads.restype = [ctypes.c_int], None
-    return set_threads

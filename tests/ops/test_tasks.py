@@ -1,0 +1,183 @@
+"""Threads that share the chunks of an op on a CPU."""
+
+from __future__ import annotations
+
+import threading
+import time
+import traceback
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from functools import partial
+from typing import Any
+
+import pytest
+import torch
+from helpers import python
+from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
+
+import custom_backprop.functional as F
+from custom_backprop.backends import tasks
+from custom_backprop.backends.library import OPERATORS, _filled
+
+pytestmark = pytest.mark.skipif(
+    tasks.openmp_setter() is None, reason="ATen's threads are not OpenMP's here"
+)
+
+#: from so many elements on ATen divides a call among threads
+GRAIN = 2**15
+
+
+@pytest.fixture(autouse=True)
+def three_threads() -> Iterator[None]:
+    before = torch.get_num_threads()
+    torch.set_num_threads(3)
+    yield
+    torch.set_num_threads(before)
+
+
+def ident(*_: Any) -> int:
+    """A piece of work that says which thread does it, and leaves time for others to come."""
+    time.sleep(0.005)
+    return threading.get_ident()
+
+
+def walkers(chunks: int = 12) -> set[int]:
+    return set(tasks.each(ident, range(chunks)))
+
+
+def test_threads_share_the_chunks_and_results_are_in_their_order() -> None:
+    def work(chunk: int, memory: list[Tensor]) -> tuple[int, int]:
+        assert torch.get_num_threads() == 1
+        memory.append(torch.empty(0))
+        time.sleep(0.005 * (chunk % 2))
+        return chunk, len(memory)
+
+    found = tasks.each(work, range(20))
+    assert [chunk for chunk, _ in found] == list(range(20))
+    assert 20 / 3 <= max(times for _, times in found) < 20  # each thread has memory of its own
+    assert torch.get_num_threads() == 3
+    assert 2 <= len(walkers()) <= 3
+
+
+def test_who_walks_alone() -> None:
+    me = {threading.get_ident()}
+    assert walkers(tasks.FEWEST - 1) == me
+    with torch.profiler.profile():
+        assert walkers() == me
+    with TorchDispatchMode():
+        assert walkers() == me
+    with torch.autocast("cpu"):
+        assert walkers() == me
+    assert tasks.each(lambda *_: walkers() == {threading.get_ident()}, range(6)) == [True] * 6
+    torch.set_num_threads(1)
+    assert walkers() == me
+
+
+def test_an_exception_reaches_the_caller_and_ends_the_walk() -> None:
+    begun: list[int] = []
+
+    def work(chunk: int, _: Any) -> None:
+        begun.append(chunk)
+        ident()
+        if threading.current_thread() is not threading.main_thread():
+            raise ZeroDivisionError
+
+    with pytest.raises(ZeroDivisionError) as found:
+        tasks.each(work, range(100))
+    assert "in work" in "".join(traceback.format_tb(found.tb))
+    assert len(begun) < 10
+    assert torch.get_num_threads() == 3
+
+
+def test_after_a_fork_there_are_new_threads() -> None:
+    code = """if True:
+        import os, threading, time, torch
+        from custom_backprop.backends import tasks
+
+        def ident(*_):
+            time.sleep(0.005)
+            return threading.get_ident()
+
+        torch.set_num_threads(2)
+        count = len(set(tasks.each(ident, range(10))))
+        if not (child := os.fork()):
+            os._exit(10 * count + len(set(tasks.each(ident, range(10)))))
+        print(os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]))
+    """
+    assert int(python(code)) == 22
+
+
+def test_inference_mode_is_the_callers() -> None:
+    with torch.inference_mode():
+        x, index = torch.randn(512, 2048), torch.zeros(512, dtype=torch.int64)
+        assert F.cross_entropy(x, index).is_inference()
+        assert F.kl_div(x, x, reduction="none").is_inference()
+
+
+def gradients(function: Callable[..., Tensor], *inputs: Tensor) -> list[Tensor]:
+    leaves = [t.detach().requires_grad_(t.is_floating_point()) for t in inputs]
+    y = function(*leaves)
+    wanted = [t for t in leaves if t.requires_grad]
+    return [y.detach(), *torch.autograd.grad(y.sum(), wanted, allow_unused=True)]
+
+
+def many(*shape: int) -> Tensor:
+    return torch.rand(shape, generator=torch.Generator().manual_seed(len(shape)))
+
+
+def classes(*shape: int) -> tuple[Tensor, Tensor]:
+    return many(*shape), torch.arange(shape[0]) % shape[1]
+
+
+PAIR = many(2**10, 2**10), many(2**10, 2**10).flip(1)
+NAMES = "binary_cross_entropy_with_logits", "kl_div", "l1_loss", "poisson_nll_loss"
+CASES: dict[str, tuple[Callable[..., Tensor], tuple[Tensor, ...]]] = {
+    "cross_entropy": (F.cross_entropy, classes(2**10, 2**10)),
+    "wide cross_entropy": (partial(F.cross_entropy, label_smoothing=0.1), classes(64, 32000)),
+    "triplet_margin_loss": (F.triplet_margin_loss, (*PAIR, many(2**20).view(2**10, -1))),
+    "info_nce": (F.info_nce, (many(2**11, 8), many(2**11, 8).flip(1))),
+    "dropout": (partial(F.dropout, seed=torch.tensor(3)), PAIR[:1]),
+    "prelu": (F.prelu, (PAIR[0] - 0.5, many(1))),
+    **{name: (partial(getattr(F, name), reduction="sum"), PAIR) for name in NAMES},
+}
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_bits_do_not_depend_on_threads(name: str) -> None:
+    function, inputs = CASES[name]
+    shared = gradients(function, *inputs)
+    with ThreadPoolExecutor(3) as pool:
+        at_once = [pool.submit(gradients, function, *inputs) for _ in range(3)]
+    torch.set_num_threads(1)
+    alone = gradients(function, *inputs)
+    for found in (shared, *(run.result() for run in at_once)):
+        assert all(map(torch.equal, found, alone))
+
+
+class Regions(TorchDispatchMode):
+    """Counts the calls that ATen divides among all threads. It looks inside of our operators, and
+    does not let its presence end the sharing of chunks."""
+
+    count = 0
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func in OPERATORS:
+            with self:
+                return _filled(OPERATORS[func].aten)(*args)
+        result = func(*args, **(kwargs or {}))
+        tensors = [t for t in (*args, result) if isinstance(t, Tensor)]
+        large = max((t.numel() for t in tensors), default=0) >= GRAIN
+        computes = not func.is_view and not func.name().startswith(("aten::empty", "aten::new_"))
+        self.count += large and computes and torch.get_num_threads() > 1
+        return result
+
+
+@pytest.mark.parametrize("name", sorted(CASES.keys() - {"dropout"}))  # watched, it draws by Philox
+def test_openmp_regions_are_few(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """At most two for each thread, forward and backward."""
+    function, inputs = CASES[name]
+    monkeypatch.setattr(tasks, "_is_watched", lambda: False)
+    with Regions() as regions:
+        gradients(function, *inputs)
+    assert regions.count <= 2 * 3
