@@ -2,19 +2,30 @@
 
 from __future__ import annotations
 
+import textwrap
 from collections import Counter
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-from .case import DIRECTIONS
+from .case import BACKWARD, DIRECTIONS, FORWARD
 from .results import Ratio, Row, ratios
 
-ABOUT = """Fractions are of the ceilings, measured in the same run: the least time in which the
-card could move the fewest bytes possible, and do the products, over the time. In parentheses: the
-time of the best of stock, torch.compile and the peers, over the time of ours; **above 1 ours is
-faster**. Times are the GPU's own, of CUDA graphs, with random inputs that are not in its L2 cache;
-those of losses have no backward alone, as the gradient is made in forward."""
+ABOUT = """Fractions are of the ceilings, measured in the same run: the least time in which the card
+could move the fewest bytes possible, and do the products, over the time. In parentheses: the time
+of the best of stock, torch.compile and the peers, over the time of ours; **above 1 ours is
+faster**. Times are the GPU's own, of CUDA graphs, with random inputs that are not in its L2 cache.
+Losses have no backward alone, as the gradient is made in forward."""
+
+#: what an op that only moves bytes should reach in bfloat16: direction, lengths of rows, fraction
+GOALS = (
+    (FORWARD, 4096, 2**15, 0.95),
+    (FORWARD, 1024, 1024, 0.85),
+    (FORWARD, 2**16, 2**18, 0.85),
+    (BACKWARD, 1024, 2**18, 0.9),
+)
+#: so many that miss a goal are named
+MANY = 12
 
 
 def markdown(
@@ -27,8 +38,8 @@ def markdown(
     """The page."""
     parts = [
         f"# {machine['card']}",
-        "; ".join(f"{name}: {_said(value)}" for name, value in machine.items()) + ".",
-        f"{ABOUT}\nWritten by `{command}`.",
+        _wrapped("; ".join(f"{name}: {_said(value)}" for name, value in machine.items()) + "."),
+        _wrapped(f"{ABOUT} Written by `{command}`."),
         *_summary(rows, left),
         *(f"![{picture.stem}]({picture.name})" for picture in pictures),
         *_lengths(rows),
@@ -59,13 +70,39 @@ def _summary(rows: Sequence[Row], left: Sequence[str]) -> list[str]:
             lines.append(f"- {TITLES[section]}: {counts}.")
     if left:
         lines.append(f"- The time was spent before {len(left)} cases; the next run goes on there.")
-    return ["\n".join(lines)]
+    return ["\n".join(_wrapped(line, "  ") for line in [*lines, *_goals(rows)])]
+
+
+def _goals(rows: Sequence[Row]) -> Iterator[str]:
+    """How many reach each goal, and which do not."""
+    ours = [row for row in rows if row.who == "ours" and row.fraction and not row.flops]
+    for direction, shortest, longest, goal in GOALS:
+        found = sorted(
+            (row.fraction or 0.0, f"{row.op} {short(n)}")
+            for row in ours
+            if (row.dtype, row.direction) == ("bfloat16", direction)
+            if (n := row.n) and shortest <= n <= longest
+        )
+        if not found:
+            continue
+        below = [f"{name} {fraction:.2f}" for fraction, name in found if fraction < goal]
+        more = f" and {len(below) - MANY} more" if len(below) > MANY else ""
+        lengths = " to ".join(dict.fromkeys((short(shortest), short(longest))))
+        line = f"- Goal, {direction} of {lengths} at {goal}: {len(found) - len(below)} of "
+        yield f"{line}{len(found)}{'; below: ' * bool(below)}{', '.join(below[:MANY])}{more}."
 
 
 TITLES = {
     "graphs": "CUDA graphs, bit for bit like a second call",
     "database": "Checks of `custom_backprop check`, float64 gradcheck among them",
 }
+
+
+def _wrapped(text: str, indent: str = "") -> str:
+    text = " ".join(text.split())
+    return textwrap.fill(
+        text, 100, subsequent_indent=indent, break_long_words=False, break_on_hyphens=False
+    )
 
 
 def _table(header: Sequence[str], lines: Iterable[Sequence[str]]) -> str:
@@ -155,9 +192,9 @@ def _reasons(rows: Sequence[Row]) -> list[str]:
     failed = [row for row in rows if row.status == "failed"]
     if failed:
         lines = [f"- {row.case} {row.direction or ''}: {row.reason}" for row in failed]
-        parts += ["## Failed", "\n".join(lines)]
+        parts += ["## Failed", "\n".join(_wrapped(line, "  ") for line in lines)]
     skipped = Counter(f"{row.who}: {row.reason}" for row in rows if row.status == "skipped")
     if skipped:
         lines = [f"- {reason} ({count})" for reason, count in skipped.items()]
-        parts += ["## Skipped", "\n".join(lines)]
+        parts += ["## Skipped", "\n".join(_wrapped(line, "  ") for line in lines)]
     return parts

@@ -20,9 +20,9 @@ from custom_backprop.testing import Make, database
 sys.path.append(str(Path(__file__).parents[2]))  # the benchmarks are not installed
 pytest.importorskip("matplotlib")
 main_ = importlib.import_module("benchmarks.gpu.__main__")
-case_, device_, figures, graphs, peers_, results, run_, sweep = (
+case_, device_, figures, graphs, page_, peers_, results, run_, sweep = (
     importlib.import_module(f"benchmarks.gpu.{name}")
-    for name in ("case", "device", "figures", "graphs", "peers", "results", "run", "sweep")
+    for name in ("case", "device", "figures", "graphs", "page", "peers", "results", "run", "sweep")
 )
 Row, Store, Case = results.Row, results.Store, case_.Case
 
@@ -251,6 +251,18 @@ def test_a_peer_that_is_half_installed_has_a_reason(monkeypatch):
     peer = peers_._peer(module)
     assert (peer.version, peer.ops) == ("1.0", {})
     assert peer.reason == "cannot be imported: OSError: no library"
+
+
+def test_the_page_names_what_misses_a_goal():
+    def row(op, n, fraction, **other):
+        return Row("sweep", op, "ours", "forward", "bfloat16", n, fraction=fraction, **other)
+
+    rows = [row("softmax", 4096, 0.95), row("softmax", 2**15, 0.9), row("linear", 4096, 0.1)]
+    rows[2] = replace(rows[2], flops=1)
+    text = page_.markdown({"card": "x"}, rows, ["a", "b"], "command")
+    assert "- Goal, forward of 4K to 32K at 0.95: 1 of 2; below: softmax 32K 0.90.\n" in text
+    assert "- Goal, forward of 1K" not in text
+    assert "before 2 cases" in text
 
 
 def test_the_ratio_is_to_the_best_of_the_others():
