@@ -369,8 +369,10 @@ def backward(
     """dx, dw and db; None for each that is not needed. With an ``eps``, μ and r are constants, and
     ``rstd`` is a variance."""
     frozen, like = eps is not None, x if weight is None else weight
-    dw, db = (like.new_zeros(x.shape[1]) if need else None for need in (need_weight, need_bias))
-    if not x.numel():
+    some = x.numel() > 0
+    made = like.new_empty if some else like.new_zeros
+    dw, db = (made(x.shape[1]) if need else None for need in (need_weight, need_bias))
+    if not some:
         return torch.empty_like(x) if need_x else None, dw, db
     x, last = _dense(x)
     dy, dx = _without_gaps(dy, last), torch.empty_like(x) if need_x else None

@@ -14,7 +14,7 @@ import inspect
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from functools import cache, lru_cache, wraps
-from types import CodeType
+from types import CodeType, FunctionType
 from typing import Any, Protocol
 
 import numpy as np
@@ -72,7 +72,7 @@ class Kernel:
         if self.tensors + self.numbers + self.constexprs != self.jit.arg_names:
             raise TypeError(f"{self.__name__}: tensors come first, then numbers, then constexprs")
         self._compiled: dict[Any, dict[tuple[Any, ...], Any]] = {}
-        self._code: dict[tuple[str, ...], CodeType] = {}
+        self._code: dict[tuple[str, ...], tuple[CodeType, CodeType]] = {}
 
     def launch(
         self, programs: int, *, num_warps: int = 4, num_stages: int = 3, **named: Any
@@ -194,7 +194,9 @@ def launch({args}):
         _ready[1](_programs, 1, 1, _stream(_ready[0]), _ready[2], _ready[3], None, None, None,
                   {", ".join([*addresses, *passed])}, *_constants)
 """
-            self._code[others] = compile(source, f"<launch of {self.__name__}>", "exec")
+            made: dict[str, Any] = {}
+            exec(compile(source, f"<launch of {self.__name__}>", "exec"), made)
+            self._code[others] = made["key_of"].__code__, made["launch"].__code__
         space: dict[str, Any] = {
             **{f"_{name}": value for name, value in numbers.items()},
             "_get": compiled.get, "_observers": _observers, "_runtime": knobs.runtime,
@@ -202,8 +204,8 @@ def launch({args}):
             "_device": getattr(torch._C, "_cuda_getDevice", lambda: None),
             "_stream": getattr(torch._C, "_cuda_getCurrentRawStream", None),
         }  # fmt: skip
-        exec(self._code[others], space)
-        return space["key_of"], space["launch"]
+        key_of, launch = [FunctionType(code, space) for code in self._code[others]]
+        return key_of, launch  # type: ignore[return-value]
 
 
 kernel = Kernel

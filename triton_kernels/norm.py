@@ -277,11 +277,10 @@ def backward(
     mean = mean.contiguous() if mean is not None and kind == "layer" else None
     rows, n = rstd.numel(), x.shape[-1]
     dx = torch.empty_like(x) if need_x else None
-    dw, db = (
-        (x if weight is None else weight).new_zeros(n) if need else None
-        for need in (need_weight, need_bias)
-    )
-    if x.numel():
+    like = x if weight is None else weight
+    made = like.new_empty if rows and n else like.new_zeros
+    dw, db = (made(n) if need else None for need in (need_weight, need_bias))
+    if rows and n:
         count = multiprocessors(x.device)
         row_sums, run, parts = plan_backward(rows, n, x.dtype, count, kind, need_weight, need_bias)
         partial = partial_sums(x, need_weight + need_bias, parts, n) if parts else None
