@@ -1,8 +1,8 @@
 """One launch that updates any number of tensors, whatever the rule.
 
 The addresses of parameters, gradients and states stand in a table on the device, made once.
-Gradients that come back at other addresses cost one small asynchronous copy. Each program looks up
-its tensor and updates ROUNDS blocks of it. Nothing is read back.
+Gradients at addresses that neither of the last two different steps had cost one small asynchronous
+copy. Each program looks up its tensor and updates ROUNDS blocks of it. Nothing is read back.
 
 Rules: ``custom_backprop/formulas/optim.py``. A device function takes θ, g, three states and
 numbers, all in the accumulator's dtype. The hyperparameters come in float64, and 1 - β is taken
@@ -237,27 +237,50 @@ class Table:
             for t in (params, None, masters, *states, *[None] * (3 - len(states)))
         ]
         self._else_aligned = not any(address % 16 for row in rows[2:] for address in row)
-        self.table = self._sent(rows, torch.int64)
-        self.which = self._sent(which, torch.int32)
-        self._grads: list[int] = []
-        self._aligned = False
+        self._table = self._on_host(rows, torch.int64).to(self.device, non_blocking=True)
+        self.which = self._on_host(which, torch.int32).to(self.device, non_blocking=True)
+        #: (addresses of gradients, the table that has them, whether all addresses are multiples of
+        #: 16), the last used first
+        self._seen: list[tuple[list[int], Tensor, bool]] = []
+        self._captured: list[Tensor] = []
         self._plans: dict[tuple[Any, ...], Launch] = {}
 
-    def _sent(self, values: list[Any], dtype: torch.dtype) -> Tensor:
-        """Values on the device, without waiting for it. Pinned memory is freed only when the copy
-        is done."""
+    def _on_host(self, values: list[Any], dtype: torch.dtype) -> Tensor:
+        """Values to copy without waiting for the device. torch reuses pinned memory only when the
+        copies from it are done."""
         pinned = self.device.type == "cuda"
-        on_host = torch.tensor(values, dtype=dtype, device="cpu", pin_memory=pinned)
-        return on_host.to(self.device, non_blocking=True)
+        return torch.tensor(values, dtype=dtype, device="cpu", pin_memory=pinned)
 
-    def see(self, grads: list[Tensor]) -> bool:
-        """Enters this step's gradients. Returns whether every address is a multiple of 16."""
+    def see(self, grads: list[Tensor]) -> tuple[Tensor, bool]:
+        """The table with the addresses of these gradients, and whether every address is a multiple
+        of 16.
+
+        There are two tables, since an allocator often hands out two sets of addresses in turn. The
+        copy of a third set overwrites the table used longer ago, in the order of the stream.
+        """
         addresses = list(map(Tensor.data_ptr, grads))
-        if addresses != self._grads:
-            self.table[3].copy_(self._sent(addresses, torch.int64))
-            self._grads = addresses
-            self._aligned = self._else_aligned and not any(a % 16 for a in addresses)
-        return self._aligned
+        if self.device.type == "cuda" and torch.cuda.is_current_stream_capturing():
+            return self._capture(addresses), self._is_aligned(addresses)
+        seen = self._seen
+        if not seen or seen[0][0] != addresses:
+            if len(seen) == 2:
+                seen.reverse()
+            if not seen or seen[0][0] != addresses:
+                table = seen.pop(0)[1] if len(seen) == 2 else self._table.clone()
+                table[3].copy_(self._on_host(addresses, torch.int64), non_blocking=True)
+                seen.insert(0, (addresses, table, self._is_aligned(addresses)))
+        return seen[0][1:]
+
+    def _is_aligned(self, addresses: list[int]) -> bool:
+        return self._else_aligned and not any(a % 16 for a in addresses)
+
+    def _capture(self, addresses: list[int]) -> Tensor:
+        """A table for one CUDA graph alone. Each replay copies the addresses again, so the memory
+        that they come from is kept, and no step outside of the graph uses either."""
+        table, on_host = self._table.clone(), self._on_host(addresses, torch.int64)
+        table[3].copy_(on_host, non_blocking=True)
+        self._captured += [table, on_host]
+        return table
 
     def plan(self, *variant: Any) -> Launch:
         """The launch for a rule, the gradients' dtype, and the flags of :func:`plan`."""
@@ -310,8 +333,9 @@ def update(
     a, b = hyper["betas"] if first == "betas" else (hyper[first], hyper.get(second, 0.0))
     log_a, log_b = (math.log(v) if v > 0 else -math.inf for v in (a, b))
     flags = bool(hyper.get(flag, False)), fresh, bool(hyper["maximize"]), seed is not None
-    table.plan(rule, grads[0].dtype, *flags, table.see(grads))(
-        table.table, table.which, steps, scale, found_inf, tensors=table.tensors,
+    addresses, aligned = table.see(grads)
+    table.plan(rule, grads[0].dtype, *flags, aligned)(
+        addresses, table.which, steps, scale, found_inf, tensors=table.tensors,
         seed=(seed or 0) | 1 | 2**40, lr=hyper["lr"], decay=hyper["weight_decay"], a=a, b=b,
         eps=hyper.get("eps", 0.0), log_a=log_a, log_b=log_b,
     )  # fmt: skip

@@ -96,6 +96,38 @@ def test_no_optimizer_waits(name, waiting_is_an_error):
     assert not any(map(torch.equal, before, model.parameters()))
 
 
+@pytest.mark.parametrize("name", optim.__all__)
+def test_every_optimizer_can_be_recorded(name):
+    """In a CUDA graph, with steps outside of it before and after, on gradients at addresses that
+    the graph does not know."""
+    torch.manual_seed(0)
+    made = [torch.randn(n, device="cuda") for n in (3, 5000)]
+    runs = [[torch.nn.Parameter(t.clone()) for t in made] for _ in range(2)]
+    lists = [[torch.randn_like(t) for t in made] for _ in range(5)]
+    results = []
+    for params, recorded in zip(runs, (False, True), strict=True):
+        optimizer = getattr(optim, name)(params, lr=1e-2)
+
+        def step_on(grads, params=params, optimizer=optimizer):
+            for p, g in zip(params, grads, strict=True):
+                p.grad = g
+            optimizer.step()
+
+        step_on(lists[0])
+        step_on(lists[1])
+        replay = lambda step_on=step_on: step_on(lists[0])  # noqa: E731
+        if recorded:
+            graph = torch.cuda.CUDAGraph()
+            with torch.cuda.graph(graph):
+                step_on(lists[0])
+            replay = graph.replay
+        for grads in lists[1:]:
+            replay()
+            step_on(grads)
+        results.append(params)
+    assert all(map(torch.equal, *results))
+
+
 def test_one_launch_a_step():
     """And one to count it, where the rule asks for the number of the step."""
     params = [torch.nn.Parameter(torch.randn(3, 5, device="cuda")) for _ in range(40)]
