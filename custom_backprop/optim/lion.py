@@ -13,6 +13,7 @@ from torch.optim.optimizer import ParamsT
 from ..formulas import optim as formulas
 from .bucket import Bucket
 from .optimizer import Group, MultiTensor
+from .pieces import Piece
 from .rule import Rule
 
 
@@ -108,11 +109,15 @@ class Lion(MultiTensor, PlainLion):
         hyper: dict[str, Any],
         factor: float,
     ) -> None:
-        beta1, beta2 = hyper["betas"]
         factor = -factor if hyper["maximize"] else factor
         for piece in bucket.pieces:
-            d, (out, c) = piece.direction(grads, factor), piece.scratch
-            m = piece.whole["exp_avg"]
-            torch.lerp(m, d, 1 - beta1, out=c)
-            m.lerp_(d, 1 - beta2)
-            piece.subtract(torch.sign(c, out=out), hyper["lr"], hyper["weight_decay"])
+            piece.run_operators(_update, piece, grads, hyper, factor)
+
+
+def _update(piece: Piece, grads: list[Tensor], hyper: dict[str, Any], factor: float) -> None:
+    beta1, beta2 = hyper["betas"]
+    d, (out, c) = piece.direction(grads, factor), piece.scratch
+    m = piece.whole["exp_avg"]
+    torch.lerp(m, d, 1 - beta1, out=c)
+    m.lerp_(d, 1 - beta2)
+    piece.subtract(torch.sign(c, out=out), hyper["lr"], hyper["weight_decay"])

@@ -17,6 +17,10 @@ from .threads import SMALL, Run, by_all_threads, by_one_thread
 PIECE = 2**18
 #: from this number on, small tensors among others are worth a separate call
 MANY = 8
+#: a piece of no more elements is updated by one thread where the update is several operators. ATen
+#: would divide each between two threads, which gains a few per cent at best, and costs half as much
+#: again when they wait for each other
+ALONE = 2**16
 
 States = dict[str, list[Tensor]]
 #: which tensors of a list, and which elements of a tensor that is too large for one piece
@@ -66,6 +70,7 @@ class Piece:
         whole: by name, one tensor over all of ``states[name]``, if they are adjacent.
         scratch: two flat tensors for intermediate results, shared by all pieces of a bucket.
         run: calls a fused kernel with one thread or with all of them.
+        run_operators: the same for a function that calls several operators.
     """
 
     def __init__(
@@ -81,6 +86,7 @@ class Piece:
         self.scratch = [t[: sum(sizes)] for t in scratch]
         self._views = list(self.scratch[0].split(sizes))
         self.run = by_one_thread if sum(sizes) <= SMALL * len(sizes) else by_all_threads
+        self.run_operators = by_one_thread if sum(sizes) <= ALONE else by_all_threads
 
     def of(self, tensors: list[Tensor]) -> list[Tensor]:
         """This piece of a list with one contiguous tensor per parameter."""

@@ -10,6 +10,7 @@ from torch import Tensor
 from ..formulas import optim as formulas
 from .bucket import Bucket
 from .optimizer import Group, MultiTensor
+from .pieces import Piece
 from .rule import Rule
 
 _STATES = ("square_avg", "momentum_buffer", "grad_avg")
@@ -29,19 +30,25 @@ class RMSprop(MultiTensor, torch.optim.RMSprop):
         hyper: dict[str, Any],
         factor: float,
     ) -> None:
-        lr, eps, momentum, alpha = hyper["lr"], hyper["eps"], hyper["momentum"], hyper["alpha"]
         factor = -factor if hyper["maximize"] else factor
         for piece in bucket.pieces:
-            d, (out, root) = piece.direction(grads, factor), piece.scratch
-            if decay := hyper["weight_decay"]:
-                d = torch.add(d, piece.joined(bucket.updated, 1), alpha=decay, out=out)
-            v = piece.whole["square_avg"].mul_(alpha).addcmul_(d, d, value=1 - alpha)
-            if hyper["centered"]:
-                a = piece.whole["grad_avg"].lerp_(d, 1 - alpha)
-                torch.addcmul(v, a, a, value=-1, out=root).sqrt_().add_(eps)
-            else:
-                torch.sqrt(v, out=root).add_(eps)
-            if momentum > 0:
-                piece.subtract(piece.whole["momentum_buffer"].mul_(momentum).addcdiv_(d, root), lr)
-            else:
-                piece.subtract(torch.div(d, root, out=out), lr)
+            piece.run_operators(_update, piece, bucket.updated, grads, hyper, factor)
+
+
+def _update(
+    piece: Piece, params: list[Tensor], grads: list[Tensor], hyper: dict[str, Any], factor: float
+) -> None:
+    lr, eps, momentum, alpha = hyper["lr"], hyper["eps"], hyper["momentum"], hyper["alpha"]
+    d, (out, root) = piece.direction(grads, factor), piece.scratch
+    if decay := hyper["weight_decay"]:
+        d = torch.add(d, piece.joined(params, 1), alpha=decay, out=out)
+    v = piece.whole["square_avg"].mul_(alpha).addcmul_(d, d, value=1 - alpha)
+    if hyper["centered"]:
+        a = piece.whole["grad_avg"].lerp_(d, 1 - alpha)
+        torch.addcmul(v, a, a, value=-1, out=root).sqrt_().add_(eps)
+    else:
+        torch.sqrt(v, out=root).add_(eps)
+    if momentum > 0:
+        piece.subtract(piece.whole["momentum_buffer"].mul_(momentum).addcdiv_(d, root), lr)
+    else:
+        piece.subtract(torch.div(d, root, out=out), lr)

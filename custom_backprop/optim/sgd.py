@@ -10,7 +10,7 @@ from torch import Tensor
 from ..formulas import optim as formulas
 from .bucket import Bucket
 from .optimizer import Group, MultiTensor
-from .pieces import MANY
+from .pieces import MANY, Piece
 from .rule import Rule
 from .threads import by_one_thread
 
@@ -82,14 +82,20 @@ def _loop(bucket: Bucket, grads: list[Tensor], hyper: dict[str, Any], factor: fl
     """The same bits as torch's loop, operator by operator."""
     factor = -factor if hyper["maximize"] else factor
     for piece in bucket.pieces:
-        d, out = piece.direction(grads, factor), piece.scratch[0]
-        if decay := hyper["weight_decay"]:
-            d = torch.add(d, piece.joined(bucket.updated, 1), alpha=decay, out=out)
-        if momentum := hyper["momentum"]:
-            b = piece.whole["momentum_buffer"]
-            if bucket.fresh:
-                b.copy_(d)
-            else:
-                b.mul_(momentum).add_(d, alpha=1 - hyper["dampening"])
-            d = torch.add(d, b, alpha=momentum, out=out) if hyper["nesterov"] else b
-        piece.subtract(d, hyper["lr"])
+        piece.run_operators(_by_operators, piece, bucket, grads, hyper, factor)
+
+
+def _by_operators(
+    piece: Piece, bucket: Bucket, grads: list[Tensor], hyper: dict[str, Any], factor: float
+) -> None:
+    d, out = piece.direction(grads, factor), piece.scratch[0]
+    if decay := hyper["weight_decay"]:
+        d = torch.add(d, piece.joined(bucket.updated, 1), alpha=decay, out=out)
+    if momentum := hyper["momentum"]:
+        b = piece.whole["momentum_buffer"]
+        if bucket.fresh:
+            b.copy_(d)
+        else:
+            b.mul_(momentum).add_(d, alpha=1 - hyper["dampening"])
+        d = torch.add(d, b, alpha=momentum, out=out) if hyper["nesterov"] else b
+    piece.subtract(d, hyper["lr"])

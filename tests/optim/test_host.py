@@ -28,6 +28,7 @@ from torch.optim.optimizer import (
     register_optimizer_step_post_hook,
     register_optimizer_step_pre_hook,
 )
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from custom_backprop import optim
 from custom_backprop.backends.kernels import kernels
@@ -71,20 +72,56 @@ def test_small_tensors_without_threads_give_the_same_bits(
     calls: list[int] = []
 
     def counted(kernel: Any, *args: Any, **options: Any) -> None:
-        calls.append(len(args[0]))
+        calls.append(1)
         threads.by_one_thread(kernel, *args, **options)
 
     kwargs = {**kwargs, "max_grad_norm": clip}
     monkeypatch.setattr(pieces, "PIECE", 2**18)
     monkeypatch.setattr(pieces, "SMALL", -1)
+    monkeypatch.setattr(pieces, "ALONE", -1)
     shared = trained(name, kwargs, shapes)
     monkeypatch.setattr(pieces, "SMALL", 100)
+    monkeypatch.setattr(pieces, "ALONE", 2**16)
     monkeypatch.setattr(pieces, "by_one_thread", counted)
     monkeypatch.setattr(optim.sgd, "by_one_thread", counted)
     alone = trained(name, kwargs, shapes)
     assert all(map(torch.equal, shared, alone))
     if len(set(shapes)) == 1:  # with other shapes, each optimizer decides
         assert calls
+
+
+@pytest.mark.parametrize("name", ["RMSprop", "Lion", "SGD"])
+def test_no_operator_of_a_small_piece_waits_for_another_thread(
+    name: str, two_threads: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A step of several operators on as many elements as two threads would divide."""
+    if threads.openmp_setter() is None:
+        pytest.skip("ATen's threads are not OpenMP's here")
+    seen: set[int] = set()
+
+    class Look(TorchDispatchMode):
+        def __torch_dispatch__(
+            self, func: Any, types: Any, args: Any = (), kwargs: Any = None
+        ) -> Any:
+            seen.add(torch.get_num_threads())
+            return func(*args, **(kwargs or {}))
+
+    options = {"fused": False, "dampening": 0.1} if name == "SGD" else {}
+    options |= {"momentum": 0.9} if name != "Lion" else {}
+    monkeypatch.setattr(pieces, "PIECE", 2**18)
+    for total, expected in ((pieces.ALONE, {1}), (pieces.ALONE + 64, {2})):
+        seen.clear()
+        params = parameters(dtype=torch.float32, shapes=[(64,), (total - 64,)])
+        optimizer = ours(name)(params, lr=0.1, **options)
+        for _ in range(2):
+            for p in params:
+                p.grad = torch.ones_like(p)
+            group, plan, grads = optimizer._work()[0][0]
+            hyper = {key: group[key] for key in optimizer._rule.hyper}
+            plan.buckets[0].pieces  # noqa: B018 (they are made outside of the step's arithmetic)
+            with Look(), torch.no_grad():
+                optimizer._aten(group, plan.buckets[0], grads[0], hyper, 1.0)
+        assert seen == expected
 
 
 def test_the_number_of_threads_is_restored(two_threads: None) -> None:
@@ -301,26 +338,54 @@ def test_the_look_at_the_gradients_is_torchs_own_from_the_third_step_on(
     assert_equal(our.state_dict(), their.state_dict())
 
 
-@needs_kernels
-def test_a_gradient_at_an_odd_address(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Is noticed while it is there: the kernel would read 16 bytes at once. Addresses that have not
-    changed are not sent again."""
-    params, home = [torch.zeros(8, device=DEVICE) for _ in range(2)], torch.zeros(17, device=DEVICE)
-    even, odd = [home[:8], home[8:16]], [home[:8], home[9:]]
+@pytest.fixture
+def table_of_two(monkeypatch: pytest.MonkeyPatch) -> Any:
+    """The kernels' table of two parameters; what it sends; and four lists of gradients, of which
+    the last has an odd address."""
+    params, home = [torch.zeros(8, device=DEVICE) for _ in range(2)], torch.zeros(65, device=DEVICE)
     table = kernels("optim").Table(params, [None, None, None], None)
     sent: list[Any] = []
-    monkeypatch.setattr(
-        table,
-        "_sent",
-        lambda *args: sent.append(args) or kernels("optim").Table._sent(table, *args),
-    )
-    assert [table.see(grads) for grads in (even, even, odd, odd, even)] == [
-        True,
-        True,
-        False,
-        False,
-        True,
-    ]
-    assert len(sent) == 3
-    assert table.table[3].tolist() == [t.data_ptr() for t in even]
-    assert not kernels("optim").Table([home[1:9], params[0]], [None, None, None], None).see(even)
+    on_host = table._on_host
+    monkeypatch.setattr(table, "_on_host", lambda *args: sent.append(args) or on_host(*args))
+    lists = [[home[i : i + 8], home[i + 8 : i + 16]] for i in (0, 16, 32)]
+    return table, sent, [*lists, [home[:8], home[9:17]]]
+
+
+@needs_kernels
+def test_addresses_of_the_last_two_lists_of_gradients_are_not_sent_again(table_of_two: Any) -> None:
+    """And the kernel would read 16 bytes at once of a gradient at an odd address."""
+    table, sent, lists = table_of_two
+    copies = []
+    for i in (0, 0, 1, 0, 1, 1, 2, 1, 2, 0, 3, 0, 3, 3):
+        found, aligned = table.see(lists[i])
+        assert found[3].tolist() == [t.data_ptr() for t in lists[i]]
+        assert aligned == (i < 3)
+        copies.append(len(sent))
+    assert copies == [1, 1, 2, 2, 2, 2, 3, 3, 3, 4, 5, 5, 5, 5]
+    odd = [lists[3][1], table.params[0]]
+    assert not kernels("optim").Table(odd, [None, None, None], None).see(lists[0])[1]
+
+
+@needs_kernels
+def test_a_cuda_graph_has_a_table_to_itself(
+    table_of_two: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A replay writes its table again, from memory that must be as it was. Here the copies are
+    made at once, as in a first replay."""
+    table, _, lists = table_of_two
+    before = table.see(lists[0])[0]
+    with monkeypatch.context() as capturing:
+        capturing.setattr(torch.cuda, "is_current_stream_capturing", lambda: True)
+        capturing.setattr(table, "device", torch.device("cuda"))
+        capturing.setattr(
+            table, "_on_host", lambda values, dtype: torch.tensor(values, dtype=dtype)
+        )
+        captured = [table.see(lists[i])[0] for i in (0, 1, 0)]
+    alive = [t.data_ptr() for t in table._captured]
+    assert len(set(alive)) == 6
+    after = [table.see(lists[i])[0] for i in (0, 1, 2, 1)]
+    assert after[0] is before
+    assert not {t.data_ptr() for t in after} & set(alive)
+    for found, i in zip(captured, (0, 1, 0), strict=True):
+        assert found.data_ptr() in alive
+        assert found[3].tolist() == [t.data_ptr() for t in lists[i]]
