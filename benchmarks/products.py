@@ -1,5 +1,5 @@
 """``python -m benchmarks.products``: our matrix product against the vendor's, plain and with an
-activation, on a GPU.
+activation, on a GPU; and the vendor's with relu in its own epilogue.
 
 With an activation, stock's product is followed by our pass over its result, as in an ordinary call,
 where "triton" is not forced. Writes ``benchmarks/results/products-CARD.md``.
@@ -50,6 +50,23 @@ def ratio(
     return f"{result.ratio:.2f} ({2e-12 * m * n * k / result.ours:.0f})"
 
 
+def epilogue(shape: tuple[int, int, int], seconds: float) -> str:
+    """The vendor's product and our pass / its product with relu in the epilogue, in bfloat16; and
+    whether a NaN is lost there."""
+    m, n, k = shape
+    x, weight = (torch.randn(*s, device="cuda", dtype=DTYPES[0]) for s in ((m, k), (n, k)))
+    bias, passes = torch.randn(n, device="cuda", dtype=DTYPES[0]), kernels("activation")
+    result = compare(
+        lambda: torch._addmm_activation(bias, x, weight.t()),
+        lambda: passes.forward("relu", torch.nn.functional.linear(x, weight, bias)),
+        seconds,
+        "cuda",
+    )
+    bias[0] = torch.nan
+    kept = torch._addmm_activation(bias, x, weight.t())[:, 0].isnan().all()
+    return f"{result.ratio:.2f}" + ("" if kept else ", loses NaN")
+
+
 def main() -> int:
     parser = argparse.ArgumentParser(
         prog="python -m benchmarks.products",
@@ -72,11 +89,12 @@ def main() -> int:
         "Rows x columns x inner size; gelu also stores z. Float32 without TF32. Written by "
         "`python -m benchmarks.products`.",
         "",
-        f"| shape | {' | '.join(columns)} |",
-        "|---" * (len(columns) + 1) + "|",
+        f"| shape | {' | '.join(columns)} | bfloat16 relu, the vendor's epilogue |",
+        "|---" * (len(columns) + 2) + "|",
     ]
     for shape in SHAPES:
         cells = [ratio(shape, dtype, kind, args.seconds) for dtype in DTYPES for kind in KINDS]
+        cells.append(epilogue(shape, args.seconds))
         lines.append(f"| {' x '.join(map(str, shape))} | {' | '.join(cells)} |")
         print(lines[-1], file=sys.stderr, flush=True)
     args.out.mkdir(parents=True, exist_ok=True)

@@ -2,6 +2,11 @@
 
 The products are the vendor's unless ``ours``: on an H100 that was the faster one by a quarter or
 more, and with the activation in our epilogue still (``python -m benchmarks.products``).
+
+An activation is a pass of its own over the product, in place where the derivative needs y alone.
+``torch._addmm_activation`` would save that pass for relu, by cuBLASLt's epilogue. It is not called:
+cuBLASLt documents max(x, 0), and not that NaN stays NaN as in torch's relu. The same benchmark
+shows on a card what it saves, and whether it loses NaN.
 """
 
 from __future__ import annotations

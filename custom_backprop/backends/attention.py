@@ -2,6 +2,10 @@
 
 On a CPU, torch's flash kernel where it knows the bias. Else chunks of rows: a chunk of scores stays
 in cache, and of the keys it meets only those of its band.
+
+On a GPU, our kernels, not torch's operators of FlashAttention and cuDNN: their backward adds to dq
+in whatever order its programs come, unless torch is told to be deterministic, and then cuDNN's may
+not run at all. Ours gives the same bits each time.
 """
 
 from __future__ import annotations
