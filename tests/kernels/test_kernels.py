@@ -258,6 +258,7 @@ def test_a_kernel_short_of_its_goals(monkeypatch):
     assert faults(Pass(88, 16, 0, 24)) == []
     assert faults(Pass(89, 16, 0, 24)) == ["11.1 instructions a number, where 11 is the most"]
     assert faults(Pass(88, 16, 0, 23)) == ["46.0 KB in flight, where 48 is the least"]
+    assert faults(Pass(88, 16, 0, 23), registers=16) != [], "64 warps are the most"
     assert faults(Pass(80, 16, 0, 24, True)) == []
     assert faults(Pass(81, 16, 0, 24, True)) == [
         "10.1 instructions a number in a loop, where 10 is the most"

@@ -78,6 +78,7 @@ def test_what_few_do_costs_the_others_nothing():
     ([load(0), word(FMUL, awaits=[0]), load(1), word(FMUL, awaits=[1])], 16),
     ([load(0), load(0), word(FMUL, awaits=[0])], 32),
     ([word(FMUL, awaits=[0]), multiply, load(0)], 16),
+    ([load(0), word(FMUL, awaits=[0, 1]), load(1)], 32),
     ([multiply, load(0), word(FMUL, awaits=[1]), load(1), word(FMUL, awaits=[0])], 32),
 ])  # fmt: skip
 def test_loads_in_flight(code, most):
