@@ -11,6 +11,7 @@ cheap key of our own, and a launch that finds it goes straight to the driver.
 from __future__ import annotations
 
 import inspect
+import os
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from functools import cache, lru_cache, wraps
@@ -29,8 +30,10 @@ from triton.runtime.jit import JITFunction
 PLANS = 4096
 
 _HIP = torch.version.hip is not None
+_TRITON = tuple(map(int, triton.__version__.split(".")[:2]))
 
 _observers: list[Callable[..., None]] = []
+_pretended = [0]  # the capability of meta tensors' GPU
 
 
 class Launch(Protocol):
@@ -75,11 +78,14 @@ class Kernel:
         self._code: dict[tuple[str, ...], tuple[CodeType, CodeType]] = {}
 
     def launch(
-        self, programs: int, *, num_warps: int = 4, num_stages: int = 3, **named: Any
-    ) -> Launch:
+        self, programs: int, *, num_warps: int = 4, num_stages: int = 3, num_ctas: int = 1,
+        **named: Any,
+    ) -> Launch:  # fmt: skip
         """The launch of ``programs`` programs, all on axis x, whose limit is 2**31 - 1.
 
         Args:
+            num_ctas: blocks of threads that share a program: more than one where
+                :func:`has_clusters` says so.
             named: all of the kernel's constexprs, and its numbers but those that will differ at
                 every call.
 
@@ -93,6 +99,8 @@ class Kernel:
                 f"{self.constexprs}, but was given {[*named, *constants]}"
             )
         options = {"num_warps": num_warps, "num_stages": num_stages}
+        if num_ctas > 1:
+            options["num_ctas"] = num_ctas
         return self._bind(programs, named, options, constants)
 
     def variant(
@@ -243,7 +251,7 @@ def _take_arrays_of_one_element_as_integers() -> None:
         patch(tensor, scope)
         scope.set_attr(tensor, "__index__", lambda self: self.handle.data.item())
 
-    if tuple(map(int, triton.__version__.split(".")[:2])) < (3, 7):
+    if _TRITON < (3, 7):
         interpreter._patch_lang_tensor = patched
 
 
@@ -283,14 +291,19 @@ def _is_bfloat16(a: Any) -> bool:
 
 
 @contextmanager
-def observed(observer: Callable[..., None]) -> Iterator[None]:
+def observed(observer: Callable[..., None], capability: int = 0) -> Iterator[None]:
     """Calls ``observer(kernel, programs, args, constexprs, options)`` before each launch, with the
-    ``@triton.jit`` function. On meta tensors nothing else happens."""
+    ``@triton.jit`` function. On meta tensors nothing else happens; they are those of a GPU of this
+    ``capability``, 90 for 9.0."""
     _observers.append(observer)
+    _pretended.append(capability)
+    has_clusters.cache_clear()
     try:
         yield
     finally:
         _observers.pop()
+        _pretended.pop()
+        has_clusters.cache_clear()
 
 
 @cache
@@ -300,6 +313,20 @@ def multiprocessors(device: torch.device) -> int:
     if device.type == "cuda":
         return torch.cuda.get_device_properties(device).multi_processor_count
     return 132 if device.type == "meta" else 4
+
+
+@cache
+def has_clusters(device: torch.device) -> bool:
+    """Whether several blocks of threads may share a program and read one another's memory: where
+    the GPU has that, Triton's reductions work over it, and CUSTOM_BACKPROP_NO_CLUSTERS is not
+    set."""
+    if os.environ.get("CUSTOM_BACKPROP_NO_CLUSTERS") or _TRITON < (3, 9):
+        return False
+    if device.type == "meta":
+        return _pretended[-1] >= 90
+    if device.type != "cuda" or _HIP or knobs.runtime.interpret:
+        return False
+    return torch.cuda.get_device_capability(device) >= (9, 0)
 
 
 def accumulator(dtype: torch.dtype) -> torch.dtype:

@@ -20,11 +20,14 @@ from torch import Tensor
 from . import elementary
 from .launch import Kernel, Launch, accumulator, cdiv, kernel, next_power_of_2, planned
 
-#: numbers of a block where a row is read in a loop, and programs a multiprocessor: with half as
-#: many, too few loads are under way to hide the memory's latency (1.6 TB/s instead of 2.2 on an
-#: H200, softmax forward of rows of 131072). Two of twice as many numbers and warps do as well, but
-#: of 16 warps ptxas spills some registers
-LOOPED, RESIDENT = 4096, 4
+#: programs a multiprocessor where a row is read in a loop: with half as many, too few loads are
+#: under way to hide the memory's latency (1.6 TB/s instead of 2.2 on an H200, softmax forward of
+#: rows of 131072)
+RESIDENT = 4
+
+#: numbers of a row for each block of a cluster, 16 a thread, so that two blocks or more fit a
+#: multiprocessor: the longest row without a cluster. Of rows too long for 16 blocks twice as many
+SHARED = 8192
 
 
 @dataclass(frozen=True)
@@ -34,25 +37,36 @@ class RowConfig:
     rows: int
     block: int
     num_warps: int
+    num_ctas: int = 1
 
 
-def row_config(n: int, inner: int, dtype: torch.dtype, live: int) -> RowConfig:
+def row_config(
+    n: int, inner: int, dtype: torch.dtype, live: int, clusters: bool = False
+) -> RowConfig:
     """The tile for rows of ``n``, ``inner`` of them side by side, in a kernel that needs ``live``
-    numbers of ``dtype`` for each element at once."""
+    numbers of ``dtype`` for each element at once. With ``clusters`` several blocks of threads may
+    share a row."""
     # at 16 warps, the most that 64-wide warps allow, 64 numbers a thread, half of its registers.
     # One of float64 takes two and its exponential many more; side by side each has an address too
     double, side_by_side = dtype == torch.float64, inner > 1
     most = 32768 // live // (4 if double else 1) // (4 if side_by_side else 1)
     block = next_power_of_2(max(n, 1))
+    if clusters and not (double or side_by_side) and SHARED < block <= min(16 * most, 32 * SHARED):
+        share = max(SHARED // (2 if live > 2 else 1), block // 16)
+        return RowConfig(1, block, min(share // 512, 16), block // share)
     # short rows: enough of them for two 128-bit accesses a thread at 4 warps. Side by side: enough
     # to fill a cache line of 128 bytes
     rows = max(min(2048, most) // block, min(next_power_of_2(inner), 128 // dtype.itemsize))
     looped = rows * block > most
     if looped:
-        block = min(most // 4, LOOPED) // rows
-    # elements a thread: one 128-bit access at least. Side by side in a loop there are two places
+        block = most // 4 // rows
+    # elements a thread: one 128-bit access at least. Side by side in a loop there are two places;
+    # where one number is live there is room for more loads under way
     a_thread = 16 // (2 if double or side_by_side else 1) // (2 if live > 2 else 1)
-    a_thread = a_thread // 2 if looped and side_by_side else a_thread
+    if looped and side_by_side:
+        a_thread //= 2
+    elif looped and live == 1 and not double:
+        a_thread *= 2
     a_thread = max(a_thread, 16 // dtype.itemsize)
     return RowConfig(rows, block, min(max(rows * block // (32 * a_thread), 1), 16))
 
@@ -65,7 +79,7 @@ def far(extent: int) -> bool:
 
 def over_rows(
     kernel: Kernel, shape: tuple[int, ...], strides: Sequence[tuple[int, ...]], dtype: torch.dtype,
-    live: int, count: int, **named: Any,
+    live: int, count: int, clusters: bool = False, /, **named: Any,
 ) -> Launch:  # fmt: skip
     """The launch of a kernel that walks rows: its programs, and those of the numbers and constexprs
     below that it has.
@@ -73,12 +87,12 @@ def over_rows(
     Args:
         shape: (outer, n, inner).
         strides: of each layout that is read or written; the first are s_outer, s_n and s_inner.
-        live: see :func:`row_config`.
+        live, clusters: see :func:`row_config`.
         count: multiprocessors.
         named: the kernel's own numbers and constexprs.
     """
     outer, n, inner = shape
-    c = row_config(n, inner, dtype, live)
+    c = row_config(n, inner, dtype, live, clusters)
     columns = max((n - 1) * s[1] for s in strides)
     extent = max((outer - 1) * s[0] + (inner - 1) * s[2] for s in strides) + columns
     # an offset of 64 bits takes two registers
@@ -95,7 +109,7 @@ def over_rows(
         "ROWS": c.rows, "BLOCK": block,
     }  # fmt: skip
     taken = {k: v for k, v in shared.items() if k in kernel.numbers + kernel.constexprs}
-    return kernel.launch(programs, num_warps=c.num_warps, **taken, **named)
+    return kernel.launch(programs, num_warps=c.num_warps, num_ctas=c.num_ctas, **taken, **named)
 
 
 def rows_of(t: Tensor) -> Tensor:

@@ -12,8 +12,11 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .launch import Launch, kernel, multiprocessors, planned
+from .elementary import half, upcast
+from .launch import Launch, has_clusters, kernel, multiprocessors, planned
 from .rows import (
+    SHARED,
+    exp_of_term,
     lowest,
     online,
     online_of_rows,
@@ -32,9 +35,14 @@ LOG_HALF = tl.constexpr(math.log(0.5))
 def _input(X, place, inside, Y, NEGATE: tl.constexpr):
     """A block of ±x, cast as y is and then to the accumulator's dtype; -inf outside."""
     x = tl.load(X + place, inside, other=float("inf") if NEGATE else float("-inf"))
-    dtype: tl.constexpr = tl.float64 if Y.dtype.element_ty == tl.float64 else tl.float32
-    x = x.to(Y.dtype.element_ty).to(dtype)
+    x = upcast(x.to(Y.dtype.element_ty))
     return -x if NEGATE else x
+
+
+@triton.jit
+def _exp(x, HALF: tl.constexpr):
+    """e^x for x <= 0; in half precision 0 below 2^-126."""
+    return exp_of_term(x) if HALF else tl.exp(x)
 
 
 @kernel
@@ -45,6 +53,7 @@ def _forward(
     BLOCK: tl.constexpr,
 ):  # fmt: skip
     """A row's m = max x and z = Σ e^(x-m), then y."""
+    HALF: tl.constexpr = half(Y)
     dtype: tl.constexpr = tl.float64 if Y.dtype.element_ty == tl.float64 else tl.float32
     first = tl.program_id(0)
     for tile in range(first, tiles if SEVERAL else first + 1, tl.num_programs(0) if SEVERAL else 1):
@@ -62,15 +71,19 @@ def _forward(
         else:
             x = _input(x_start, column * s_n, alive & (column < n), Y, NEGATE)
             m = tl.max(x, 1)
-            z = tl.sum(tl.exp(x - m[:, None]), 1)
+            x -= m[:, None]
+            z = tl.sum(_exp(x, HALF), 1)
         last = tl.cdiv(n, BLOCK) * BLOCK - BLOCK if LOOP else 0
         for back in range(0, n if LOOP else BLOCK, BLOCK):
             place = last - back + column
             inside = alive & (place < n)
             if LOOP:
-                x = _input(x_start, place * s_n, inside, Y, NEGATE)
-            x -= m[:, None]
-            y = x - tl.log(z[:, None]) if LOG else tl.exp(x) / z[:, None]
+                x = _input(x_start, place * s_n, inside, Y, NEGATE) - m[:, None]
+            if LOG:
+                y = x - tl.log(z[:, None])
+            else:
+                e = _exp(x, HALF)
+                y = e * (1 / z)[:, None] if HALF else e / z[:, None]
             write(y_start, place * inner, inside, y)
 
 
@@ -87,6 +100,7 @@ def _backward(
     dy and Σ e^y without the largest, else Σ y (dy - s) and Σ y.
     """
     dtype: tl.constexpr = tl.float64 if Y.dtype.element_ty == tl.float64 else tl.float32
+    HALF: tl.constexpr = half(Y)
     least: tl.constexpr = float("-inf") if LOG else 0.0
     first = tl.program_id(0)
     for tile in range(first, tiles if SEVERAL else first + 1, tl.num_programs(0) if SEVERAL else 1):
@@ -107,7 +121,7 @@ def _backward(
                 larger = y > top
                 if LOG:
                     a += tl.where(larger, s, dy)
-                    b += tl.exp(tl.where(larger, top, y))
+                    b += _exp(tl.where(larger, top, y), HALF)
                 else:
                     a += tl.where(larger, (s - dy) * b, y * (dy - s))
                     b += y
@@ -116,15 +130,15 @@ def _backward(
             inside = alive & (column < n)
             dy = read(dy_start, column * s_n, inside)
             y = read(Y + y_start, column * inner, inside, least)
-            s, top = dy, tl.where(y == y, y, least)
+            s, top = dy, y
             if not LOG:
                 b = y
-        largest = tl.max(top, 1)[:, None]
+        largest = tl.max(tl.where(top == top, top, least), 1)[:, None]
         its = top == largest
         if LOG:
             total = tl.sum(a + s, 1)[:, None]
             others = tl.sum(a + tl.where(its, 0.0, s), 1)[:, None]
-            rest = tl.sum(b + tl.where(its, 0.0, tl.exp(top)), 1)[:, None]
+            rest = tl.sum(b + tl.where(its, 0.0, _exp(top, HALF)), 1)[:, None]
         else:
             dy_k = tl.max(tl.where(its, s, float("-inf")), 1)[:, None]
             total = tl.sum(a + (s - dy_k) * b, 1)[:, None]
@@ -137,7 +151,7 @@ def _backward(
                 y = read(Y + y_start, place * inner, inside)
             if LOG:
                 certain = (y == largest) & (y > LOG_HALF)
-                dx = tl.where(certain, dy * rest - (1 - rest) * others, dy - tl.exp(y) * total)
+                dx = tl.where(certain, dy * rest - (1 - rest) * others, dy - _exp(y, HALF) * total)
             else:
                 dx = y * ((dy - dy_k) - total)
             write(DX + y_start, place * inner, inside, -dx if NEGATE else dx)
@@ -146,15 +160,15 @@ def _backward(
 @planned
 def plan(
     backward: bool, name: str, shape: tuple[int, ...], strides: tuple[int, ...], dtype: torch.dtype,
-    count: int,
+    count: int, clusters: bool = False,
 ) -> Launch:  # fmt: skip
     """Of rows (outer, n, inner), of which x or dy has these strides, on ``count``
-    multiprocessors."""
+    multiprocessors, with or without clusters of blocks."""
     _, n, inner = shape
-    both = [strides, (n * inner, inner, 1)]
-    kernel, live = (_backward, 2) if backward else (_forward, 1)
-    named = {"LOG": name == "log_softmax", "NEGATE": name == "softmin"}
-    return over_rows(kernel, shape, both, dtype, live, count, **named)
+    both, log = [strides, (n * inner, inner, 1)], name == "log_softmax"
+    kernel, live = (_backward, 4 if log and n > SHARED else 2) if backward else (_forward, 1)
+    named = {"LOG": log, "NEGATE": name == "softmin"}
+    return over_rows(kernel, shape, both, dtype, live, count, clusters, **named)
 
 
 def _rows(t: Tensor, dim: int) -> tuple[Tensor, tuple[int, ...], tuple[int, ...]]:
@@ -175,7 +189,8 @@ def forward(name: str, x: Tensor, dim: int, dtype: torch.dtype | None) -> Tensor
     y = torch.empty_like(x, dtype=dtype, memory_format=torch.contiguous_format)
     if x.numel():
         v, shape, strides = _rows(x, dim)
-        plan(False, name, shape, strides, y.dtype, multiprocessors(x.device))(v, y)
+        on = multiprocessors(x.device), has_clusters(x.device)
+        plan(False, name, shape, strides, y.dtype, *on)(v, y)
     return y
 
 
@@ -184,6 +199,6 @@ def backward(name: str, dy: Tensor, y: Tensor, dim: int, dtype: torch.dtype) -> 
     dx = torch.empty_like(y, dtype=dtype, memory_format=torch.contiguous_format)
     if y.numel():
         v, shape, strides = _rows(dy, dim)
-        run = plan(True, name, shape, strides, y.dtype, multiprocessors(y.device))
-        run(v, y.contiguous(), dx)
+        on = multiprocessors(y.device), has_clusters(y.device)
+        plan(True, name, shape, strides, y.dtype, *on)(v, y.contiguous(), dx)
     return dx

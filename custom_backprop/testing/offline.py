@@ -352,14 +352,15 @@ class _Launching(TorchDispatchMode):
         super().__exit__(*exception)
 
 
-def launches(function: Callable[[], Any]) -> list[Launch]:
-    """The launches that ``function`` makes on meta tensors."""
+def launches(function: Callable[[], Any], target: str = "sm_90") -> list[Launch]:
+    """The launches that ``function`` makes on meta tensors, for a GPU."""
     found: list[Launch] = []
 
     def observer(kernel: Any, programs: int, args: Any, constexprs: Any, options: Any) -> None:
         found.append(Launch(kernel, args, constexprs, options))
 
-    with kernels("launch").observed(observer), _Launching():
+    arch = TARGETS[target].arch
+    with kernels("launch").observed(observer, arch if isinstance(arch, int) else 0), _Launching():
         function()
     return found
 
@@ -462,6 +463,6 @@ def compile_calls(functions: Iterable[Callable[[], Any]], target: str) -> list[R
     """Compiles every kernel that these functions launch on meta tensors."""
     compiled: dict[Any, Launch] = {}
     for function in functions:
-        for launch in launches(function):
+        for launch in launches(function, target):
             compiled.setdefault(_compile(launch, target), launch)
     return [_resources(launch, kernel, target) for kernel, launch in compiled.items()]

@@ -256,6 +256,16 @@ def test_a_compiled_kernel_gets_the_arguments_that_triton_gives_it(index, guards
     assert gpus == guards
 
 
+def test_blocks_that_share_a_program(gpus):
+    """Triton compiles for them, and what it packs for the driver says how many; another number is
+    another kernel."""
+    (of, jit), x = compiling(), on_gpu(0)
+    for blocks in (1, 4, 4, 1):
+        launch(of, 7, x, x, 48, BLOCK=16, num_ctas=blocks)
+    assert [options.get("num_ctas") for *_, options in jit.compilations] == [None, 4]
+    assert [call[0] for call in jit.compiled.calls] == [7, 7]
+
+
 def test_a_plan_is_made_once():
     made = []
 

@@ -25,6 +25,10 @@ SPECS = {s.name: s for s in database().values() if s.family == "softmax"}
 each = pytest.mark.parametrize("name", SPECS)
 #: the widest row in one pass and the first in a loop, backward's and forward's
 WIDTHS = {torch.float64: (4096, 4097, 8192, 8193), torch.float32: (16384, 16385, 32768, 32769)}
+#: too long for one block of threads; the interpreter takes its time
+LONG = (65537, 131071, 262144)
+if torch.cuda.is_available():
+    LONG = tuple(2**k + more for k in (15, 16, 17, 18) for more in (-1, 0, 1))
 on_triton = pytest.mark.skipif("triton" not in HERE, reason=str(why_not("triton", DEVICE)))
 
 
@@ -74,10 +78,28 @@ def test_widths_of_several_rows_a_program(name, n):
         same(results(getattr(functional, name), x), expected)
 
 
+@pytest.fixture
+def switched(monkeypatch):
+    """Sets CUSTOM_BACKPROP_NO_CLUSTERS, which is read once."""
+    launch = kernels("launch")
+
+    def switch(value):
+        monkeypatch.setenv("CUSTOM_BACKPROP_NO_CLUSTERS", value)
+        launch.has_clusters.cache_clear()
+
+    yield switch
+    launch.has_clusters.cache_clear()
+
+
 @on_triton
-@pytest.mark.parametrize("n", [*WIDTHS[torch.float64], *WIDTHS[torch.float32], 70000, 262144])
-def test_widths_of_one_row_a_program_and_of_a_loop(n):
-    """In the loop the maximum comes first, and last, and no block's share of a sum may be lost."""
+@pytest.mark.parametrize("n", [*WIDTHS[torch.float64], *WIDTHS[torch.float32], *LONG])
+@pytest.mark.parametrize("switch", ["", "1"])
+def test_widths_of_one_row_a_program_and_of_a_loop(n, switch, switched):
+    """In the loop the maximum comes first, and last, and no block's share of a sum may be lost. On
+    a GPU that has clusters, these rows are shared among blocks, and then, without, in a loop."""
+    if switch and not kernels("launch").has_clusters(torch.device(DEVICE)):
+        pytest.skip("the same again: there are no clusters of blocks here to switch off")
+    switched(switch)
     dtype = torch.float64 if n in WIDTHS[torch.float64] else torch.float32
     x = torch.randn(2, n, dtype=dtype, device=DEVICE)
     x[0, 0], x[1, -1] = 11, 11
@@ -112,6 +134,38 @@ def test_every_regime_is_met():
                 assert inner == 1 or c.rows * dtype.itemsize >= min(128, inner * dtype.itemsize), (
                     "whole cache lines"
                 )
+
+
+@on_triton
+def test_which_rows_blocks_share(switched, monkeypatch):
+    """Those longer than 8192 of a GPU that has clusters, up to 2^18. Never in float64, nor side by
+    side."""
+    seen = []
+
+    def blocks(capability, *shape, dim=-1, dtype=torch.bfloat16):
+        x = torch.empty(shape, device="meta", dtype=dtype, requires_grad=True)
+        with launch.observed(lambda *call: seen.append(call[-1].get("num_ctas", 1)), capability):
+            module = kernels("softmax")
+            y = module.forward("softmax", x, x.dim() + dim, None)
+            module.backward("softmax", y, y, x.dim() + dim, dtype)
+        forward, backward = seen[-2:]
+        assert forward == backward
+        return forward
+
+    launch = kernels("launch")
+    monkeypatch.setattr(launch, "_TRITON", (3, 9))
+    switched("")
+    sizes = (8192, 8193, 2**15, 2**15 + 1, 2**16, 2**17, 2**18, 2**18 + 1)
+    assert [blocks(90, 4, n) for n in sizes] == [1, 2, 4, 8, 8, 16, 16, 1]
+    assert blocks(100, 4, 2**15, dtype=torch.float32) == 4
+    assert blocks(90, 4, 2**15, dtype=torch.float64) == 1
+    assert blocks(90, 4, 2**15, 2, dim=-2) == 1
+    assert blocks(80, 4, 2**15) == blocks(0, 4, 2**15) == 1
+    switched("1")
+    assert blocks(90, 4, 2**15) == 1
+    switched("")
+    monkeypatch.setattr(launch, "_TRITON", (3, 8))
+    assert blocks(90, 4, 2**15) == 1
 
 
 @on_triton
