@@ -98,7 +98,7 @@ def measured(
             run = Trained(twin, batches[0])
             losses[side] = [run.step(batch) for batch in batches]
             trained[side] = run
-        except RuntimeError as error:  # a compiler's too
+        except Exception as error:  # a compiler's too: the other sides are measured
             print(f"{name} {side}: {error}", file=sys.stderr)
             rows[side]["error"] = str(error)
     if not trained:
