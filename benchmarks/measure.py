@@ -5,8 +5,11 @@ from __future__ import annotations
 
 import ctypes
 import statistics
+import subprocess
+import sys
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -79,6 +82,19 @@ def comparison(ours: Sequence[float], stock: Sequence[float]) -> Comparison:
 def clock(call: Callable[..., Any], device: str, prepare: Prepare = tuple) -> Timer:
     """Times calls by the clock; on a GPU until it has finished all of them."""
     return partial(_finished if device == "cuda" else _clocked, call, prepare)
+
+
+@contextmanager
+def busy(processes: int) -> Iterator[list[subprocess.Popen[bytes]]]:
+    """In its block as many other processes compute without end."""
+    command = [sys.executable, "-c", "while True: pass"]
+    started = [subprocess.Popen(command) for _ in range(processes)]
+    try:
+        yield started
+    finally:
+        for process in started:
+            process.kill()
+            process.wait()
 
 
 def reuse_freed_memory() -> bool:

@@ -3,7 +3,7 @@ plot, to ``benchmarks/results/``.
 
 On a CPU there are two tables. ``cpu`` uses the default allocator, as users do, so new memory costs
 page faults. ``cpu-kept``, by ``--allocator kept``, reuses freed memory and so shows the arithmetic
-alone.
+alone. With ``--busy N`` as many other processes compute all the while: ``cpu-busy``.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ from custom_backprop.testing import OpSpec, peak_memory
 from custom_backprop.testing.database import named
 
 from .cases import DIRECTIONS, HUGE, SIZES, pair
-from .measure import Prepare, compare, reuse_freed_memory
+from .measure import Prepare, busy, compare, reuse_freed_memory
 from .plots import heat_map
 from .training import HIDDEN, training_step
 
@@ -65,6 +65,9 @@ def main() -> int:
         default="default",
         help="on a CPU: the default one, or one that reuses freed memory",
     )
+    parser.add_argument(
+        "--busy", type=int, default=0, metavar="N", help="other processes that compute meanwhile"
+    )
     parser.add_argument("--out", type=Path, default=RESULTS, metavar="DIR")
     args = parser.parse_args()
     try:
@@ -74,7 +77,10 @@ def main() -> int:
     sizes = args.sizes or (SIZES if args.device == "cpu" else (*SIZES, HUGE))
     reused = args.device == "cpu" and args.allocator == "kept" and reuse_freed_memory()
     rows: list[dict[str, Any]] = []
-    with progress(len(specs) * len(sizes) * len(DIRECTIONS) + len(HIDDEN), "ratio") as bar:
+    with (
+        busy(args.busy),
+        progress(len(specs) * len(sizes) * len(DIRECTIONS) + len(HIDDEN), "ratio") as bar,
+    ):
         for spec in specs:
             for size in sizes:
                 for direction in DIRECTIONS:
@@ -86,8 +92,11 @@ def main() -> int:
             rows.append(_training(args.device, hidden, args.seconds * 5))
             bar.update()
     name = f"cpu{'-kept' * reused}" if args.device == "cpu" else card()
+    name += "-busy" * bool(args.busy)
     args.out.mkdir(parents=True, exist_ok=True)
     machine = machine_of(args.device)
+    if args.busy:
+        machine["other processes"] = args.busy
     if reused:
         machine["allocator"] = (
             "the C library's, reusing freed memory (no page faults after the first call)"

@@ -11,12 +11,17 @@ from torch import Tensor
 
 from ..formulas.activation import ACTIVATIONS, SELU_ALPHA, SELU_SCALE, Activation
 from ..formulas.precision import rounded_once
+from . import tasks
 from .library import Primitive, builtin, fold_batch, launcher, primitive
 
 aten, nn = torch.ops.aten, torch._C._nn
 _threshold_backward = builtin(aten.threshold_backward)
 _hardtanh_backward = builtin(aten.hardtanh_backward)
 _elu_backward = builtin(aten.elu_backward)
+
+
+#: elements of a chunk: 1 MiB of float32
+CHUNK = 2**18
 
 
 class Aten(NamedTuple):
@@ -65,8 +70,14 @@ def _tanhshrink(x):
 
 @rounded_once
 def _tanhshrink_backward(dy, x):
-    t = torch.tanh(x)
-    return t.mul_(t).mul_(dy)
+    dx = torch.empty_like(x)
+
+    def work(chunk, _):
+        x, dy, t = chunk
+        torch.tanh(x, out=t).mul_(t).mul_(dy)
+
+    tasks.each(x.device, work, tasks.cut(CHUNK, x, dy, dx))
+    return dx
 
 
 @rounded_once

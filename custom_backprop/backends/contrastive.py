@@ -33,7 +33,7 @@ def _triplet_forward(a, p, n, margin, order, eps, swap, reduction):
         for (x, y), out in zip(formula.pairs(a_, p_, n_, swap), d, strict=True):
             out[part] = torch.linalg.vector_norm(torch.sub(x, y).add_(eps), order, dim=-1)
 
-    tasks.each(work, slices(len(flat[0]), flat[0].shape[1], CHUNK))
+    tasks.each(a.device, work, slices(len(flat[0]), flat[0].shape[1], CHUNK))
     d = d.view(len(d), *a.shape[:-1])
     return reduced(formula.hinge(d, margin).clamp_min_(0), reduction).to(a.dtype), d
 
@@ -57,7 +57,7 @@ def _triplet_backward(dy, a, p, n, d, margin, order, eps, swap, reduction, needs
             if grad is not None:
                 grad.view(flat[0].shape)[part] = result
 
-    tasks.each(work, slices(len(flat[0]), flat[0].shape[1], CHUNK))
+    tasks.each(a.device, work, slices(len(flat[0]), flat[0].shape[1], CHUNK))
     return tuple(grads)
 
 
@@ -103,7 +103,7 @@ def _info_nce(q, k, n, temperature, symmetric, reduction, makes_G):
         if makes_G:
             G[part] = P.scatter_(1, t, others.neg_()).div_(temperature)
 
-    tasks.each(work, slices(count, width, SIMILARITIES))
+    tasks.each(q.device, work, slices(count, width, SIMILARITIES))
     return reduced(losses, reduction).to(q.dtype), G
 
 

@@ -118,7 +118,7 @@ def _walk(x, q, dy, losses, statistics, dx, dtarget):
         if dx is not None and not over_dx:
             dx[rows] = p
 
-    tasks.each(work, _chunks(x))
+    tasks.each(x.device, work, _chunks(x))
 
 
 def _fill_hard(z, p, _, q, rows, k, losses, statistics, dx, __):
@@ -198,7 +198,7 @@ def _classes(x, target, weight, reduction, ignore_index):
         aten._log_softmax.out(z, 1, False, out=log_p)
         return nll.forward_aten(log_p, target[rows], weight, of_part, ignore_index)
 
-    losses, totals = zip(*tasks.each(work, _chunks(x)), strict=True)
+    losses, totals = zip(*tasks.each(x.device, work, _chunks(x)), strict=True)
     if reduction == NONE:
         return torch.cat(losses).to(x.dtype)
     loss = torch.stack(losses).sum()

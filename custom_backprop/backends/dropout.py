@@ -38,7 +38,7 @@ def _in_chunks(x, residual, seed, p, scale, add, instead, dtype):
             t.mul_(m)
         out.copy_(t) if r is None else torch.add(t, r, out=out)
 
-    tasks.each(work, zip(chunks, residuals, _chunks(y), words, strict=True))
+    tasks.each(x.device, work, zip(chunks, residuals, _chunks(y), words, strict=True))
     return y if x.is_contiguous() else torch.empty_like(x, dtype=dtype).copy_(y)
 
 

@@ -8,7 +8,6 @@ tensors does.
 
 from __future__ import annotations
 
-import itertools
 import math
 from collections.abc import Callable
 from functools import partial
@@ -214,22 +213,6 @@ def _plain(loss, x, v, w, parameters):
     return loss.name != "poisson_nll_loss" or parameters[:2] == (True, False)
 
 
-def _chunks(size, x, *others):
-    """The tensors, all of the shape of x, cut alike into chunks of about ``size`` elements; beside
-    them numbers (0-D) and None stay whole."""
-    tensors, n = (x, *others), x.numel()
-    if n <= size:
-        return (tensors,)
-    cut = [t for t in tensors if t is not None and t.dim()]
-    flat = all(t.is_contiguous() for t in cut)
-    step = size if flat else max(1, size * x.shape[0] // n)
-    parts = (
-        itertools.repeat(t) if t is None or not t.dim() else (t.view(-1) if flat else t).split(step)
-        for t in tensors
-    )
-    return zip(*parts, strict=False)
-
-
 def _forward(loss, x, t, v, w, reduction, make_dx, *parameters):
     if x.device.type != "cpu":
         return loss.forward(x, t, v, w, reduction, make_dx, *parameters)
@@ -247,7 +230,9 @@ def _forward(loss, x, t, v, w, reduction, make_dx, *parameters):
             return total_of(xs, ts, vs, scale, gs, *parameters)
 
         size = CHUNK if loss.name == "binary_cross_entropy_with_logits" else ONE
-        return _reduced(x, sum(tasks.each(add, _chunks(size, x, t, v, dx))), reduction), dx
+        return _reduced(
+            x, sum(tasks.each(x.device, add, tasks.cut(size, x, t, v, dx))), reduction
+        ), dx
     dtype = wide(x.dtype)
     k = x.new_full((), scale, dtype=dtype)
     y = torch.empty_like(x) if reduction == NONE else None
@@ -260,7 +245,7 @@ def _forward(loss, x, t, v, w, reduction, make_dx, *parameters):
         fill(xs, ts, vs, ws, k, ys, gs, *parameters)
         return ys.sum().item() if y is None else None
 
-    totals = tasks.each(work, _chunks(CHUNK, x, t, v, w, y, dx))
+    totals = tasks.each(x.device, work, tasks.cut(CHUNK, x, t, v, w, y, dx))
     return _reduced(x, sum(totals), reduction) if y is None else y, dx
 
 
@@ -297,7 +282,7 @@ def _backward(loss, dy, x, t, v, w, reduction, needs, *parameters):
                 if out is not None:
                     out.copy_(grad)
 
-    tasks.each(work, _chunks(CHUNK, x, t, v, w, k, filled, *outs))
+    tasks.each(x.device, work, tasks.cut(CHUNK, x, t, v, w, k, filled, *outs))
     if negated:
         torch.neg(filled, out=dt)
     return grads

@@ -37,7 +37,7 @@ def _backward(dy, x, weight, need_x, need_weight):
             return formula.summed(widen(x_part.clamp_max(0).mul_(dy_part)), weight)
         return None
 
-    sums = tasks.each(work, _parts(dy, x, x if dx is None else dx))
+    sums = tasks.each(x.device, work, _parts(dy, x, x if dx is None else dx))
     return dx, torch.stack(sums).sum(0).to(weight.dtype) if need_weight else None
 
 

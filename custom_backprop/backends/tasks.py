@@ -17,7 +17,7 @@ import functools
 import os
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
-from itertools import chain, islice
+from itertools import chain, islice, repeat
 from threading import Lock
 from typing import Any
 
@@ -33,18 +33,20 @@ Memory = list[Tensor]
 FEWEST = 4
 
 
-def each(work: Callable[[Any, Memory], Any], chunks: Iterable[Any]) -> list[Any]:
-    """``work(chunk, memory)`` of each chunk, in their order.
+def each(
+    device: torch.device, work: Callable[[Any, Memory], Any], chunks: Iterable[Any]
+) -> list[Any]:
+    """``work(chunk, memory)`` of each chunk of tensors on ``device``, in their order.
 
     Chunks are taken in their order, one at a time, also from a generator. The calling thread walks
     alone, and ATen divides the calls as ever, where there are few chunks; where there is one
-    thread, as in a walk inside another; and where somebody watches, because modes and profilers
-    watch their own thread only.
+    thread, as in a walk inside another; where somebody watches, because modes and profilers watch
+    their own thread only; and on a GPU, whose current stream is a thread's own.
     """
     chunks = iter(chunks)
     first = list(islice(chunks, FEWEST))
     chunks = chain(first, chunks)
-    threads = torch.get_num_threads()
+    threads = torch.get_num_threads() if device.type == "cpu" else 1
     if len(first) < FEWEST or threads == 1 or openmp_setter() is None or _is_watched():
         memory: Memory = []
         return [work(chunk, memory) for chunk in chunks]
@@ -58,6 +60,22 @@ def scratch(
     if not memory:
         memory.extend(torch.empty_like(like, dtype=dtype) for _ in range(count))
     return [t if t.shape == like.shape else t[: len(like)] for t in memory]
+
+
+def cut(size: int, x: Tensor, *others: Tensor | None) -> Iterable[tuple[Any, ...]]:
+    """The tensors, all of the shape of x, cut alike into chunks of about ``size`` elements; beside
+    them numbers (0-D) and None stay whole."""
+    tensors, n = (x, *others), x.numel()
+    if n <= size:
+        return (tensors,)
+    shaped = [t for t in tensors if t is not None and t.dim()]
+    flat = all(t.is_contiguous() for t in shaped)
+    step = size if flat else max(1, size * x.shape[0] // n)
+    parts = (
+        repeat(t) if t is None or not t.dim() else (t.view(-1) if flat else t).split(step)
+        for t in tensors
+    )
+    return zip(*parts, strict=False)
 
 
 class _Walk:

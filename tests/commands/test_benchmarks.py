@@ -47,6 +47,13 @@ def test_an_op_that_fails_costs_one_row(monkeypatch, capsys):
     assert "| relu | failed |" in report._markdown({}, [row], "name")
 
 
+def test_other_processes_end_with_the_block():
+    measure = importlib.import_module("benchmarks.measure")
+    with measure.busy(2) as started:
+        assert [process.poll() for process in started] == [None, None]
+    assert all(process.returncode for process in started)
+
+
 @pytest.fixture
 def models(monkeypatch, tmp_path):
     """``benchmarks.models``, and its main() with options. Results go to tmp_path."""

@@ -24,6 +24,8 @@ pytestmark = pytest.mark.skipif(
     tasks.openmp_setter() is None, reason="ATen's threads are not OpenMP's here"
 )
 
+CPU = torch.device("cpu")
+
 #: from so many elements on ATen divides a call among threads
 GRAIN = 2**15
 
@@ -43,7 +45,7 @@ def ident(*_: Any) -> int:
 
 
 def walkers(chunks: int = 12) -> set[int]:
-    return set(tasks.each(ident, range(chunks)))
+    return set(tasks.each(CPU, ident, range(chunks)))
 
 
 def test_threads_share_the_chunks_and_results_are_in_their_order() -> None:
@@ -53,7 +55,7 @@ def test_threads_share_the_chunks_and_results_are_in_their_order() -> None:
         time.sleep(0.005 * (chunk % 2))
         return chunk, len(memory)
 
-    found = tasks.each(work, range(20))
+    found = tasks.each(CPU, work, range(20))
     assert [chunk for chunk, _ in found] == list(range(20))
     assert 20 / 3 <= max(times for _, times in found) < 20  # each thread has memory of its own
     assert torch.get_num_threads() == 3
@@ -69,7 +71,8 @@ def test_who_walks_alone() -> None:
         assert walkers() == me
     with torch.autocast("cpu"):
         assert walkers() == me
-    assert tasks.each(lambda *_: walkers() == {threading.get_ident()}, range(6)) == [True] * 6
+    assert tasks.each(CPU, lambda *_: walkers() == {threading.get_ident()}, range(6)) == [True] * 6
+    assert set(tasks.each(torch.device("meta"), ident, range(6))) == me
     torch.set_num_threads(1)
     assert walkers() == me
 
@@ -84,7 +87,7 @@ def test_an_exception_reaches_the_caller_and_ends_the_walk() -> None:
             raise ZeroDivisionError
 
     with pytest.raises(ZeroDivisionError) as found:
-        tasks.each(work, range(100))
+        tasks.each(CPU, work, range(100))
     assert "in work" in "".join(traceback.format_tb(found.tb))
     assert len(begun) < 10
     assert torch.get_num_threads() == 3
@@ -100,9 +103,9 @@ def test_after_a_fork_there_are_new_threads() -> None:
             return threading.get_ident()
 
         torch.set_num_threads(2)
-        count = len(set(tasks.each(ident, range(10))))
+        count = len(set(tasks.each(torch.device('cpu'), ident, range(10))))
         if not (child := os.fork()):
-            os._exit(10 * count + len(set(tasks.each(ident, range(10)))))
+            os._exit(10 * count + len(set(tasks.each(torch.device('cpu'), ident, range(10)))))
         print(os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]))
     """
     assert int(python(code)) == 22
@@ -138,6 +141,7 @@ CASES: dict[str, tuple[Callable[..., Tensor], tuple[Tensor, ...]]] = {
     "triplet_margin_loss": (F.triplet_margin_loss, (*PAIR, many(2**20).view(2**10, -1))),
     "info_nce": (F.info_nce, (many(2**11, 8), many(2**11, 8).flip(1))),
     "dropout": (partial(F.dropout, seed=torch.tensor(3)), PAIR[:1]),
+    "tanhshrink": (F.tanhshrink, PAIR[:1]),
     "prelu": (F.prelu, (PAIR[0] - 0.5, many(1))),
     **{name: (partial(getattr(F, name), reduction="sum"), PAIR) for name in NAMES},
 }
