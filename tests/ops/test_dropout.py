@@ -43,9 +43,9 @@ def found_mask(name, x, y):
 
 
 def words_of(seed, counter):
-    """Philox 4x32-10 as it is published, on Python's integers."""
+    """Philox 4x32-7 as it is published, on Python's integers."""
     c, k = list(counter), list(seed)
-    for _ in range(10):
+    for _ in range(7):
         first, second = 0xD2511F53 * c[0], 0xCD9E8D57 * c[2]
         c = [second >> 32 ^ c[1] ^ k[0], second % 2**32, first >> 32 ^ c[3] ^ k[1], first % 2**32]
         k = [(k[0] + 0x9E3779B9) % 2**32, (k[1] + 0xBB67AE85) % 2**32]
@@ -54,9 +54,9 @@ def words_of(seed, counter):
 
 def test_words_are_philoxs():
     """The known answers of Random123 hold for the words above, and those are ours."""
-    assert words_of((0, 0), (0, 0, 0, 0)) == [0x6627E8D5, 0xE169C58D, 0xBC57AC4C, 0x9B00DBD8]
+    assert words_of((0, 0), (0, 0, 0, 0)) == [0x5F6FB709, 0x0D893F64, 0x4F121F81, 0x4F730A48]
     pi = (0x243F6A88, 0x85A308D3, 0x13198A2E, 0x03707344)
-    answer = [0xD16CFE09, 0x94FDCCEB, 0x5001E420, 0x24126EA1]
+    answer = [0x4DFCCABA, 0x190A87F0, 0xC47362BA, 0xB6B5242A]
     assert words_of((0xA4093822, 0x299F31D0), pi) == answer
     for seed in (0, 7, 2**63 - 25, -3):
         counter = torch.tensor([0, 1, 2**32 - 1, 2**32, 2**61 + 12345])
