@@ -19,10 +19,11 @@ from torch import Tensor
 from ..formulas.loss import LOG_0, LOSSES, NONE, SUM, Loss, divisor_of, weighted
 from ..formulas.precision import HALF, wide, widen
 from . import tasks
-from .library import P, Primitive, R, empty_if, launcher, primitive
+from .library import P, Primitive, R, builtin, empty_if, launcher, primitive
 from .selection import functorch_active, is_traced
 
 aten = torch.ops.aten
+_squares = builtin(aten.mse_loss, "out")
 
 #: elements of a chunk: 1 MiB of float32, beside which the cost of the calls is small
 CHUNK = 2**18
@@ -118,7 +119,7 @@ ROW, ROWS = 2**7, 2**15
 def _mse_loss(x, t, v, k, y, g):
     """Where 2 d may overflow and 2 k d does not."""
     if y is not None:
-        aten.mse_loss.out(x, t, NONE, out=y)
+        _squares(x, t, NONE, out=y)
     if g is not None:
         torch.sub(x, t, out=g).mul_(2 * k)
 

@@ -10,20 +10,23 @@ import torch
 
 from ..formulas import norm as formula
 from ..formulas.precision import HALF, wide
-from .library import P, R, launcher, primitive
+from .library import P, R, builtin, launcher, primitive
 
 aten = torch.ops.aten
+_layer_norm = builtin(aten.native_layer_norm)
+_layer_norm_backward = builtin(aten.native_layer_norm_backward)
+_vector_norm = builtin(aten.linalg_vector_norm)
 
 
 def _forward(x, weight, bias, eps, kind):
     if not x.numel() or x.dtype in HALF:
         return formula.norm(x, weight, bias, eps, kind)  # ATen's statistics would be of x's dtype
     if kind == "layer":
-        return aten.native_layer_norm.default(x, x.shape[-1:], weight, bias, eps)
+        return _layer_norm(x, x.shape[-1:], weight, bias, eps)
     w = weight if weight is None or kind != "gemma" else formula.factor(weight, kind)
     if w is not None and w.dtype != x.dtype:
         return formula.norm(x, weight, bias, eps, kind)
-    norm = aten.linalg_vector_norm.default(x, 2, (-1,), True)  # ATen's rms_norm writes x²
+    norm = _vector_norm(x, 2, (-1,), True)  # ATen's rms_norm writes x²
     rstd = norm.square_().div_(x.shape[-1]).add_(eps).rsqrt_()
     y = x * rstd
     return y if w is None else y.mul_(w), None, rstd
@@ -37,7 +40,7 @@ def _backward(dy, x, weight, mean, rstd, kind, *needs):
     mean = mean.contiguous() if kind == "layer" else torch.zeros_like(rstd)
     # of a bias it reads no more than whether there is one
     like = x.new_empty(x.shape[-1:]) if w is None else w
-    dx, dw, db = aten.native_layer_norm_backward.default(
+    dx, dw, db = _layer_norm_backward(
         dy, x, x.shape[-1:], mean, rstd, w, like if needs[2] else None, needs
     )
     if needs[0] and kind != "layer":  # r Σ g / n, which it took out
