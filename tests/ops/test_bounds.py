@@ -50,7 +50,7 @@ CALLS = {
     "softmax": (39, 44, 36),
     "mse_loss": (69, 84, 36),
     "cross_entropy": (72, 90, 35),
-    "layer_norm": (58, 63, 69),
+    "layer_norm": (58, 63, 68),
     "linear": (34, 39, 53),
 }
 
