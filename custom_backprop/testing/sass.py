@@ -81,8 +81,8 @@ class Pass:
     Attributes:
         instructions: machine instructions.
         loaded, stored: bytes from and to global memory.
-        in_flight: most bytes of the loads that nothing has waited for yet. Those to shared memory are
-            taken to be under way for two rounds of a loop.
+        in_flight: most bytes of the loads that nothing has waited for yet. Those to shared memory
+            are taken to be under way for two rounds of a loop.
         loop: whether it is a round of a loop.
     """
 
