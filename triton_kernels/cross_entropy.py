@@ -1,4 +1,5 @@
-"""cross_entropy: kernels on ``rows.py`` and their launchers.
+"""cross_entropy: the kernels for a target of classes, on ``rows.py``, and the launchers. A target
+that is spread over the classes has kernels of its own, in ``soft_cross_entropy.py``.
 
 x is (N, C) or (N, C, D), reduced over C; a row is one (n, d), its number is n * D + d. Losses of
 rows meet in a partial sum a program and one sum of those: no atomics, the same bits every time.
@@ -7,22 +8,34 @@ Nothing is read by the host. Formulas: ``custom_backprop/formulas/cross_entropy.
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
 from . import rows as row_kernels
-from .elementary import expm1, log1p_positive
+from . import soft_cross_entropy
+from .elementary import exp_less, exp_unit, expm1, half, log1p_positive
 from .launch import Launch, kernel, multiprocessors, planned
-from .nll import MEAN, NONE, class_of, share_of, total_weight, view_of
+from .nll import (
+    MEAN,
+    NONE,
+    class_of,
+    logit_of,
+    parts_of,
+    share_of,
+    store_sums,
+    total_of,
+    view_of,
+    weights_of_rows,
+)
 from .pointwise import like
 from .rows import (
     lowest,
     online,
     online_of_rows,
-    online_rest,
-    online_rest_of_rows,
     online_start,
     over_rows,
     read,
@@ -38,213 +51,123 @@ FEW = 1024
 
 
 @triton.jit
-def _soft(
-    TARGET, WEIGHT, s_n, place, inside, n,
-    PROBABILITIES: tl.constexpr, SMOOTHING: tl.constexpr, dtype: tl.constexpr,
-):  # fmt: skip
-    """u of a block, 0 outside: the part of the target that is spread over the classes."""
-    u = tl.full(place.shape, SMOOTHING, dtype) / n
-    if PROBABILITIES:
-        u += tl.load(TARGET + place * s_n, inside, other=0.0).to(dtype) * (1 - SMOOTHING)
-    if WEIGHT is not None:
-        u *= tl.load(WEIGHT + place, place < n, other=0.0).to(dtype)
-    return tl.where(inside, u, 0.0)
-
-
-@triton.jit
-def _logit_of(X, start, t, s_n):
-    """x_t of each row, -inf where it has no class."""
-    return tl.sum(read(X, start + (t * s_n)[:, None], (t >= 0)[:, None], float("-inf")), 1)
+def _at(x, column, chosen, value):
+    """x of a block with ``value`` where the column is the chosen one; of one row, nothing is
+    compared in a block without it."""
+    if x.shape[0] > 1:
+        return tl.where(column == chosen, value, x)
+    at = tl.sum(chosen)
+    if (at >= 0) & (at < x.shape[1]):
+        x = tl.where(column == chosen, value, x)
+    return x
 
 
 @kernel
 def _forward(
-    X, TARGET, WEIGHT, TOTAL, LOSS, DX, LARGEST, LOG_SUM, SHARES, OTHERS,
+    X, TARGET, WEIGHT, TOTAL, LOSS, WEIGHTS, DX, LARGEST, LOG_SUM,
     rows, n, inner, tiles, s_outer, s_n, s_inner, ignore_index,
-    PROBABILITIES: tl.constexpr, SMOOTHING: tl.constexpr, MEAN: tl.constexpr, REDUCE: tl.constexpr,
-    ALL: tl.constexpr, SEVERAL: tl.constexpr, LOOP: tl.constexpr, WIDE: tl.constexpr,
-    WIDE_COLUMNS: tl.constexpr, ALIGNED: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr,
+    MEAN: tl.constexpr, REDUCE: tl.constexpr, PARTS: tl.constexpr, SEVERAL: tl.constexpr,
+    LOOP: tl.constexpr, WIDE: tl.constexpr, WIDE_COLUMNS: tl.constexpr, ALIGNED: tl.constexpr,
+    ROWS: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
-    """The loss of each row, or their sum a program; dx for a dy of 1; m, log z = log Σ e^(x-m), and
-    of probabilities Q and T.
+    """The loss of each row, or their sum a program and that of their weights, by which a mean
+    divides; dx for a dy of 1; m and log z = log Σ e^(x-m).
 
-    With q the target's share of a class and Q its sum, loss = -Σ q log p and dx = Q p - q. The
-    class of a hard target is left out of z's sum, since 1 - p_t is the rest over z; of
-    probabilities the largest x is, and out of T, the sum of q: nothing cancels.
+    With w the weight of class t, loss = -w log p_t, dx = w p, and dx_t = -w (1 - p_t). Class t is
+    left out of z's sum, since 1 - p_t is the rest over z: nothing cancels.
     """
-    SOFT: tl.constexpr = PROBABILITIES or SMOOTHING > 0
     dtype: tl.constexpr = tl.float64 if X.dtype.element_ty == tl.float64 else tl.float32
-    share = tl.full((), 1, dtype)  # what a mean multiplies by
-    if MEAN:
-        if PROBABILITIES:
-            share /= rows
-        elif ALL > 0:
-            every = tl.arange(0, ALL)
-            of_all = class_of(TARGET, WEIGHT, every, every < rows, n, ignore_index, False, dtype)
-            share /= tl.sum(of_all[2])
-        else:
-            share /= tl.load(TOTAL).to(dtype)
-    losses = tl.zeros((ROWS,), dtype)
+    HALF: tl.constexpr = half(X)
+    share = tl.full((), 1, dtype)
+    if MEAN and DX is not None:
+        share /= total_of(TARGET, WEIGHT, TOTAL, rows, n, ignore_index, PARTS, dtype)
+    losses, weights = tl.zeros((ROWS,), dtype), tl.zeros((ROWS,), dtype)
     first = tl.program_id(0)
     for tile in range(first, tiles if SEVERAL else first + 1, tl.num_programs(0) if SEVERAL else 1):
         row, alive, column = tile_of(tile, rows, ROWS, BLOCK, WIDE, WIDE_COLUMNS)
         start = start_of(row, inner, s_outer, s_inner)
-        Q = TARGET + start if PROBABILITIES else TARGET
         # what is read row by row, before what takes longest
-        t, counted, w = class_of(TARGET, WEIGHT, row, alive, n, ignore_index, PROBABILITIES, dtype)
-        hard, chosen = w * (1 - SMOOTHING), t.to(column.dtype)[:, None]
-        x_t = _logit_of(X, start, t, s_n)
-        u = tl.zeros((ROWS, BLOCK), dtype)
-        top = tl.zeros((ROWS, BLOCK), dtype)  # of probabilities, that of the largest x, not in u
-        if LOOP and PROBABILITIES:
-            of_lane = tl.full((ROWS, BLOCK), lowest(dtype), dtype)
-            rest = tl.full((ROWS, BLOCK), -1, dtype)
-            for done in range(0, n, BLOCK):
-                place = done + column
-                inside = alive[:, None] & (place < n)
-                x = read(X + start, place * s_n, inside, float("-inf"))
-                q = _soft(Q, WEIGHT, s_n, place, inside, n, PROBABILITIES, SMOOTHING, dtype)
-                u += tl.where(x > of_lane, top, q)
-                top = tl.where(x > of_lane, q, top)
-                of_lane, rest = online_rest(of_lane, rest, x, False)
-            m, rest = online_rest_of_rows(of_lane, rest, False)
-            u += tl.where(of_lane == m[:, None], 0.0, top)
-            top = tl.where(of_lane == m[:, None], top, 0.0)
-        elif LOOP:
+        t, counted, w = class_of(TARGET, WEIGHT, row, alive, n, ignore_index, dtype)
+        chosen = t.to(column.dtype)[:, None]
+        x_t = logit_of(X, start, t, s_n)
+        if LOOP:
             m, z = online_start(X, ROWS, BLOCK, dtype)
-            for done in range(0, n, BLOCK):
+            for done in range(0, n * tl.max(counted.to(tl.int32)), BLOCK):
                 place = done + column
-                inside = alive[:, None] & (place < n)
-                x = read(X + start, place * s_n, inside, float("-inf"))
-                m, z = online(m, z, tl.where(column == chosen - done, float("-inf"), x), ALIGNED)
-                if SOFT:
-                    u += _soft(Q, WEIGHT, s_n, place, inside, n, PROBABILITIES, SMOOTHING, dtype)
+                x = read(X + start, place * s_n, alive[:, None] & (place < n), float("-inf"))
+                m, z = online(m, z, _at(x, column, chosen - done, float("-inf")), ALIGNED)
             others, z = online_of_rows(m, z)
             m = tl.maximum(others, x_t)
-            rest = z * tl.exp(others - m)
+            rest = z * exp_less(others, m)
         else:
-            inside = alive[:, None] & (column < n)
-            x = read(X + start, column * s_n, inside, float("-inf"))
+            x = read(X + start, column * s_n, alive[:, None] & (column < n), float("-inf"))
             m = tl.maximum(tl.max(x, 1), lowest(dtype))
-            x -= m[:, None]
-            e = tl.exp(x)
-            apart = x == 0 if PROBABILITIES else column == chosen
-            rest = tl.sum(tl.where(apart, 0.0, e), 1)
-            if PROBABILITIES:
-                rest += tl.sum(tl.where(apart, 1.0, 0.0), 1) - 1  # more than 0 if several are equal
-            if SOFT:
-                q = _soft(Q, WEIGHT, s_n, column, inside, n, PROBABILITIES, SMOOTHING, dtype)
-                u = tl.where(apart, 0.0, q) if PROBABILITIES else q
-                top = tl.where(apart, q, 0.0)
-        soft = tl.sum(u, 1) if SOFT else tl.zeros((ROWS,), dtype)
-        e_t = tl.exp(x_t - m)
-        z = rest + (1 if PROBABILITIES else e_t)
-        certain = (rest < 1) & ((rest >= 0) if PROBABILITIES else (x_t == m))
+            # of class t the lowest number, which the sum leaves out and dx replaces by -rest
+            e = exp_less(x, m[:, None], HALF)
+            e = tl.where(column == chosen, 0.0 if DX is None else lowest(dtype), e)
+            of_others = e if DX is None else tl.maximum(e, 0.0, propagate_nan=tl.PropagateNan.ALL)
+            rest = tl.sum(of_others, 1) * exp_unit(m, HALF)
+        z = rest + exp_less(x_t, m)
+        certain = (rest < 1) & (x_t == m)
         log_z = tl.where(certain, log1p_positive(tl.where(certain, rest, 0.0)), tl.log(z))
-        loss = hard * (log_z + tl.where(t < 0, 0.0, m - x_t))
+        loss = tl.where(counted, w * (log_z + tl.where(t < 0, 0.0, m - x_t)), 0.0)
+        if REDUCE:
+            losses += loss
+            weights += w
+        else:
+            tl.store(LOSS + row, loss.to(LOSS.dtype.element_ty), alive)
         if LARGEST is not None:
             tl.store(LARGEST + row, m, alive)
             tl.store(LOG_SUM + row, log_z, alive)
-        share_p = share / z
-        of_t = share_p * (e_t * soft - rest * hard)
-        if PROBABILITIES:
-            others = soft
-            soft += tl.sum(top, 1)
-            of_t = share * others - share_p * rest * soft
-            if LARGEST is not None:
-                tl.store(SHARES + row, soft, alive)
-                tl.store(OTHERS + row, others, alive)
-        of_p = (share_p * (hard + soft))[:, None]
-        if SOFT or DX is not None:
-            soft_loss = tl.zeros((ROWS, BLOCK), dtype)
-            last = tl.cdiv(n, BLOCK) * BLOCK - BLOCK if LOOP else 0
-            for back in range(0, n if LOOP else BLOCK, BLOCK):
-                begin = last - back
-                place = begin + column
-                inside = alive[:, None] & (place < n)
-                if LOOP:
-                    x = read(X + start, place * s_n, inside) - m[:, None]
-                    e = tl.exp(x)
-                dx = e * of_p
-                if not PROBABILITIES:
-                    dx = tl.where(column == chosen - begin, of_t[:, None], dx)
-                if SOFT:
-                    if LOOP:
-                        q = _soft(Q, WEIGHT, s_n, place, inside, n, PROBABILITIES, SMOOTHING, dtype)
-                    soft_loss += tl.where(inside, q * (x - log_z[:, None]), 0.0)
-                    dx -= share * q
-                if PROBABILITIES:
-                    dx = tl.where((x == 0) & certain[:, None], of_t[:, None], dx)
-                if DX is not None:
-                    dx = tl.where(counted[:, None], dx, 0.0)
-                    write(DX + start, place * s_n, inside, dx)
-            loss -= tl.sum(soft_loss, 1)
-        loss = tl.where(counted, loss, 0.0)
-        if REDUCE:
-            losses += loss * share
-        else:
-            tl.store(LOSS + row, loss.to(LOSS.dtype.element_ty), alive)
+        if DX is not None:
+            m, rest = tl.where(counted, m, 0.0), tl.where(counted, rest, 0.0)
+            unit = exp_unit(m, HALF)
+            of_p = tl.where(counted, share * w * (unit / z), 0.0)[:, None]
+            of_t = -(rest / unit)[:, None]
+            if LOOP:
+                last = tl.cdiv(n, BLOCK) * BLOCK - BLOCK
+                for back in range(0, n, BLOCK):
+                    begin = last - back
+                    place = begin + column
+                    inside = alive[:, None] & (place < n)
+                    x = read(X + start, place * s_n, inside & counted[:, None])
+                    e = _at(exp_less(x, m[:, None], HALF), column, chosen - begin, of_t)
+                    write(DX + start, place * s_n, inside, e * of_p)
+            else:
+                e = tl.maximum(e, of_t)
+                write(DX + start, column * s_n, alive[:, None] & (column < n), e * of_p)
     if REDUCE:
-        tl.store(LOSS + tl.program_id(0), tl.sum(losses).to(LOSS.dtype.element_ty))
+        store_sums(LOSS, WEIGHTS, losses, weights, rows, MEAN, False)
 
 
 @kernel
 def _backward(
-    DY, X, TARGET, WEIGHT, TOTAL, LARGEST, LOG_SUM, SHARES, OTHERS, DX, DTARGET,
+    DY, X, TARGET, WEIGHT, TOTAL, DX, LARGEST, LOG_SUM,
     rows, n, inner, tiles, s_outer, s_n, s_inner, ignore_index,
-    PROBABILITIES: tl.constexpr, SMOOTHING: tl.constexpr, MEAN: tl.constexpr, PER_ROW: tl.constexpr,
-    SEVERAL: tl.constexpr, WIDE: tl.constexpr, WIDE_COLUMNS: tl.constexpr,
-    ROWS: tl.constexpr, BLOCK: tl.constexpr,
+    MEAN: tl.constexpr, PER_ROW: tl.constexpr, PARTS: tl.constexpr, SEVERAL: tl.constexpr,
+    WIDE: tl.constexpr, WIDE_COLUMNS: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
-    """dx and the gradient of class probabilities, from x and the statistics of its rows."""
-    SOFT: tl.constexpr = PROBABILITIES or SMOOTHING > 0
+    """dx, from x and the statistics of its rows."""
     dtype: tl.constexpr = tl.float64 if X.dtype.element_ty == tl.float64 else tl.float32
+    HALF: tl.constexpr = half(X)
     first = tl.program_id(0)
     for tile in range(first, tiles if SEVERAL else first + 1, tl.num_programs(0) if SEVERAL else 1):
         row, alive, column = tile_of(tile, rows, ROWS, BLOCK, WIDE, WIDE_COLUMNS)
         start = start_of(row, inner, s_outer, s_inner)
-        Q = TARGET + start if PROBABILITIES else TARGET
-        m = tl.load(LARGEST + row, alive, other=0.0)[:, None]
-        log_z = tl.load(LOG_SUM + row, alive, other=0.0)[:, None]
-        t, counted, w = class_of(TARGET, WEIGHT, row, alive, n, ignore_index, PROBABILITIES, dtype)
-        hard, chosen = w * (1 - SMOOTHING), t.to(column.dtype)[:, None]
-        dy = share_of(DY, TOTAL, row, alive, rows, PER_ROW, MEAN, dtype)[:, None]
-        soft = tl.zeros((ROWS,), dtype)
-        if PROBABILITIES:
-            soft += tl.load(SHARES + row, alive, other=0.0)
-        elif SOFT and DX is not None:
-            u = tl.zeros((ROWS, BLOCK), dtype)
-            for done in range(0, n, BLOCK):
-                place = done + column
-                inside = alive[:, None] & (place < n)
-                u += _soft(Q, WEIGHT, s_n, place, inside, n, PROBABILITIES, SMOOTHING, dtype)
-            soft += tl.sum(u, 1)
-        log_p_t = _logit_of(X, start, t, s_n)[:, None] - m - log_z
-        of_p = dy * (hard + soft)[:, None]
-        of_t = dy * (tl.exp(log_p_t) * soft[:, None] + expm1(log_p_t) * hard[:, None])
-        certain = log_z < 0.69  # nearly log 2, at which p is 1/2
-        if PROBABILITIES:
-            of_t = dy * tl.load(OTHERS + row, alive, other=0.0)[:, None] + of_p * expm1(-log_z)
+        t, counted, w = class_of(TARGET, WEIGHT, row, alive, n, ignore_index, dtype)
+        m = tl.load(LARGEST + row, counted, other=0.0)
+        log_z = tl.load(LOG_SUM + row, counted, other=0.0)
+        w *= share_of(DY, TOTAL, row, alive, rows, PER_ROW, MEAN, PARTS, dtype)
+        w = tl.where(counted, w, 0.0)
+        of_t = (w * expm1(logit_of(X, start, t, s_n) - m - log_z))[:, None]
+        of_p = (w * exp_less(-log_z, 0.0) * exp_unit(m, HALF))[:, None]
+        chosen = t.to(column.dtype)[:, None]
         for done in range(0, n, BLOCK):
             place = done + column
             inside = alive[:, None] & (place < n)
-            x = read(X + start, place * s_n, inside) - m
-            log_p = x - log_z
-            if DX is not None:
-                dx = tl.exp(log_p) * of_p
-                if not PROBABILITIES:
-                    dx = tl.where(place == chosen, of_t, dx)
-                if SOFT:
-                    u = _soft(Q, WEIGHT, s_n, place, inside, n, PROBABILITIES, SMOOTHING, dtype)
-                    dx -= dy * u
-                if PROBABILITIES:
-                    dx = tl.where((x == 0) & certain, of_t, dx)
-                write(DX + start, place * s_n, inside, tl.where(counted[:, None], dx, 0.0))
-            if DTARGET is not None:
-                dt = dy * (SMOOTHING - 1) * log_p
-                if WEIGHT is not None:
-                    dt *= tl.load(WEIGHT + place, place < n, other=0.0).to(dtype)
-                write(DTARGET + start, place * s_n, inside, dt)
+            x = read(X + start, place * s_n, inside & counted[:, None])
+            dx = _at(exp_less(x, m[:, None], HALF) * of_p, column, chosen - done, of_t)
+            write(DX + start, place * s_n, inside, dx)
 
 
 def _dense(x: Tensor) -> Tensor:
@@ -259,46 +182,45 @@ def _dense(x: Tensor) -> Tensor:
 def plan(
     backward: bool, shape: tuple[int, ...], strides: tuple[int, ...], dtype: torch.dtype,
     count: int, probabilities: bool, reduction: int, ignore_index: int, smoothing: float,
-    both: bool = False,
+    makes_dx: bool = True,
 ) -> Launch:  # fmt: skip
-    """Of the rows of a dense (outer, C, inner), on ``count`` multiprocessors. ``both``: the loss of
-    each row and dx."""
+    """Of the rows of a dense (outer, C, inner), on ``count`` multiprocessors."""
     outer, n, inner = shape
-    named: dict[str, int] = {"PER_ROW": reduction == NONE}
-    if not backward:
-        few = reduction == MEAN and not probabilities and outer * inner <= FEW
-        named = {"REDUCE": reduction != NONE, "ALL": FEW if few else 0}
-    live = 4 if probabilities or smoothing > 0 else 2
+    soft, rows = probabilities or smoothing > 0, outer * inner
+    divides = reduction == MEAN and makes_dx and not probabilities
+    named: dict[str, Any] = {
+        "MEAN": reduction == MEAN, "ignore_index": ignore_index,
+        "PARTS": 1 if not divides else parts_of(rows, count) if backward or rows > FEW else FEW,
+        **({"PER_ROW": reduction == NONE} if backward else {"REDUCE": reduction != NONE}),
+        **({"PROBABILITIES": probabilities, "SMOOTHING": smoothing} if soft else {}),
+    }  # fmt: skip
+    live = 4 if soft else 2
     looped = n > row_kernels.row_config(n, inner, dtype, live).block
-    if looped and (row_kernels.far(outer * n * inner) or named.get("ALL") or both):
+    both = makes_dx and reduction == NONE  # the loss of each row and dx
+    if looped and (row_kernels.far(rows * n) or named["PARTS"] == FEW or both):
         live = 4  # an offset of 64 bits takes two registers, the rows' weights or losses some more
     if probabilities and not backward and dtype == torch.float64:
         live = 8  # Q and T beside the rest, each number in two registers
-    return over_rows(
-        _backward if backward else _forward, shape, [strides], dtype, live, count, **named,
-        ignore_index=ignore_index, MEAN=reduction == MEAN, PROBABILITIES=probabilities,
-        SMOOTHING=smoothing,
-    )  # fmt: skip
+    if soft:
+        kernel = soft_cross_entropy.backward if backward else soft_cross_entropy.forward
+    else:
+        kernel = _backward if backward else _forward
+    return over_rows(kernel, shape, [strides], dtype, live, count, **named)
 
 
-def _prepare(
-    x: Tensor, target: Tensor, weight: Tensor | None, reduction: int, ignore_index: int, few: int
-) -> tuple[Tensor, Tensor, Tensor | None, Tensor | None]:
-    """x, target and weight as the kernels read them, and what a mean divides by, of more than
-    ``few`` rows."""
-    x = _dense(x)
-    probabilities = target.is_floating_point()
+def _prepared(
+    x: Tensor, target: Tensor, weight: Tensor | None
+) -> tuple[Tensor, Tensor, Tensor | None, bool]:
+    """As the kernels read them; and whether the target is of probabilities."""
+    x, probabilities = _dense(x), target.is_floating_point()
     target = like(target, x) if probabilities else target.contiguous()
-    weight = None if weight is None else weight.contiguous()
-    if probabilities or reduction != MEAN or target.numel() <= few:
-        return x, target, weight, None
-    return x, target, weight, total_weight(x, target, weight, ignore_index)
+    return x, target, None if weight is None else weight.contiguous(), probabilities
 
 
-def _four(statistics: Tensor | None) -> list[Tensor | None]:
-    """m, log z, Q and T of each row; None for those that were not made."""
+def _of_rows(statistics: Tensor | None, soft: bool) -> list[Tensor | None]:
+    """m and log z of each row, and of a soft target Q and T; None for those that were not made."""
     made: list[Tensor | None] = [] if statistics is None else list(statistics)
-    return made + [None] * (4 - len(made))
+    return made + [None] * ((4 if soft else 2) - len(made))
 
 
 def forward(
@@ -308,26 +230,31 @@ def forward(
     """The loss, and what it ``makes`` for backward: nothing, dx for a dy of 1, or (m, log Σ
     e^(x-m)) of each row, and of probabilities (Q, T). Losses of rows and dx may go to memory that
     is given; dx may be x, since a program reads what it writes first."""
-    x, target, weight, total = _prepare(x, target, weight, reduction, ignore_index, FEW)
-    shape = (x.shape[0], *x.shape[2:])
+    x, target, weight, probabilities = _prepared(x, target, weight)
+    shape, soft = (x.shape[0], *x.shape[2:]), probabilities or smoothing > 0
     if makes == GRADIENT and dx is None:
         dx = torch.empty_like(x)
-    count = 4 if target.is_floating_point() else 2
+    count = 4 if probabilities else 2
     statistics = row_kernels.partial_sums(x, count, *shape) if makes == STATISTICS else None
     saved = dx if dx is not None else statistics if statistics is not None else x.new_empty(0)
     if not x.numel():
         nothing = float("nan") if reduction == MEAN else 0.0
         return x.new_full(shape if reduction == NONE else (), nothing), saved
-    v, of = view_of(x), (target.is_floating_point(), reduction, ignore_index, smoothing)
-    both = dx is not None and reduction == NONE
-    run = plan(False, v.shape, v.stride(), x.dtype, multiprocessors(x.device), *of, both)
+    v, of = view_of(x), (probabilities, reduction, ignore_index, smoothing, dx is not None)
+    run = plan(False, v.shape, v.stride(), x.dtype, multiprocessors(x.device), *of)
     if loss is None:
         loss = x.new_empty(shape if reduction == NONE else ())
-    in_one = reduction == NONE or run.programs == 1
-    partial = loss if in_one else row_kernels.partial_sums(x, run.programs)
-    run(v, target, weight, total, partial, dx, *_four(statistics))
-    if not in_one:
-        row_kernels.total(partial, loss)
+    of_classes = reduction == MEAN and not probabilities
+    total = weights = None
+    if of_classes and dx is not None and target.numel() > FEW:
+        total = weights_of_rows(x, target, weight, ignore_index)
+    alone = reduction == NONE or run.programs == 1
+    partial = loss if alone else row_kernels.partial_sums(x, run.programs)
+    if of_classes and not alone:
+        weights = torch.empty_like(partial)
+    run(v, target, weight, total, partial, weights, dx, *_of_rows(statistics, soft))
+    if not alone:
+        row_kernels.total(partial, loss, weight=weights)
     return loss, saved
 
 
@@ -337,13 +264,17 @@ def backward(
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
     """dx and the gradient of class probabilities; an empty tensor for one that is not needed."""
     layout = target
-    x, target, weight, total = _prepare(x, target, weight, reduction, ignore_index, -1)
+    x, target, weight, probabilities = _prepared(x, target, weight)
+    soft = probabilities or smoothing > 0
     dx = torch.empty_like(x) if need_x else None
     dtarget = torch.empty_like(target) if need_target else None
-    v, of = view_of(x), (target.is_floating_point(), reduction, ignore_index, smoothing)
+    total = None
+    if reduction == MEAN and not probabilities:
+        total = weights_of_rows(x, target, weight, ignore_index)
+    v, of = view_of(x), (probabilities, reduction, ignore_index, smoothing)
     run = plan(True, v.shape, v.stride(), x.dtype, multiprocessors(x.device), *of)
-    made = _four(statistics.contiguous())
-    run(dy.contiguous(), v, target, weight, total, *made, DX=dx, DTARGET=dtarget)
+    made = _of_rows(statistics.contiguous(), soft)
+    run(dy.contiguous(), v, target, weight, total, dx, *made, *([dtarget] if soft else []))
     if dtarget is not None and dtarget.stride() != layout.stride():
         dtarget = torch.empty_like(layout).copy_(dtarget)
     nothing = x.new_empty(0)

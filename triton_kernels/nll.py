@@ -13,67 +13,102 @@ import triton.language as tl
 from torch import Tensor
 
 from . import rows as row_kernels
-from .launch import Launch, cdiv, kernel, multiprocessors, planned
-from .rows import far, over_rows, start_of, tile_of, write
+from .launch import Launch, cdiv, kernel, multiprocessors, next_power_of_2, planned
+from .rows import RESIDENT, far, over_rows, read, start_of, tile_of, write
 
 NONE, MEAN = 0, 1
 
-#: rows a program where only one number of each is read
+#: rows of a tile where only one number of each is read
 PICKED = 512
 
 
 @triton.jit
-def class_of(
-    TARGET, WEIGHT, row, alive, n, ignore_index, PROBABILITIES: tl.constexpr, dtype: tl.constexpr
-):
+def class_of(TARGET, WEIGHT, row, alive, n, ignore_index, dtype: tl.constexpr):
     """(t, or -1 where there is no class to read; whether the row counts; w_t): 0 where the row is
-    ignored, NaN where t is no class. With PROBABILITIES every row counts and has no class."""
-    t, counted, w = tl.full(row.shape, -1, tl.int64), alive, tl.zeros(row.shape, dtype)
-    if not PROBABILITIES:
-        t = tl.load(TARGET + row, alive, other=0)
-        counted = alive & (t != ignore_index)
-        valid = counted & (t >= 0) & (t < n)
-        # not by ``valid``: there triton 3.6 stops where rows lie side by side
-        w = tl.where((t < 0) | (t >= n), float("nan"), 1.0).to(dtype)
-        if WEIGHT is not None:
-            w *= tl.load(WEIGHT + t, valid, other=0.0).to(dtype)
-        t, w = tl.where(valid, t, -1), tl.where(counted, w, 0.0)
-    return t, counted, w
+    ignored, NaN where t is no class."""
+    t = tl.load(TARGET + row, alive, other=0)
+    counted = alive & (t != ignore_index)
+    valid = counted & (t >= 0) & (t < n)
+    # not by ``valid``: there triton 3.6 stops where rows lie side by side
+    w = tl.where((t < 0) | (t >= n), float("nan"), 1.0).to(dtype)
+    if WEIGHT is not None:
+        w *= tl.load(WEIGHT + t, valid, other=0.0).to(dtype)
+    return tl.where(valid, t, -1), counted, tl.where(counted, w, 0.0)
+
+
+@triton.jit
+def total_of(
+    TARGET, WEIGHT, TOTAL, rows, n, ignore_index, PARTS: tl.constexpr, dtype: tl.constexpr
+):
+    """Σ w_t over all rows, from PARTS partial sums; without these, from the rows themselves, of
+    which there are up to PARTS."""
+    every = tl.arange(0, PARTS)
+    if TOTAL is None:
+        w = class_of(TARGET, WEIGHT, every, every < rows, n, ignore_index, dtype)[2]
+    else:
+        w = tl.load(TOTAL + every).to(dtype)
+    return tl.sum(w)
+
+
+@triton.jit
+def logit_of(X, start, t, s_n):
+    """x_t of each row, -inf where it has no class."""
+    return tl.sum(read(X, start + (t * s_n)[:, None], (t >= 0)[:, None], float("-inf")), 1)
+
+
+@triton.jit
+def store_sums(
+    LOSS, WEIGHTS, losses, weights, rows, MEAN: tl.constexpr, PROBABILITIES: tl.constexpr
+):
+    """Σ loss of a program, and Σ w for another kernel to divide by. Without WEIGHTS the loss of a
+    mean is divided here: by that of an only program, or by the count of rows."""
+    total = tl.sum(losses)
+    if WEIGHTS is not None:
+        tl.store(WEIGHTS + tl.program_id(0), tl.sum(weights))
+    elif MEAN:
+        total /= rows if PROBABILITIES else tl.sum(weights)
+    tl.store(LOSS + tl.program_id(0), total.to(LOSS.dtype.element_ty))
 
 
 @triton.jit
 def share_of(
-    DY, TOTAL, row, alive, rows, PER_ROW: tl.constexpr, MEAN: tl.constexpr, dtype: tl.constexpr
-):
+    DY, TOTAL, row, alive, rows, PER_ROW: tl.constexpr, MEAN: tl.constexpr, PARTS: tl.constexpr,
+    dtype: tl.constexpr,
+):  # fmt: skip
     """dy_r of each row. Without a TOTAL all rows of a mean weigh 1."""
     dy = tl.load(DY + row, alive, other=0.0) if PER_ROW else tl.load(DY)
     dy = tl.full(row.shape, 1, dtype) * dy.to(dtype)
     if MEAN:
-        dy /= rows if TOTAL is None else tl.load(TOTAL).to(dtype)
+        dy /= rows if TOTAL is None else total_of(None, None, TOTAL, 0, 0, 0, PARTS, dtype)
     return dy
 
 
 @kernel
 def _forward(
-    X, TARGET, WEIGHT, LOSS, TOTAL, rows, n, inner, s_outer, s_n, s_inner, ignore_index,
+    X, TARGET, WEIGHT, LOSS, TOTAL, rows, n, inner, tiles, s_outer, s_n, s_inner, ignore_index,
     REDUCE: tl.constexpr, DOUBLE: tl.constexpr, WIDE: tl.constexpr, ROWS: tl.constexpr,
 ):  # fmt: skip
-    """ROWS rows a program: -w_t x_t of each, or their sum, and the sum of w_t."""
+    """-w_t x_t of each row, or their sum a program, and the sum of w_t."""
     dtype: tl.constexpr = tl.float64 if DOUBLE else tl.float32
-    program = tl.program_id(0).to(tl.int64 if WIDE else tl.int32)
-    row = program * ROWS + tl.arange(0, ROWS)
-    alive = row < rows
-    t, counted, w = class_of(TARGET, WEIGHT, row, alive, n, ignore_index, False, dtype)
-    if X is not None:
-        start = row // inner * s_outer + row % inner * s_inner
-        x = tl.load(X + start + t * s_n, t >= 0, other=0.0).to(dtype)
-        loss = tl.where(counted, -w * x, 0.0)
-        if REDUCE:
-            tl.store(LOSS + program, tl.sum(loss).to(LOSS.dtype.element_ty))
-        else:
-            tl.store(LOSS + row, loss.to(LOSS.dtype.element_ty), alive)
+    losses, weights = tl.zeros((ROWS,), dtype), tl.zeros((ROWS,), dtype)
+    first = tl.program_id(0)
+    for tile in range(first, tiles, tl.num_programs(0)):
+        row = tile * tl.full((), ROWS, tl.int64 if WIDE else tl.int32) + tl.arange(0, ROWS)
+        alive = row < rows
+        t, counted, w = class_of(TARGET, WEIGHT, row, alive, n, ignore_index, dtype)
+        weights += w
+        if X is not None:
+            start = row // inner * s_outer + row % inner * s_inner
+            x = tl.load(X + start + t * s_n, t >= 0, other=0.0).to(dtype)
+            loss = tl.where(counted, -w * x, 0.0)
+            if REDUCE:
+                losses += loss
+            else:
+                tl.store(LOSS + row, loss.to(LOSS.dtype.element_ty), alive)
+    if REDUCE and X is not None:
+        tl.store(LOSS + first, tl.sum(losses).to(LOSS.dtype.element_ty))
     if TOTAL is not None:
-        tl.store(TOTAL + program, tl.sum(w))
+        tl.store(TOTAL + first, tl.sum(weights))
 
 
 @kernel
@@ -87,8 +122,8 @@ def _backward(
     first = tl.program_id(0)
     for tile in range(first, tiles if SEVERAL else first + 1, tl.num_programs(0) if SEVERAL else 1):
         row, alive, column = tile_of(tile, rows, ROWS, BLOCK, WIDE, WIDE_COLUMNS)
-        t, counted, w = class_of(TARGET, WEIGHT, row, alive, n, ignore_index, False, dtype)
-        dy = share_of(DY, TOTAL, row, alive, rows, PER_ROW, MEAN, dtype)
+        t, counted, w = class_of(TARGET, WEIGHT, row, alive, n, ignore_index, dtype)
+        dy = share_of(DY, TOTAL, row, alive, rows, PER_ROW, MEAN, 1, dtype)
         hard = tl.where(counted, -w * dy, 0.0)
         other = tl.where(counted & (t < 0), hard, 0.0)[:, None]
         chosen = t.to(column.dtype)[:, None]
@@ -107,18 +142,26 @@ def view_of(x: Tensor) -> Tensor:
     return x.unsqueeze(2) if x.dim() == 2 else x
 
 
+def parts_of(rows: int, count: int) -> int:
+    """Programs that read one number a row, on ``count`` multiprocessors: a power of two, and so few
+    that a block of another kernel sums their sums."""
+    return next_power_of_2(max(min(cdiv(rows, PICKED), RESIDENT * count), 1))
+
+
 @planned
 def plan_forward(
-    shape: tuple[int, ...], strides: tuple[int, ...], rows: int, double: bool, reduction: int,
-    ignore_index: int,
+    shape: tuple[int, ...], strides: tuple[int, ...], rows: int, double: bool, count: int,
+    reduction: int, ignore_index: int,
 ) -> Launch:  # fmt: skip
-    """The rows of a dense (outer, C, inner); of no x where it has no strides."""
+    """The rows of a dense (outer, C, inner), or, where it has no strides, their weights alone; on
+    ``count`` multiprocessors."""
     s_outer, s_n, s_inner = strides = strides or (0, 0, 0)
     extent = sum((size - 1) * s for size, s in zip(shape, strides, strict=True))
     return _forward.launch(
-        cdiv(rows, PICKED), rows=rows, n=shape[1], inner=shape[2], s_outer=s_outer, s_n=s_n,
-        s_inner=s_inner, ignore_index=ignore_index, REDUCE=reduction != NONE, DOUBLE=double,
-        WIDE=far(max(extent, rows)), ROWS=PICKED, num_warps=8 if double else 4,
+        parts_of(rows, count), rows=rows, n=shape[1], inner=shape[2], tiles=cdiv(rows, PICKED),
+        s_outer=s_outer, s_n=s_n, s_inner=s_inner, ignore_index=ignore_index,
+        REDUCE=reduction != NONE, DOUBLE=double, WIDE=far(max(extent, rows)), ROWS=PICKED,
+        num_warps=8 if double else 4,
     )  # fmt: skip
 
 
@@ -134,16 +177,14 @@ def plan_backward(
     )  # fmt: skip
 
 
-def total_weight(x: Tensor, target: Tensor, weight: Tensor | None, ignore_index: int) -> Tensor:
-    """Σ w_t over the rows."""
+def weights_of_rows(x: Tensor, target: Tensor, weight: Tensor | None, ignore_index: int) -> Tensor:
+    """Partial sums of w_t, whose number is a power of two: :func:`total_of` adds them."""
     v, double = view_of(x), x.dtype == torch.float64
-    run = plan_forward(v.shape, (), target.numel(), double, MEAN, ignore_index)
-    total = row_kernels.partial_sums(x)
-    partial = total if run.programs == 1 else row_kernels.partial_sums(x, run.programs)
+    count = multiprocessors(x.device)
+    run = plan_forward(v.shape, (), target.numel(), double, count, MEAN, ignore_index)
+    partial = row_kernels.partial_sums(x, run.programs)
     run(None, target, weight, None, partial)
-    if run.programs != 1:
-        row_kernels.total(partial, total)
-    return total
+    return partial
 
 
 def forward(
@@ -153,7 +194,8 @@ def forward(
     target = target.contiguous()
     weight = None if weight is None else weight.contiguous()
     v, double = view_of(x), x.dtype == torch.float64
-    run = plan_forward(v.shape, v.stride(), target.numel(), double, reduction, ignore_index)
+    of = multiprocessors(x.device), reduction, ignore_index
+    run = plan_forward(v.shape, v.stride(), target.numel(), double, *of)
     total = x.new_empty(())
     loss = x.new_empty(target.shape if reduction == NONE else ())
     in_one = reduction == NONE or (reduction != MEAN and run.programs == 1)

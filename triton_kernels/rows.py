@@ -231,7 +231,7 @@ def centred_rows(mean, squares, seen, n):
 
 @kernel
 def _total(PARTIAL, WEIGHT, OUT, TOTAL, parts, n, MEAN: tl.constexpr, BLOCK: tl.constexpr):
-    """Σ partial by one program; of a mean over n, or over Σ weight, which goes to TOTAL."""
+    """Σ partial by one program; of a mean over n, or over Σ weight, which may go to TOTAL."""
     offsets = tl.arange(0, BLOCK)
     sums = tl.zeros((BLOCK,), PARTIAL.dtype.element_ty)
     weights = tl.zeros((BLOCK,), PARTIAL.dtype.element_ty)
@@ -243,7 +243,8 @@ def _total(PARTIAL, WEIGHT, OUT, TOTAL, parts, n, MEAN: tl.constexpr, BLOCK: tl.
     total = tl.sum(sums)
     if WEIGHT is not None:
         weight = tl.sum(weights)
-        tl.store(TOTAL, weight.to(TOTAL.dtype.element_ty))
+        if TOTAL is not None:
+            tl.store(TOTAL, weight.to(TOTAL.dtype.element_ty))
         total = total / weight
     elif MEAN:
         total = total / n
@@ -262,7 +263,7 @@ def total(
     total_weight: Tensor | None = None,
 ) -> None:  # fmt: skip
     """The second stage of a sum: Σ partial in ``out``; over ``n`` for a mean, or over Σ ``weight``,
-    which is stored too."""
+    which goes to ``total_weight`` if there is one."""
     _plan_total(partial.numel(), n)(partial, weight, out, total_weight)
 
 

@@ -17,11 +17,13 @@ import custom_backprop
 from custom_backprop import functional, nn
 from custom_backprop.backends import BACKENDS, why_not
 from custom_backprop.testing.checks.compare import sliced, transposed
+from custom_backprop.testing.offline import launches
 
 F = torch.nn.functional
 NAMES = ("nll_loss", "cross_entropy")
 each_name = pytest.mark.parametrize("name", NAMES)
 IGNORED = -100
+HERE = [b for b in BACKENDS if why_not(b, DEVICE) is None]
 
 
 def logits(*shape, dtype=torch.float64):
@@ -504,3 +506,35 @@ def test_any_class_may_be_ignored(ignore_index, backend):
     )
     torch.testing.assert_close(ours, theirs)
     torch.testing.assert_close(*(torch.autograd.grad(y, x)[0] for y in (ours, theirs)))
+
+
+@pytest.mark.parametrize("n", [5, 20001])
+def test_nan_stays_in_its_row(n, backend):
+    for dtype, reduction in itertools.product((torch.float32, torch.bfloat16), ("none", "sum")):
+        x = logits(3, n, dtype=dtype).detach()
+        x[1, 3] = float("nan")
+        x.requires_grad_()
+        loss = functional.cross_entropy(x, classes(3, high=3), reduction=reduction)
+        (dx,) = torch.autograd.grad(loss, x, torch.ones_like(loss))
+        assert loss.isnan().tolist() == ([False, True, False] if reduction == "none" else True)
+        assert dx.isnan().sum(1).tolist() == [0, n, 0]
+
+
+@pytest.mark.skipif("triton" not in HERE, reason="kernels do not run here")
+@pytest.mark.parametrize("rows", [64, 2**16])
+@pytest.mark.parametrize(("name", "options"), [*itertools.product(NAMES, ({}, {"weight": True}))])
+def test_launches_of_a_mean(name, options, rows):
+    """Two; one more for a gradient, where there are too many rows for each program to sum their
+    weights; and one in backward."""
+    for requires_grad in (False, True):
+        x = torch.empty(rows, 1000, device="meta", requires_grad=requires_grad)
+        target = torch.empty(rows, dtype=torch.int64, device="meta")
+        weight = torch.empty(1000, device="meta") if options else None
+
+        def run(x=x, target=target, weight=weight):
+            loss = getattr(functional, name)(x, target, weight=weight, ignore_index=1)
+            if x.requires_grad:
+                loss.backward()
+
+        more = (rows > 1024 and name == "cross_entropy") + 1 if requires_grad else 0
+        assert len(launches(run)) == 2 + more
