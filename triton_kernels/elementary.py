@@ -63,7 +63,7 @@ def half(X):
 
 @triton.jit
 def divide(a, d, HALF: tl.constexpr = False):
-    """a / d for d >= 1. A division takes eight instructions, this takes three."""
+    """a / d for d >= 2^-126. A division takes eight instructions, this takes three."""
     if HALF:
         r = tl.rsqrt(d)
         return a * r * r

@@ -1,8 +1,9 @@
 """Pointwise losses: device functions (value and partial derivatives), one kernel each way, and
 their launchers.
 
-A device function takes (x, t, v, A, B, C), a derivative dy before them, which it multiplies by: the
-tensors in the accumulator's dtype, the parameters as compile-time constants. A reduced loss is
+A device function takes (x, t, v, A, B, C, HALF), a derivative dy before them, which it multiplies
+by: the tensors in the accumulator's dtype, the parameters as compile-time constants, and whether x
+came from 16 bits. A reduced loss is
 summed in two stages, without atomics: each program walks its own blocks and stores one partial sum.
 Formulas: ``custom_backprop/formulas/loss.py``.
 """
@@ -17,7 +18,17 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .elementary import constant, exp, exp_minus, log1p, log1p_positive, sigmoid, softplus, upcast
+from .elementary import (
+    constant,
+    divide,
+    exp,
+    exp_minus,
+    half,
+    log1p,
+    log1p_positive,
+    softplus,
+    upcast,
+)
 from .launch import Launch, cdiv, kernel, multiprocessors, planned
 from .pointwise import block_of, grid, like
 from .rows import partial_sums, read, total, write
@@ -30,47 +41,47 @@ PROGRAMS = 8
 
 
 @triton.jit
-def mse_loss(x, t, v, A, B, C):
+def mse_loss(x, t, v, A, B, C, HALF: tl.constexpr):
     d = x - t
     return d * d
 
 
 @triton.jit
-def mse_loss_dx(dy, x, t, v, A, B, C):
+def mse_loss_dx(dy, x, t, v, A, B, C, HALF: tl.constexpr):
     return 2 * dy * (x - t)  # 2 d may overflow where 2 d / n does not
 
 
 @triton.jit
-def l1_loss(x, t, v, A, B, C):
+def l1_loss(x, t, v, A, B, C, HALF: tl.constexpr):
     return tl.abs(x - t)
 
 
 @triton.jit
-def l1_loss_dx(dy, x, t, v, A, B, C):
+def l1_loss_dx(dy, x, t, v, A, B, C, HALF: tl.constexpr):
     d = x - t
     return dy * tl.where(d > 0, 1.0, tl.where(d < 0, -1.0, 0.0)).to(d.dtype)
 
 
 @triton.jit
-def smooth_l1_loss(x, t, v, A, B, C):
+def smooth_l1_loss(x, t, v, A, B, C, HALF: tl.constexpr):
     a = tl.abs(x - t)
     return tl.where(a < constant(A, a), 0.5 * a * a / A, a - 0.5 * A)
 
 
 @triton.jit
-def smooth_l1_loss_dx(dy, x, t, v, A, B, C):
+def smooth_l1_loss_dx(dy, x, t, v, A, B, C, HALF: tl.constexpr):
     d = (x - t) / A
     return dy * tl.where(d > 1, 1.0, tl.where(d < -1, -1.0, d))
 
 
 @triton.jit
-def huber_loss(x, t, v, A, B, C):
+def huber_loss(x, t, v, A, B, C, HALF: tl.constexpr):
     a = tl.abs(x - t)
     return tl.where(a <= constant(A, a), 0.5 * a * a, A * (a - 0.5 * A))
 
 
 @triton.jit
-def huber_loss_dx(dy, x, t, v, A, B, C):
+def huber_loss_dx(dy, x, t, v, A, B, C, HALF: tl.constexpr):
     d = x - t
     limit = constant(A, d)
     return dy * tl.where(d > limit, limit, tl.where(d < -limit, -limit, d))
@@ -83,18 +94,18 @@ def _log_from_minus_100(y):
 
 
 @triton.jit
-def binary_cross_entropy(x, t, v, A, B, C):
+def binary_cross_entropy(x, t, v, A, B, C, HALF: tl.constexpr):
     return (t - 1) * _log_from_minus_100(log1p(-x)) - t * _log_from_minus_100(tl.log(x))
 
 
 @triton.jit
-def binary_cross_entropy_dx(dy, x, t, v, A, B, C):
+def binary_cross_entropy_dx(dy, x, t, v, A, B, C, HALF: tl.constexpr):
     d = (1 - x) * x
-    return dy * (x - t) / tl.where(d < 1e-12, 1e-12, d)
+    return divide(dy * (x - t), tl.where(d < 1e-12, 1e-12, d), HALF)
 
 
 @triton.jit
-def binary_cross_entropy_dt(dy, x, t, v, A, B, C):
+def binary_cross_entropy_dt(dy, x, t, v, A, B, C, HALF: tl.constexpr):
     return dy * (log1p(-x) - tl.log(x))
 
 
@@ -105,37 +116,40 @@ def positive(x):
 
 
 @triton.jit
-def binary_cross_entropy_with_logits(x, t, p, A, B, C):
+def binary_cross_entropy_with_logits(x, t, p, A, B, C, HALF: tl.constexpr):
     loss = p * t * positive(-x) + (1 - t) * positive(x)
-    return loss + (1 + (p - 1) * t) * log1p_positive(exp_minus(tl.abs(x)))
+    return loss + (1 + (p - 1) * t) * log1p_positive(exp_minus(tl.abs(x), HALF), HALF)
 
 
 @triton.jit
-def binary_cross_entropy_with_logits_dx(dy, x, t, p, A, B, C):
-    return dy * ((1 - t) * sigmoid(x) - p * t * sigmoid(-x))
+def binary_cross_entropy_with_logits_dx(dy, x, t, p, A, B, C, HALF: tl.constexpr):
+    """(1 - t) σ(x) - p t σ(-x), both from e^-|x|."""
+    e = exp_minus(tl.abs(x), HALF)
+    slope = tl.where(x < 0, (1 - t) * e - p * t, 1 - t - p * t * e)
+    return dy * (slope * divide(1.0, 1 + e, HALF))
 
 
 @triton.jit
-def binary_cross_entropy_with_logits_dt(dy, x, t, p, A, B, C):
-    return dy * ((p - 1) * softplus(-x) - x)
+def binary_cross_entropy_with_logits_dt(dy, x, t, p, A, B, C, HALF: tl.constexpr):
+    return dy * ((p - 1) * softplus(-x, HALF) - x)
 
 
 @triton.jit
-def kl_div(x, t, v, LOG_TARGET, B, C):
+def kl_div(x, t, v, LOG_TARGET, B, C, HALF: tl.constexpr):
     if LOG_TARGET:
-        return exp(t) * (t - x)
+        return exp(t, HALF) * (t - x)
     return tl.where(t == 0, 0.0, t * tl.log(t)) - t * x
 
 
 @triton.jit
-def kl_div_dx(dy, x, t, v, LOG_TARGET, B, C):
-    return dy * (-exp(t) if LOG_TARGET else -t)
+def kl_div_dx(dy, x, t, v, LOG_TARGET, B, C, HALF: tl.constexpr):
+    return dy * (-exp(t, HALF) if LOG_TARGET else -t)
 
 
 @triton.jit
-def kl_div_dt(dy, x, t, v, LOG_TARGET, B, C):
+def kl_div_dt(dy, x, t, v, LOG_TARGET, B, C, HALF: tl.constexpr):
     if LOG_TARGET:
-        return dy * exp(t) * (t - x + 1)
+        return dy * exp(t, HALF) * (t - x + 1)
     return dy * (tl.log(t) - x + 1)
 
 
@@ -146,28 +160,28 @@ def _variance(v, EPS):
 
 
 @triton.jit
-def gaussian_nll_loss(x, t, v, FULL, EPS, C):
+def gaussian_nll_loss(x, t, v, FULL, EPS, C, HALF: tl.constexpr):
     d = x - t
     v = _variance(v, EPS)
-    loss = 0.5 * (tl.log(v) + d * d / v)
+    loss = 0.5 * (tl.log(v) + divide(d * d, v, HALF))
     return loss + 0.9189385332046727 if FULL else loss  # log(2π) / 2
 
 
 @triton.jit
-def gaussian_nll_loss_dx(dy, x, t, v, FULL, EPS, C):
-    return dy * (x - t) / _variance(v, EPS)
+def gaussian_nll_loss_dx(dy, x, t, v, FULL, EPS, C, HALF: tl.constexpr):
+    return divide(dy * (x - t), _variance(v, EPS), HALF)
 
 
 @triton.jit
-def gaussian_nll_loss_dv(dy, x, t, v, FULL, EPS, C):
+def gaussian_nll_loss_dv(dy, x, t, v, FULL, EPS, C, HALF: tl.constexpr):
     d = x - t
     v = _variance(v, EPS)
-    return dy * (0.5 * (1 - d * d / v) / v)
+    return dy * divide(0.5 * (1 - divide(d * d, v, HALF)), v, HALF)
 
 
 @triton.jit
-def poisson_nll_loss(x, t, v, LOG_INPUT, FULL, EPS):
-    loss = exp(x) - t * x if LOG_INPUT else x - t * tl.log(x + EPS)
+def poisson_nll_loss(x, t, v, LOG_INPUT, FULL, EPS, HALF: tl.constexpr):
+    loss = exp(x, HALF) - t * x if LOG_INPUT else x - t * tl.log(x + EPS)
     if FULL:
         many = tl.where(t > 1, t, 1.0)
         stirling = many * tl.log(many) - t + 0.5 * tl.log(6.283185307179586 * many)
@@ -176,12 +190,12 @@ def poisson_nll_loss(x, t, v, LOG_INPUT, FULL, EPS):
 
 
 @triton.jit
-def poisson_nll_loss_dx(dy, x, t, v, LOG_INPUT, FULL, EPS):
-    return dy * (exp(x) - t if LOG_INPUT else 1 - t / (x + EPS))
+def poisson_nll_loss_dx(dy, x, t, v, LOG_INPUT, FULL, EPS, HALF: tl.constexpr):
+    return dy * (exp(x, HALF) - t if LOG_INPUT else 1 - t / (x + EPS))
 
 
 @triton.jit
-def poisson_nll_loss_dt(dy, x, t, v, LOG_INPUT, FULL, EPS):
+def poisson_nll_loss_dt(dy, x, t, v, LOG_INPUT, FULL, EPS, HALF: tl.constexpr):
     dt = -x if LOG_INPUT else -tl.log(x + EPS)
     if FULL:
         many = tl.where(t > 1, t, 1.0)
@@ -218,6 +232,7 @@ def _forward(
 
     V, W, DX and the divisor may be None. Without V, v is 1.
     """
+    HALF: tl.constexpr = half(X)
     program = tl.program_id(0)
     sums = tl.zeros([BLOCK], Y.dtype.element_ty)
     for block in range(blocks):
@@ -226,7 +241,7 @@ def _forward(
         t = read(T + start, offsets, inside)
         v = 1.0 if V is None else read(V + start, offsets, inside)
         w = tl.full((), 1, x.dtype) if W is None else read(W + start, offsets, inside)
-        loss = w * F(x, t, v, A, B, C)
+        loss = w * F(x, t, v, A, B, C, HALF)
         if REDUCED:
             sums += tl.where(inside, loss, 0.0)
         else:
@@ -236,7 +251,7 @@ def _forward(
                 DX + start,
                 offsets,
                 inside,
-                L_X(w if divisor is None else w / divisor, x, t, v, A, B, C),
+                L_X(w if divisor is None else w / divisor, x, t, v, A, B, C, HALF),
             )
     if REDUCED:
         tl.store(Y + program, tl.sum(sums))
@@ -251,6 +266,7 @@ def _backward(
 ):  # fmt: skip
     """The gradients that are wanted (else None), of one dy for all elements if SCALAR, over the
     divisor."""
+    HALF: tl.constexpr = half(X)
     start, offsets, inside = block_of(tl.program_id(0), n, BLOCK)
     dy = upcast(tl.load(DY)) if SCALAR else read(DY + start, offsets, inside)
     if divisor is not None:
@@ -259,16 +275,16 @@ def _backward(
     t = read(T + start, offsets, inside)
     v = 1.0 if V is None else read(V + start, offsets, inside)
     if DW is not None:
-        write(DW + start, offsets, inside, dy * F(x, t, v, A, B, C))
+        write(DW + start, offsets, inside, dy * F(x, t, v, A, B, C, HALF))
     if W is not None:
         dy = dy * read(W + start, offsets, inside)
     if DX is not None:
-        write(DX + start, offsets, inside, L_X(dy, x, t, v, A, B, C))
+        write(DX + start, offsets, inside, L_X(dy, x, t, v, A, B, C, HALF))
     if DT is not None:
-        dt = L_X(-dy, x, t, v, A, B, C) if L_T is None else L_T(dy, x, t, v, A, B, C)
+        dt = L_X(-dy, x, t, v, A, B, C, HALF) if L_T is None else L_T(dy, x, t, v, A, B, C, HALF)
         write(DT + start, offsets, inside, dt)
     if DV is not None:
-        write(DV + start, offsets, inside, L_V(dy, x, t, v, A, B, C))
+        write(DV + start, offsets, inside, L_V(dy, x, t, v, A, B, C, HALF))
 
 
 def _divisor(x: Tensor, reduction: int) -> int | None:

@@ -584,3 +584,26 @@ def test_kl_div_of_an_impossible_event(backend):
     ).requires_grad_()
     t = torch.tensor([0.0, 1.0, 0.5], dtype=torch.float64, device=DEVICE)
     agree("kl_div", [x, t], {"reduction": "none"})
+
+
+@pytest.mark.skipif("triton" not in HERE, reason="kernels do not run here")
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize(
+    ("name", "t"), [("binary_cross_entropy_with_logits", 0.3), ("poisson_nll_loss", 2.0)]
+)
+def test_every_input_of_16_bits(name, t, dtype):
+    """Value and derivative are float64's, rounded once, but for what a difference loses."""
+    x = torch.arange(2**16, dtype=torch.int32).to(torch.int16).view(dtype)
+    x = x[torch.isfinite(x)].to(DEVICE)
+    found = []
+    for module, of in ((functional, dtype), (stock, torch.float64)):
+        given = x.to(of).requires_grad_()
+        target = torch.full_like(x, t).to(of)  # what 16 bits make of it, in both
+        with use_backend("triton"):
+            loss = getattr(module, name)(given, target, reduction="none")
+        found.append((loss.detach(), *torch.autograd.grad(loss, given, torch.ones_like(loss))))
+    for ours, truth in zip(*found, strict=True):
+        limits = torch.finfo(dtype)
+        held = torch.isfinite(truth) & (truth.abs() < limits.max)
+        unit = truth.abs().clamp_min(limits.tiny).log2().floor().exp2() * limits.eps
+        assert ((ours.double() - truth).abs() / unit)[held].max() < 0.6
