@@ -10,16 +10,15 @@ from torch import Tensor
 
 from ..formulas.precision import HALF
 from .memory import adjacent, span
-from .threads import SMALL, Run, by_all_threads, by_one_thread
+from .threads import SMALL, Run, by_all_threads, by_one_thread, operators_by_one_thread
 
 #: how many elements fit in a core's cache: a larger tensor is updated in pieces of that many per
 #: thread, smaller ones share a piece
 PIECE = 2**18
 #: from this number on, small tensors among others are worth a separate call
 MANY = 8
-#: a piece of no more elements is updated by one thread where the update is several operators. ATen
-#: would divide each between two threads, which gains a few per cent at best, and costs half as much
-#: again when they wait for each other
+#: a piece of no more elements is updated by one thread where the update is several operators. Two
+#: of them gain a tenth at best, and cost half as much again while they wait for each other
 ALONE = 2**16
 
 States = dict[str, list[Tensor]]
@@ -86,7 +85,8 @@ class Piece:
         self.scratch = [t[: sum(sizes)] for t in scratch]
         self._views = list(self.scratch[0].split(sizes))
         self.run = by_one_thread if sum(sizes) <= SMALL * len(sizes) else by_all_threads
-        self.run_operators = by_one_thread if sum(sizes) <= ALONE else by_all_threads
+        alone = sum(sizes) <= ALONE
+        self.run_operators = operators_by_one_thread if alone else by_all_threads
 
     def of(self, tensors: list[Tensor]) -> list[Tensor]:
         """This piece of a list with one contiguous tensor per parameter."""

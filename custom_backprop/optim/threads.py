@@ -12,7 +12,7 @@ from typing import Any
 
 import torch
 
-from ..backends.tasks import openmp_setter
+from ..backends.tasks import one_thread, openmp_setter
 
 Run = Callable[..., None]
 
@@ -39,3 +39,10 @@ def by_one_thread(kernel: Callable[..., Any], *args: Any, **kwargs: Any) -> None
         kernel(*args, **kwargs)
     finally:
         set_threads(threads)
+
+
+def operators_by_one_thread(update: Callable[..., Any], *args: Any) -> None:
+    """Calls a function of several operators, which one thread computes. Some of them are MKL's,
+    such as a square root, and would divide their elements whatever OpenMP is told."""
+    with one_thread():
+        update(*args)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ctypes
 import sys
 import threading
 from contextlib import nullcontext
@@ -98,12 +99,13 @@ def test_no_operator_of_a_small_piece_waits_for_another_thread(
     if threads.openmp_setter() is None:
         pytest.skip("ATen's threads are not OpenMP's here")
     seen: set[int] = set()
+    of_mkl = getattr(ctypes.PyDLL(torch._C.__file__), "MKL_Get_Max_Threads", torch.get_num_threads)
 
     class Look(TorchDispatchMode):
         def __torch_dispatch__(
             self, func: Any, types: Any, args: Any = (), kwargs: Any = None
         ) -> Any:
-            seen.add(torch.get_num_threads())
+            seen.update((torch.get_num_threads(), of_mkl()))
             return func(*args, **(kwargs or {}))
 
     options = {"fused": False, "dampening": 0.1} if name == "SGD" else {}
