@@ -333,9 +333,10 @@ for function in (functional.rms_norm, functional.normalize):
 
 
 def test_a_row_that_fits_a_block_is_read_once():
-    """Though the kernel is written as two loops."""
+    """Though the kernel is written as two loops. (Norms load their first rows before the loop over
+    rows, and in it the next ones.)"""
     assert python(READ_ONCE).splitlines() == [
-        "norm._forward 1", "norm._backward 2", "normalize._forward 1", "normalize._backward 2",
+        "norm._forward 1", "norm._backward 4", "normalize._forward 1", "normalize._backward 2",
     ]  # fmt: skip
 
 
