@@ -2,8 +2,9 @@
 
 A tensor is seen as (outer, n, inner), and row number o * inner + i is the n elements at (o, i).
 Where inner > 1, rows of neighbouring numbers are neighbours in memory, so that a tile of several
-reads whole cache lines. A row that fits a tile is read once; a longer one is read in a loop, and
-again for what depends on its sums, backwards: from what the cache still has of it.
+reads whole cache lines. A row that fits a tile is read once, that of one block of threads or, where
+the GPU has clusters, of up to 16; a longer one is read in a loop, and again for what depends on its
+sums, backwards: from what the cache still has of it.
 """
 
 from __future__ import annotations
@@ -105,6 +106,7 @@ def over_rows(
         "rows": outer * inner, "n": n, "inner": inner, "tiles": tiles,
         **dict(zip(("s_outer", "s_n", "s_inner"), strides[0], strict=True)),
         "SEVERAL": several, "LOOP": n > block, "WIDE": far(extent), "WIDE_COLUMNS": far(columns),
+        # whether a thread reads neighbouring numbers at once
         "ALIGNED": all(s[1] == 1 and s[0] % 16 == 0 for s in strides),
         "ROWS": c.rows, "BLOCK": block,
     }  # fmt: skip
