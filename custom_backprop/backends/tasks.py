@@ -125,11 +125,17 @@ def _is_watched() -> bool:
 
 
 def _helpers(run: Callable[[], None], count: int) -> list[Future[None]]:
-    """Each runs ``run`` as soon as a thread is free; none while the interpreter shuts down."""
+    """Each runs ``run`` as soon as a thread is free; fewer while the interpreter shuts down, or
+    where the system gives no more threads."""
+    helpers: list[Future[None]] = []
+    pool = _pool()
     try:
-        return [_pool().submit(run) for _ in range(count)]
-    except RuntimeError:
-        return []
+        for _ in range(count):
+            helpers.append(pool.submit(run))
+    except RuntimeError:  # the last one may wait in the pool all the same
+        pool.shutdown(wait=False, cancel_futures=True)
+        _pool.cache_clear()
+    return helpers
 
 
 @functools.cache

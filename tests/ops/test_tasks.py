@@ -121,6 +121,17 @@ def test_after_a_fork_there_are_new_threads() -> None:
     assert int(python(code)) == 22
 
 
+def test_without_threads_the_caller_walks(monkeypatch: pytest.MonkeyPatch) -> None:
+    def refused(*_: Any) -> None:
+        raise RuntimeError("can't start new thread")
+
+    tasks._pool.cache_clear()
+    with monkeypatch.context() as patched:
+        patched.setattr(threading.Thread, "start", refused)
+        assert walkers() == {threading.get_ident()}
+    assert len(tasks.each(CPU, ident, range(8))) == 8
+
+
 def test_inference_mode_is_the_callers() -> None:
     with torch.inference_mode():
         x, index = torch.randn(512, 2048), torch.zeros(512, dtype=torch.int64)
