@@ -18,7 +18,7 @@ PIECE = 2**18
 #: from this number on, small tensors among others are worth a separate call
 MANY = 8
 #: a piece of no more elements is updated by one thread where the update is several operators. Two
-#: of them gain a tenth at best, and cost half as much again while they wait for each other
+#: threads gain a tenth at best, and cost half as much again while they wait for each other
 ALONE = 2**16
 
 States = dict[str, list[Tensor]]
