@@ -5,7 +5,8 @@ row that fits a block is read once, a longer one is added up block by block (Wel
 Backward reads x and dy once: a few programs walk the rows, each with its sums of dw and db in
 registers, and one more kernel adds those up. While a row waits for its own two sums, the next ones
 are on their way to shared memory (``num_stages``). The sums of a row that is longer than a block
-are computed first. KIND and formulas: ``custom_backprop/formulas/norm.py``.
+are computed first; or, on a GPU that has clusters, several blocks of threads share it. KIND and
+formulas: ``custom_backprop/formulas/norm.py``.
 """
 
 from __future__ import annotations
@@ -15,7 +16,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .launch import Launch, cdiv, kernel, multiprocessors, planned
+from .launch import Launch, cdiv, has_clusters, kernel, multiprocessors, planned
 from .rows import (
     centred,
     centred_rows,
@@ -203,38 +204,47 @@ def _backward(
             tl.store(PARTIAL + second + place, tl.sum(db, 0)[None, :], column < n)
 
 
+def _where(x: Tensor) -> tuple[int, bool]:
+    """The multiprocessors of a GPU, and whether it has clusters of blocks for rows like those of x:
+    of other lengths each number has an address of its own, and a block has too few registers."""
+    return multiprocessors(x.device), x.shape[-1] % 16 == 0 and has_clusters(x.device)
+
+
 @planned
 def plan_forward(
-    rows: int, n: int, dtype: torch.dtype, count: int, eps: float, kind: str
+    rows: int, n: int, dtype: torch.dtype, count: int, clusters: bool, eps: float, kind: str
 ) -> Launch:
-    """Of ``rows`` rows of ``n``, on ``count`` multiprocessors."""
+    """Of ``rows`` rows of ``n``, on ``count`` multiprocessors, with or without clusters."""
     named = {"KIND": kind, "EPS": eps, "STAGES": stages_of(dtype)}
     # in a loop each lane has its own mean and squares
-    looped = kind == "layer" and row_config(n, 1, dtype, LIVE).block < n
+    looped = kind == "layer" and row_config(n, 1, dtype, LIVE, clusters).block < n
     live = LIVE if looped else 2
-    return over_rows(_forward, (rows, n, 1), [(n, 1, 1)], dtype, live, count, **named)
+    return over_rows(_forward, (rows, n, 1), [(n, 1, 1)], dtype, live, count, clusters, **named)
 
 
 @planned
 def plan_backward(
-    rows: int, n: int, dtype: torch.dtype, count: int, kind: str, of_weight: bool, of_bias: bool
-) -> tuple[Launch | None, Launch, int]:
+    rows: int, n: int, dtype: torch.dtype, count: int, clusters: bool, kind: str, of_weight: bool,
+    of_bias: bool,
+) -> tuple[Launch | None, Launch, int]:  # fmt: skip
     """The sums of rows that are longer than a block, the pass, and how many partial sums there
     are."""
-    c, row_sums, stages = row_config(n, 1, dtype, LIVE), None, stages_of(dtype)
+    # in float32 a block of threads has too few registers for its share of a row
+    c = row_config(n, 1, dtype, LIVE, clusters and dtype.itemsize == 2)
+    row_sums, stages = None, stages_of(dtype)
     tile_m, tile_n, warps = c.rows, c.block, c.num_warps
     if n > tile_n:
         row_sums = over_rows(
             _row_sums, (rows, n, 1), [(n, 1, 1)], dtype, LIVE, count, KIND=kind, STAGES=stages
         )
         tile_m, tile_n, warps = 8, 64 if dtype == torch.float64 else 128, 4
-    programs = max(RESIDENT // (tile_m * tile_n), 2) * count
+    programs = max(RESIDENT // (tile_m * tile_n), 2) * count // c.num_ctas
     tiles, blocks, sums = cdiv(rows, tile_m), cdiv(n, tile_n), of_weight or of_bias
     parts = min(tiles, cdiv(programs, blocks)) if sums else tiles
     run = _backward.launch(
         parts * blocks, rows=rows, n=n, tiles=tiles, blocks=blocks, KIND=kind,
         NEED_WEIGHT=of_weight, NEED_BIAS=of_bias, STAGES=stages, WIDE=far(rows * n), ROWS=tile_m,
-        BLOCK=tile_n, num_warps=warps,
+        BLOCK=tile_n, num_warps=warps, num_ctas=c.num_ctas,
     )  # fmt: skip
     return row_sums, run, parts if sums else 0
 
@@ -252,7 +262,7 @@ def forward(
     y, rstd = x.new_empty(x.shape, dtype=dtype), partial_sums(x, *x.shape[:-1], 1)
     mean = torch.empty_like(rstd) if kind == "layer" else None
     if x.numel():
-        run = plan_forward(rstd.numel(), x.shape[-1], x.dtype, multiprocessors(x.device), eps, kind)
+        run = plan_forward(rstd.numel(), x.shape[-1], x.dtype, *_where(x), eps, kind)
         run(x, residual, weight, bias, y, h, mean, rstd)
     return y, mean, rstd
 
@@ -281,8 +291,9 @@ def backward(
     made = like.new_empty if rows and n else like.new_zeros
     dw, db = (made(n) if need else None for need in (need_weight, need_bias))
     if rows and n:
-        count = multiprocessors(x.device)
-        row_sums, run, parts = plan_backward(rows, n, x.dtype, count, kind, need_weight, need_bias)
+        row_sums, run, parts = plan_backward(
+            rows, n, x.dtype, *_where(x), kind, need_weight, need_bias
+        )
         partial = partial_sums(x, need_weight + need_bias, parts, n) if parts else None
         along = total = None
         if row_sums is not None and need_x:

@@ -9,7 +9,13 @@ from helpers import DEVICE
 
 import custom_backprop
 from custom_backprop import functional, nn
-from custom_backprop.backends import interpreting
+from custom_backprop.backends import interpreting, why_not
+from custom_backprop.backends.kernels import kernels
+
+on_triton = pytest.mark.skipif(
+    why_not("triton", DEVICE) is not None, reason=str(why_not("triton", DEVICE))
+)
+EPS = 1e-5
 
 
 def gradients(function, x, *parameters):
@@ -32,6 +38,48 @@ def test_rows_of_any_width_and_number(name, shape, backend):
         for m in (functional, F)
     ]
     torch.testing.assert_close(*found, rtol=1e-9, atol=1e-11)
+
+
+@on_triton
+@pytest.mark.parametrize("n", [8208, 2**14, 2**16 + 16, 2**17])
+@pytest.mark.parametrize("name", ["layer_norm", "rms_norm"])
+def test_rows_that_blocks_share(name, n):
+    if not kernels("launch").has_clusters(torch.device(DEVICE)):
+        pytest.skip("there are no clusters of blocks here")
+    x = torch.randn(300, n, device=DEVICE).bfloat16()
+    parameters = torch.randn(2 if name == "layer_norm" else 1, n, device=DEVICE).bfloat16().unbind()
+    wide = x.double(), *(p.double() for p in parameters)
+    ours = gradients(lambda x, *p: getattr(functional, name)(x, (n,), *p, eps=EPS), x, *parameters)
+    truth = gradients(lambda x, *p: getattr(F, name)(x, (n,), *p, eps=EPS), *wide)
+    for our, true in zip(ours, truth, strict=True):
+        error = (our.double() - true).abs().max() / true.abs().max()
+        assert error < 2**-8
+
+
+@on_triton
+def test_which_rows_blocks_share(monkeypatch):
+    """Those longer than 8192, of a multiple of 16, on a GPU that has clusters; in float32 forward
+    alone, in float64 none. Each of the others is read in a loop, and backward needs its sums
+    first."""
+    launch, norm = kernels("launch"), kernels("norm")
+    monkeypatch.setattr(launch, "_TRITON", (3, 9))
+    monkeypatch.delenv("CUSTOM_BACKPROP_NO_CLUSTERS", raising=False)
+
+    def launched(n, dtype):
+        x, seen = torch.empty(4, n, dtype=dtype, device="meta"), []
+        with launch.observed(lambda *call: seen.append(call), 90):
+            _, mean, rstd = norm.forward(x, x[0], x[0], EPS, "layer")
+            norm.backward(x, x, x[0], mean, rstd, "layer", True, True, True)
+        return [(kernel.__name__, options.get("num_ctas", 1)) for kernel, *_, options in seen]
+
+    whole, sums = ("_row_sums", 1), ("_column_sum", 1)
+    assert launched(8192, torch.bfloat16) == [("_forward", 1), ("_backward", 1), sums]
+    assert launched(8208, torch.bfloat16) == [("_forward", 2), ("_backward", 4), sums]
+    assert launched(2**17, torch.bfloat16) == [("_forward", 16), ("_backward", 16), sums]
+    assert launched(2**17 + 16, torch.bfloat16)[1:] == [whole, ("_backward", 1), sums]
+    assert launched(8209, torch.bfloat16)[:2] == [("_forward", 1), whole]
+    assert launched(8208, torch.float32)[1:] == [whole, ("_backward", 1), sums]
+    assert launched(8208, torch.float64)[:2] == [("_forward", 1), whole]
 
 
 def test_the_mean_is_taken_out_before_squares_are_added(backend):
