@@ -137,9 +137,9 @@ def _backward(
 def view_of(x: Tensor) -> Tensor:
     """x as (outer, C, inner). Rows whose classes lie further apart than they do themselves are side
     by side."""
-    if x.dim() == 2 and x.stride(1) > x.stride(0):
-        return x.t().unsqueeze(0)
-    return x.unsqueeze(2) if x.dim() == 2 else x
+    if x.dim() != 2:
+        return x
+    return x.t().unsqueeze(0) if x.stride(1) > x.stride(0) else x.unsqueeze(2)
 
 
 def parts_of(rows: int, count: int) -> int:

@@ -49,8 +49,8 @@ CALLS = {
     "relu": (33, 38, 38),
     "softmax": (39, 44, 36),
     "mse_loss": (69, 84, 36),
-    "cross_entropy": (72, 90, 35),
-    "layer_norm": (58, 63, 68),
+    "cross_entropy": (73, 92, 35),
+    "layer_norm": (59, 64, 69),
     "linear": (34, 39, 53),
 }
 
