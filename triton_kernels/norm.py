@@ -30,15 +30,14 @@ from .rows import (
     write,
 )
 
-#: elements of a multiprocessor's programs, two at least, where backward adds up over rows: all of
-#: them are there at once, with the next rows on the way; and the numbers that it needs for each
-#: element at once
-RESIDENT, LIVE = 6144, 4
+#: programs a multiprocessor that backward is cut into where it adds up over rows (more would mean
+#: more sums to store), and the numbers that it needs for each element at once
+RESIDENT, LIVE = 2, 4
 
 
 def stages_of(dtype: torch.dtype) -> int:
     """``num_stages`` of a loop that waits for sums: two blocks are loaded ahead, or one of numbers
-    of 32 bits, so that a multiprocessor has 48 KB under way while it computes."""
+    of 32 bits: 32 KB and more to a multiprocessor while it computes."""
     return 3 if dtype.itemsize == 2 else 2
 
 
@@ -232,15 +231,14 @@ def plan_backward(
     # in float32 a block of threads has too few registers for its share of a row
     c = row_config(n, 1, dtype, LIVE, clusters and dtype.itemsize == 2)
     row_sums, stages = None, stages_of(dtype)
-    tile_m, tile_n, warps = c.rows, c.block, c.num_warps
+    tile_m, tile_n, warps, programs = c.rows, c.block, c.num_warps, RESIDENT * count
     if n > tile_n:
         row_sums = over_rows(
             _row_sums, (rows, n, 1), [(n, 1, 1)], dtype, LIVE, count, KIND=kind, STAGES=stages
         )
-        tile_m, tile_n, warps = 8, 64 if dtype == torch.float64 else 128, 4
-    programs = max(RESIDENT // (tile_m * tile_n), 2) * count // c.num_ctas
+        tile_m, tile_n, warps, programs = 8, 64 if dtype == torch.float64 else 128, 4, 8 * count
     tiles, blocks, sums = cdiv(rows, tile_m), cdiv(n, tile_n), of_weight or of_bias
-    parts = min(tiles, cdiv(programs, blocks)) if sums else tiles
+    parts = min(tiles, cdiv(programs, blocks * c.num_ctas)) if sums else tiles
     run = _backward.launch(
         parts * blocks, rows=rows, n=n, tiles=tiles, blocks=blocks, KIND=kind,
         NEED_WEIGHT=of_weight, NEED_BIAS=of_bias, STAGES=stages, WIDE=far(rows * n), ROWS=tile_m,
