@@ -88,12 +88,12 @@ def _regimes(make: Make) -> Iterator[Sample]:
     yield Sample((x, make.index(16, 256, high=64)), options, name="smoothing, 3-D, sum")
     x = make.tensor(2048, 1024, requires_grad=False).half().requires_grad_()
     yield Sample((x, make.index(2048, high=1024)), name="mean, its gradient made in backward")
-    for options in ({}, {"reduction": "none"}, {"reduction": "none", "label_smoothing": 0.1}):
-        name = ", ".join(map(str, options.values()))
+    for named in ({}, {"reduction": "none"}, {"reduction": "none", "label_smoothing": 0.1}):
+        name = ", ".join(map(str, named.values()))
         x, index = make.tensor(2**16, 2**15), make.index(2**16, high=2**15)
-        yield Sample((x, index), options, name=f"offsets in int64, {name}")
+        yield Sample((x, index), named, name=f"offsets in int64, {name}")
         x, index = make.tensor(1, 2**15, 2**16), make.index(1, 2**16, high=2**15)
-        yield Sample((x, index), options, name=f"3-D, offsets of classes in int64, {name}")
+        yield Sample((x, index), named, name=f"3-D, offsets of classes in int64, {name}")
 
 
 SPECS = [
