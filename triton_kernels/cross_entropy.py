@@ -17,7 +17,7 @@ from torch import Tensor
 
 from . import rows as row_kernels
 from . import soft_cross_entropy
-from .elementary import exp_less, exp_unit, expm1, half, log1p_positive
+from .elementary import exp_less, expm1, half, log1p_positive
 from .launch import Launch, kernel, multiprocessors, planned
 from .nll import (
     MEAN,
@@ -106,7 +106,7 @@ def _forward(
             e = exp_less(x, m[:, None], HALF)
             e = tl.where(column == chosen, 0.0 if DX is None else lowest(dtype), e)
             of_others = e if DX is None else tl.maximum(e, 0.0, propagate_nan=tl.PropagateNan.ALL)
-            rest = tl.sum(of_others, 1) * exp_unit(m, HALF)
+            rest = tl.sum(of_others, 1)
         z = rest + exp_less(x_t, m)
         certain = (rest < 1) & (x_t == m)
         log_z = tl.where(certain, log1p_positive(tl.where(certain, rest, 0.0)), tl.log(z))
@@ -121,9 +121,8 @@ def _forward(
             tl.store(LOG_SUM + row, log_z, alive)
         if DX is not None:
             m, rest = tl.where(counted, m, 0.0), tl.where(counted, rest, 0.0)
-            unit = exp_unit(m, HALF)
-            of_p = tl.where(counted, share * w * (unit / z), 0.0)[:, None]
-            of_t = -(rest / unit)[:, None]
+            of_p = tl.where(counted, share * w / z, 0.0)[:, None]
+            of_t = -rest[:, None]
             if LOOP:
                 last = tl.cdiv(n, BLOCK) * BLOCK - BLOCK
                 for back in range(0, n, BLOCK):
@@ -160,7 +159,7 @@ def _backward(
         w *= share_of(DY, TOTAL, row, alive, rows, PER_ROW, MEAN, PARTS, dtype)
         w = tl.where(counted, w, 0.0)
         of_t = (w * expm1(logit_of(X, start, t, s_n) - m - log_z))[:, None]
-        of_p = (w * exp_less(-log_z, 0.0) * exp_unit(m, HALF))[:, None]
+        of_p = (w * exp_less(-log_z, 0.0))[:, None]
         chosen = t.to(column.dtype)[:, None]
         for done in range(0, n, BLOCK):
             place = done + column

@@ -94,19 +94,8 @@ def exp_minus(x, HALF: tl.constexpr = False):
 
 @triton.jit
 def exp_less(x, m, HALF: tl.constexpr = False):
-    """e^(x-m) for x <= m, by the special function unit; in half precision over :func:`exp_unit`, by
-    one multiplication and addition."""
-    if HALF:
-        return tl.exp2(tl.fma(x, 1.4426950408889634, m * -1.4426950408889634))
-    return tl.exp(x - m)
-
-
-@triton.jit
-def exp_unit(m, HALF: tl.constexpr = False):
-    """What is missing from ``exp_less`` of m, which in half precision rounds m log2 e."""
-    if HALF:
-        return tl.exp2(tl.fma(m, -1.4426950408889634, m * 1.4426950408889634))
-    return tl.full(m.shape, 1, m.dtype)
+    """e^(x-m) for x <= m, by the special function unit; in half precision 0 below 2^-126."""
+    return tl.exp2((x - m) * 1.4426950408889634) if HALF else tl.exp(x - m)
 
 
 @triton.jit

@@ -520,6 +520,22 @@ def test_nan_stays_in_its_row(n, backend):
         assert dx.isnan().sum(1).tolist() == [0, n, 0]
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("n", [5, 20001])
+def test_a_row_may_be_masked_with_the_lowest_number(n, dtype, backend):
+    x = torch.zeros(2, n, dtype=dtype, device=DEVICE)
+    x[0] = torch.finfo(dtype).min
+    x[1, 3:] = torch.finfo(dtype).min
+    x.requires_grad_()
+    t = torch.tensor([1, 1], device=DEVICE)
+    losses = functional.cross_entropy(x, t, reduction="none")
+    (dx,) = torch.autograd.grad(losses, x, torch.ones_like(losses))
+    expected = torch.tensor([n, 3.0]).log()
+    torch.testing.assert_close(losses.float().cpu(), expected, rtol=4e-3, atol=0)
+    assert dx[1, 3:].count_nonzero() == 0
+    torch.testing.assert_close(dx[:, 0].float().cpu(), (-expected).exp(), rtol=4e-3, atol=0)
+
+
 @pytest.mark.skipif("triton" not in HERE, reason="kernels do not run here")
 @pytest.mark.parametrize("rows", [64, 2**16])
 @pytest.mark.parametrize(("name", "options"), [*itertools.product(NAMES, ({}, {"weight": True}))])
