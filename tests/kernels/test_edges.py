@@ -294,7 +294,7 @@ def test_norms(name, dtype):
 @pytest.mark.parametrize("dtype", TOLERANCE)
 def test_gates(dtype, monkeypatch):
     """Around the rows and columns of a tile, of one long row too, and of rows in several tiles."""
-    monkeypatch.setattr(kernels("gating"), "BLOCK", 32)
+    monkeypatch.setattr(kernels("pointwise"), "BLOCK", 8 * dtype.itemsize)  # blocks of 32
     forget_plans(monkeypatch, "gating")
     for m, n in [*pairs(around(4), around(8), dtype), (1, 1), (3, 33)]:
         agree(lambda F, x: F.glu(x), dtype, (m, 2 * n))
