@@ -17,7 +17,7 @@ from torch import Tensor
 
 from . import rows as row_kernels
 from . import soft_cross_entropy
-from .elementary import exp_less, expm1, half, log1p_positive
+from .elementary import exp_below_0, expm1, half, log1p_positive
 from .launch import Launch, kernel, multiprocessors, planned
 from .nll import (
     MEAN,
@@ -98,16 +98,16 @@ def _forward(
                 m, z = online(m, z, _at(x, column, chosen - done, float("-inf")), ALIGNED)
             others, z = online_of_rows(m, z)
             m = tl.maximum(others, x_t)
-            rest = z * exp_less(others, m)
+            rest = z * exp_below_0(others - m)
         else:
             x = read(X + start, column * s_n, alive[:, None] & (column < n), float("-inf"))
             m = tl.maximum(tl.max(x, 1), lowest(dtype))
             # of class t the lowest number, which the sum leaves out and dx replaces by -rest
-            e = exp_less(x, m[:, None], HALF)
+            e = exp_below_0(x - m[:, None], HALF)
             e = tl.where(column == chosen, 0.0 if DX is None else lowest(dtype), e)
             of_others = e if DX is None else tl.maximum(e, 0.0, propagate_nan=tl.PropagateNan.ALL)
             rest = tl.sum(of_others, 1)
-        z = rest + exp_less(x_t, m)
+        z = rest + exp_below_0(x_t - m)
         certain = (rest < 1) & (x_t == m)
         log_z = tl.where(certain, log1p_positive(tl.where(certain, rest, 0.0)), tl.log(z))
         loss = tl.where(counted, w * (log_z + tl.where(t < 0, 0.0, m - x_t)), 0.0)
@@ -130,7 +130,7 @@ def _forward(
                     place = begin + column
                     inside = alive[:, None] & (place < n)
                     x = read(X + start, place * s_n, inside & counted[:, None])
-                    e = _at(exp_less(x, m[:, None], HALF), column, chosen - begin, of_t)
+                    e = _at(exp_below_0(x - m[:, None], HALF), column, chosen - begin, of_t)
                     write(DX + start, place * s_n, inside, e * of_p)
             else:
                 e = tl.maximum(e, of_t)
@@ -159,13 +159,13 @@ def _backward(
         w *= share_of(DY, TOTAL, row, alive, rows, PER_ROW, MEAN, PARTS, dtype)
         w = tl.where(counted, w, 0.0)
         of_t = (w * expm1(logit_of(X, start, t, s_n) - m - log_z))[:, None]
-        of_p = (w * exp_less(-log_z, 0.0))[:, None]
+        of_p = (w * exp_below_0(-log_z))[:, None]
         chosen = t.to(column.dtype)[:, None]
         for done in range(0, n, BLOCK):
             place = done + column
             inside = alive[:, None] & (place < n)
             x = read(X + start, place * s_n, inside & counted[:, None])
-            dx = _at(exp_less(x, m[:, None], HALF) * of_p, column, chosen - done, of_t)
+            dx = _at(exp_below_0(x - m[:, None], HALF) * of_p, column, chosen - done, of_t)
             write(DX + start, place * s_n, inside, dx)
 
 

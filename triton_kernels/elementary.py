@@ -93,9 +93,10 @@ def exp_minus(x, HALF: tl.constexpr = False):
 
 
 @triton.jit
-def exp_less(x, m, HALF: tl.constexpr = False):
-    """e^(x-m) for x <= m, by the special function unit; in half precision 0 below 2^-126."""
-    return tl.exp2((x - m) * 1.4426950408889634) if HALF else tl.exp(x - m)
+def exp_below_0(x, FLUSH: tl.constexpr = False):
+    """e^x for x <= 0, by the special function unit. FLUSH: what is less than 2^-126 may be 0, for
+    which tl.exp has three instructions more."""
+    return tl.exp2(x * 1.4426950408889634) if FLUSH else tl.exp(x)
 
 
 @triton.jit

@@ -75,7 +75,7 @@ class Kernel:
         if self.tensors + self.numbers + self.constexprs != self.jit.arg_names:
             raise TypeError(f"{self.__name__}: tensors come first, then numbers, then constexprs")
         self._compiled: dict[Any, dict[tuple[Any, ...], Any]] = {}
-        self._code: dict[tuple[str, ...], tuple[CodeType, CodeType]] = {}
+        self._code: dict[tuple[str, ...], CodeType] = {}
 
     def launch(
         self, programs: int, *, num_warps: int = 4, num_stages: int = 3, num_ctas: int = 1,
@@ -151,7 +151,7 @@ class Kernel:
                 binary = jit[(programs,)](*args, **constants, **options)
             compiled[key] = device.index, binary.run, binary.function, binary.packed_metadata
 
-        _, launch = self._generated(numbers, compiled, by_triton, programs, constants.values())
+        launch = self._generated(numbers, compiled, by_triton, programs, constants.values())
         launch.programs, launch.numbers = programs, numbers
         return launch
 
@@ -169,9 +169,8 @@ class Kernel:
     def _generated(
         self, numbers: dict[str, Any], compiled: dict[tuple[Any, ...], Any],
         by_triton: Callable[..., None], programs: int, constants: Iterable[Any],
-    ) -> tuple[Callable[..., tuple[Any, ...]], Launch]:  # fmt: skip
-        """The key of some arguments, and a launch of them, written out argument by argument: a loop
-        over them would take twice as long.
+    ) -> Launch:  # fmt: skip
+        """A launch, written out argument by argument: a loop over them would take twice as long.
 
         What a launch was made with is not looked at again: the key has only the tensors and the
         other numbers. Tensors of two devices give a key that no kernel has. The driver is given
@@ -187,9 +186,6 @@ class Kernel:
             by_name = ", ".join([*self.tensors, *[f"{name}={name}" for name in others]])
             passed = [name if name in others else f"_{name}" for name in self.numbers]
             source = f"""
-def key_of({args}):
-    return ({key})
-
 def launch({args}):
     {" = ".join([*addresses, "None"])}
     _ready = _get(_key := ({key}))
@@ -204,7 +200,7 @@ def launch({args}):
 """
             made: dict[str, Any] = {}
             exec(compile(source, f"<launch of {self.__name__}>", "exec"), made)
-            self._code[others] = made["key_of"].__code__, made["launch"].__code__
+            self._code[others] = made["launch"].__code__
         space: dict[str, Any] = {
             **{f"_{name}": value for name, value in numbers.items()},
             "_get": compiled.get, "_observers": _observers, "_runtime": knobs.runtime,
@@ -212,8 +208,7 @@ def launch({args}):
             "_device": getattr(torch._C, "_cuda_getDevice", lambda: None),
             "_stream": getattr(torch._C, "_cuda_getCurrentRawStream", None),
         }  # fmt: skip
-        key_of, launch = [FunctionType(code, space) for code in self._code[others]]
-        return key_of, launch  # type: ignore[return-value]
+        return FunctionType(self._code[others], space)  # type: ignore[return-value]
 
 
 kernel = Kernel

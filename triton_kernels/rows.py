@@ -177,22 +177,21 @@ def online(m, z, x, ALIGNED: tl.constexpr):
     axis: tl.constexpr = 2 if ALIGNED else 1
     x = tl.reshape(x, (rows, lanes, at_once) if ALIGNED else (rows, at_once, lanes))
     largest = tl.maximum(m, tl.max(x, axis))
-    e = exp_of_term(x - tl.expand_dims(largest, axis))
-    return largest, z * exp_of_term(m - largest) + tl.sum(e, axis)
+    e = _term(x - tl.expand_dims(largest, axis))
+    return largest, z * _term(m - largest) + tl.sum(e, axis)
 
 
 @triton.jit
-def exp_of_term(x):
-    """e^x for x <= 0, a term of a sum that is at least 1: what is less than 2^-126 may be 0, for
-    which tl.exp has three instructions more."""
-    return tl.exp(x) if x.dtype == tl.float64 else tl.exp2(x * 1.4426950408889634)
+def _term(x):
+    """e^x for x <= 0, in a sum that is at least 1."""
+    return elementary.exp_below_0(x, x.dtype != tl.float64)
 
 
 @triton.jit
 def online_of_rows(m, z):
     """(m, z) of each row from those of its lanes."""
     largest = tl.max(m, 1)
-    return largest, tl.sum(z * exp_of_term(m - largest[:, None]), 1)
+    return largest, tl.sum(z * _term(m - largest[:, None]), 1)
 
 
 @triton.jit

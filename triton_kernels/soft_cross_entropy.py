@@ -9,7 +9,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from .elementary import exp_less, expm1, log1p_positive
+from .elementary import exp_below_0, expm1, log1p_positive
 from .launch import kernel
 from .nll import class_of, logit_of, share_of, store_sums, total_of
 from .rows import (
@@ -109,13 +109,13 @@ def forward(
                 u += _soft(Q, WEIGHT, s_n, place, inside, n, PROBABILITIES, SMOOTHING, dtype)
             others, z = online_of_rows(m, z)
             m = tl.maximum(others, x_t)
-            rest = z * exp_less(others, m)
+            rest = z * exp_below_0(others - m)
         else:
             inside = alive[:, None] & (column < n)
             x = read(X + start, column * s_n, inside, float("-inf"))
             m = tl.maximum(tl.max(x, 1), lowest(dtype))
             x -= m[:, None]
-            e = exp_less(x, 0.0)
+            e = exp_below_0(x)
             apart = x == 0 if PROBABILITIES else column == chosen
             rest = tl.sum(tl.where(apart, 0.0, e), 1)
             if PROBABILITIES:
@@ -124,7 +124,7 @@ def forward(
             u = tl.where(apart, 0.0, q) if PROBABILITIES else q
             top = tl.where(apart, q, 0.0)
         soft = tl.sum(u, 1)
-        e_t = exp_less(x_t, m)
+        e_t = exp_below_0(x_t - m)
         z = rest + (1 if PROBABILITIES else e_t)
         certain = (rest < 1) & ((rest >= 0) if PROBABILITIES else (x_t == m))
         log_z = tl.where(certain, log1p_positive(tl.where(certain, rest, 0.0)), tl.log(z))
@@ -150,7 +150,7 @@ def forward(
             inside = alive[:, None] & (place < n)
             if LOOP:
                 x = read(X + start, place * s_n, inside) - m[:, None]
-                e = exp_less(x, 0.0)
+                e = exp_below_0(x)
                 q = _soft(Q, WEIGHT, s_n, place, inside, n, PROBABILITIES, SMOOTHING, dtype)
             soft_loss += tl.where(inside, q * (x - log_z[:, None]), 0.0)
             if DX is not None:
@@ -204,7 +204,7 @@ def backward(
             soft += tl.sum(u, 1)
         log_p_t = logit_of(X, start, t, s_n)[:, None] - m - log_z
         of_p = dy * (hard + soft)[:, None]
-        of_t = dy * (exp_less(log_p_t, 0.0) * soft[:, None] + expm1(log_p_t) * hard[:, None])
+        of_t = dy * (exp_below_0(log_p_t) * soft[:, None] + expm1(log_p_t) * hard[:, None])
         certain = log_z < 0.69  # nearly log 2, at which p is 1/2
         if PROBABILITIES:
             of_t = dy * tl.load(OTHERS + row, alive, other=0.0)[:, None] + of_p * expm1(-log_z)
@@ -214,7 +214,7 @@ def backward(
             x = read(X + start, place * s_n, inside) - m
             log_p = x - log_z
             if DX is not None:
-                dx = exp_less(log_p, 0.0) * of_p
+                dx = exp_below_0(log_p) * of_p
                 if not PROBABILITIES:
                     dx = tl.where(place == chosen, of_t, dx)
                 dx -= dy * _soft(Q, WEIGHT, s_n, place, inside, n, PROBABILITIES, SMOOTHING, dtype)

@@ -12,11 +12,10 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .elementary import half, upcast
+from .elementary import exp_below_0, half, upcast
 from .launch import Launch, has_clusters, kernel, multiprocessors, planned
 from .rows import (
     SHARED,
-    exp_of_term,
     lowest,
     online,
     online_of_rows,
@@ -37,12 +36,6 @@ def _input(X, place, inside, Y, NEGATE: tl.constexpr):
     x = tl.load(X + place, inside, other=float("inf") if NEGATE else float("-inf"))
     x = upcast(x.to(Y.dtype.element_ty))
     return -x if NEGATE else x
-
-
-@triton.jit
-def _exp(x, HALF: tl.constexpr):
-    """e^x for x <= 0; in half precision 0 below 2^-126."""
-    return exp_of_term(x) if HALF else tl.exp(x)
 
 
 @kernel
@@ -72,7 +65,7 @@ def _forward(
             x = _input(x_start, column * s_n, alive & (column < n), Y, NEGATE)
             m = tl.max(x, 1)
             x -= m[:, None]
-            z = tl.sum(_exp(x, HALF), 1)
+            z = tl.sum(exp_below_0(x, HALF), 1)
         last = tl.cdiv(n, BLOCK) * BLOCK - BLOCK if LOOP else 0
         for back in range(0, n if LOOP else BLOCK, BLOCK):
             place = last - back + column
@@ -82,7 +75,7 @@ def _forward(
             if LOG:
                 y = x - tl.log(z[:, None])
             else:
-                e = _exp(x, HALF)
+                e = exp_below_0(x, HALF)
                 y = e * (1 / z)[:, None] if HALF else e / z[:, None]
             write(y_start, place * inner, inside, y)
 
@@ -121,7 +114,7 @@ def _backward(
                 larger = y > top
                 if LOG:
                     a += tl.where(larger, s, dy)
-                    b += _exp(tl.where(larger, top, y), HALF)
+                    b += exp_below_0(tl.where(larger, top, y), HALF)
                 else:
                     a += tl.where(larger, (s - dy) * b, y * (dy - s))
                     b += y
@@ -138,7 +131,7 @@ def _backward(
         if LOG:
             total = tl.sum(a + s, 1)[:, None]
             others = tl.sum(a + tl.where(its, 0.0, s), 1)[:, None]
-            rest = tl.sum(b + tl.where(its, 0.0, _exp(top, HALF)), 1)[:, None]
+            rest = tl.sum(b + tl.where(its, 0.0, exp_below_0(top, HALF)), 1)[:, None]
         else:
             dy_k = tl.max(tl.where(its, s, float("-inf")), 1)[:, None]
             total = tl.sum(a + (s - dy_k) * b, 1)[:, None]
@@ -151,7 +144,9 @@ def _backward(
                 y = read(Y + y_start, place * inner, inside)
             if LOG:
                 certain = (y == largest) & (y > LOG_HALF)
-                dx = tl.where(certain, dy * rest - (1 - rest) * others, dy - _exp(y, HALF) * total)
+                dx = tl.where(
+                    certain, dy * rest - (1 - rest) * others, dy - exp_below_0(y, HALF) * total
+                )
             else:
                 dx = y * ((dy - dy_k) - total)
             write(DX + y_start, place * inner, inside, -dx if NEGATE else dx)

@@ -20,10 +20,6 @@ _hardtanh_backward = builtin(aten.hardtanh_backward)
 _elu_backward = builtin(aten.elu_backward)
 
 
-#: elements of a chunk: 1 MiB of float32
-CHUNK = 2**18
-
-
 class Aten(NamedTuple):
     """One activation by PyTorch's operators.
 
@@ -76,7 +72,7 @@ def _tanhshrink_backward(dy, x):
         x, dy, t = chunk
         torch.tanh(x, out=t).mul_(t).mul_(dy)
 
-    tasks.each(x.device, work, tasks.cut(CHUNK, x, dy, dx))
+    tasks.each(x.device, work, tasks.cut(tasks.CHUNK, x, dy, dx))
     return dx
 
 

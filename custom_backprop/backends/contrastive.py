@@ -17,10 +17,9 @@ from ..formulas.precision import HALF, wide, widen
 from . import tasks
 from .cross_entropy import minus_log, without_
 from .library import P, R, launcher, primitive, slices
+from .tasks import CHUNK
 
-#: elements of a chunk of differences: 1 MiB of float32, beside which the cost of the calls is small
-CHUNK = 2**18
-#: and of similarities: the product that makes them wants more rows
+#: elements of a chunk of similarities: the product that makes them wants more rows
 SIMILARITIES = 2**19
 
 

@@ -19,11 +19,9 @@ from ..formulas.nll import along_classes, reduced
 from ..formulas.precision import HALF, wide, widen
 from . import nll, tasks
 from .library import P, R, empty_if, launcher, primitive, slices
+from .tasks import CHUNK
 
 aten = torch.ops.aten
-
-#: elements of a chunk: 1 MiB of float32
-CHUNK = 2**18
 
 #: up to so many elements a call costs more than a pass
 SMALL = 2**16

@@ -21,12 +21,10 @@ from ..formulas.precision import HALF, wide, widen
 from . import tasks
 from .library import P, Primitive, R, builtin, empty_if, launcher, primitive
 from .selection import functorch_active, is_traced
+from .tasks import CHUNK
 
 aten = torch.ops.aten
 _squares = builtin(aten.mse_loss, "out")
-
-#: elements of a chunk: 1 MiB of float32, beside which the cost of the calls is small
-CHUNK = 2**18
 
 #: elements up to which a loss of few passes is quicker in one chunk, whose calls all threads share
 ONE = 2**20
@@ -165,12 +163,13 @@ def _binary_cross_entropy_with_logits_total(x, t, v, k, g):
     return total
 
 
-#: name -> writes k l_x into g and returns Σ l, with no memory of the size of g beside it
-TOTAL: dict[str, Callable[..., float]] = {
-    "mse_loss": _mse_loss_total,
-    "binary_cross_entropy_with_logits": _binary_cross_entropy_with_logits_total,
+#: name -> (writes k l_x into g and returns Σ l, with no memory of the size of g beside it; elements
+#: of a chunk)
+TOTAL: dict[str, tuple[Callable[..., float], int]] = {
+    "mse_loss": (_mse_loss_total, ONE),
+    "binary_cross_entropy_with_logits": (_binary_cross_entropy_with_logits_total, CHUNK),
 } | {
-    name: partial(_one_by_one, FILL[name])
+    name: (partial(_one_by_one, FILL[name]), ONE)
     for name in ("smooth_l1_loss", "huber_loss", "binary_cross_entropy")
 }
 
@@ -224,16 +223,14 @@ def _forward(loss, x, t, v, w, reduction, make_dx, *parameters):
     dx = torch.empty_like(x) if make_dx else None
     scale = 1 / (divisor_of(x, reduction) or 1)
     if make_dx and reduction != NONE and plain and loss.name in TOTAL:
-        total_of = TOTAL[loss.name]
+        total_of, size = TOTAL[loss.name]
 
         def add(chunk, _):
             xs, ts, vs, gs = chunk
             return total_of(xs, ts, vs, scale, gs, *parameters)
 
-        size = CHUNK if loss.name == "binary_cross_entropy_with_logits" else ONE
-        return _reduced(
-            x, sum(tasks.each(x.device, add, tasks.cut(size, x, t, v, dx))), reduction
-        ), dx
+        totals = tasks.each(x.device, add, tasks.cut(size, x, t, v, dx))
+        return _reduced(x, sum(totals), reduction), dx
     dtype = wide(x.dtype)
     k = x.new_full((), scale, dtype=dtype)
     y = torch.empty_like(x) if reduction == NONE else None

@@ -29,6 +29,9 @@ from .selection import is_plain
 #: what a thread's work leaves there, it finds again at its next chunk; at first nothing
 Memory = list[Tensor]
 
+#: elements of a chunk: 1 MiB of float32, beside which the cost of the calls is small
+CHUNK = 2**18
+
 #: fewer chunks than these are not worth another thread: to wake it takes as long as a few calls
 FEWEST = 4
 

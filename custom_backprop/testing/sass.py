@@ -120,10 +120,11 @@ class Function:
             whole = set(self._dominators)
             path = self._shortest(0, whole, lambda b: self._block(b)[-1].opcode == EXIT)
             return [_pass(path)]
-        return [
-            _pass(self._shortest(head, body, lambda b, h=head: h in self._after[b]), True)  # type: ignore[misc]
-            for head, body in sorted(inner.items())
-        ]
+
+        def round_of(head: int, body: set[int]) -> Pass:
+            return _pass(self._shortest(head, body, lambda b: head in self._after[b]), True)
+
+        return [round_of(head, body) for head, body in sorted(inner.items())]
 
     @cached_property
     def _ends(self) -> dict[int, int]:

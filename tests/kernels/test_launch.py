@@ -112,10 +112,12 @@ def key(*args, warps=4, stages=3, **constexprs):
     numbers = {f"n{i}": n for i, n in enumerate(args[len(tensors) :])}
     probe.tensors, probe.numbers = [f"T{i}" for i in range(len(tensors))], list(numbers)
     probe._code = {}
-    at_a_call, _ = probe._generated({}, {}, None, 1, ())
+    at_a_call = []
+    probe._generated({}, {}, lambda key, *_, **__: at_a_call.append(key), 1, ())(
+        *tensors, **numbers
+    )
     options = {"num_warps": warps, "num_stages": stages}
-    made_with = probe.variant(numbers, options, constexprs)
-    return made_with, at_a_call(*tensors, **numbers)
+    return probe.variant(numbers, options, constexprs), at_a_call
 
 
 def aligned(dtype=torch.float32):
