@@ -196,8 +196,13 @@ class Report:
         counts = [f"{len(found)} {status}" for status in STATUSES if (found := self._with(status))]
         lines = [f"{self.name}: {self.verdict.upper()} ({', '.join(counts)})"]
         lines += [f"  note: {note}" for note in self.notes]
-        for r in self.results:
-            lines.append(f"  {r.status:<13}{r.check:<18}{r.detail}")
+        shown = self.results
+        if self.verdict == "not run" and len(shown) > 1 and len({r.detail for r in shown}) == 1:
+            shown = [replace(shown[0], check="every check")]  # the one reason is said once
+        for r in shown:
+            first, *more = r.detail.splitlines() or [""]
+            lines.append(f"  {r.status:<13}{r.check:<18}{first}")
+            lines += [" " * 6 + line for line in more]
             if r.status == "wrong" and r.script:
                 lines += ["", *indent(r.script, " " * 6).splitlines(), ""]
         lines += [

@@ -38,8 +38,9 @@ def validate(
     """Proves a backward against torch.
 
     Args:
-        fn_or_module: a function of tensors (``MyFunction.apply``, a kernel's wrapper), or a module,
-            whose parameters are then differentiated as well.
+        fn_or_module: a function of tensors (``MyFunction.apply``, a kernel's wrapper); an autograd
+            Function, of which ``apply`` is meant; or a module, whose parameters are then
+            differentiated as well.
         inputs: the positional arguments, or a single tensor; or a text that describes them, such as
             ``"f32[8,16] requires_grad, i64[8] < 16"`` (:mod:`custom_backprop.testing.inputs`); or a
             :class:`Sample`, which may have keyword arguments; or a list of texts or samples, for as
@@ -70,11 +71,13 @@ def validate(
         a :class:`Report`, to print, to serialise, or to assert with ``.raise_if_failed()``.
 
     Raises:
-        TypeError: no input is a floating-point tensor, or one is a list or dict of tensors, which
-            would not be differentiated.
+        TypeError: ``fn_or_module`` cannot be called, or is the class of a module; no input is a
+            floating-point tensor, or one is a list or dict of tensors, which would not be
+            differentiated.
         ValueError: an unknown check, another dtype, ``elementwise`` with several differentiated
-            tensors, or ``rows`` that are no tensors.
+            tensors, or ``rows`` that are not tensors.
     """
+    fn_or_module = _callable(fn_or_module)
     title = name or _title(fn_or_module)
     if (samples := samples_of(inputs)) is not None:
         report = Report(title)
@@ -131,7 +134,7 @@ def validate(
     )
     for i in rows:
         if not (0 <= i < len(args) and isinstance(args[i], Tensor) and args[i].dim()):
-            raise ValueError(f"rows={tuple(rows)}: argument {i} is no tensor with rows")
+            raise ValueError(f"rows={tuple(rows)}: argument {i} is not a tensor with rows")
     if elementwise and len(case.wanted) != 1:
         raise ValueError(
             f"an elementwise function has one differentiated tensor, not {len(case.wanted)}"
@@ -145,6 +148,20 @@ def validate(
     report.notes = notes
     report.curves = curves(case) if plots else []
     return report
+
+
+def _callable(given: Any) -> Callable[..., Any]:
+    """What is validated: of an autograd Function, its ``apply``."""
+    if isinstance(given, type) and issubclass(given, torch.autograd.Function):
+        return given.apply
+    if isinstance(given, type):
+        raise TypeError(
+            f"validate needs a function or a module, got the class {given.__name__}: make an "
+            "instance of it"
+        )
+    if not callable(given):
+        raise TypeError(f"validate needs a function or a module, got {type(given).__name__}")
+    return given
 
 
 def _title(function: Any) -> str:

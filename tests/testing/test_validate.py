@@ -198,6 +198,7 @@ def test_what_cannot_run_is_neither_right_nor_wrong():
         assert not report.ok
         assert {r.status for r in report.results} == {"not run"}
         assert reason in report.results[0].detail
+        assert str(report).count(reason) == 1
 
 
 def test_stock_function_passes():
@@ -408,7 +409,26 @@ def test_report_prints_and_serialises():
         report.raise_if_failed()
 
 
+def test_of_a_function_its_apply_is_validated():
+    report = validate(Plain, inputs(), reference)
+    assert report.name == "Plain"
+    assert report.status("gradient") == "right"
+
+
+def test_large_jacobians_are_cut_and_indented():
+    x = torch.randn(9), torch.randn(9)
+    detail = validate(planted(backward=lambda ctx, dy: (-dy, dy)), x, checks=["gradcheck"])
+    _, *lines = str(detail).splitlines()
+    assert "..." in str(detail)
+    assert len(lines) < 20
+    assert all(line.startswith("  ") for line in lines)
+
+
 def test_bad_arguments():
+    with pytest.raises(TypeError, match="the class Linear: make an instance"):
+        validate(torch.nn.Linear, torch.randn(3))
+    with pytest.raises(TypeError, match="a function or a module, got str"):
+        validate("relu", torch.randn(3))
     with pytest.raises(TypeError, match="floating-point"):
         validate(lambda x: x, [torch.arange(3)])
     with pytest.raises(ValueError, match="one differentiated tensor, not 2"):

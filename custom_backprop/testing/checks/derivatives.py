@@ -8,6 +8,7 @@ from typing import Any
 import torch
 import torch.autograd.forward_ad as fwad
 from torch import Tensor
+from torch._tensor_str import printoptions
 from torch.autograd import gradcheck as torch_gradcheck
 
 from ..case import Case, gradients, outputs, weights_for
@@ -16,6 +17,8 @@ from .compare import as_reference, outputs_of
 
 #: rows of the Jacobian that a case in float32 compares
 ROWS = 32
+#: numbers of a Jacobian that an error prints
+SHOWN = 64
 
 
 def gradcheck(case: Case) -> None:
@@ -27,7 +30,7 @@ def gradcheck(case: Case) -> None:
     with the reference's.
     """
     if case.exact:
-        torch_gradcheck(outputs_of(case), case.leaves, check_undefined_grad=True)
+        _gradcheck(outputs_of(case), case.leaves, check_undefined_grad=True)
     else:
         as_reference(_needs_reference(case), _jacobian, "rows of the Jacobian")
 
@@ -56,7 +59,7 @@ def gradgradcheck(case: Case) -> None:
     if not case.double_backward:
         raise Wrong("an op without a second derivative gave one")
     if case.exact:
-        torch_gradcheck(second, (*case.leaves, *dys), check_undefined_grad=False)
+        _gradcheck(second, (*case.leaves, *dys), check_undefined_grad=False)
     else:
         as_reference(_needs_reference(case), _second_gradients, "second derivatives")
 
@@ -69,7 +72,7 @@ def forward_mode(case: Case) -> None:
     Finds a wrong jvp, and one that forgets an input without a tangent.
     """
     if case.exact:
-        torch_gradcheck(
+        _gradcheck(
             outputs_of(case),
             case.leaves,
             check_forward_ad=True,
@@ -78,6 +81,12 @@ def forward_mode(case: Case) -> None:
         )
     else:
         as_reference(_needs_reference(case), _tangents, "tangents of the outputs")
+
+
+def _gradcheck(function: Callable[..., Any], inputs: Sequence[Tensor], **options: bool) -> None:
+    """torch's, whose error holds two Jacobians: large ones are cut to their corners."""
+    with printoptions(threshold=SHOWN):
+        torch_gradcheck(function, tuple(inputs), **options)
 
 
 def _needs_reference(case: Case) -> Case:
