@@ -1,2 +1,2 @@
-"""Speed and memory, ours against stock torch in one run. These are no tests: timings never decide
+"""Speed and memory, ours against stock torch in one run. These are not tests: timings never decide
 whether the tests pass."""

@@ -31,7 +31,7 @@ How to read it:
 - Each finding was repeated in plain torch, without `validate`, before it was listed
   (`benchmarks/peers/by_hand.py`). What did not show there is not listed. Where a finding needs the
   interpreter to be seen at all, such as an access out of bounds, the kernel was read.
-- *Not offered* is no fault: the op refuses clearly.
+- *Not offered* is not a fault: the op refuses clearly.
 - The interpreter computes `tl.exp` and its like more exactly than a GPU, and knows no TF32. So
   accuracy is not judged here, nor half precision, autocast and `torch.compile`.
 """

@@ -208,7 +208,7 @@ def _launch_backward(dy, q, k, v, mask, slopes, seed, y, l, p, *rest):
 
 
 def _by_formula(*args):
-    """What a Function returns is no view, as y of grouped heads would be."""
+    """What a Function returns is not a view, as y of grouped heads would be."""
     y, l = formula.attention(*args)
     return y.clone(), l
 

@@ -83,7 +83,7 @@ def _instances(x, given, eps):
     into c1 dy + c2 x + c3."""
     options = None, None, True, 0.0, eps
     y, *statistics = aten.native_batch_norm.default(_as_batch(x), *_repeated(x, given), *options)
-    y = aten._unsafe_view.default(y, x.shape)  # which is no view
+    y = aten._unsafe_view.default(y, x.shape)  # which is not a view
     return _output(y, x), *(t.view(x.shape[:2]) for t in statistics)
 
 

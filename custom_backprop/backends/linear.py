@@ -96,7 +96,7 @@ def _sharding(x, weight, bias):
 
 
 def _activation_sharding(x, weight, bias, activation, parameters):
-    """Without the inner one: f of a partial sum is no part of f of the sum."""
+    """Without the inner one: f of a partial sum is not a part of f of the sum."""
     saves_z = not ACTIVATIONS[activation].saves_output
     for (y,), inputs in _sharding(x, weight, bias):
         if y != P:

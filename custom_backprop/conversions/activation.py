@@ -65,7 +65,7 @@ def activation_of(module: torch.nn.Module) -> str | None:
 
 
 def counterpart(module: torch.nn.Module) -> type | str | None:
-    """The class of ours, or None for what is no such activation."""
+    """The class of ours, or None for any other."""
     cls: Any = type(module)
     if cls.__module__ != "transformers.activations" or cls.__qualname__ not in _THEIRS:
         return None

@@ -124,7 +124,7 @@ def register_conversion(theirs: type, ours: type) -> None:
         ours: a subclass of ``theirs`` that overrides methods and needs no attributes of its own.
 
     Raises:
-        TypeError: they are no such classes.
+        TypeError: they are not such classes.
         ValueError: there is another counterpart of ``theirs`` already, or ``ours`` stands for
             another class.
     """

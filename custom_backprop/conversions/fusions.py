@@ -84,7 +84,7 @@ def chosen(fusions: bool | str | Sequence[str]) -> frozenset[str]:
 
     Raises:
         ValueError: there is no fusion of that name.
-        TypeError: it is no name and no sequence of names.
+        TypeError: it is neither a name nor a sequence of names.
     """
     if isinstance(fusions, bool):
         return frozenset(FUSIONS if fusions else ())
@@ -177,7 +177,7 @@ def _op_of(name, classes):
         op = op_of_norm(classes[0])
         return op or name, None if op else f"no op for the norm {classes[0].__name__}"
     plain = classes[0] in (torch.nn.Linear, Linear)
-    return name, None if plain else f"{classes[0].__name__} is no linear layer of torch"
+    return name, None if plain else f"{classes[0].__name__} is not a linear layer of torch"
 
 
 def _decide(fusion, module, answer, device, names):

@@ -7,7 +7,7 @@ alone (relu, leaky_relu with a slope >= 0, threshold with a value <= its thresho
 a copy of the input.
 
 Raises:
-    TypeError: what is no tensor, or a parameter that is no number.
+    TypeError: something is not a tensor, or a parameter is not a number.
     RuntimeError: ``inplace=True`` for a leaf that requires grad.
 
 Derivations: :mod:`custom_backprop.formulas.activation`.

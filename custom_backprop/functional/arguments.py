@@ -28,7 +28,7 @@ def number(name: str, p: Any) -> float:
     """A parameter of the function ``name`` as a float.
 
     Raises:
-        TypeError, RuntimeError: it is no number, or a complex one.
+        TypeError, RuntimeError: it is not a number, or is complex.
     """
     if isinstance(p, complex):
         raise RuntimeError(f"{name}: a parameter must be real, got {p}")
@@ -40,6 +40,11 @@ def number(name: str, p: Any) -> float:
 def not_tensors(name: str, *given: Any) -> TypeError:
     """The error of the function ``name`` where not all of these are tensors."""
     return TypeError(f"{name}: expected Tensors, got {', '.join(type(t).__name__ for t in given)}")
+
+
+def not_a_tensor(name: str, which: str, given: Any) -> TypeError:
+    """The error of the function ``name`` where its argument ``which`` is not a tensor."""
+    return TypeError(f"{name}: {which} must be a Tensor, not {type(given).__name__}")
 
 
 def reduction_of(size_average: bool | None, reduce: bool | None, reduction: str) -> str:
@@ -110,7 +115,7 @@ def check_tensors(name: str, input: Tensor, target: Tensor, ignore_index: int) -
     """Raises TypeError, as stock does."""
     for which, t in (("input", input), ("target", target)):
         if not isinstance(t, Tensor):
-            raise TypeError(f"{name}: {which} must be a Tensor, not {type(t).__name__}")
+            raise not_a_tensor(name, which, t)
     if not isinstance(ignore_index, int):
         raise TypeError(f"{name}: ignore_index must be an int, not {type(ignore_index).__name__}")
 
@@ -152,6 +157,8 @@ def _misfit(name: str, input: Tensor, target: Tensor) -> str:
 
 
 def check_weight(name: str, input: Tensor, weight: Tensor) -> None:
+    if not isinstance(weight, Tensor):
+        raise not_a_tensor(name, "weight", weight)
     classes = input.shape[0 if input.dim() == 1 else 1]
     if weight.shape != (classes,):
         raise RuntimeError(

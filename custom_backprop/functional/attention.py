@@ -11,7 +11,7 @@ from ..backends.selection import is_autocast
 from ..dtensor import is_dtensor
 from ..ops.attention import attention
 from ..ops.route import overridable
-from .arguments import SEEDS, cast_to_one_dtype, no_seed, not_tensors
+from .arguments import SEEDS, cast_to_one_dtype, no_seed, not_tensors, number
 
 __all__ = ["scaled_dot_product_attention"]
 
@@ -67,8 +67,8 @@ def scaled_dot_product_attention(
         RuntimeError: shapes, dtypes or devices do not fit, ``dropout_p`` is not in [0, 1],
             ``alibi_slopes`` requires grad, or DTensors have dropout without a ``seed``.
         IndexError: a mask of fewer than two dimensions, or ``enable_gqa`` without heads.
-        TypeError: something is no tensor, or no number.
-        ValueError: ``window`` is no pair, or has a negative number.
+        TypeError: something is not a tensor, or not a number.
+        ValueError: ``window`` is not a pair, or has a negative number.
 
     Derivation: :mod:`custom_backprop.formulas.attention`.
     """
@@ -81,7 +81,7 @@ def scaled_dot_product_attention(
             query, key, value, attn_mask, dropout_p, is_causal, scale=scale, enable_gqa=enable_gqa
         )
     L, S, E = query.shape[-2], key.shape[-2], query.shape[-1]
-    scale = 1 / math.sqrt(max(E, 1)) if scale is None else float(scale)
+    scale = 1 / math.sqrt(max(E, 1)) if scale is None else number(_NAME, scale)
     lowest, highest = (None, None) if window is None else _band(window, S - L)
     if is_causal:
         highest = 0 if highest is None else min(highest, 0)

@@ -11,7 +11,7 @@ from torch import Tensor
 from ..formulas.precision import wide, widen
 from ..ops import channel_norm as ops
 from ..ops.route import overridable
-from .arguments import number
+from .arguments import not_a_tensor, number
 
 __all__ = ["batch_norm", "group_norm", "instance_norm"]
 
@@ -46,7 +46,7 @@ def batch_norm(
         RuntimeError: shapes or dtypes that do not fit, no running statistics in evaluation, or some
             that require grad.
         NotImplementedError: an input that is not floating-point.
-        TypeError: what is no tensor, or no number.
+        TypeError: something is not a tensor, or not a number.
     """
     if weight is None and bias is None and isinstance(input, Tensor) and input.shape == (0,):
         return input.clone()  # as stock does, though it has no channels
@@ -63,7 +63,7 @@ def batch_norm(
     if not training:
         if running_mean is None or running_var is None:
             which = "running_mean" if running_mean is None else "running_var"
-            raise RuntimeError(f"{which} must be defined in evaluation mode")
+            raise RuntimeError(f"batch_norm: {which} must be defined in evaluation mode")
         return ops.frozen_norm(input, weight, bias, running_mean, running_var, eps)
     if (running_mean is None) != (running_var is None):
         raise ValueError(ONE_OF_TWO)
@@ -94,7 +94,7 @@ def group_norm(
         ValueError: there is one number in all groups together.
         RuntimeError: shapes or dtypes that do not fit, or no such ``num_groups``.
         NotImplementedError: an input that is not floating-point.
-        TypeError: what is no tensor, or no number.
+        TypeError: something is not a tensor, or not a number.
     """
     if isinstance(input, Tensor) and input.dim() < 2:
         raise RuntimeError(f"group_norm: expected an input (N, C, *), got {tuple(input.shape)}")
@@ -186,7 +186,7 @@ def _instances_as_batch(x, running, weight, bias, momentum, eps):
 def check(name, x, weight, bias, mean, variance):
     """Raises what stock raises of tensors that do not fit."""
     if not isinstance(x, Tensor):
-        raise TypeError(f"{name}: input must be a Tensor, not {type(x).__name__}")
+        raise not_a_tensor(name, "input", x)
     if x.dim() < 2:
         raise IndexError(f"{name}: expected an input (N, C, *), got shape {tuple(x.shape)}")
     if not x.is_floating_point():
@@ -196,6 +196,8 @@ def check(name, x, weight, bias, mean, variance):
     for which, t in given:
         if t is None:
             continue
+        if not isinstance(t, Tensor):
+            raise not_a_tensor(name, which, t)
         if t.shape != expected:
             raise RuntimeError(
                 f"{name}: {which} should contain {x.shape[1]} elements, one a channel of an input "

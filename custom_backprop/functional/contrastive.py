@@ -53,7 +53,7 @@ def triplet_margin_loss(
         ValueError: a margin that is not positive, an unknown reduction.
         RuntimeError: tensors of different numbers of dimensions, or of shapes that do not
             broadcast.
-        TypeError: what is no tensor.
+        TypeError: something is not a tensor.
     """
     reduction = reduction_of(size_average, reduce, reduction)
     number = _Reduction.get_enum(reduction)
@@ -121,7 +121,7 @@ def info_nce(
         ValueError: a temperature that is not positive, an unknown reduction, ``symmetric`` beside
             ``negatives``.
         RuntimeError: shapes that do not fit, or tensors that are not floating-point.
-        TypeError: what is no tensor.
+        TypeError: something is not a tensor.
     """
     number = _Reduction.get_enum(reduction)
     learned = temperature if isinstance(temperature, Tensor) else None

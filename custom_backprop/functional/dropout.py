@@ -17,7 +17,7 @@ Args:
 
 Raises:
     ValueError: ``p`` is not in [0, 1].
-    TypeError: ``input`` is no tensor.
+    TypeError: ``input`` is not a tensor.
     RuntimeError: too few or too many dimensions; a ``seed`` of another dtype, size or device; or
         ``inplace=True`` for a leaf that requires grad.
 

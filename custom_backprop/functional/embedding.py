@@ -42,9 +42,9 @@ def embedding(
         IndexError: an index out of range, on a CPU. On a GPU, where to look is to wait, its row is
             NaN and adds nothing to the gradient.
         AssertionError: ``padding_idx`` is out of range.
-        RuntimeError: indices that are no int32 or int64, a weight that is not 2-D, two devices,
-            ``sparse`` together with ``scale_grad_by_freq``.
-        TypeError: what is no tensor.
+        RuntimeError: indices that are neither int32 nor int64, a weight that is not 2-D, two
+            devices, ``sparse`` together with ``scale_grad_by_freq``.
+        TypeError: something is not a tensor.
     """
     if not (
         isinstance(input, Tensor) and isinstance(weight, Tensor) and input.dtype in INDICES
@@ -60,7 +60,7 @@ def embedding(
 
 
 def not_a_look_up(name, input, weight):
-    """The error, where these are no indices and no table, or on two devices."""
+    """The error, where these are not indices and a table on one device."""
     if not (isinstance(input, Tensor) and isinstance(weight, Tensor)):
         return not_tensors(name, input, weight)
     if input.dtype not in INDICES:

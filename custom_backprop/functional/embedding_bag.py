@@ -47,10 +47,10 @@ def embedding_bag(
         IndexError, RuntimeError: an index out of range, on a CPU, as stock does. On a GPU, where to
             look is to wait, its bag is NaN and it adds nothing to the gradient.
         ValueError: shapes that do not fit, an unknown mode, an option that it does not have.
-        NotImplementedError: ``per_sample_weights`` for what is no sum.
+        NotImplementedError: ``per_sample_weights`` for another mode than "sum".
         RuntimeError: other dtypes, two devices, ``padding_idx`` out of range, ``sparse`` together
             with ``scale_grad_by_freq``.
-        TypeError: what is no tensor.
+        TypeError: something is not a tensor.
     """
     tensors = isinstance(input, Tensor) and isinstance(weight, Tensor)
     if tensors and (not weight.is_floating_point() or input.is_nested):

@@ -37,7 +37,7 @@ def linear(input: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
 
     Raises:
         RuntimeError: shapes, dtypes or devices do not fit.
-        TypeError: one is no tensor.
+        TypeError: one is not a tensor.
     """
     _check("linear", input, weight, bias)
     if input.dim() == 1:  # as a row: what comes of it is then a view that autograd knows

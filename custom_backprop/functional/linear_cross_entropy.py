@@ -92,7 +92,7 @@ def linear_cross_entropy(
             ``z_loss`` or ``chunk_size`` out of range, ``return_log_probs`` of probabilities.
         RuntimeError: other shapes, dtypes or devices that do not fit, a weight that requires grad,
             ``label_smoothing`` above 1, ``ignore_index`` beside probabilities.
-        TypeError: what is no tensor.
+        TypeError: something is not a tensor.
     """
     number = _Reduction.get_enum(reduction)
     _check_layer(input, linear_weight, target, linear_bias)

@@ -20,7 +20,7 @@ from ..backends.selection import backend_of, is_autocast, is_traced, is_transfor
 from ..formulas.loss import BATCHMEAN, SUM
 from ..ops.loss import pointwise
 from ..ops.route import overridable
-from .arguments import common_dtype, gains_on_a_cpu, number, reduction_of, together
+from .arguments import common_dtype, gains_on_a_cpu, not_a_tensor, number, reduction_of, together
 
 __all__ = [
     "binary_cross_entropy",
@@ -243,6 +243,8 @@ def kl_div(
             "definition."
         )
     enum = SUM if reduction == "batchmean" else _Reduction.get_enum(reduction)
+    if not isinstance(target, Tensor):
+        raise not_a_tensor("kl_div", "target", target)
     if not (input.is_floating_point() and target.is_floating_point()):
         raise RuntimeError(
             f"kl_div: only real floating-point tensors are supported, got {input.dtype} and "
@@ -339,6 +341,8 @@ def poisson_nll_loss(
     eps = number("poisson_nll_loss", eps)
     if reduction not in ("none", "mean", "sum"):
         raise ValueError(f"{reduction} is not a valid value for reduction")
+    if not isinstance(target, Tensor):
+        raise not_a_tensor("poisson_nll_loss", "target", target)
     if not common_dtype(input, target).is_floating_point:
         return torch.nn.functional.poisson_nll_loss(
             input, target, log_input, full, eps=eps, reduction=reduction
@@ -401,6 +405,8 @@ def _constant(name: str, weight: Tensor | None, input: Tensor) -> Tensor | None:
     """A weight that torch does not differentiate, in the shape of the input."""
     if weight is None:
         return None
+    if not isinstance(weight, Tensor):
+        raise not_a_tensor("the loss", name, weight)
     if weight.requires_grad and torch.is_grad_enabled():
         raise RuntimeError(
             f"the loss is not differentiable with respect to argument '{name}': it cannot have "

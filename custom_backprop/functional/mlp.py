@@ -17,7 +17,7 @@ Returns:
 
 Raises:
     RuntimeError: shapes, dtypes or devices do not fit, or what is not floating-point.
-    TypeError: one is no tensor.
+    TypeError: one is not a tensor.
 
 Derivation: :mod:`custom_backprop.formulas.mlp`.
 """

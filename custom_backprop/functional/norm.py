@@ -15,7 +15,7 @@ from ..formulas.norm import CASTINGS
 from ..formulas.precision import wide
 from ..ops import norm as ops
 from ..ops.route import overridable
-from .arguments import gains_on_a_cpu, number
+from .arguments import gains_on_a_cpu, not_a_tensor, number
 
 __all__ = ["add_layer_norm", "add_rms_norm", "layer_norm", "rms_norm"]
 
@@ -38,7 +38,7 @@ def layer_norm(
     Raises:
         RuntimeError: shapes that do not fit.
         NotImplementedError: an input that is not floating-point.
-        TypeError: what is no tensor, or a ``normalized_shape`` that is no sequence of ints.
+        TypeError: something is not a tensor, or ``normalized_shape`` is not a sequence of ints.
     """
     return _norm("layer_norm", input, normalized_shape, weight, bias, eps, "layer")
 
@@ -123,18 +123,24 @@ def _norm(name, x, shape, weight, bias, eps, kind, residual=()):
     if kind != "layer" and kind not in CASTINGS:
         raise ValueError(f"{name}: casting must be one of {', '.join(CASTINGS)}, got {kind!r}")
     if not isinstance(x, Tensor):
-        raise TypeError(f"{name}: input must be a Tensor, not {type(x).__name__}")
+        raise not_a_tensor(name, "input", x)
     if not isinstance(shape, (tuple, list)):
         raise TypeError(f"{name}: normalized_shape must be a tuple of ints, not {shape!r}")
     n, shape = len(shape), tuple(shape)
-    if not n or x.shape[-n:] != shape:
+    if not n:
+        raise RuntimeError(f"{name}: normalized_shape must have at least one dimension, got []")
+    if x.shape[-n:] != shape:
         raise RuntimeError(
             f"{name}: given normalized_shape={list(shape)}, expected an input of shape "
             f"(..., {', '.join(map(str, shape))}), got {tuple(x.shape)}"
         )
-    if any(t is not None and t.shape != shape for t in (weight, bias)):
-        given = [tuple(t.shape) for t in (weight, bias) if t is not None]
-        raise RuntimeError(f"{name}: expected weight and bias of shape {shape}, got {given}")
+    for which, t in (("weight", weight), ("bias", bias)):
+        if t is None:
+            continue
+        if not isinstance(t, Tensor):
+            raise not_a_tensor(name, which, t)
+        if t.shape != shape:
+            raise RuntimeError(f"{name}: expected a {which} of shape {shape}, got {tuple(t.shape)}")
     if not x.is_floating_point():
         raise NotImplementedError(f"{name} is not implemented for {x.dtype}")
     if type(eps) is not float:
@@ -142,7 +148,7 @@ def _norm(name, x, shape, weight, bias, eps, kind, residual=()):
         eps = torch.finfo(wide(x.dtype)).eps if default else number(name, eps)
     for a in residual:
         if not isinstance(a, Tensor):
-            raise TypeError(f"{name}: residual must be a Tensor, not {type(a).__name__}")
+            raise not_a_tensor(name, "residual", a)
         if a.shape != x.shape or a.dtype != x.dtype:
             raise RuntimeError(
                 f"{name}: expected a residual of shape {tuple(x.shape)} and {x.dtype}, got "

@@ -30,7 +30,7 @@ def normalize(
 
     Raises:
         IndexError: ``dim`` is out of range.
-        TypeError: an ``eps`` that is no number.
+        TypeError: ``eps`` is not a number.
     """
     if p != 2 or out is not None or not isinstance(dim, int):
         return stock.normalize(input, p, dim, eps, out)

@@ -22,7 +22,7 @@ def prelu(input: Tensor, weight: Tensor) -> Tensor:
         weight: (C), or one element for all channels.
 
     Raises:
-        TypeError: one is no tensor.
+        TypeError: one is not a tensor.
         RuntimeError: shapes, dtypes or devices do not fit.
         NotImplementedError: the input is not a floating-point tensor.
     """

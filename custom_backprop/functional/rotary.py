@@ -45,7 +45,7 @@ def rotary_embedding(
             ``positions`` is to wait, the result of its row is NaN.
         RuntimeError: shapes, dtypes or devices that do not fit, tables that require grad.
         NotImplementedError: input that is not floating-point.
-        TypeError: what is no tensor, or an offset that is no integer.
+        TypeError: something is not a tensor, or an offset is not an integer.
 
     Formula: Su et al., "RoFormer", 2021.
     """

@@ -11,7 +11,7 @@ Args:
 
 Raises:
     IndexError: ``dim`` is out of range.
-    TypeError: ``dim`` is no integer.
+    TypeError: ``dim`` is not an integer, or ``dtype`` not a torch.dtype.
     NotImplementedError: integer or complex input without ``dtype``.
 
 Derivations: :mod:`custom_backprop.formulas.softmax`.
@@ -71,6 +71,8 @@ def _along(name: str, x: Tensor, dim: int | None, level: int, dtype: torch.dtype
             f"Dimension out of range (expected to be in range of [{-count}, {count - 1}], but got "
             f"{dim}): {name} of shape {tuple(x.shape)}"
         )
+    if dtype is not None and not isinstance(dtype, torch.dtype):
+        raise TypeError(f"{name}: dtype must be a torch.dtype, not {type(dtype).__name__}")
     if x.is_nested or not (x.is_floating_point() and (dtype is None or dtype.is_floating_point)):
         return stock_of(name)(x, dim, dtype)  # has no gradient: stock's result, or stock's error
     if dtype is None and x.is_cuda and torch.is_autocast_enabled("cuda"):

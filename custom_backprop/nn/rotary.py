@@ -17,7 +17,7 @@ class RotaryEmbedding(torch.nn.Module):
     :math:`p\,\text{base}^{-2i/\text{dim}}`. See
     :func:`custom_backprop.functional.rotary_embedding`.
 
-    The tables of cosines and sines are no part of the state. They are computed in float64 and
+    The tables of cosines and sines are not part of the state. They are computed in float64 and
     stored in float32, which a cast of the model to half precision does not change (only one to
     float64 does), and are made again wherever the module is moved, out of the meta device too.
 

@@ -55,7 +55,7 @@ NAMES = {dtype: name for name, dtype in DTYPES.items()}
 
 
 class InputsError(ValueError):
-    """The text is no description of inputs. The message points at the character where that
+    """The text does not describe inputs. The message points at the character where that
     shows."""
 
 
@@ -301,7 +301,7 @@ class _Reader:
             self._fail(f"no dtype {unknown}; there are {' '.join(DTYPES)}", start)
         if name := self._take(r"torch\.\w+"):
             if not isinstance(dtype := getattr(torch, name[6:], None), torch.dtype):
-                self._fail(f"{name} is no dtype", start)
+                self._fail(f"{name} is not a dtype", start)
             return dtype
         source = self._literal()
         if source in ("true", "false"):

@@ -69,7 +69,7 @@ class Recording:
             found = json.loads(Path(path).read_text())
             version = found["version"] if found["format"] == __name__ else None
         except (ValueError, KeyError, TypeError) as error:
-            raise ValueError(f"{path} is no recording of {__name__}") from error
+            raise ValueError(f"{path} is not a recording of {__name__}") from error
         if version != VERSION:
             raise ValueError(f"{path}: version {version} of {__name__}; this one reads {VERSION}")
         return cls(found["calls"], found["left_out"])
@@ -99,7 +99,7 @@ def record(model: Callable[..., Any], *, data: bool = False) -> Iterator[Recordi
     not PyTorch's own, while the block runs.
 
     Of each kind of inputs it keeps shapes, strides, dtypes, storage offsets, ``requires_grad``,
-    bounds of integers, and the arguments that are no tensors; never the data, unless asked.
+    bounds of integers, and the arguments that are not tensors; never the data, unless asked.
 
     Args:
         model: the module whose inner modules are watched as well; or any function.

@@ -235,7 +235,7 @@ def test_recorded_calls(here):
         (["mine:Silu", "--inputs", "f32[2]", "--check", "taste"], "invalid choice: 'taste'"),
         (["mine:Silu", "--inputs", "f32[2]", "--html", "/nowhere/a.html"], "--html /nowhere"),
         (["mine:Silu", "--recorded", "none.json"], "there is no such file"),
-        (["mine:Silu", "--recorded", "mine.py"], "is no recording"),
+        (["mine:Silu", "--recorded", "mine.py"], "is not a recording"),
         (["mine:Gelu", "--inputs", "f32[2]"], "mine has no Gelu"),
         (["mine", "--inputs", "f32[2]"], "write pkg.module:callable"),
         (["mine:number", "--inputs", "f32[2]"], "is a int, which cannot be called"),

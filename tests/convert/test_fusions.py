@@ -17,7 +17,7 @@ from twins import assert_equal_training, batches, gradients, small
 import custom_backprop
 from custom_backprop import functional as F
 from custom_backprop import nn
-from custom_backprop.conversions import blocks, joined
+from custom_backprop.conversions import blocks, fusions, joined
 
 OPS = ("add_layer_norm", "add_rms_norm", "dropout_add", "linear_activation")
 KINDS = {
@@ -42,7 +42,8 @@ def calls(monkeypatch):
 
     for name in OPS:
         monkeypatch.setattr(F, name, counting(name, getattr(F, name)))
-    monkeypatch.setattr(joined, "takes", lambda op, device: True)
+    for module in (fusions, joined):
+        monkeypatch.setattr(module, "takes", lambda op, device: True)
     return count
 
 

@@ -54,6 +54,16 @@ X, CLASSES = torch.randn(4, 3), torch.tensor([0, 1, 2, 0])
         (lambda m: m.log_softmax(X, dim=1.5), "log_softmax.*dim|dim.*log_softmax"),
         (lambda m: m.relu([1.0]), "relu"),
         (lambda m: m.prelu(X, 0.1), "prelu"),
+        (lambda m: m.softmax(X, 1, dtype="float32"), "softmax: dtype"),
+        (lambda m: m.layer_norm(X, (3,), "w"), "layer_norm: weight"),
+        (lambda m: m.rms_norm(X, (3,), 1.0), "rms_norm: weight"),
+        (lambda m: m.batch_norm(X, "mean", None, training=True), "batch_norm: running_mean"),
+        (lambda m: m.group_norm(X, 3, None, 1.0), "group_norm: bias"),
+        (lambda m: m.cross_entropy(X, CLASSES, "w"), "cross_entropy: weight"),
+        (lambda m: m.binary_cross_entropy_with_logits(X, X, "w"), "weight"),
+        (lambda m: m.kl_div(X, None, reduction="sum"), "kl_div: target"),
+        (lambda m: m.poisson_nll_loss(X, "t"), "poisson_nll_loss: target"),
+        (lambda m: m.scaled_dot_product_attention(X, X, X, scale="c"), "attention"),
     ],
 )
 def test_type_errors_name_the_op_and_the_argument(call, match):
@@ -131,7 +141,7 @@ def test_ignored_rows_have_no_gradient_even_of_nan(dtype, backend):
     assert torch.equal(ours.isnan(), stock.isnan())
 
 
-CLASSES = torch.tensor([0, 1], device=DEVICE)
+TWO_CLASSES = torch.tensor([0, 1], device=DEVICE)
 
 #: function -> the rest of its arguments after an input (2, 4), made by a function of a shape
 OF_ONE_DTYPE = {
@@ -139,9 +149,9 @@ OF_ONE_DTYPE = {
     "linear_activation": lambda t: (t(3, 4), None, "relu"),
     "swiglu_mlp": lambda t: (t(3, 4), t(3, 4), t(4, 3)),
     "scaled_dot_product_attention": lambda t: (t(3, 4), t(3, 4)),
-    "linear_cross_entropy": lambda t: (t(3, 4), CLASSES),
+    "linear_cross_entropy": lambda t: (t(3, 4), TWO_CLASSES),
     "prelu": lambda t: (t(4),),
-    "cross_entropy": lambda t: (CLASSES, t(4).abs()),
+    "cross_entropy": lambda t: (TWO_CLASSES, t(4).abs()),
 }
 
 

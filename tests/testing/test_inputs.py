@@ -59,7 +59,7 @@ def test_what_a_text_makes():
         ("x=1, x=2", "x is given twice", 5),
         ("f32[3],", "expected a tensor, such as f32[8,16], or a value of Python", 7),
         ("__import__('os')", "expected a tensor", 0),
-        ("torch.load", "torch.load is no dtype", 0),
+        ("torch.load", "torch.load is not a dtype", 0),
         ("seed x", "expected a seed", 5),
         ("f32[3", "expected a comma or ]", 5),
     ],

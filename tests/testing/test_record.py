@@ -106,7 +106,7 @@ def test_another_file_or_version_is_refused(tmp_path):
     path = tmp_path / "calls.json"
     for text in ("{}", "[]", "no"):
         path.write_text(text)
-        with pytest.raises(ValueError, match="is no recording of"):
+        with pytest.raises(ValueError, match="is not a recording of"):
             Recording.load(path)
     recorded().save(path)
     path.write_text(path.read_text().replace('"version": 1', '"version": 2'))

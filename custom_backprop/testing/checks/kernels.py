@@ -52,8 +52,8 @@ def compiles(case: Case) -> str:
     """Every Triton kernel that forward and backward launch compiles for sm_80, sm_90, sm_100 and
     gfx942, with the arguments of its launch. Needs no GPU.
 
-    Finds what the interpreter lets pass: types that do not match, a shape that is no power of two,
-    code for one vendor alone.
+    Finds what the interpreter lets pass: types that do not match, a shape that is not a power of
+    two, code for one vendor alone.
 
     Returns:
         registers, spilled bytes, and how many of the loads and stores are 16 bytes wide, of each

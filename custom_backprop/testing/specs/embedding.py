@@ -1,7 +1,7 @@
 """The spec of embedding.
 
 Its samples look up no padding, and with ``scale_grad_by_freq`` no row twice: there torch's gradient
-is no derivative, as gradcheck would notice.
+is not a derivative, as gradcheck would notice.
 """
 
 from __future__ import annotations

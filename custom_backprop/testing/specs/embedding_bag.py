@@ -1,6 +1,7 @@
 """The spec of embedding_bag.
 
-Its samples have no row twice with ``scale_grad_by_freq``: there torch's gradient is no derivative.
+Its samples have no row twice with ``scale_grad_by_freq``: torch's gradient is not a derivative
+there.
 """
 
 from __future__ import annotations
