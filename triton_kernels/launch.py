@@ -33,7 +33,7 @@ _HIP = torch.version.hip is not None
 _TRITON = tuple(map(int, triton.__version__.split(".")[:2]))
 
 _observers: list[Callable[..., None]] = []
-_pretended = [0]  # the capability of meta tensors' GPU
+_meta_capabilities = [0]
 
 
 class Launch(Protocol):
@@ -286,18 +286,26 @@ def _is_bfloat16(a: Any) -> bool:
 
 
 @contextmanager
-def observed(observer: Callable[..., None], capability: int = 0) -> Iterator[None]:
+def observed(observer: Callable[..., None]) -> Iterator[None]:
     """Calls ``observer(kernel, programs, args, constexprs, options)`` before each launch, with the
-    ``@triton.jit`` function. On meta tensors nothing else happens; they are those of a GPU of this
-    ``capability``, 90 for 9.0."""
+    ``@triton.jit`` function. On meta tensors nothing else happens."""
     _observers.append(observer)
-    _pretended.append(capability)
-    has_clusters.cache_clear()
     try:
         yield
     finally:
         _observers.pop()
-        _pretended.pop()
+
+
+@contextmanager
+def meta_capability(capability: int) -> Iterator[None]:
+    """Meta tensors are planned for as those of a GPU of this capability, 90 for 9.0; 0 is a GPU of
+    another vendor."""
+    _meta_capabilities.append(capability)
+    has_clusters.cache_clear()
+    try:
+        yield
+    finally:
+        _meta_capabilities.pop()
         has_clusters.cache_clear()
 
 
@@ -318,7 +326,7 @@ def has_clusters(device: torch.device) -> bool:
     if os.environ.get("CUSTOM_BACKPROP_NO_CLUSTERS") or _TRITON < (3, 9):
         return False
     if device.type == "meta":
-        return _pretended[-1] >= 90
+        return _meta_capabilities[-1] >= 90
     if device.type != "cuda" or _HIP or knobs.runtime.interpret:
         return False
     return torch.cuda.get_device_capability(device) >= (9, 0)

@@ -359,8 +359,9 @@ def launches(function: Callable[[], Any], target: str = "sm_90") -> list[Launch]
     def observer(kernel: Any, programs: int, args: Any, constexprs: Any, options: Any) -> None:
         found.append(Launch(kernel, args, constexprs, options))
 
-    arch = TARGETS[target].arch
-    with kernels("launch").observed(observer, arch if isinstance(arch, int) else 0), _Launching():
+    launch, arch = kernels("launch"), TARGETS[target].arch
+    capability = launch.meta_capability(arch if isinstance(arch, int) else 0)
+    with capability, launch.observed(observer), _Launching():
         function()
     return found
 

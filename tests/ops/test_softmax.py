@@ -144,7 +144,8 @@ def test_which_rows_blocks_share(switched, monkeypatch):
 
     def blocks(capability, *shape, dim=-1, dtype=torch.bfloat16):
         x = torch.empty(shape, device="meta", dtype=dtype, requires_grad=True)
-        with launch.observed(lambda *call: seen.append(call[-1].get("num_ctas", 1)), capability):
+        observer = launch.observed(lambda *call: seen.append(call[-1].get("num_ctas", 1)))
+        with launch.meta_capability(capability), observer:
             module = kernels("softmax")
             y = module.forward("softmax", x, x.dim() + dim, None)
             module.backward("softmax", y, y, x.dim() + dim, dtype)
