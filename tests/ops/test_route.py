@@ -105,15 +105,23 @@ def test_a_forced_backend_takes_its_own(forced):
     assert names(called) == [f"{forced} forward", f"{forced} backward"]
 
 
-def test_no_function_is_recorded_where_nothing_wants_a_gradient():
-    f, _ = square()
+def test_nothing_is_saved_where_nothing_wants_a_gradient():
+    saved = []
+
+    def setup_context(ctx, inputs, output):
+        saved.append(output)
+        ctx.save_for_backward(inputs[0])
+
+    f, _ = square(setup_context=setup_context)
     x = leaf()
     assert f(x.detach()).grad_fn is None
     with torch.no_grad():
         assert f(x).grad_fn is None
     with torch.inference_mode():
         assert f(x.detach().clone()).grad_fn is None
+    assert not saved
     assert f(x).grad_fn is not None
+    assert len(saved) == 1
 
 
 class Operators(TorchDispatchMode):
