@@ -22,13 +22,13 @@ from .launch import Launch, kernel, multiprocessors, planned
 from .nll import (
     MEAN,
     NONE,
+    as_rows,
     class_of,
     logit_of,
     parts_of,
     share_of,
     store_sums,
     total_of,
-    view_of,
     weights_of_rows,
 )
 from .pointwise import like
@@ -183,7 +183,8 @@ def plan(
     count: int, probabilities: bool, reduction: int, ignore_index: int, smoothing: float,
     makes_dx: bool = True,
 ) -> Launch:  # fmt: skip
-    """Of the rows of a dense (outer, C, inner), on ``count`` multiprocessors."""
+    """Of the rows of a dense (N, C) or (N, C, D), on ``count`` multiprocessors."""
+    shape, strides = as_rows(shape, strides)
     outer, n, inner = shape
     soft, rows = probabilities or smoothing > 0, outer * inner
     divides = reduction == MEAN and makes_dx and not probabilities
@@ -239,8 +240,8 @@ def forward(
     if not x.numel():
         nothing = float("nan") if reduction == MEAN else 0.0
         return x.new_full(shape if reduction == NONE else (), nothing), saved
-    v, of = view_of(x), (probabilities, reduction, ignore_index, smoothing, dx is not None)
-    run = plan(False, v.shape, v.stride(), x.dtype, multiprocessors(x.device), *of)
+    of = probabilities, reduction, ignore_index, smoothing, dx is not None
+    run = plan(False, x.shape, x.stride(), x.dtype, multiprocessors(x.device), *of)
     if loss is None:
         loss = x.new_empty(shape if reduction == NONE else ())
     of_classes = reduction == MEAN and not probabilities
@@ -251,7 +252,7 @@ def forward(
     partial = loss if alone else row_kernels.partial_sums(x, run.programs)
     if of_classes and not alone:
         weights = torch.empty_like(partial)
-    run(v, target, weight, total, partial, weights, dx, *_of_rows(statistics, soft))
+    run(x, target, weight, total, partial, weights, dx, *_of_rows(statistics, soft))
     if not alone:
         row_kernels.total(partial, loss, weight=weights)
     return loss, saved
@@ -270,10 +271,10 @@ def backward(
     total = None
     if reduction == MEAN and not probabilities:
         total = weights_of_rows(x, target, weight, ignore_index)
-    v, of = view_of(x), (probabilities, reduction, ignore_index, smoothing)
-    run = plan(True, v.shape, v.stride(), x.dtype, multiprocessors(x.device), *of)
+    of = probabilities, reduction, ignore_index, smoothing
+    run = plan(True, x.shape, x.stride(), x.dtype, multiprocessors(x.device), *of)
     made = _of_rows(statistics.contiguous(), soft)
-    run(dy.contiguous(), v, target, weight, total, dx, *made, *([dtarget] if soft else []))
+    run(dy.contiguous(), x, target, weight, total, dx, *made, *([dtarget] if soft else []))
     if dtarget is not None and dtarget.stride() != layout.stride():
         dtarget = torch.empty_like(layout).copy_(dtarget)
     nothing = x.new_empty(0)

@@ -16,7 +16,7 @@ from . import cross_entropy, elementary, pointwise
 from .cross_entropy import GRADIENT
 from .elementary import constant
 from .launch import Launch, kernel, multiprocessors, planned
-from .nll import NONE, view_of
+from .nll import NONE, as_rows
 from .rows import online, online_of_rows, online_start, over_rows, read, start_of, tile_of, write
 
 
@@ -78,7 +78,8 @@ def plan(
     shape: tuple[int, ...], strides: tuple[int, ...], dtype: torch.dtype, count: int,
     z_loss: float, softcap: float,
 ) -> Launch:  # fmt: skip
-    """Of the rows of a dense (outer, C, inner), on ``count`` multiprocessors."""
+    """Of the rows of a dense (N, C) or (N, C, D), on ``count`` multiprocessors."""
+    shape, strides = as_rows(shape, strides)
     named = {"Z_LOSS": z_loss, "SOFTCAP": softcap}
     return over_rows(_finish, shape, [strides], dtype, 4, count, **named)
 
@@ -105,6 +106,6 @@ def finish(
     softcap: float,
 ) -> None:  # fmt: skip
     """See :func:`_finish`. ``logits`` and ``d`` are contiguous."""
-    v = view_of(logits)
-    run = plan(v.shape, v.stride(), v.dtype, multiprocessors(v.device), z_loss, softcap)
-    run(v, d, lse, None if k is None else k.contiguous())
+    on = logits.dtype, multiprocessors(logits.device)
+    run = plan(logits.shape, logits.stride(), *on, z_loss, softcap)
+    run(logits, d, lse, None if k is None else k.contiguous())

@@ -134,12 +134,17 @@ def _backward(
             write(start, place * s_n, alive[:, None] & (place < n), dx)
 
 
-def view_of(x: Tensor) -> Tensor:
-    """x as (outer, C, inner). Rows whose classes lie further apart than they do themselves are side
-    by side."""
-    if x.dim() != 2:
-        return x
-    return x.t().unsqueeze(0) if x.stride(1) > x.stride(0) else x.unsqueeze(2)
+def as_rows(
+    shape: tuple[int, ...], strides: tuple[int, ...]
+) -> tuple[tuple[int, ...], tuple[int, ...]]:
+    """(N, C) or (N, C, D) as (outer, C, inner). Rows whose classes lie further apart than they do
+    themselves are side by side."""
+    if len(shape) != 2:
+        return shape, strides
+    (rows, n), (s_row, s_n) = shape, strides
+    if s_n > s_row:
+        return (1, n, rows), (0, s_n, s_row)
+    return (rows, n, 1), (s_row, s_n, 0)
 
 
 def parts_of(rows: int, count: int) -> int:
@@ -153,9 +158,10 @@ def plan_forward(
     shape: tuple[int, ...], strides: tuple[int, ...], rows: int, double: bool, count: int,
     reduction: int, ignore_index: int,
 ) -> Launch:  # fmt: skip
-    """The rows of a dense (outer, C, inner), or, where it has no strides, their weights alone; on
+    """The rows of a dense (N, C) or (N, C, D), or, where it has no strides, their weights alone; on
     ``count`` multiprocessors."""
-    s_outer, s_n, s_inner = strides = strides or (0, 0, 0)
+    shape, strides = as_rows(shape, strides or (0,) * len(shape))
+    s_outer, s_n, s_inner = strides
     extent = sum((size - 1) * s for size, s in zip(shape, strides, strict=True))
     return _forward.launch(
         parts_of(rows, count), rows=rows, n=shape[1], inner=shape[2], tiles=cdiv(rows, PICKED),
@@ -170,7 +176,8 @@ def plan_backward(
     shape: tuple[int, ...], strides: tuple[int, ...], dtype: torch.dtype, count: int,
     reduction: int, ignore_index: int,
 ) -> Launch:  # fmt: skip
-    """The rows of a dense (outer, C, inner), on ``count`` multiprocessors."""
+    """The rows of a dense (N, C) or (N, C, D), on ``count`` multiprocessors."""
+    shape, strides = as_rows(shape, strides)
     return over_rows(
         _backward, shape, [strides], dtype, 2, count, ignore_index=ignore_index,
         MEAN=reduction == MEAN, PER_ROW=reduction == NONE,
@@ -179,9 +186,8 @@ def plan_backward(
 
 def weights_of_rows(x: Tensor, target: Tensor, weight: Tensor | None, ignore_index: int) -> Tensor:
     """Partial sums of w_t, whose number is a power of two: :func:`total_of` adds them."""
-    v, double = view_of(x), x.dtype == torch.float64
-    count = multiprocessors(x.device)
-    run = plan_forward(v.shape, (), target.numel(), double, count, MEAN, ignore_index)
+    double, count = x.dtype == torch.float64, multiprocessors(x.device)
+    run = plan_forward(x.shape, (), target.numel(), double, count, MEAN, ignore_index)
     partial = row_kernels.partial_sums(x, run.programs)
     run(None, target, weight, None, partial)
     return partial
@@ -193,15 +199,14 @@ def forward(
     """The loss, and Σ w_t (for a mean; else any number)."""
     target = target.contiguous()
     weight = None if weight is None else weight.contiguous()
-    v, double = view_of(x), x.dtype == torch.float64
-    of = multiprocessors(x.device), reduction, ignore_index
-    run = plan_forward(v.shape, v.stride(), target.numel(), double, *of)
+    of = x.dtype == torch.float64, multiprocessors(x.device), reduction, ignore_index
+    run = plan_forward(x.shape, x.stride(), target.numel(), *of)
     total = x.new_empty(())
     loss = x.new_empty(target.shape if reduction == NONE else ())
     in_one = reduction == NONE or (reduction != MEAN and run.programs == 1)
     partial = loss if in_one else row_kernels.partial_sums(x, run.programs)
     weights = torch.empty_like(partial) if reduction == MEAN else None
-    run(v, target, weight, partial, weights)
+    run(x, target, weight, partial, weights)
     if not in_one:
         row_kernels.total(partial, loss, weight=weights, total_weight=total)
     return loss, total
@@ -213,8 +218,8 @@ def backward(
 ) -> Tensor:  # fmt: skip
     """dx, contiguous."""
     dx = x.new_empty(x.shape)
-    v, count = view_of(dx), multiprocessors(x.device)
-    run = plan_backward(v.shape, v.stride(), x.dtype, count, reduction, ignore_index)
+    of = x.dtype, multiprocessors(x.device), reduction, ignore_index
+    run = plan_backward(dx.shape, dx.stride(), *of)
     weight = None if weight is None else weight.contiguous()
     run(dy.contiguous(), target.contiguous(), weight, total, dx)
     return dx
