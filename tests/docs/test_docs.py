@@ -176,11 +176,21 @@ def test_formulas_are_seen_by_github(page):
         assert 2 * len(formulas) == line.count("$"), line
 
 
+def anchors(page):
+    """Those that GitHub makes of a page's headings."""
+    prose = re.sub(r"```.*?```", "", page.read_text(encoding="utf-8"), flags=re.DOTALL)
+    headings = re.findall(r"^#+ (.*)$", prose, re.MULTILINE)
+    return {re.sub(r"[^\w\- ]", "", h.lower()).replace(" ", "-") for h in headings}
+
+
 @pytest.mark.parametrize("page", [*ALL, *TRANSLATED], ids=lambda p: p.name)
 def test_links_lead_somewhere(page):
     prose = re.sub(r"```.*?```", "", page.read_text(encoding="utf-8"), flags=re.DOTALL)
-    links = re.findall(r"\]\(([^)#]+)", prose)
-    assert [link for link in links if "://" not in link and not (page.parent / link).exists()] == []
+    for path, anchor in re.findall(r"\]\(([^)#]*)#?([^)]*)\)", prose):
+        if "://" not in path:
+            there = page.parent / path if path else page
+            assert there.exists(), path
+            assert not anchor or anchor in anchors(there), f"{path}#{anchor}"
 
 
 def without_output(block):
