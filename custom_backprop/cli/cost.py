@@ -14,7 +14,8 @@ import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_map_only
 
-from ..cost import LEGEND, cost
+from ..cost import cost
+from ..cost.report import LEGEND
 from .work import check_device, check_file, count, refuse
 
 RETURNS = "(model, inputs), (model, inputs, loss) or (model, inputs, loss, *targets)"

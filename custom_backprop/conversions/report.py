@@ -154,7 +154,8 @@ def _described(ours: type) -> str:
 
 
 def _measure(report: ConversionReport, model: Any, inputs: Any, keywords: Any) -> None:
-    from ..cost import MODEL, saved_by  # imported when it is asked for
+    from ..cost.measuring import saved_by  # imported when it is asked for
+    from ..cost.report import MODEL
 
     converted = model if LEFT in vars(model) else convert(copy.deepcopy(model))
     before, losses = saved_by(revert(copy.deepcopy(model)), inputs, keywords)

@@ -14,11 +14,11 @@ from torch.utils.flop_counter import FlopCounterMode
 
 import custom_backprop
 from benchmarks import growth
-from custom_backprop import cost as engine
 from custom_backprop.__main__ import main
 from custom_backprop.cli import cost as command
 from custom_backprop.conversions.convert import DROP_INS
-from custom_backprop.cost import LOSS, MODEL, OUTSIDE, cost, measure
+from custom_backprop.cost import Layer, cost, measure, operators
+from custom_backprop.cost.report import LOSS, MODEL, OUTSIDE
 from custom_backprop.testing import cases, database
 from custom_backprop.testing.case import outputs
 
@@ -114,7 +114,7 @@ def test_backward_belongs_to_the_layer_whose_forward_made_it():
         assert [side[n].backward_flops for n in "abc"] == [product, 2 * product, 4 * product]
         assert side["c"].parameters == (IN + 1) * IN, "counted once"
         assert side[MODEL].backward_bytes > 0
-        assert side[OUTSIDE] == engine.Layer(OUTSIDE)
+        assert side[OUTSIDE] == Layer(OUTSIDE)
 
 
 class Total(nn.Module):
@@ -285,12 +285,11 @@ def test_a_primitive_has_the_flops_of_what_aten_runs_in_its_place(name, monkeypa
         return total.forward_flops, total.backward_flops
 
     for case in cases(spec):
-        if (
-            max(a.dim() for a in case.leaves) > 1
-        ):  # torch's counter does not know products with a vector
+        # torch's counter does not know products with a vector
+        if max(a.dim() for a in case.leaves) > 1:
             beneath = flops()
             with monkeypatch.context() as patched:
-                patched.setattr(engine, "_beneath", lambda func, args: None)
+                patched.setattr(operators, "_beneath", lambda func, args: None)
                 assert flops() == beneath, f"{case.name}: see flops= in its primitive"
 
 

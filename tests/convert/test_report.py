@@ -10,7 +10,8 @@ import torch.nn.functional as F
 from twins import small
 
 import custom_backprop
-from custom_backprop.cost import OUTSIDE, cost
+from custom_backprop.cost import cost
+from custom_backprop.cost.report import OUTSIDE
 from custom_backprop.testing import peak_memory
 
 
