@@ -20,8 +20,8 @@ from typing import Any
 
 from ..testing import TARGETS, Audit, AuditedLaunch, Resources, Traffic, database, traffic
 from ..testing.audit import audit_op
-from ..testing.offline import compile_calls, compile_op
 from ..testing.optimizers import OPTIMIZERS, audit_optimizer, steps
+from ..testing.regimes import compile_calls, compile_op
 from . import INTERRUPTED
 from .work import (
     add_common,

@@ -8,9 +8,9 @@ from .checks import CHECKS
 from .database import cases, check_op, database
 from .inputs import Inputs
 from .interpreter import interpreted
-from .launches import compile_launches, record_launches
+from .launches import record_launches
 from .memory import peak_memory
-from .offline import TARGETS, Resources, compile_offline
+from .offline import TARGETS, Resources, compile_launches, compile_offline
 from .record import Recording, record
 from .report import Report, Result
 from .spec import Make, OpSpec, Sample

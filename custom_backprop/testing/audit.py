@@ -17,7 +17,7 @@ from torch import Tensor
 from ..backends import use_backend
 from .accesses import Access, line_of_kernel, tensors_in, watched
 from .interpreter.kernels import tuned
-from .offline import both_ways
+from .regimes import both_ways
 from .spec import Make, OpSpec, Sample
 
 _NOBODY, _SEVERAL = -1, -2

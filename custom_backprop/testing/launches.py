@@ -1,17 +1,16 @@
-"""The launches that any code makes, seen in the interpreter and compiled offline."""
+"""The launches that any code makes, seen in the interpreter."""
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 
 from torch import Tensor
 
-from ..backends.kernels import kernels
 from .interpreter import interpreted
 from .interpreter.kernels import observers
-from .offline import TARGETS, Launch, Resources, _compile, _resources
+from .offline import Launch
 
 
 @contextmanager
@@ -37,25 +36,6 @@ def record_launches() -> Iterator[list[Launch]]:
             yield found
         finally:
             observers.remove(observe)
-
-
-def compile_launches(launches: Iterable[Launch], target: str = "sm_90") -> list[Resources]:
-    """Compiles launches for a GPU that this machine need not have. Those that Triton does not
-    distinguish are compiled once.
-
-    Args:
-        target: one of :data:`TARGETS`.
-
-    Raises:
-        ValueError: an unknown target.
-        RuntimeError: a kernel was decorated with ``TRITON_INTERPRET=1``, which
-            :func:`interpreted` does not need.
-    """
-    kernels("launch")  # settles what Triton would warn of
-    compiled: dict[Any, Launch] = {}
-    for launch in launches:
-        compiled.setdefault(_compile(launch, target), launch)
-    return [_resources(launch, kernel, target) for kernel, launch in compiled.items()]
 
 
 def _launch(kernel: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Launch:
@@ -84,6 +64,3 @@ def _without_data(value: Any) -> Any:
     offset = value.data_ptr() % 16
     pointer.data_ptr = lambda: offset
     return pointer
-
-
-__all__ = ["TARGETS", "compile_launches", "record_launches"]

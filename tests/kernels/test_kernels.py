@@ -12,7 +12,15 @@ import torch
 from helpers import python
 
 from custom_backprop.backends import interpreting, selection
-from custom_backprop.testing import Resources, audit, compile_offline, database, goals, offline
+from custom_backprop.testing import (
+    Resources,
+    assembly,
+    audit,
+    compile_offline,
+    database,
+    goals,
+    regimes,
+)
 from custom_backprop.testing.optimizers import OPTIMIZERS, steps
 from custom_backprop.testing.sass import Pass
 
@@ -178,7 +186,7 @@ GCN = """
 
 
 def test_reading_ptx():
-    assert offline.read_ptx(PTX) == {
+    assert assembly.read_ptx(PTX) == {
         "loads": 5,
         "wide_loads": 3,
         "stores": 2,
@@ -186,7 +194,7 @@ def test_reading_ptx():
         "atomics": 0,
     }
     assert (
-        offline.read_ptx(
+        assembly.read_ptx(
             "atom.global.gpu.acq_rel.add.f32 %f1, [ %rd1 + 0 ], %f2;\nred.global.add.f32 [%rd1], "
             "%f1;"
         )["atomics"]
@@ -199,18 +207,18 @@ def test_reading_registers_and_the_stack():
         " Function _copy:\n  REG:32 STACK:{} SHARED:0 LOCAL:{} CONSTANT[0]:380 TEXTURE:0 SURFACE:0 "
         "SAMPLER:0\n"
     )
-    assert offline.read_usage(line.format(0, 0)) == {"registers": 32, "spilled": 0}
-    assert offline.read_usage(line.format(8, 16)) == {"registers": 32, "spilled": 24}
+    assert assembly.read_usage(line.format(0, 0)) == {"registers": 32, "spilled": 0}
+    assert assembly.read_usage(line.format(8, 16)) == {"registers": 32, "spilled": 24}
 
 
 @pytest.mark.parametrize(("scratch", "spills", "spilled"), [(0, 0, 0), (24, 5, 24), (0, 5, 20)])
 def test_reading_amdgcn(scratch, spills, spilled):
-    found = offline.read_amdgcn({"amdgcn": GCN.format(scratch=scratch, spills=spills)})
+    found = assembly.read_amdgcn({"amdgcn": GCN.format(scratch=scratch, spills=spills)})
     counts = {"loads": 2, "wide_loads": 1, "stores": 1, "wide_stores": 1, "atomics": 0}
     counts["instructions"] = 4
     assert found == {"registers": 42, "spilled": spilled, **counts}
     assert (
-        offline.read_amdgcn(
+        assembly.read_amdgcn(
             {"amdgcn": GCN.format(scratch=0, spills=0) + "global_atomic_add_f32 v0, v1, s[0:1]"}
         )["atomics"]
         == 1
@@ -318,7 +326,7 @@ def test_compiled_for_a_gpu_that_is_not_here(tmp_path):
 READ_ONCE = """
 import torch
 from custom_backprop import functional
-from custom_backprop.testing import offline
+from custom_backprop.testing import regimes
 
 x = torch.empty(512, 1024, device="meta", requires_grad=True)
 for function in (functional.rms_norm, functional.normalize):
@@ -326,7 +334,7 @@ for function in (functional.rms_norm, functional.normalize):
         y = function(x, (1024,)) if function is functional.rms_norm else function(x)
         torch.autograd.grad(y, x, torch.empty_like(y))
 
-    for launch, r in zip(offline.launches(call), offline.compile_calls([call], "sm_90")):
+    for launch, r in zip(regimes.launches(call), regimes.compile_calls([call], "sm_90")):
         elements = launch.constexprs["ROWS"] * launch.constexprs["BLOCK"]
         print(r.kernel, 4 * 32 * r.num_warps * r.wide_loads // elements)
 """
@@ -347,9 +355,9 @@ def test_both_sides_of_every_branch_are_compiled(monkeypatch):
         selection, "why_not", lambda *_: None
     )  # the interpreter refuses meta tensors
     sides, orders = defaultdict(set), set()
-    ops, optimizers = map(offline.calls, database().values()), map(steps, OPTIMIZERS)
+    ops, optimizers = map(regimes.calls, database().values()), map(steps, OPTIMIZERS)
     for call in chain.from_iterable([*ops, *optimizers]):
-        for launch in offline.launches(call):
+        for launch in regimes.launches(call):
             kernel = f"{launch.kernel.fn.__module__}.{launch.kernel.__name__}"
             source = inspect.getsource(launch.kernel.fn)
             for name, argument in zip(launch.kernel.arg_names, launch.args, strict=False):
@@ -400,7 +408,7 @@ def test_launches_an_op(monkeypatch):
     monkeypatch.setattr(selection, "why_not", lambda *_: None)  # of meta tensors
     more = {}
     for spec in database().values():
-        forward, backward = offline.launched(spec)
+        forward, backward = regimes.launched(spec)
         if len(forward) > spec.launches[0] or len(backward) > spec.launches[1]:
             more[spec.name] = forward, backward
     assert more == {}

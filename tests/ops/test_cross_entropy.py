@@ -17,7 +17,7 @@ import custom_backprop
 from custom_backprop import functional, nn
 from custom_backprop.backends import BACKENDS, why_not
 from custom_backprop.testing.checks.compare import sliced, transposed
-from custom_backprop.testing.offline import launches
+from custom_backprop.testing.regimes import launches
 
 F = torch.nn.functional
 NAMES = ("nll_loss", "cross_entropy")

@@ -23,7 +23,7 @@ from custom_backprop import functional, nn
 from custom_backprop.backends.kernels import kernels
 from custom_backprop.testing import Make, cases, database
 from custom_backprop.testing.case import gradients, outputs, weights_for
-from custom_backprop.testing.offline import both_ways, launches
+from custom_backprop.testing.regimes import both_ways, launches
 
 pytestmark = pytest.mark.filterwarnings(
     "ignore:reduction. 'mean' divides the total loss"

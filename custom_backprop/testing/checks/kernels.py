@@ -87,7 +87,7 @@ def compiles(case: Case) -> str:
 
 
 def _resources(launches: list[Any], target: str) -> list[str]:
-    from ..launches import compile_launches
+    from ..offline import compile_launches
 
     return [
         f"{r.kernel} on {target}: {r.registers} registers, {r.spilled} bytes spilled, "
