@@ -296,12 +296,12 @@ def triplet_forward(
 def triplet_backward(
     dy: Tensor, a: Tensor, p: Tensor, n: Tensor, d: Tensor, margin: float, order: float, eps: float,
     swap: bool, reduction: int, needs: Sequence[bool],
-) -> tuple[Tensor, ...]:  # fmt: skip
-    """da, dp and dn, contiguous; an empty tensor for each that is not needed."""
+) -> tuple[Tensor | None, ...]:  # fmt: skip
+    """da, dp and dn, contiguous; None for each that is not needed."""
     run, flat = _triplet(a, p, n, options=(margin, order, eps, swap, reduction))
     grads = [a.new_empty(a.shape) if need else None for need in needs]
     run(dy.contiguous(), *flat, d.contiguous(), *grads)
-    return tuple(a.new_empty(0) if g is None else g for g in grads)
+    return tuple(grads)
 
 
 def _similarities(q: Tensor, k: Tensor, n: Tensor | None) -> Tensor:
@@ -343,9 +343,8 @@ def plan_slope(
 def info_nce(
     q: Tensor, k: Tensor, n: Tensor | None, temperature: float, symmetric: bool, reduction: int,
     makes_G: bool,
-) -> tuple[Tensor, Tensor]:  # fmt: skip
-    """The loss, and G if ``makes_G`` (else an empty tensor): over the similarities, where their
-    dtype is that of q."""
+) -> tuple[Tensor, Tensor | None]:  # fmt: skip
+    """The loss, and G if ``makes_G``: over the similarities, where their dtype is that of q."""
     s = _similarities(q, k, n)
     rows, options = len(s), (temperature, n is None)
     count = multiprocessors(s.device)
@@ -357,7 +356,7 @@ def info_nce(
         statistics += [s.new_empty(rows), s.new_empty(rows)] if makes_G else [None, None]
         run = plan_softmax(v.shape, v.stride(), s.dtype, count, *options)
         run(v, losses[-1], *statistics[-2:])
-    G = q.new_empty(0)
+    G = None
     if makes_G:
         G = s if s.dtype == q.dtype else q.new_empty(s.shape)
         columns = statistics[2:] if symmetric else (None, None)

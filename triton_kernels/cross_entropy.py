@@ -226,7 +226,7 @@ def _of_rows(statistics: Tensor | None, soft: bool) -> list[Tensor | None]:
 def forward(
     x: Tensor, target: Tensor, weight: Tensor | None, reduction: int, ignore_index: int,
     smoothing: float, makes: int, loss: Tensor | None = None, dx: Tensor | None = None,
-) -> tuple[Tensor, Tensor]:  # fmt: skip
+) -> tuple[Tensor, Tensor | None]:  # fmt: skip
     """The loss, and what it ``makes`` for backward: nothing, dx for a dy of 1, or (m, log Σ
     e^(x-m)) of each row, and of probabilities (Q, T). Losses of rows and dx may go to memory that
     is given; dx may be x, since a program reads what it writes first."""
@@ -236,7 +236,7 @@ def forward(
         dx = torch.empty_like(x)
     count = 4 if probabilities else 2
     statistics = row_kernels.partial_sums(x, count, *shape) if makes == STATISTICS else None
-    saved = dx if dx is not None else statistics if statistics is not None else x.new_empty(0)
+    saved = statistics if dx is None else dx
     if not x.numel():
         nothing = float("nan") if reduction == MEAN else 0.0
         return x.new_full(shape if reduction == NONE else (), nothing), saved
@@ -261,8 +261,8 @@ def forward(
 def backward(
     dy: Tensor, x: Tensor, target: Tensor, weight: Tensor | None, statistics: Tensor,
     reduction: int, ignore_index: int, smoothing: float, need_x: bool, need_target: bool,
-) -> tuple[Tensor, Tensor]:  # fmt: skip
-    """dx and the gradient of class probabilities; an empty tensor for one that is not needed."""
+) -> tuple[Tensor | None, Tensor | None]:  # fmt: skip
+    """dx and the gradient of class probabilities; None for one that is not needed."""
     layout = target
     x, target, weight, probabilities = _prepared(x, target, weight)
     soft = probabilities or smoothing > 0
@@ -277,5 +277,4 @@ def backward(
     run(dy.contiguous(), x, target, weight, total, dx, *made, *([dtarget] if soft else []))
     if dtarget is not None and dtarget.stride() != layout.stride():
         dtarget = torch.empty_like(layout).copy_(dtarget)
-    nothing = x.new_empty(0)
-    return nothing if dx is None else dx, nothing if dtarget is None else dtarget
+    return dx, dtarget

@@ -92,7 +92,7 @@ def softcap_(z: Tensor, softcap: float) -> None:
 def losses(
     logits: Tensor, target: Tensor, weight: Tensor | None, ignore_index: int, smoothing: float,
     loss: Tensor | None, makes: int, spare: bool,
-) -> Tensor:  # fmt: skip
+) -> Tensor | None:  # fmt: skip
     """Each row's cross-entropy in ``loss``; and its gradient, over ``logits`` if they are
     ``spare``."""
     over = logits if spare and makes == GRADIENT else None

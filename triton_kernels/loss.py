@@ -326,9 +326,8 @@ def plan_backward(
 def forward(
     name: str, x: Tensor, t: Tensor, v: Tensor | None, w: Tensor | None, reduction: int,
     make_dx: bool, *parameters: Any,
-) -> tuple[Tensor, Tensor]:  # fmt: skip
-    """The loss, and dx for dy = 1 if ``make_dx`` (else an empty tensor). x, t, v, w: one shape and
-    dtype, any strides."""
+) -> tuple[Tensor, Tensor | None]:  # fmt: skip
+    """The loss, and dx for dy = 1 if ``make_dx``. x, t, v, w: one shape and dtype, any strides."""
     n = x.numel()
     dx = torch.empty_like(x) if make_dx else None
     layout = dx if dx is not None else x if x.is_contiguous() else torch.empty_like(x)
@@ -344,14 +343,14 @@ def forward(
         y, partial = x.new_empty(()), partial_sums(x, run.programs)
         run(*operands, partial, dx)
         total(partial, y, divisor)
-    return y, x.new_empty(0) if dx is None else dx
+    return y, dx
 
 
 def backward(
     name: str, dy: Tensor, x: Tensor, t: Tensor, v: Tensor | None, w: Tensor | None, reduction: int,
     needs: list[bool], *parameters: Any,
-) -> tuple[Tensor, ...]:  # fmt: skip
-    """dx, dt, dv and dw in the strides of x; an empty tensor for each that is not needed."""
+) -> tuple[Tensor | None, ...]:  # fmt: skip
+    """dx, dt, dv and dw in the strides of x; None for each that is not needed."""
     grads = [torch.empty_like(x) if need else None for need in needs]
     layout = next(g for g in grads if g is not None)
     operands = [None if a is None else like(a, layout) for a in (x, t, v, w)]
@@ -360,4 +359,4 @@ def backward(
     run = plan_backward(name, x.numel(), divisor, reduction, x.dtype, scalar, *parameters)
     named = dict(zip(("DX", "DT", "DV", "DW"), grads, strict=True))
     run(dy if scalar else like(dy, layout), *operands, **named)
-    return tuple(x.new_empty(0) if g is None else g for g in grads)
+    return tuple(grads)

@@ -217,7 +217,7 @@ def backward(
     ignore_index: int,
 ) -> Tensor:  # fmt: skip
     """dx, contiguous."""
-    dx = x.new_empty(x.shape)
+    dx = torch.empty_like(x, memory_format=torch.contiguous_format)
     of = x.dtype, multiprocessors(x.device), reduction, ignore_index
     run = plan_backward(dx.shape, dx.stride(), *of)
     weight = None if weight is None else weight.contiguous()

@@ -253,11 +253,12 @@ def forward(
 ) -> tuple[Tensor, Tensor | None, Tensor]:  # fmt: skip
     """y, μ (of "layer") and r of x (..., n); or of x + ``residual``, written to ``h``."""
     x, residual = x.contiguous(), None if residual is None else residual.contiguous()
-    weight, bias = (t if t is None else t.contiguous() for t in (weight, bias))
+    weight, bias = [t if t is None else t.contiguous() for t in (weight, bias)]
     dtype = x.dtype
     if kind == "llama" and weight is not None:
         dtype = torch.promote_types(dtype, weight.dtype)
-    y, rstd = x.new_empty(x.shape, dtype=dtype), partial_sums(x, *x.shape[:-1], 1)
+    y = torch.empty_like(x, dtype=dtype, memory_format=torch.contiguous_format)
+    rstd = partial_sums(x, *x.shape[:-1], 1)
     mean = torch.empty_like(rstd) if kind == "layer" else None
     if x.numel():
         run = plan_forward(rstd.numel(), x.shape[-1], x.dtype, *_where(x), eps, kind)
@@ -269,7 +270,7 @@ def add_forward(
     x: Tensor, residual: Tensor, weight: Tensor | None, bias: Tensor | None, eps: float, kind: str
 ) -> tuple[Tensor, Tensor, Tensor | None, Tensor]:
     """y, h = x + residual, μ (of "layer") and r."""
-    h = x.new_empty(x.shape)
+    h = torch.empty_like(x, memory_format=torch.contiguous_format)
     y, mean, rstd = forward(x, weight, bias, eps, kind, residual, h)
     return y, h, mean, rstd
 
@@ -287,7 +288,7 @@ def backward(
     dx = torch.empty_like(x) if need_x else None
     like = x if weight is None else weight
     made = like.new_empty if rows and n else like.new_zeros
-    dw, db = (made(n) if need else None for need in (need_weight, need_bias))
+    dw, db = [made(n) if need else None for need in (need_weight, need_bias)]
     if rows and n:
         row_sums, run, parts = plan_backward(
             rows, n, x.dtype, *_where(x), kind, need_weight, need_bias

@@ -84,7 +84,8 @@ def plan(
 def forward(x: Tensor, eps: float) -> tuple[Tensor, Tensor]:
     """y, contiguous, and r."""
     flat, count = rows_of(x), multiprocessors(x.device)
-    y, r = x.new_empty(x.shape), partial_sums(x, *x.shape[:-1])
+    y = torch.empty_like(x, memory_format=torch.contiguous_format)
+    r = partial_sums(x, *x.shape[:-1])
     plan(False, *flat.shape, (flat.stride(0),), x.dtype, count, eps)(flat, y, r)
     return y, r
 

@@ -104,19 +104,18 @@ def forward(x: Tensor, weight: Tensor) -> Tensor:
 
 def backward(
     dy: Tensor, x: Tensor, weight: Tensor, need_x: bool, need_weight: bool
-) -> tuple[Tensor, Tensor]:
-    """dx in the strides of x, dw in the weight's shape; an empty tensor for one that is not
-    needed."""
+) -> tuple[Tensor | None, Tensor | None]:
+    """dx in the strides of x, dw in the weight's shape; None for one that is not needed."""
     dx = torch.empty_like(x)
     if x.numel() == 0:
         return dx, torch.zeros_like(weight)
     run = plan(True, *_view(dx, weight), multiprocessors(x.device), need_x, need_weight)
-    partial, dw = None, weight.new_empty(0)
+    partial = dw = None
     if need_weight:
         parts = run.programs // run.numbers["tiles"]
         dw = torch.empty_like(weight)
         partial = partial_sums(dx, 1, parts, run.numbers["channels"])
     run(like(dy, dx), like(x, dx), weight.contiguous(), dx if need_x else None, partial)
-    if partial is not None:
+    if partial is not None and dw is not None:
         column_sum(partial, dw)
-    return dx if need_x else dx.new_empty(0), dw
+    return dx if need_x else None, dw

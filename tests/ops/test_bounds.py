@@ -48,9 +48,9 @@ def frames_of(call):
 CALLS = {
     "relu": (33, 38, 38),
     "softmax": (39, 44, 36),
-    "mse_loss": (69, 84, 36),
-    "cross_entropy": (73, 92, 35),
-    "layer_norm": (59, 64, 69),
+    "mse_loss": (68, 84, 36),
+    "cross_entropy": (67, 87, 35),
+    "layer_norm": (55, 60, 67),
     "linear": (34, 39, 53),
 }
 
