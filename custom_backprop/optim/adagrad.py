@@ -14,7 +14,9 @@ from .rule import Rule
 
 
 class Adagrad(MultiTensor, torch.optim.Adagrad):
-    """:class:`torch.optim.Adagrad` with one step for all parameters at once."""
+    """:class:`torch.optim.Adagrad` with one step for all parameters at once, and three more
+    arguments (:mod:`custom_backprop.optim`). The update:
+    :func:`custom_backprop.formulas.optim.adagrad`."""
 
     _torch = torch.optim.Adagrad
     _rule = Rule("adagrad", formulas.adagrad, states=("sum", "step"))

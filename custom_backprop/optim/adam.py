@@ -35,12 +35,16 @@ class _Adam(MultiTensor):
 
 
 class Adam(_Adam, torch.optim.Adam):
-    """:class:`torch.optim.Adam` with one step for all parameters at once."""
+    """:class:`torch.optim.Adam` with one step for all parameters at once, and three more
+    arguments (:mod:`custom_backprop.optim`). The update:
+    :func:`custom_backprop.formulas.optim.adam`."""
 
     _torch = torch.optim.Adam
 
 
 class AdamW(_Adam, torch.optim.AdamW):
-    """:class:`torch.optim.AdamW` with one step for all parameters at once."""
+    """:class:`torch.optim.AdamW` with one step for all parameters at once, and three more
+    arguments (:mod:`custom_backprop.optim`). The update:
+    :func:`custom_backprop.formulas.optim.adam`."""
 
     _torch = torch.optim.AdamW

@@ -84,7 +84,8 @@ class PlainLion(Optimizer):
 
 class Lion(MultiTensor, PlainLion):
     """Lion: every element moves by the learning rate in the direction of a sign
-    (:func:`custom_backprop.formulas.optim.lion`).
+    (:func:`custom_backprop.formulas.optim.lion`). It has the three more arguments of
+    :mod:`custom_backprop.optim`.
 
     Args:
         params: parameters or groups of them, as in torch.optim.

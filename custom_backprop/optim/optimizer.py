@@ -37,25 +37,7 @@ OWN_ARGUMENTS = ("max_grad_norm", "master_weights", "bf16_stochastic_round")
 
 class MultiTensor(Optimizer):
     """A mixin before a class of torch.optim: ``class SGD(MultiTensor, torch.optim.SGD)``. It adds
-    three arguments to the constructor.
-
-    Args:
-        max_grad_norm: all gradients of this optimizer are multiplied by
-            :func:`~custom_backprop.formulas.optim.clip_factor` of their total 2-norm, as
-            ``clip_grad_norm_`` would do before the step. ``.grad`` itself does not change.
-        master_weights: the update of a float16 or bfloat16 parameter uses a float32 copy, the
-            ``master_param`` of its state. The parameter is rounded from it. All its state is
-            float32.
-        bf16_stochastic_round: bfloat16 parameters are updated in float32 and rounded up or down at
-            random, more likely to the nearer number. There is no copy. Their state is float32. The
-            noise depends on ``torch.manual_seed``.
-
-    Raises:
-        ValueError: ``max_grad_norm`` is negative or NaN, or both kinds of rounding are requested,
-            or one of these arguments is combined with ``differentiable=True``.
-        RuntimeError: at a step with ``master_weights`` or ``bf16_stochastic_round``, if only
-            torch's own update can take it: ``capturable``, sparse gradients, subclasses of Tensor.
-    """
+    the three arguments of :mod:`custom_backprop.optim` to the constructor."""
 
     #: ``step`` applies the attributes ``grad_scale`` and ``found_inf`` that a GradScaler sets; on a
     #: GPU without reading them

@@ -17,7 +17,9 @@ _STATES = ("square_avg", "momentum_buffer", "grad_avg")
 
 
 class RMSprop(MultiTensor, torch.optim.RMSprop):
-    """:class:`torch.optim.RMSprop` with one step for all parameters at once."""
+    """:class:`torch.optim.RMSprop` with one step for all parameters at once, and three more
+    arguments (:mod:`custom_backprop.optim`). The update:
+    :func:`custom_backprop.formulas.optim.rmsprop`."""
 
     _torch = torch.optim.RMSprop
     _rule = Rule("rmsprop", formulas.rmsprop, states=(*_STATES, "step"), packed=_STATES)

@@ -18,7 +18,9 @@ _WIDE = (torch.float32, torch.float64)
 
 
 class SGD(MultiTensor, torch.optim.SGD):
-    """:class:`torch.optim.SGD` with one step for all parameters at once.
+    """:class:`torch.optim.SGD` with one step for all parameters at once, and three more
+    arguments (:mod:`custom_backprop.optim`). The update:
+    :func:`custom_backprop.formulas.optim.sgd`.
 
     On a CPU it gives the same bits as ``torch.optim.SGD(fused=True)``, where μ b + d is rounded
     once. With ``fused=False``, at some cost, it gives those of torch's plain loop over parameters,
