@@ -52,18 +52,27 @@ def _fused(value, gradient, x, t, v, k, y, g, *parameters):
         gradient(k, x, t, NONE, *parameters, grad_input=g)
 
 
-def _binary_cross_entropy_with_logits(x, t, p, k, y, g):
+def _binary_cross_entropy_with_logits(x, t, v, k, y, g):
+    p = _smaller(x)
     if y is not None:  # (1 - t) x - min(x, 0) bears an infinite x, as max(x, 0) - t x does not
-        torch.sub(1, t, out=y).mul_(x).sub_(x.clamp_max(0)).add_(x.abs().neg_().exp_().log1p_())
+        torch.sub(1, t, out=y).mul_(x).sub_(x.clamp_max(0)).sub_(torch.neg(p).log1p_())
     if g is not None:
-        _binary_cross_entropy_with_logits_dx(x, t, k, g)
+        _binary_cross_entropy_with_logits_dx(p, x, t, k, g)
 
 
-def _binary_cross_entropy_with_logits_dx(x, t, k, g):
-    """k ((1 - t) σ(x) - t σ(-x)) into g. PyTorch's softplus_backward(v, x, 1) is v σ(x), and with
-    -1 v σ(-x); beyond 40, 1 + e^-40 is 1 in float64 too."""
-    aten.softplus_backward.grad_input(1 - t, x, 1, 40, grad_input=g)
-    g.sub_(aten.softplus_backward.default(t, x, -1, 40)).mul_(k)
+def _smaller(x):
+    """p = σ(-|x|), the smaller of σ(x) and σ(-x): all digits of both, and of log(1 + e^-|x|) =
+    -log(1 - p), for one exponential, in ATen's quickest pass that has one. Below the smallest
+    normal number it may be 0."""
+    return torch.abs(x).neg_().sigmoid_()
+
+
+def _binary_cross_entropy_with_logits_dx(p, x, t, k, g):
+    """k ((1 - t) σ(x) - t σ(-x)) into g, which is k (1 - t - p) where x >= 0, else k (0 - t + p).
+    Writes over p."""
+    torch.ge(x, 0, out=g)
+    p.addcmul_(g, p, value=-2)
+    g.sub_(t).add_(p).mul_(k)
 
 
 def _kl_div(x, t, v, k, y, g, log_target):
@@ -155,11 +164,12 @@ def _one_by_one(fill, x, t, v, k, g, *parameters):
 def _binary_cross_entropy_with_logits_total(x, t, v, k, g):
     """Σ log(1 + e^-|x|) and Σ (max(x, 0) - t x), neither of which has a negative term, each where
     l_x will stand."""
-    total = torch.abs(x, out=g).neg_().exp_().log1p_().sum().item()
+    p = _smaller(x)
+    total = -torch.neg(p, out=g).log1p_().sum().item()
     total += torch.clamp_min(x, 0, out=g).addcmul_(t, x, value=-1).sum().item()
     if math.isnan(total):
         return _one_by_one(FILL["binary_cross_entropy_with_logits"], x, t, v, k, g)
-    _binary_cross_entropy_with_logits_dx(x, t, k, g)
+    _binary_cross_entropy_with_logits_dx(p, x, t, k, g)
     return total
 
 
