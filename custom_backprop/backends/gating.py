@@ -12,6 +12,17 @@ from .library import R, launcher, primitive
 
 aten = torch.ops.aten
 
+#: f'(a) dy, written over dy, of a, or of y where the activation saves that
+OVER_DY = {
+    "relu": lambda dy, y: aten.threshold_backward.grad_input(dy, y, 0, grad_input=dy),
+    "sigmoid": lambda dy, y: aten.sigmoid_backward.grad_input(dy, y, grad_input=dy),
+    "silu": lambda dy, a: aten.silu_backward.grad_input(dy, a, grad_input=dy),
+    "gelu": lambda dy, a: aten.gelu_backward.grad_input(dy, a, grad_input=dy),
+    "gelu_tanh": lambda dy, a: aten.gelu_backward.grad_input(
+        dy, a, approximate="tanh", grad_input=dy
+    ),
+}
+
 
 def _forward(x, b, dim, gate_first, f):
     if x.dtype in HALF:
@@ -28,12 +39,12 @@ def _backward(dy, x, b, dim, gate_first, f, *needs):
     if f == "sigmoid" and b is None and not gate_first:
         return aten.glu_backward.default(dy, x, dim), None
     a, value = formula.halves(x, b, dim, gate_first)
+    dx = x.new_empty(x.shape)
+    da, db = formula.halves(dx, b if b is None else b.new_empty(b.shape), dim, gate_first)
     y = ATEN[f].forward(a)
-    da = ATEN[f].backward(dy * value, y if ACTIVATIONS[f].saves_output else a)
-    db = y.mul_(dy)
-    if b is None:
-        return formula.packed(da, db, dim, gate_first), None
-    return da.contiguous(), db.contiguous()
+    OVER_DY[f](torch.mul(dy, value, out=da), y if ACTIVATIONS[f].saves_output else a)
+    torch.mul(dy, y, out=db)
+    return dx, None if b is None else db
 
 
 def _sharding(x, b, dim, gate_first, f):

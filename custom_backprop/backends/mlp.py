@@ -15,24 +15,11 @@ from functools import partial
 from math import prod
 from typing import Any
 
-import torch
-
 from ..formulas import mlp as formula
 from ..formulas.precision import HALF
 from . import gating, linear
 from .activation import ATEN
 from .library import P, R, launcher, primitive
-
-aten = torch.ops.aten
-
-#: the backward of each activation, written over its dy
-_OVER_DY = {
-    "silu": lambda dy, a: aten.silu_backward.grad_input(dy, a, grad_input=dy),
-    "gelu": lambda dy, a: aten.gelu_backward.grad_input(dy, a, grad_input=dy),
-    "gelu_tanh": lambda dy, a: aten.gelu_backward.grad_input(
-        dy, a, approximate="tanh", grad_input=dy
-    ),
-}
 
 
 def _over_dh(dh, a, b, f):
@@ -40,7 +27,7 @@ def _over_dh(dh, a, b, f):
     if dh.dtype in HALF:
         return gating.backward.aten(dh, a, b, 0, True, f, True, True)
     db = ATEN[f].forward(a).mul_(dh)
-    return _OVER_DY[f](dh.mul_(b), a), db
+    return gating.OVER_DY[f](dh.mul_(b), a), db
 
 
 #: gate_backward where its dy is memory of our own

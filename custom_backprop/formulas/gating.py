@@ -51,6 +51,6 @@ def gate_backward(
     y, derivative = factors(a, f)
     da, db = widen(dy) * value * derivative, widen(dy) * y
     if b is None:
-        return packed(da, db, dim, gate_first).to(x.dtype), None
+        return packed(da, db, dim, gate_first).to(x.dtype).contiguous(), None
     da, db = da.to(x.dtype).contiguous(), db.to(b.dtype).contiguous()
     return da if needs[0] else None, db if needs[1] else None

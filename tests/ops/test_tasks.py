@@ -206,3 +206,30 @@ def test_openmp_regions_are_few(name: str, monkeypatch: pytest.MonkeyPatch) -> N
     with Regions() as regions:
         gradients(function, *inputs)
     assert regions.count <= 2 * 3
+
+
+#: as PyTorch's own operators, on the gate and the value
+GATES: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
+    "reglu": lambda a, b: torch.relu(a) * b,
+    "geglu": lambda a, b: torch.nn.functional.gelu(a) * b,
+    "swiglu": lambda a, b: torch.nn.functional.silu(a) * b,
+}
+
+
+@pytest.mark.parametrize("name", GATES)
+@pytest.mark.parametrize("packed", [True, False])
+def test_gates_divide_no_more_calls_than_stock(name: str, packed: bool) -> None:
+    halves = [many(2**9, 2**9), many(2**9, 2**9).flip(1)]
+    given = [torch.cat(halves, 1)] if packed else halves
+
+    def stock(*given: Tensor) -> Tensor:
+        return GATES[name](*(given[0].chunk(2, 1) if packed else given))
+
+    counts = []
+    for function in (partial(getattr(F, name), gate_first=True), stock):
+        with Regions() as regions:
+            gradients(function, *given)
+        counts.append(regions.count)
+    # f(a) is computed again in backward, where stock has saved it; for two tensors, that is one
+    # more, and for one no halves are put together
+    assert counts[0] <= counts[1] + (not packed)
