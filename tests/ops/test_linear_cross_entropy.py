@@ -13,8 +13,10 @@ from helpers import DEVICE
 from torch.profiler import ProfilerActivity, profile
 
 from custom_backprop import functional, nn
+from custom_backprop.backends import why_not
 from custom_backprop.backends.linear_cross_entropy import rows_of_chunk
 from custom_backprop.testing import validate
+from custom_backprop.testing.regimes import launches
 from custom_backprop.testing.specs.linear_cross_entropy import (
     linear_cross_entropy as by_stock,
 )
@@ -95,12 +97,24 @@ def test_a_chunk_that_is_no_small_one(options):
 
 def test_the_number_of_rows_of_a_chunk():
     cpu, gpu = torch.device("cpu"), torch.device("cuda")
-    assert rows_of_chunk(1024, 32000, 4, cpu) == 256
-    assert rows_of_chunk(2048, 65, 4, cpu) == 2048
-    assert rows_of_chunk(16384, 128256, 2, gpu) == 4096
-    assert rows_of_chunk(16384, 128256, 4, gpu) == 2048
-    assert rows_of_chunk(4097, 128256, 2, gpu) == 2049, "chunks of one size"
-    assert rows_of_chunk(0, 10, 4, cpu) == 1
+    assert rows_of_chunk(1024, 32000, 4, cpu, True) == 256
+    assert rows_of_chunk(2048, 65, 4, cpu, True) == 2048
+    assert rows_of_chunk(16384, 128256, 2, gpu, True) == 4096
+    assert rows_of_chunk(16384, 128256, 4, gpu, True) == 2048
+    assert rows_of_chunk(16384, 128256, 2, gpu, False) == 2048
+    assert rows_of_chunk(4097, 128256, 2, gpu, True) == 2049, "chunks of one size"
+    assert rows_of_chunk(0, 10, 4, cpu, True) == 1
+
+
+@pytest.mark.skipif(why_not("triton", DEVICE) is not None, reason="it is the kernels' chunk")
+@pytest.mark.parametrize(("frozen", "chunks"), [(False, 2), (True, 4)])
+def test_chunks_are_half_as_long_where_no_dw_is_wanted(frozen, chunks):
+    x, w = (torch.empty(n, 16, device="meta", dtype=torch.bfloat16) for n in (8192, 128256))
+    t = torch.empty(8192, device="meta", dtype=torch.int64)
+    leaves = x.requires_grad_(), w.requires_grad_(not frozen)
+    assert [one.kernel.__name__ for one in launches(lambda: ours(*leaves, t))] == chunks * [
+        "_forward"
+    ]
 
 
 def test_torchs_options_set_the_chunk():
