@@ -5,6 +5,9 @@ The ceilings of the card; each op against stock, torch.compile and the peers tha
 host's time of a call; training steps of a GPT and a ViT-B; CUDA graphs of each op; and the checks
 of the database on the card's own kernels.
 
+What no clock looks at, and a first call that compiles what is timed, run before that in as many
+processes as there are cores to spare. Then cases run one at a time.
+
 Each case is written to the file of results as it ends. The same command goes on where the last one
 was interrupted, or where its minutes were spent, unless the machine, a version or our sources
 changed. Then it starts again.
@@ -28,7 +31,7 @@ from custom_backprop.testing import OpSpec
 from custom_backprop.testing.database import named
 
 from ..report import RESULTS
-from . import ceilings, database, graphs, host, steps, sweep
+from . import ahead, ceilings
 from .case import Case
 from .ceilings import Ceilings
 from .device import Card, DryRun
@@ -36,9 +39,10 @@ from .page import markdown
 from .peers import Peer, peers
 from .results import Row, Store
 from .run import CardLost, run
+from .sections import SHARES, sections
 
-#: of the time
-SHARES = {"sweep": 0.45, "database": 0.2, "steps": 0.15, "graphs": 0.12, "host": 0.08}
+#: of the time, for what no clock looks at
+AHEAD = 0.5
 INTERRUPTED = 130
 
 
@@ -96,14 +100,8 @@ def _measure(
     if args.again:
         store.forget()
     first = {"ceilings": ceilings.cases(device), "peers": _absent(found)}
-    sections = {
-        "sweep": sweep.cases(device, specs, found, lambda: Ceilings.of(store.rows)),
-        "database": database.cases(device, specs),
-        "steps": steps.cases(device),
-        "graphs": graphs.cases(device, specs),
-        "host": host.cases(device, specs),
-    }
-    rest = {name: cases for name, cases in sections.items() if name in args.sections}
+    every = sections(device, specs, found, lambda: Ceilings.of(store.rows))
+    rest = {name: cases for name, cases in every.items() if name in args.sections}
     done = store.done()
     count = sum(case.key not in done for part in (first, rest) for c in part.values() for case in c)
     code = 0
@@ -114,8 +112,10 @@ def _measure(
             bar.update()
 
         try:
-            for part in (first, rest):
-                run(part, SHARES, store, device, until, tell)
+            run(first, SHARES, store, device, until, tell)
+            soon = time.perf_counter() + AHEAD * (until - time.perf_counter())
+            ahead.run(rest, store, device, args.ops, soon, tell)
+            run(rest, SHARES, store, device, until, tell)
         except KeyboardInterrupt:
             code = INTERRUPTED
         except CardLost as error:

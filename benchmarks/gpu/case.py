@@ -27,11 +27,15 @@ class Case:
         row: its rows, but for the figures.
         work: makes them.
         part: what tells it from other cases of the same row.
+        timed: whether it wants the card alone.
+        first: calls once what is timed, so that it is compiled.
     """
 
     row: Row
     work: Callable[[], Iterable[Row]]
     part: str = ""
+    timed: bool = True
+    first: Callable[[], object] | None = None
 
     @property
     def key(self) -> str:
@@ -80,16 +84,17 @@ def sample_of(
 
 
 def inputs_of(
-    spec: OpSpec, device: Card, dtype: torch.dtype, rows: int | None, n: int | None, size: str
-) -> list[Inputs]:
-    """So many inputs that together they are four times as large as the cache."""
+    spec: OpSpec, device: Card, dtype: torch.dtype, rows: int | None, n: int | None, size: str,
+    most: int = 8,
+) -> list[Inputs]:  # fmt: skip
+    """So many inputs that together they are four times as large as the cache; ``most`` at most."""
     found: list[Inputs] = []
     there = device.kind == "cuda"
     for seed in count():
         sample = sample_of(spec, Make(device.kind, dtype, seed, there=there), rows, n, size)
         found.append(Inputs(spec, sample))
         of_one = sum(a.nbytes for a in sample.args if isinstance(a, Tensor))
-        if len(found) == 8 or len(found) * of_one >= 4 * device.cache:
+        if len(found) == most or len(found) * of_one >= 4 * device.cache:
             return found
     raise AssertionError
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import math
+import os
 import platform
 import statistics
 import subprocess
@@ -48,6 +49,7 @@ class Card:
         cache: bytes of the L2 cache.
         checks: of the database; None for all.
         backend: of ``torch.compile``.
+        workers: so many processes compile and check at once.
     """
 
     kind = "cuda"
@@ -72,6 +74,8 @@ class Card:
         # ours, stock and the peers have two sets each of a few such tensors in float32
         self.elements = 2 ** min(26, (self.memory // 600).bit_length() - 1)
         self.size = "huge" if self.elements == 2**26 else "large"
+        # each may have sixteen such tensors in float32, and the rest of the machine two cores
+        self.workers = min((os.cpu_count() or 1) - 2, self.memory // (64 * self.elements))
 
     def machine(self, peers: list[Peer]) -> dict[str, Any]:
         """What the figures depend on."""
@@ -152,7 +156,7 @@ class Card:
 
         def replay() -> list[Tensor]:
             graph.replay()
-            return [r.clone() for r in results]
+            return [r.detach().clone() for r in results]
 
         return replay
 
@@ -185,7 +189,7 @@ class DryRun(Card):
 
     def __init__(self) -> None:
         self.name, self.size, self.elements = "dry-run", "small", 2**10
-        self.cache = 2**10
+        self.cache, self.workers = 2**10, 0
 
     def _hardware(self) -> dict[str, Any]:
         return {"card": "none: a dry run, whose figures mean nothing"}

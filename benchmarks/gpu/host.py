@@ -27,7 +27,7 @@ def cases(device: Card, specs: Sequence[OpSpec]) -> list[Case]:
 
 
 def _measured(device: Card, spec: OpSpec, row: Row) -> Iterator[Row]:
-    inputs = inputs_of(spec, device, torch.float32, None, None, "small")[:1]
+    inputs = inputs_of(spec, device, torch.float32, None, None, "small", 1)
     for direction in (FORWARD, BOTH):
         timers = {
             who: device.host_timer(partial(timed, function, inputs, direction))

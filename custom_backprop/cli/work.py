@@ -136,9 +136,7 @@ def _in_one_pool(
     """Takes items from ``waiting`` until it is empty, a process dies or the user interrupts.
     Returns the items in work when a process died, and whether the user interrupted."""
     workers = min(jobs, len(waiting))
-    pool = ProcessPoolExecutor(
-        workers, mp_context=get_context("spawn"), initializer=_prepare_worker
-    )
+    pool = ProcessPoolExecutor(workers, mp_context=get_context("spawn"), initializer=prepare_worker)
     running: dict[Future[Any], tuple[Any, ...]] = {}
     lost: list[tuple[Any, ...]] = []
     try:
@@ -164,7 +162,8 @@ def _in_one_pool(
     return lost, False
 
 
-def _prepare_worker() -> None:
+def prepare_worker() -> None:
+    """What each worker process does first."""
     torch.set_num_threads(1)
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # the parent gets it, too, and ends its workers
 

@@ -20,9 +20,20 @@ from custom_backprop.testing import Make, database
 sys.path.append(str(Path(__file__).parents[2]))  # the benchmarks are not installed
 pytest.importorskip("matplotlib")
 main_ = importlib.import_module("benchmarks.gpu.__main__")
-case_, device_, figures, graphs, page_, peers_, results, run_, sweep = (
+ahead_, case_, device_, figures, graphs, page_, peers_, results, run_, sweep = (
     importlib.import_module(f"benchmarks.gpu.{name}")
-    for name in ("case", "device", "figures", "graphs", "page", "peers", "results", "run", "sweep")
+    for name in (
+        "ahead",
+        "case",
+        "device",
+        "figures",
+        "graphs",
+        "page",
+        "peers",
+        "results",
+        "run",
+        "sweep",
+    )
 )
 Row, Store, Case = results.Row, results.Store, case_.Case
 
@@ -89,6 +100,64 @@ def test_a_case_that_fails_is_reported(dry, monkeypatch, capsys):
     assert said in capsys.readouterr().err
     assert dry("relu", "--sections", "graphs")[0] == 1, "it is done, and failed"
     assert dry("relu", "--sections", "graphs", "--again")[0] == 0
+
+
+def test_nothing_holds_the_graph_of_an_earlier_call_while_one_is_recorded(dry, monkeypatch):
+    """It would have nodes of another stream, which a recorded backward would wait for."""
+    both, held = case_.Inputs.both, []
+
+    def node(leaf):
+        return leaf.view_as(leaf).grad_fn.next_functions[0][0]  # is made anew, unless it is alive
+
+    def marked(given, function):
+        results = both(given, function)
+        for leaf in given.leaves:
+            node(leaf).metadata["earlier"] = True
+        return results
+
+    def captured(device, call):
+        given = call.func.__self__
+        held.extend("earlier" in node(leaf).metadata for leaf in given.leaves)
+        return call
+
+    monkeypatch.setattr(case_.Inputs, "both", marked)
+    monkeypatch.setattr(device_.DryRun, "captured", captured)
+    assert dry("layer_norm", "--sections", "graphs")[0] == 0
+    assert held == [False] * 6
+
+
+def test_what_is_not_timed_runs_ahead_in_processes(dry, monkeypatch):
+    def init(device, before=device_.DryRun.__init__):
+        before(device)
+        device.workers = 2
+
+    def alone(plan, shares, store, *rest, run=main_.run):
+        done.append(store.done())
+        run(plan, shares, store, *rest)
+
+    done = []
+    monkeypatch.setattr(device_.DryRun, "__init__", init)
+    monkeypatch.setattr(main_, "run", alone)
+    code, rows, _ = dry("relu", "--sections", "graphs", "database", "host")
+    assert code == 0
+    _, ahead = done
+    not_timed = {"database/relu", "graphs/relu/bfloat16", "graphs/relu/float32"}
+    assert {key for key in ahead if "relu" in key} == not_timed
+    assert {row.case for row in rows if row.op == "relu"} == {*not_timed, "host/relu/float32"}
+
+
+def test_sections_go_ahead_at_the_same_pace():
+    def cases(section, count, **options):
+        return [Case(Row(section, f"{i}"), list, **options) for i in range(count)]
+
+    plan = {
+        "sweep": cases("sweep", 4, first=list),
+        "host": cases("host", 3),
+        "graphs": cases("graphs", 3, timed=False),
+    }
+    assert ahead_.in_turns(plan, {"graphs/0"}) == [
+        "sweep/0", "graphs/1", "sweep/1", "sweep/2", "graphs/2", "sweep/3",
+    ]  # fmt: skip
 
 
 @pytest.mark.parametrize("spec", database().values(), ids=str)
