@@ -2,6 +2,6 @@
 
 from .backends.library import fold_batch, primitive
 from .formulas.precision import rounded_once
-from .ops.route import op
+from .ops.route import Definition, op
 
-__all__ = ["fold_batch", "op", "primitive", "rounded_once"]
+__all__ = ["Definition", "fold_batch", "op", "primitive", "rounded_once"]

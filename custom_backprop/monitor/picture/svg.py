@@ -59,7 +59,6 @@ class Drawing:
     """The SVG of a graph. ``body`` has no heading, which a page has of its own."""
 
     def __init__(self, nodes: Sequence[Node]) -> None:
-        self._nodes = nodes
         self._boxes = fold(nodes)
         self._first, self._last = decades(nodes)
         norms = [n.flow.norm for n in nodes if n.flow and n.flow.norm > 0 and isfinite(n.flow.norm)]
