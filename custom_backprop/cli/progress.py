@@ -1,4 +1,5 @@
-"""A progress bar on stderr: tqdm's if it is installed, else a line now and then."""
+"""What is done so far, on stderr: tqdm's bar on a terminal, if tqdm is installed; else, as in a log,
+a line now and then."""
 
 from __future__ import annotations
 
@@ -9,10 +10,11 @@ from typing import Any
 
 def progress(total: int, unit: str) -> Any:
     """A context manager with ``update()`` and ``set_postfix_str(text)``."""
-    with suppress(ImportError):
-        from tqdm import tqdm
+    if sys.stderr.isatty():
+        with suppress(ImportError):
+            from tqdm import tqdm
 
-        return tqdm(total=total, unit=unit, file=sys.stderr, dynamic_ncols=True)
+            return tqdm(total=total, unit=unit, file=sys.stderr, dynamic_ncols=True)
     return _Plain(total, unit)
 
 

@@ -55,7 +55,7 @@ def target(name: str, init: str = "") -> Target:
     if isinstance(value, type) and issubclass(value, torch.autograd.Function):
         return replace(found, value=value.apply, expression=f"{found.expression}.apply")
     if not callable(value):
-        raise TargetError(f"{name} is {_a(value)}, which cannot be called")
+        raise TargetError(f"{name}, of type {type(value).__name__}, cannot be called")
     if arguments or _makes(value):
         sample = arguments.make() if arguments else None
         try:
@@ -66,7 +66,7 @@ def target(name: str, init: str = "") -> Target:
                 + ("" if init or not isinstance(value, type) else " (give its arguments: --init)")
             ) from error
         if not callable(made):
-            raise TargetError(f"{name}() made {_a(made)}, which cannot be called")
+            raise TargetError(f"{name}() made a {type(made).__name__}, which cannot be called")
         return replace(found, value=made, expression=f"{found.expression}({init})")
     return found
 
@@ -78,10 +78,6 @@ def _makes(value: Any) -> bool:
     if not inspect.isfunction(value):
         return False
     return not inspect.signature(value).parameters
-
-
-def _a(value: Any) -> str:
-    return f"a {type(value).__name__}"
 
 
 def named(name: str) -> Target:

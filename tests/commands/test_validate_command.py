@@ -238,7 +238,7 @@ def test_recorded_calls(here):
         (["mine:Silu", "--recorded", "mine.py"], "is not a recording"),
         (["mine:Gelu", "--inputs", "f32[2]"], "mine has no Gelu"),
         (["mine", "--inputs", "f32[2]"], "write pkg.module:callable"),
-        (["mine:number", "--inputs", "f32[2]"], "is a int, which cannot be called"),
+        (["mine:number", "--inputs", "f32[2]"], "of type int, cannot be called"),
         (["mine:Scale", "--inputs", "f32[2]"], "give its arguments: --init"),
         (["yours:Silu", "--inputs", "f32[2]"], "cannot import yours: ModuleNotFoundError"),
         (["mine:Silu", "--samples", "mine:nothing"], "--samples mine:nothing: ValueError"),
