@@ -1,4 +1,4 @@
-"""What is done so far, on stderr: tqdm's bar on a terminal, if tqdm is installed; else, as in a log,
+"""What is done so far, on stderr: on a terminal tqdm's bar, if it is installed; else, as in a log,
 a line now and then."""
 
 from __future__ import annotations
