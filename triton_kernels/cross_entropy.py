@@ -17,13 +17,16 @@ from torch import Tensor
 
 from . import rows as row_kernels
 from . import soft_cross_entropy
-from .elementary import exp_below_0, expm1, half, log1p_positive
-from .launch import Launch, kernel, multiprocessors, planned
+from .elementary import exp_below_0, expm1, half, log_sum
+from .launch import Launch, has_clusters, kernel, multiprocessors, planned
 from .nll import (
     MEAN,
     NONE,
     as_rows,
+    at,
     class_of,
+    largest_and_rest_of,
+    largest_of,
     logit_of,
     parts_of,
     share_of,
@@ -33,9 +36,7 @@ from .nll import (
 )
 from .pointwise import like
 from .rows import (
-    lowest,
     online,
-    online_of_rows,
     online_start,
     over_rows,
     read,
@@ -51,15 +52,11 @@ FEW = 1024
 
 
 @triton.jit
-def _at(x, column, chosen, value):
-    """x of a block with ``value`` where the column is the chosen one; of one row, nothing is
-    compared in a block without it."""
-    if x.shape[0] > 1:
-        return tl.where(column == chosen, value, x)
-    at = tl.sum(chosen)
-    if (at >= 0) & (at < x.shape[1]):
-        x = tl.where(column == chosen, value, x)
-    return x
+def _for_minus_0(e, value):
+    """e, not below 0, with a ``value`` below 0 in place of -0, the lowest of all integers."""
+    whole: tl.constexpr = tl.int64 if e.dtype == tl.float64 else tl.int32
+    larger = tl.maximum(e.to(whole, bitcast=True), value.to(whole, bitcast=True))
+    return larger.to(e.dtype, bitcast=True)
 
 
 @kernel
@@ -95,21 +92,16 @@ def _forward(
             for done in range(0, n * tl.max(counted.to(tl.int32)), BLOCK):
                 place = done + column
                 x = read(X + start, place * s_n, alive[:, None] & (place < n), float("-inf"))
-                m, z = online(m, z, _at(x, column, chosen - done, float("-inf")), ALIGNED)
-            others, z = online_of_rows(m, z)
-            m = tl.maximum(others, x_t)
-            rest = z * exp_below_0(others - m)
+                m, z = online(m, z, at(x, column, chosen - done, float("-inf")), ALIGNED)
+            m, rest = largest_and_rest_of(m, z, x_t)
         else:
             x = read(X + start, column * s_n, alive[:, None] & (column < n), float("-inf"))
-            m = tl.maximum(tl.max(x, 1), lowest(dtype))
-            # of class t the lowest number, which the sum leaves out and dx replaces by -rest
-            e = exp_below_0(x - m[:, None], HALF)
-            e = tl.where(column == chosen, 0.0 if DX is None else lowest(dtype), e)
-            of_others = e if DX is None else tl.maximum(e, 0.0, propagate_nan=tl.PropagateNan.ALL)
-            rest = tl.sum(of_others, 1)
-        z = rest + exp_below_0(x_t - m)
-        certain = (rest < 1) & (x_t == m)
-        log_z = tl.where(certain, log1p_positive(tl.where(certain, rest, 0.0)), tl.log(z))
+            m = largest_of(x, x_t)
+            # of class t -0, to which the sum is blind and in whose place dx has -rest
+            e = tl.where(column == chosen, -0.0, exp_below_0(x - m[:, None], HALF))
+            rest = tl.sum(e, 1)
+        e_t = exp_below_0(x_t - m)
+        z, log_z = rest + e_t, log_sum(rest, e_t)
         loss = tl.where(counted, w * (log_z + tl.where(t < 0, 0.0, m - x_t)), 0.0)
         if REDUCE:
             losses += loss
@@ -130,10 +122,10 @@ def _forward(
                     place = begin + column
                     inside = alive[:, None] & (place < n)
                     x = read(X + start, place * s_n, inside & counted[:, None])
-                    e = _at(exp_below_0(x - m[:, None], HALF), column, chosen - begin, of_t)
+                    e = at(exp_below_0(x - m[:, None], HALF), column, chosen - begin, of_t)
                     write(DX + start, place * s_n, inside, e * of_p)
             else:
-                e = tl.maximum(e, of_t)
+                e = _for_minus_0(e, of_t)
                 write(DX + start, column * s_n, alive[:, None] & (column < n), e * of_p)
     if REDUCE:
         store_sums(LOSS, WEIGHTS, losses, weights, rows, MEAN, False)
@@ -165,7 +157,7 @@ def _backward(
             place = done + column
             inside = alive[:, None] & (place < n)
             x = read(X + start, place * s_n, inside & counted[:, None])
-            dx = _at(exp_below_0(x - m[:, None], HALF) * of_p, column, chosen - done, of_t)
+            dx = at(exp_below_0(x - m[:, None], HALF) * of_p, column, chosen - done, of_t)
             write(DX + start, place * s_n, inside, dx)
 
 
@@ -180,10 +172,11 @@ def _dense(x: Tensor) -> Tensor:
 @planned
 def plan(
     backward: bool, shape: tuple[int, ...], strides: tuple[int, ...], dtype: torch.dtype,
-    count: int, probabilities: bool, reduction: int, ignore_index: int, smoothing: float,
-    makes_dx: bool = True,
+    count: int, clusters: bool, probabilities: bool, reduction: int, ignore_index: int,
+    smoothing: float, makes_dx: bool = True,
 ) -> Launch:  # fmt: skip
-    """Of the rows of a dense (N, C) or (N, C, D), on ``count`` multiprocessors."""
+    """Of the rows of a dense (N, C) or (N, C, D), on ``count`` multiprocessors, with or without
+    clusters of blocks."""
     shape, strides = as_rows(shape, strides)
     outer, n, inner = shape
     soft, rows = probabilities or smoothing > 0, outer * inner
@@ -195,17 +188,18 @@ def plan(
         **({"PROBABILITIES": probabilities, "SMOOTHING": smoothing} if soft else {}),
     }  # fmt: skip
     live = 4 if soft else 2
-    looped = n > row_kernels.row_config(n, inner, dtype, live).block
-    both = makes_dx and reduction == NONE  # the loss of each row and dx
-    if looped and (row_kernels.far(rows * n) or named["PARTS"] == FEW or both):
-        live = 4  # an offset of 64 bits takes two registers, the rows' weights or losses some more
+    looped = n > row_kernels.row_config(n, inner, dtype, live, clusters).block
+    narrow = makes_dx and reduction == NONE and n % 16 > 0  # dx of an odd length beside the losses
+    if looped and (row_kernels.far(rows * n) or narrow):
+        live = 4  # an offset of 64 bits takes two registers, an address for each number many more
     if probabilities and not backward and dtype == torch.float64:
         live = 8  # Q and T beside the rest, each number in two registers
     if soft:
         kernel = soft_cross_entropy.backward if backward else soft_cross_entropy.forward
     else:
         kernel = _backward if backward else _forward
-    return over_rows(kernel, shape, [strides], dtype, live, count, **named)
+    heavy = not (soft or backward)
+    return over_rows(kernel, shape, [strides], dtype, live, count, clusters, heavy, **named)
 
 
 def _prepared(
@@ -241,7 +235,8 @@ def forward(
         nothing = float("nan") if reduction == MEAN else 0.0
         return x.new_full(shape if reduction == NONE else (), nothing), saved
     of = probabilities, reduction, ignore_index, smoothing, dx is not None
-    run = plan(False, x.shape, x.stride(), x.dtype, multiprocessors(x.device), *of)
+    on = multiprocessors(x.device), has_clusters(x.device)
+    run = plan(False, x.shape, x.stride(), x.dtype, *on, *of)
     if loss is None:
         loss = x.new_empty(shape if reduction == NONE else ())
     of_classes = reduction == MEAN and not probabilities
@@ -272,7 +267,7 @@ def backward(
     if reduction == MEAN and not probabilities:
         total = weights_of_rows(x, target, weight, ignore_index)
     of = probabilities, reduction, ignore_index, smoothing
-    run = plan(True, x.shape, x.stride(), x.dtype, multiprocessors(x.device), *of)
+    run = plan(True, x.shape, x.stride(), x.dtype, multiprocessors(x.device), False, *of)
     made = _of_rows(statistics.contiguous(), soft)
     run(dy.contiguous(), x, target, weight, total, dx, *made, *([dtarget] if soft else []))
     if dtarget is not None and dtarget.stride() != layout.stride():

@@ -133,6 +133,15 @@ def log1p(u):
 
 
 @triton.jit
+def log_sum(a, b):
+    """log(a + b) for a, b >= 0, of which one is at least 1. Near 1, what the rounding of the sum
+    took is added to its logarithm."""
+    z = a + b
+    lost = tl.minimum(a, b) - (z - tl.maximum(a, b))
+    return tl.log(z) + lost * tl.maximum(2 - z, 0.0)
+
+
+@triton.jit
 def log1p_positive(u, HALF: tl.constexpr = False):
     """log(1 + u) for 0 <= u <= 1: 2 artanh(u / (2 + u))."""
     if u.dtype == tl.float64:

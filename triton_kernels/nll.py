@@ -13,8 +13,9 @@ import triton.language as tl
 from torch import Tensor
 
 from . import rows as row_kernels
+from .elementary import exp_below_0
 from .launch import Launch, cdiv, kernel, multiprocessors, next_power_of_2, planned
-from .rows import RESIDENT, far, over_rows, read, start_of, tile_of, write
+from .rows import RESIDENT, far, lowest, online_of_rows, over_rows, read, start_of, tile_of, write
 
 NONE, MEAN = 0, 1
 
@@ -54,6 +55,33 @@ def total_of(
 def logit_of(X, start, t, s_n):
     """x_t of each row, -inf where it has no class."""
     return tl.sum(read(X, start + (t * s_n)[:, None], (t >= 0)[:, None], float("-inf")), 1)
+
+
+@triton.jit
+def at(x, column, chosen, value):
+    """x of a block with ``value`` where the column is the chosen one; of one row, nothing is
+    compared in a block without it."""
+    if x.shape[0] > 1:
+        return tl.where(column == chosen, value, x)
+    place = tl.sum(chosen)
+    if (place >= 0) & (place < x.shape[1]):
+        x = tl.where(column == chosen, value, x)
+    return x
+
+
+@triton.jit
+def largest_of(x, x_t):
+    """m of each row of x. One of these is x_t, but so no block of a cluster has a sum of e^(x-m),
+    let alone writes dx over x, before every block has read x_t."""
+    return tl.maximum(tl.max(x, 1), tl.maximum(x_t, lowest(x.dtype)))
+
+
+@triton.jit
+def largest_and_rest_of(m, z, x_t):
+    """(m, Σ e^(x-m) without x_t) of each row, from those of its lanes without x_t."""
+    others, z = online_of_rows(m, z)
+    m = tl.maximum(others, x_t)
+    return m, z * exp_below_0(others - m)
 
 
 @triton.jit

@@ -42,11 +42,15 @@ class RowConfig:
 
 
 def row_config(
-    n: int, inner: int, dtype: torch.dtype, live: int, clusters: bool = False
-) -> RowConfig:
+    n: int, inner: int, dtype: torch.dtype, live: int | tuple[int, int], clusters: bool = False,
+    heavy: bool = False,
+) -> RowConfig:  # fmt: skip
     """The tile for rows of ``n``, ``inner`` of them side by side, in a kernel that needs ``live``
-    numbers of ``dtype`` for each element at once. With ``clusters`` several blocks of threads may
-    share a row."""
+    numbers of ``dtype`` for each element at once, or so many in rows of up to :data:`SHARED` and so
+    many in longer ones. With ``clusters`` several blocks of threads may share a row. A row of a
+    ``heavy`` kernel has work of its own, which its threads repeat: they are half as many."""
+    if isinstance(live, tuple):
+        live = live[n > SHARED]
     # at 16 warps, the most that 64-wide warps allow, 64 numbers a thread, half of its registers.
     # One of float64 takes two and its exponential many more; side by side each has an address too
     double, side_by_side = dtype == torch.float64, inner > 1
@@ -54,10 +58,12 @@ def row_config(
     block = next_power_of_2(max(n, 1))
     if clusters and not (double or side_by_side) and SHARED < block <= min(16 * most, 32 * SHARED):
         share = max(SHARED // (2 if live > 2 else 1), block // 16)
-        return RowConfig(1, block, min(share // 512, 16), block // share)
-    # short rows: enough of them for two 128-bit accesses a thread at 4 warps. Side by side: enough
-    # to fill a cache line of 128 bytes
-    rows = max(min(2048, most) // block, min(next_power_of_2(inner), 128 // dtype.itemsize))
+        return RowConfig(1, block, min(share // (1024 if heavy else 512), 16), block // share)
+    heavy = heavy and 512 <= block <= most and not side_by_side
+    # short rows: enough of them for two 128-bit accesses a thread at 4 warps, or for four at one.
+    # Side by side: enough to fill a cache line of 128 bytes
+    numbers = min(1024 if heavy else 2048, most)
+    rows = max(numbers // block, min(next_power_of_2(inner), 128 // dtype.itemsize))
     looped = rows * block > most
     if looped:
         block = most // 4 // rows
@@ -66,7 +72,7 @@ def row_config(
     a_thread = 16 // (2 if double or side_by_side else 1) // (2 if live > 2 else 1)
     if looped and side_by_side:
         a_thread //= 2
-    elif looped and live == 1 and not double:
+    elif heavy or (looped and live == 1 and not double):
         a_thread *= 2
     a_thread = max(a_thread, 16 // dtype.itemsize)
     return RowConfig(rows, block, min(max(rows * block // (32 * a_thread), 1), 16))
@@ -80,7 +86,8 @@ def far(extent: int) -> bool:
 
 def over_rows(
     kernel: Kernel, shape: tuple[int, ...], strides: Sequence[tuple[int, ...]], dtype: torch.dtype,
-    live: int, count: int, clusters: bool = False, /, **named: Any,
+    live: int | tuple[int, int], count: int, clusters: bool = False, heavy: bool = False, /,
+    **named: Any,
 ) -> Launch:  # fmt: skip
     """The launch of a kernel that walks rows: its programs, and those of the numbers and constexprs
     below that it has.
@@ -88,12 +95,12 @@ def over_rows(
     Args:
         shape: (outer, n, inner).
         strides: of each layout that is read or written; the first are s_outer, s_n and s_inner.
-        live, clusters: see :func:`row_config`.
+        live, clusters, heavy: see :func:`row_config`.
         count: multiprocessors.
         named: the kernel's own numbers and constexprs.
     """
     outer, n, inner = shape
-    c = row_config(n, inner, dtype, live, clusters)
+    c = row_config(n, inner, dtype, live, clusters, heavy)
     columns = max((n - 1) * s[1] for s in strides)
     extent = max((outer - 1) * s[0] + (inner - 1) * s[2] for s in strides) + columns
     # an offset of 64 bits takes two registers

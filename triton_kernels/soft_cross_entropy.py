@@ -9,13 +9,21 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from .elementary import exp_below_0, expm1, log1p_positive
+from .elementary import exp_below_0, expm1, log_sum
 from .launch import kernel
-from .nll import class_of, logit_of, share_of, store_sums, total_of
+from .nll import (
+    at,
+    class_of,
+    largest_and_rest_of,
+    largest_of,
+    logit_of,
+    share_of,
+    store_sums,
+    total_of,
+)
 from .rows import (
     lowest,
     online,
-    online_of_rows,
     online_rest,
     online_rest_of_rows,
     online_start,
@@ -105,15 +113,13 @@ def forward(
                 place = done + column
                 inside = alive[:, None] & (place < n)
                 x = read(X + start, place * s_n, inside, float("-inf"))
-                m, z = online(m, z, tl.where(column == chosen - done, float("-inf"), x), ALIGNED)
+                m, z = online(m, z, at(x, column, chosen - done, float("-inf")), ALIGNED)
                 u += _soft(Q, WEIGHT, s_n, place, inside, n, PROBABILITIES, SMOOTHING, dtype)
-            others, z = online_of_rows(m, z)
-            m = tl.maximum(others, x_t)
-            rest = z * exp_below_0(others - m)
+            m, rest = largest_and_rest_of(m, z, x_t)
         else:
             inside = alive[:, None] & (column < n)
             x = read(X + start, column * s_n, inside, float("-inf"))
-            m = tl.maximum(tl.max(x, 1), lowest(dtype))
+            m = largest_of(x, x_t)
             x -= m[:, None]
             e = exp_below_0(x)
             apart = x == 0 if PROBABILITIES else column == chosen
@@ -125,9 +131,8 @@ def forward(
             top = tl.where(apart, q, 0.0)
         soft = tl.sum(u, 1)
         e_t = exp_below_0(x_t - m)
-        z = rest + (1 if PROBABILITIES else e_t)
-        certain = (rest < 1) & ((rest >= 0) if PROBABILITIES else (x_t == m))
-        log_z = tl.where(certain, log1p_positive(tl.where(certain, rest, 0.0)), tl.log(z))
+        of_one = tl.full((ROWS,), 1, dtype) if PROBABILITIES else e_t
+        z, log_z = rest + of_one, log_sum(rest, of_one)
         loss = hard * (log_z + tl.where(t < 0, 0.0, m - x_t))
         if LARGEST is not None:
             tl.store(LARGEST + row, m, alive)
@@ -156,9 +161,10 @@ def forward(
             if DX is not None:
                 dx = e * of_p
                 if not PROBABILITIES:
-                    dx = tl.where(column == chosen - begin, of_t[:, None], dx)
+                    dx = at(dx, column, chosen - begin, of_t[:, None])
                 dx -= share * q
                 if PROBABILITIES:
+                    certain = (rest >= 0) & (rest < 1)
                     dx = tl.where((x == 0) & certain[:, None], of_t[:, None], dx)
                 write(DX + start, place * s_n, inside, tl.where(counted[:, None], dx, 0.0))
         loss -= tl.sum(soft_loss, 1)
@@ -216,7 +222,7 @@ def backward(
             if DX is not None:
                 dx = exp_below_0(log_p) * of_p
                 if not PROBABILITIES:
-                    dx = tl.where(place == chosen, of_t, dx)
+                    dx = at(dx, column, chosen - done, of_t)
                 dx -= dy * _soft(Q, WEIGHT, s_n, place, inside, n, PROBABILITIES, SMOOTHING, dtype)
                 if PROBABILITIES:
                     dx = tl.where((x == 0) & certain, of_t, dx)

@@ -15,7 +15,6 @@ from torch import Tensor
 from .elementary import exp_below_0, half, upcast
 from .launch import Launch, has_clusters, kernel, multiprocessors, planned
 from .rows import (
-    SHARED,
     lowest,
     online,
     online_of_rows,
@@ -161,7 +160,7 @@ def plan(
     multiprocessors, with or without clusters of blocks."""
     _, n, inner = shape
     both, log = [strides, (n * inner, inner, 1)], name == "log_softmax"
-    kernel, live = (_backward, 4 if log and n > SHARED else 2) if backward else (_forward, 1)
+    kernel, live = (_backward, (2, 4 if log else 2)) if backward else (_forward, 1)
     named = {"LOG": log, "NEGATE": name == "softmin"}
     return over_rows(kernel, shape, both, dtype, live, count, clusters, **named)
 

@@ -39,9 +39,7 @@ _MEASURED: dict[str, dict[tuple[str, str], float]] = {
         ("contrastive._triplet_forward, narrow", KB_IN_FLIGHT): 31.5,
         ("contrastive._triplet_forward, narrow", NUMBER): 11.8,
         ("contrastive._triplet_forward, narrow", NUMBER_IN_A_LOOP): 10.2,
-        ("cross_entropy._forward, narrow", KB_IN_FLIGHT): 16,
-        ("cross_entropy._forward, narrow", NUMBER): 15.7,
-        ("cross_entropy._forward, narrow", NUMBER_IN_A_LOOP): 16.3,
+        ("cross_entropy._forward, narrow", NUMBER): 14.8,
         ("embedding._chunk_sums, narrow", KB_IN_FLIGHT): 28,
         ("embedding._gather, narrow", KB_IN_FLIGHT): 40,
         ("embedding._row_sums, narrow", KB_IN_FLIGHT): 9,
@@ -80,8 +78,7 @@ _MEASURED: dict[str, dict[tuple[str, str], float]] = {
     "to save registers, the assembler loads some of a thread's numbers after it has used others": {
         ("channel_norm._moments", KB_IN_FLIGHT): 28,
         ("contrastive._triplet_backward", KB_IN_FLIGHT): 31,
-        ("cross_entropy._backward", KB_IN_FLIGHT): 32,
-        ("cross_entropy._forward", KB_IN_FLIGHT): 27,
+        ("cross_entropy._forward", KB_IN_FLIGHT): 40,
         ("embedding._chunk_sums", KB_IN_FLIGHT): 24,
         ("norm._forward", KB_IN_FLIGHT): 24,
         ("normalize._forward", KB_IN_FLIGHT): 24,
@@ -94,7 +91,7 @@ _MEASURED: dict[str, dict[tuple[str, str], float]] = {
         ("contrastive._triplet_forward", NUMBER): 47.4,
     },
     "exponentials and logarithms to the last bit: a small dx is a difference of the two": {
-        ("cross_entropy._forward", NUMBER): 14.5,
+        ("cross_entropy._forward", NUMBER): 13.8,
         ("loss._forward", NUMBER): 33.3,
         ("softmax._backward", NUMBER): 13.2,
     },
@@ -105,9 +102,6 @@ _MEASURED: dict[str, dict[tuple[str, str], float]] = {
     "mean and variance in one reading, by an update for each number (Welford)": {
         ("channel_norm._moments", NUMBER_IN_A_LOOP): 13.6,
         ("norm._forward", NUMBER_IN_A_LOOP): 13.4,
-    },
-    "two of these are those of a branch that one block of a row takes, that of the target": {
-        ("cross_entropy._forward", NUMBER_IN_A_LOOP): 11.9,
     },
 }
 

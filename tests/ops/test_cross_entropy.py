@@ -16,6 +16,7 @@ from hypothesis import strategies as st
 import custom_backprop
 from custom_backprop import functional, nn
 from custom_backprop.backends import BACKENDS, why_not
+from custom_backprop.backends.kernels import kernels
 from custom_backprop.testing.checks.compare import sliced, transposed
 from custom_backprop.testing.regimes import launches
 
@@ -24,6 +25,7 @@ NAMES = ("nll_loss", "cross_entropy")
 each_name = pytest.mark.parametrize("name", NAMES)
 IGNORED = -100
 HERE = [b for b in BACKENDS if why_not(b, DEVICE) is None]
+on_triton = pytest.mark.skipif("triton" not in HERE, reason="kernels do not run here")
 
 
 def logits(*shape, dtype=torch.float64):
@@ -536,7 +538,76 @@ def test_a_row_may_be_masked_with_the_lowest_number(n, dtype, backend):
     torch.testing.assert_close(dx[:, 0].float().cpu(), (-expected).exp(), rtol=4e-3, atol=0)
 
 
-@pytest.mark.skipif("triton" not in HERE, reason="kernels do not run here")
+@pytest.fixture
+def switched(monkeypatch):
+    """Sets CUSTOM_BACKPROP_NO_CLUSTERS, which is read once."""
+    launch = kernels("launch")
+
+    def switch(value):
+        monkeypatch.setenv("CUSTOM_BACKPROP_NO_CLUSTERS", value)
+        launch.has_clusters.cache_clear()
+
+    yield switch
+    launch.has_clusters.cache_clear()
+
+
+LONG = [2**k + d for k in range(15, 19) for d in (-1, 0, 1)]
+
+
+@on_triton
+@pytest.mark.parametrize("options", [{}, {"label_smoothing": 0.1}], ids=str)
+@pytest.mark.parametrize("n", LONG)
+@pytest.mark.parametrize("switch", ["", "1"])
+def test_rows_that_blocks_share(n, options, switch, switched):
+    """On a GPU that has clusters, and then, without, in a loop: the target's logit is the first,
+    the last or among others; a row is ignored; dx is written over the logits too."""
+    if not kernels("launch").has_clusters(torch.device(DEVICE)):
+        pytest.skip("there are no clusters of blocks here")
+    switched(switch)
+    x = logits(300, n, dtype=torch.bfloat16)
+    target = classes(300, high=n)
+    target[0], target[1], target[2] = 0, n - 1, IGNORED
+    agree("cross_entropy", (x, target), rtol=2**-7, atol=2**-7 / n, **options)
+    module, smoothing = kernels("cross_entropy"), options.get("label_smoothing", 0.0)
+    of = target, None, 0, IGNORED, smoothing, module.GRADIENT, None
+    apart, over = x.detach().clone(), x.detach().clone()
+    losses, dx = module.forward(apart, *of)
+    assert torch.equal(module.forward(over, *of, over)[0], losses)
+    assert torch.equal(over, dx)
+
+
+@on_triton
+def test_which_rows_blocks_share(switched, monkeypatch):
+    """Those longer than 8192 of a GPU that has clusters, up to 2^18, or 2^17 where each number has
+    its share of a target. Never in float64, nor side by side, nor where sums were made before."""
+    launch, module, seen = kernels("launch"), kernels("cross_entropy"), []
+    monkeypatch.setattr(launch, "_TRITON", (3, 9))
+
+    def blocks(capability, *shape, smoothing=0.0, dtype=torch.bfloat16):
+        x = torch.empty(shape, device="meta", dtype=dtype)
+        target = torch.empty(shape[0], *shape[2:], device="meta", dtype=torch.int64)
+        of = target, None, 0, IGNORED, smoothing
+        observer = launch.observed(lambda *call: seen.append(call[-1].get("num_ctas", 1)))
+        with launch.meta_capability(capability), observer:
+            losses, statistics = module.forward(x, *of, module.STATISTICS)
+            module.backward(losses, x, target, None, statistics, *of[2:], True, False)
+        forward, backward = seen[-2:]
+        assert backward == 1
+        return forward
+
+    switched("")
+    sizes = (8192, 8193, 2**15, 2**15 + 1, 2**16, 2**17, 2**18, 2**18 + 1)
+    assert [blocks(90, 4, n) for n in sizes] == [1, 2, 4, 8, 8, 16, 16, 1]
+    soft = [blocks(90, 4, n, smoothing=0.1) for n in sizes]
+    assert soft == [1, 4, 8, 16, 16, 16, 1, 1]
+    assert blocks(90, 4, 2**15, dtype=torch.float64) == 1
+    assert blocks(90, 4, 2**15, 2) == 1
+    assert blocks(80, 4, 2**15) == blocks(0, 4, 2**15) == 1
+    switched("1")
+    assert blocks(90, 4, 2**15) == 1
+
+
+@on_triton
 @pytest.mark.parametrize("rows", [64, 2**16])
 @pytest.mark.parametrize(("name", "options"), [*itertools.product(NAMES, ({}, {"weight": True}))])
 def test_launches_of_a_mean(name, options, rows):
