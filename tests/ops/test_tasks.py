@@ -162,7 +162,6 @@ CASES: dict[str, tuple[Callable[..., Tensor], tuple[Tensor, ...]]] = {
     "triplet_margin_loss": (F.triplet_margin_loss, (*PAIR, many(2**20).view(2**10, -1))),
     "info_nce": (F.info_nce, (many(2**11, 8), many(2**11, 8).flip(1))),
     "dropout": (partial(F.dropout, seed=torch.tensor(3)), PAIR[:1]),
-    "tanhshrink": (F.tanhshrink, PAIR[:1]),
     "prelu": (F.prelu, (PAIR[0] - 0.5, many(1))),
     **{name: (partial(getattr(F, name), reduction="sum"), PAIR) for name in NAMES},
 }
@@ -198,14 +197,19 @@ class Regions(TorchDispatchMode):
         return result
 
 
+def regions_of(function: Callable[..., Tensor], *inputs: Tensor) -> int:
+    """Forward and backward."""
+    with Regions() as regions:
+        gradients(function, *inputs)
+    return regions.count
+
+
 @pytest.mark.parametrize("name", sorted(CASES.keys() - {"dropout"}))  # watched, it draws by Philox
 def test_openmp_regions_are_few(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """At most two for each thread, forward and backward."""
     function, inputs = CASES[name]
     monkeypatch.setattr(tasks, "_is_watched", lambda: False)
-    with Regions() as regions:
-        gradients(function, *inputs)
-    assert regions.count <= 2 * 3
+    assert regions_of(function, *inputs) <= 2 * 3
 
 
 #: as PyTorch's own operators, on the gate and the value
@@ -225,11 +229,13 @@ def test_gates_divide_no_more_calls_than_stock(name: str, packed: bool) -> None:
     def stock(*given: Tensor) -> Tensor:
         return GATES[name](*(given[0].chunk(2, 1) if packed else given))
 
-    counts = []
-    for function in (partial(getattr(F, name), gate_first=True), stock):
-        with Regions() as regions:
-            gradients(function, *given)
-        counts.append(regions.count)
     # f(a) is computed again in backward, where stock has saved it; for two tensors, that is one
     # more, and for one no halves are put together
-    assert counts[0] <= counts[1] + (not packed)
+    ours = regions_of(partial(getattr(F, name), gate_first=True), *given)
+    assert ours <= regions_of(stock, *given) + (not packed)
+
+
+@pytest.mark.parametrize("name", ["tanhshrink", "softsign"])
+def test_activations_divide_no_more_calls_than_stock(name: str) -> None:
+    ours, stock = (getattr(module, name) for module in (F, torch.nn.functional))
+    assert regions_of(ours, PAIR[0]) <= regions_of(stock, PAIR[0])
