@@ -51,7 +51,7 @@ CALLS = {
     "mse_loss": (68, 84, 36),
     "cross_entropy": (67, 87, 35),
     "layer_norm": (55, 60, 67),
-    "linear": (34, 39, 53),
+    "linear": (34, 39, 49),
 }
 
 
