@@ -66,7 +66,7 @@ GPU = [
         "By the length of rows, on an NVIDIA H200",
         "python -m benchmarks.rows --seconds 0.03",
         "Bandwidth in TB/s, of the fewest bytes that an op can move: each input read once, each "
-        "output and gradient written once.",
+        "output and gradient written once. Since then `benchmarks.gpu` measures this.",
     ),
     Section(
         "optim-nvidia-h200",
@@ -199,7 +199,7 @@ def tables(text: str) -> list[str]:
 
 
 def draw_rows(section: Section) -> None:
-    """Ours and stock by the length of rows, from the table of ``benchmarks.rows``."""
+    """Ours and stock by the length of rows, from a table of TB/s."""
     (table,) = tables(_file(section, "md").read_text(encoding="utf-8"))
     header, _, *lines = [line.strip("| ").split(" | ") for line in table.splitlines()]
     panels: dict[str, Any] = {direction: {} for direction in DIRECTIONS}

@@ -167,8 +167,9 @@ class Card:
 
     def is_lost(self) -> bool:
         """Whether the card runs nothing more in this process, as after an access to memory that is
-        not there."""
+        not there; or draws no random numbers, as after a recording that failed."""
         try:
+            torch.rand((), device=self.kind)
             torch.cuda.synchronize()
         except RuntimeError:
             return True

@@ -114,9 +114,9 @@ class Op:
                         partial(timed, function, inputs[name], direction)
                     )
                 except Exception as error:
+                    yield row.because(*verdict(name, error))
                     if self.device.is_lost():
                         raise
-                    yield row.because(*verdict(name, error))
             for name, seconds in self.device.seconds(timers).items():
                 yield ceilings.timed(replace(least[direction], who=name), seconds)
 

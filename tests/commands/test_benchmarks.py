@@ -26,7 +26,7 @@ def test_an_op_is_timed(benchmark, direction, which):
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="a GPU is here")
-@pytest.mark.parametrize("name", ["rows", "products", "gpu.__main__"])
+@pytest.mark.parametrize("name", ["products", "gpu.__main__"])
 def test_benchmarks_that_need_a_gpu_say_so(name, monkeypatch, capsys):
     module = importlib.import_module(f"benchmarks.{name}")
     monkeypatch.setattr(sys, "argv", [name])

@@ -313,6 +313,33 @@ def test_a_card_takes_turns():
     assert card.seconds({}) == {}
 
 
+@pytest.mark.parametrize("broken", ["torch.rand", "torch.cuda.synchronize"])
+def test_a_card_without_random_numbers_is_lost(monkeypatch, broken):
+    """A recording that failed leaves torch's generator where it raises ever after."""
+    card = object.__new__(device_.Card)
+    card.kind = "cpu"
+    monkeypatch.setattr(torch.cuda, "synchronize", lambda: None)
+    assert not card.is_lost()
+    monkeypatch.setattr(broken, lambda *_, **__: _raise(RuntimeError("unexpectedly")))
+    assert card.is_lost()
+
+
+def test_what_loses_the_card_is_named(tmp_path):
+    class Lost(device_.DryRun):
+        def timer(self, made):
+            raise RuntimeError("of a peer")
+
+        def is_lost(self):
+            return True
+
+    ceilings = importlib.import_module("benchmarks.gpu.ceilings").Ceilings(1e12)
+    row = Row("sweep", "relu", dtype="float32")
+    op = sweep.Op(Lost(), database()["relu"], torch.float32, row, lambda: ceilings)
+    rows = run_.rows_of(Case(row, lambda: op.measured({"peer": torch.relu}, {})))
+    assert [(r.who, r.status) for r in rows] == [("peer", "skipped"), ("ours", "failed")]
+    assert {r.reason for r in rows} == {"RuntimeError: of a peer"}
+
+
 def test_a_peer_that_is_half_installed_has_a_reason(monkeypatch):
     monkeypatch.setattr(peers_, "version", lambda name: "1.0")
     module = type(sys)("half")
