@@ -145,12 +145,13 @@ def _tanh_softplus(x):
 
 @triton.jit
 def _tanh_softplus_half(x):
-    """The same in half precision, where t is 1 from 20 on: n - 1, 1 / (n + 1), e^x and x, each of
-    an x up to 20."""
+    """The same in half precision, where t is 1 from 20 on: n - 1, 1 / (n + 1), e^x (1 + e^x) and x,
+    each of an x up to 20."""
     x = tl.where(x > 20, 20.0, x)
     e = elementary.exp(x, True)
-    m = e * (2 + e)
-    return m, divide(1.0, m + 2, True), e, x
+    product = e + e * e
+    m = e + product
+    return m, divide(1.0, m + 2, True), product, x
 
 
 @triton.jit
@@ -166,8 +167,8 @@ def mish_derivative(x, A, B, HALF: tl.constexpr):
     """(1 - t²) σ = 4 n / (n + 1)² · e^x / (1 + e^x): written so, nothing cancels where t is near
     1."""
     if HALF:
-        m, r, e, most = _tanh_softplus_half(x)
-        return r * (m + most * (4 * (m - e) * r)) + 0 * x  # of an infinite x NaN, as in float32
+        m, r, product, most = _tanh_softplus_half(x)
+        return r * (m + most * (4 * product * r)) + 0 * x  # of an infinite x NaN, as in float32
     t, d, e = _tanh_softplus(x)
     return t + x * (4 * (1 + e) * tl.where(x > 0, e * e, e) / (d * d))  # 4 x may overflow
 

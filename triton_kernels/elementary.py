@@ -14,14 +14,16 @@ function unit alone, and polynomials of less degree.
 Reduction of the argument after Cody and Waite (Software Manual for the Elementary Functions, 1980).
 The polynomial of tanh is that of Moshier's Cephes library; those of e^r and log(1 + u) are fitted
 for the least maximum of the relative error: 4e-9 and 5e-9; that of the normal distribution's tail
-too, to 4e-9. In half precision: 9e-6 for the logarithm, 2e-5 for the tail, which is exact where
-gelu' is 0.
+too, to 4e-9. In half precision: 9e-6 for log(1 + u), 2e-5 for the tail, which is exact where gelu'
+is 0.
 """
 
 from __future__ import annotations
 
 import triton
 import triton.language as tl
+from triton import knobs
+from triton.language.target_info import is_cuda
 
 
 @triton.jit
@@ -71,12 +73,19 @@ def divide(a, d, HALF: tl.constexpr = False):
 
 
 @triton.jit
+def _square_of_root(x, FACTOR: tl.constexpr):
+    """2^(2 x FACTOR): tl.exp2 makes 0 of what is less than 2^-126, which bfloat16 has."""
+    root = tl.exp2(x * FACTOR)
+    return root * root
+
+
+@triton.jit
 def exp(x, HALF: tl.constexpr = False):
     """e^x = 2^k e^r with a whole k."""
     if x.dtype == tl.float64:
         return tl.exp(x)
     if HALF:
-        return tl.exp2(x * 1.4426950408889634)
+        return _square_of_root(x, 0.7213475204444817)
     k, r = _reduced(tl.where(x < -104, -104.0, tl.where(x > 89, 89.0, x)), 12582912.0)
     return (_expm1_near_0(r) + 1) * tl.exp2(k - 1) * 2  # 2^k may overflow where e^x does not
 
@@ -87,7 +96,7 @@ def exp_minus(x, HALF: tl.constexpr = False):
     if x.dtype == tl.float64:
         return tl.exp(-x)
     if HALF:
-        return tl.exp2(x * -1.4426950408889634)
+        return _square_of_root(x, -0.7213475204444817)
     k, r = _reduced(tl.where(x > 104, -104.0, -x), 12582912.0)
     return (_expm1_near_0(r) + 1) * tl.exp2(k)
 
@@ -124,11 +133,40 @@ def expm1(x, HALF: tl.constexpr = False):
     return 2 * ((s - 0.5) + s * _expm1_near_0(r))
 
 
+@triton.constexpr_function
+def _for_nvidia():
+    """Whether a kernel is compiled for a GPU of NVIDIA's: the interpreter has no assembly."""
+    return not knobs.runtime.interpret and is_cuda()
+
+
 @triton.jit
-def log1p(u):
+def _log_by_unit(w, u, NORMAL: tl.constexpr):
+    """log w with u = w - 1, by the special function unit: two instructions where no w is below
+    2^-126, else five; Triton's logarithm has 29. It is off by up to 2^-23, so that near 1 it is
+    Taylor's series."""
+    if _for_nvidia():
+        log2: tl.constexpr = f"lg2.approx{'.ftz' if NORMAL else ''}.f32 $0, $1;"
+        far = 0.6931471805599453 * tl.inline_asm_elementwise(
+            log2, "=f,f", [w], tl.float32, is_pure=True, pack=1
+        )
+    else:
+        far = tl.log(w)
+    return tl.where(tl.abs(u) < 0.006, u - u * (0.5 * u), far)
+
+
+@triton.jit
+def log(x, HALF: tl.constexpr = False):
+    """log x."""
+    return _log_by_unit(x, x - 1, False) if HALF else tl.log(x)
+
+
+@triton.jit
+def log1p(u, HALF: tl.constexpr = False):
     """log(1 + u) for -1 <= u <= 1: of w = 1 + u rounded, and what the rounding took, over w, which
     is near 1 where that matters."""
     w = 1 + u
+    if HALF:
+        return _log_by_unit(w, u, True)
     return tl.log(w) + (u - (w - 1)) * (2 - w)
 
 
@@ -143,13 +181,14 @@ def log_sum(a, b):
 
 @triton.jit
 def log1p_positive(u, HALF: tl.constexpr = False):
-    """log(1 + u) for 0 <= u <= 1: 2 artanh(u / (2 + u))."""
+    """log(1 + u) for 0 <= u <= 1: 2 artanh(u / (2 + u)), in half precision a polynomial."""
     if u.dtype == tl.float64:
         return log1p(u)
-    s = divide(u, 2 + u, HALF)
-    z = s * s
     if HALF:
-        return 2 * s + s * z * (0.44895256 * z + 0.66492555)
+        p = ((-0.02386915 * u + 0.1012223) * u - 0.2100487) * u + 0.3252067
+        return ((p * u - 0.4993614) * u + 0.9999916) * u
+    s = u / (2 + u)
+    z = s * s
     p = ((0.28024459 * z + 0.27999141) * z + 0.40021699) * z + 0.66666413
     return 2 * s + s * z * p
 

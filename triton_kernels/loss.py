@@ -24,6 +24,7 @@ from .elementary import (
     exp,
     exp_minus,
     half,
+    log,
     log1p,
     log1p_positive,
     softplus,
@@ -34,6 +35,8 @@ from .pointwise import block_of, grid, like
 from .rows import partial_sums, read, total, write
 
 NONE, MEAN, BATCHMEAN = 0, 1, 3
+
+HALF_LOG_2PI = tl.constexpr(0.9189385332046727)
 
 #: programs a multiprocessor of a kernel that sums: enough to fill it, few enough for the second
 #: stage to be one block
@@ -90,12 +93,12 @@ def huber_loss_dx(dy, x, t, v, A, B, C, HALF: tl.constexpr):
 @triton.jit
 def _log_from_minus_100(y):
     """max(y, -100), or NaN."""
-    return tl.where(y < -100, -100.0, y)
+    return tl.maximum(y, -100.0, propagate_nan=tl.PropagateNan.ALL)
 
 
 @triton.jit
 def binary_cross_entropy(x, t, v, A, B, C, HALF: tl.constexpr):
-    return (t - 1) * _log_from_minus_100(log1p(-x)) - t * _log_from_minus_100(tl.log(x))
+    return (t - 1) * _log_from_minus_100(log1p(-x, HALF)) - t * _log_from_minus_100(log(x, HALF))
 
 
 @triton.jit
@@ -106,27 +109,22 @@ def binary_cross_entropy_dx(dy, x, t, v, A, B, C, HALF: tl.constexpr):
 
 @triton.jit
 def binary_cross_entropy_dt(dy, x, t, v, A, B, C, HALF: tl.constexpr):
-    return dy * (log1p(-x) - tl.log(x))
-
-
-@triton.jit
-def positive(x):
-    """max(x, 0), or NaN."""
-    return tl.where(x < 0, 0.0, x)
+    return dy * (log1p(-x, HALF) - log(x, HALF))
 
 
 @triton.jit
 def binary_cross_entropy_with_logits(x, t, p, A, B, C, HALF: tl.constexpr):
-    loss = p * t * positive(-x) + (1 - t) * positive(x)
-    return loss + (1 + (p - 1) * t) * log1p_positive(exp_minus(tl.abs(x), HALF), HALF)
+    """p t max(-x, 0) + (1 - t) max(x, 0) + (1 + (p - 1) t) log(1 + e^-|x|)."""
+    softness = (1 + (p - 1) * t) * log1p_positive(exp_minus(tl.abs(x), HALF), HALF)
+    return softness - x * tl.where(x < 0, p * t, t - 1)
 
 
 @triton.jit
 def binary_cross_entropy_with_logits_dx(dy, x, t, p, A, B, C, HALF: tl.constexpr):
     """(1 - t) σ(x) - p t σ(-x), both from e^-|x|."""
     e = exp_minus(tl.abs(x), HALF)
-    slope = tl.where(x < 0, (1 - t) * e - p * t, 1 - t - p * t * e)
-    return dy * (slope * divide(1.0, 1 + e, HALF))
+    slope = tl.where(x < 0, (t - 1) * e + p * t, t - 1 + p * t * e)
+    return -dy * (slope * divide(1.0, 1 + e, HALF))
 
 
 @triton.jit
@@ -138,7 +136,7 @@ def binary_cross_entropy_with_logits_dt(dy, x, t, p, A, B, C, HALF: tl.constexpr
 def kl_div(x, t, v, LOG_TARGET, B, C, HALF: tl.constexpr):
     if LOG_TARGET:
         return exp(t, HALF) * (t - x)
-    return tl.where(t == 0, 0.0, t * tl.log(t)) - t * x
+    return tl.where(t == 0, 0.0, t * log(t, HALF)) - t * x
 
 
 @triton.jit
@@ -150,7 +148,7 @@ def kl_div_dx(dy, x, t, v, LOG_TARGET, B, C, HALF: tl.constexpr):
 def kl_div_dt(dy, x, t, v, LOG_TARGET, B, C, HALF: tl.constexpr):
     if LOG_TARGET:
         return dy * exp(t, HALF) * (t - x + 1)
-    return dy * (tl.log(t) - x + 1)
+    return dy * (log(t, HALF) - x + 1)
 
 
 @triton.jit
@@ -163,8 +161,8 @@ def _variance(v, EPS):
 def gaussian_nll_loss(x, t, v, FULL, EPS, C, HALF: tl.constexpr):
     d = x - t
     v = _variance(v, EPS)
-    loss = 0.5 * (tl.log(v) + divide(d * d, v, HALF))
-    return loss + 0.9189385332046727 if FULL else loss  # log(2π) / 2
+    loss = 0.5 * (log(v, HALF) + divide(d * d, v, HALF))
+    return loss + HALF_LOG_2PI if FULL else loss
 
 
 @triton.jit
@@ -181,10 +179,10 @@ def gaussian_nll_loss_dv(dy, x, t, v, FULL, EPS, C, HALF: tl.constexpr):
 
 @triton.jit
 def poisson_nll_loss(x, t, v, LOG_INPUT, FULL, EPS, HALF: tl.constexpr):
-    loss = exp(x, HALF) - t * x if LOG_INPUT else x - t * tl.log(x + EPS)
+    loss = exp(x, HALF) - t * x if LOG_INPUT else x - t * log(x + EPS, HALF)
     if FULL:
         many = tl.where(t > 1, t, 1.0)
-        stirling = many * tl.log(many) - t + 0.5 * tl.log(6.283185307179586 * many)
+        stirling = (many + 0.5) * log(many, HALF) - t + HALF_LOG_2PI
         loss += tl.where(t <= 1, 0.0, stirling)
     return loss
 
@@ -196,10 +194,10 @@ def poisson_nll_loss_dx(dy, x, t, v, LOG_INPUT, FULL, EPS, HALF: tl.constexpr):
 
 @triton.jit
 def poisson_nll_loss_dt(dy, x, t, v, LOG_INPUT, FULL, EPS, HALF: tl.constexpr):
-    dt = -x if LOG_INPUT else -tl.log(x + EPS)
+    dt = -x if LOG_INPUT else -log(x + EPS, HALF)
     if FULL:
         many = tl.where(t > 1, t, 1.0)
-        dt += tl.where(t <= 1, 0.0, tl.log(many) + 0.5 / many)
+        dt += tl.where(t <= 1, 0.0, log(many, HALF) + 0.5 / many)
     return dy * dt
 
 
