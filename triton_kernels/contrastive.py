@@ -16,7 +16,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .elementary import exp, expm1, log1p_positive, upcast
+from .elementary import exp, expm1, half, log, log1p_positive, upcast
 from .launch import Launch, accumulator, cdiv, kernel, multiprocessors, next_power_of_2, planned
 from .loss import MEAN, NONE
 from .pointwise import BLOCK
@@ -34,8 +34,11 @@ from .rows import (
 
 
 @triton.jit
-def _power(a, exponent: tl.constexpr):
-    """a^p for a >= 0. In float64: the rounding of p log a is an error of p |log a| units of a^p."""
+def _power(a, exponent: tl.constexpr, HALF: tl.constexpr):
+    """a^p for a >= 0. In float64: the rounding of p log a is an error of p |log a| units of a^p,
+    which is small enough for half precision alone."""
+    if HALF:
+        return exp(exponent * log(a, HALF), HALF)
     return tl.exp(exponent * tl.log(a.to(tl.float64))).to(a.dtype)
 
 
@@ -44,7 +47,7 @@ def _power(a, exponent: tl.constexpr):
 
 
 @triton.jit
-def _gathered(total, v, ORDER: tl.constexpr):
+def _gathered(total, v, ORDER: tl.constexpr, HALF: tl.constexpr):
     """What a norm is made of, lane by lane: Σ |v|^p, or for ORDER 0 max |v|."""
     a = tl.abs(v)
     if ORDER == 0:
@@ -54,12 +57,12 @@ def _gathered(total, v, ORDER: tl.constexpr):
     elif ORDER == 2:
         total += v * v
     else:
-        total += _power(a, ORDER)
+        total += _power(a, ORDER, HALF)
     return total
 
 
 @triton.jit
-def _norm(total, ORDER: tl.constexpr):
+def _norm(total, ORDER: tl.constexpr, HALF: tl.constexpr):
     """‖v‖ of each row. A maximum passes over NaN, which a sum keeps."""
     norm = tl.sum(total, 1)
     if ORDER == 0:
@@ -67,12 +70,12 @@ def _norm(total, ORDER: tl.constexpr):
     elif ORDER == 2:
         norm = tl.sqrt(norm)
     elif ORDER != 1:
-        norm = _power(norm, 1 / ORDER)
+        norm = _power(norm, 1 / ORDER, HALF)
     return norm
 
 
 @triton.jit
-def _direction(v, d, ORDER: tl.constexpr):
+def _direction(v, d, ORDER: tl.constexpr, HALF: tl.constexpr):
     """∂d/∂v, for ORDER 0 before it is shared among the largest; 0 where d is 0."""
     u = tl.where(v > 0, 1.0, tl.where(v < 0, -1.0, 0.0)).to(v.dtype)
     if ORDER == 0:
@@ -80,9 +83,8 @@ def _direction(v, d, ORDER: tl.constexpr):
     elif ORDER == 2:
         u = v / tl.where(d == 0, float("inf"), d)
     elif ORDER != 1:
-        u = tl.where(
-            v == 0, 0.0, u * _power(tl.abs(v) / tl.where(d == 0, float("inf"), d), ORDER - 1)
-        )
+        share = tl.abs(v) / tl.where(d == 0, float("inf"), d)
+        u = tl.where(v == 0, 0.0, u * _power(share, ORDER - 1, HALF))
     return u
 
 
@@ -94,6 +96,7 @@ def _triplet_forward(
     BLOCK: tl.constexpr,
 ):  # fmt: skip
     """The distances and the loss of each row."""
+    HALF: tl.constexpr = half(A)
     first = tl.program_id(0)
     for tile in range(first, tiles if SEVERAL else first + 1, tl.num_programs(0) if SEVERAL else 1):
         row, alive, column = tile_of(tile, rows, ROWS, BLOCK, WIDE, False)
@@ -106,15 +109,15 @@ def _triplet_forward(
             a = read(A, (row * a_row)[:, None] + place, inside)
             p = read(P, (row * p_row)[:, None] + place, inside)
             other = read(N, (row * n_row)[:, None] + place, inside)
-            ap = _gathered(ap, tl.where(inside, a - p + EPS, 0.0), ORDER)
-            an = _gathered(an, tl.where(inside, a - other + EPS, 0.0), ORDER)
+            ap = _gathered(ap, tl.where(inside, a - p + EPS, 0.0), ORDER, HALF)
+            an = _gathered(an, tl.where(inside, a - other + EPS, 0.0), ORDER, HALF)
             if SWAP:
-                pn = _gathered(pn, tl.where(inside, p - other + EPS, 0.0), ORDER)
-        d_ap, d_an = _norm(ap, ORDER), _norm(an, ORDER)
+                pn = _gathered(pn, tl.where(inside, p - other + EPS, 0.0), ORDER, HALF)
+        d_ap, d_an = _norm(ap, ORDER, HALF), _norm(an, ORDER, HALF)
         tl.store(D + row, d_ap, alive)
         tl.store(D + rows + row, d_an, alive)
         if SWAP:
-            d_pn = _norm(pn, ORDER)
+            d_pn = _norm(pn, ORDER, HALF)
             tl.store(D + 2 * rows + row, d_pn, alive)
             d_an = tl.where(d_pn < d_an, d_pn, tl.where(d_pn == d_pn, d_an, d_pn))
         h = d_ap - d_an + MARGIN
@@ -130,6 +133,7 @@ def _triplet_backward(
 ):  # fmt: skip
     """The gradients that are wanted (else None). For ORDER 0 the row is first walked to count the
     largest."""
+    HALF: tl.constexpr = half(A)
     first = tl.program_id(0)
     for tile in range(first, tiles if SEVERAL else first + 1, tl.num_programs(0) if SEVERAL else 1):
         row, alive, column = tile_of(tile, rows, ROWS, BLOCK, WIDE, False)
@@ -170,13 +174,13 @@ def _triplet_backward(
             a = read(a_start, place, inside)
             p = read(p_start, place, inside)
             other = read(n_start, place, inside)
-            to_p = of_ap[:, None] * _direction(a - p + EPS, d_ap[:, None], ORDER)
-            to_n = of_an[:, None] * _direction(a - other + EPS, d_an[:, None], ORDER)
+            to_p = of_ap[:, None] * _direction(a - p + EPS, d_ap[:, None], ORDER, HALF)
+            to_n = of_an[:, None] * _direction(a - other + EPS, d_an[:, None], ORDER, HALF)
             here = (row * n)[:, None] + place
             if DA is not None:
                 write(DA, here, inside, to_p - to_n)
             if SWAP:
-                between = of_pn[:, None] * _direction(p - other + EPS, d_pn[:, None], ORDER)
+                between = of_pn[:, None] * _direction(p - other + EPS, d_pn[:, None], ORDER, HALF)
                 to_p += between
                 to_n += between
             if DP is not None:

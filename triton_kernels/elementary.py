@@ -145,7 +145,7 @@ def _log_by_unit(w, u, NORMAL: tl.constexpr):
     2^-126, else five; Triton's logarithm has 29. It is off by up to 2^-23, so that near 1 it is
     Taylor's series."""
     if _for_nvidia():
-        log2: tl.constexpr = f"lg2.approx{'.ftz' if NORMAL else ''}.f32 $0, $1;"
+        log2: tl.constexpr = "lg2.approx.ftz.f32 $0, $1;" if NORMAL else "lg2.approx.f32 $0, $1;"
         far = 0.6931471805599453 * tl.inline_asm_elementwise(
             log2, "=f,f", [w], tl.float32, is_pure=True, pack=1
         )

@@ -67,7 +67,6 @@ _MEASURED: dict[str, dict[tuple[str, str], float]] = {
     "one access of 128 bits a thread, on a multiprocessor full of threads, or nearly full": {
         ("channel_norm._normalise", KB_IN_FLIGHT): 32,
         ("channel_norm._sums", KB_IN_FLIGHT): 32,
-        ("contrastive._triplet_forward", KB_IN_FLIGHT): 36,
         ("embedding._row_sums", KB_IN_FLIGHT): 32,
         ("embedding_bag._sums", KB_IN_FLIGHT): 40,
         ("group_norm._forward", KB_IN_FLIGHT): 32,
@@ -77,7 +76,6 @@ _MEASURED: dict[str, dict[tuple[str, str], float]] = {
     },
     "to save registers, the assembler loads some of a thread's numbers after it has used others": {
         ("channel_norm._moments", KB_IN_FLIGHT): 28,
-        ("contrastive._triplet_backward", KB_IN_FLIGHT): 31,
         ("cross_entropy._forward", KB_IN_FLIGHT): 40,
         ("embedding._chunk_sums", KB_IN_FLIGHT): 24,
         ("norm._forward", KB_IN_FLIGHT): 24,
@@ -86,9 +84,9 @@ _MEASURED: dict[str, dict[tuple[str, str], float]] = {
         ("rotary._rotate", KB_IN_FLIGHT): 16,
         ("softmax._backward", KB_IN_FLIGHT): 16,
     },
-    "the distance of any p: a logarithm and two exponentials for each number": {
-        ("contrastive._triplet_backward", NUMBER): 29.9,
-        ("contrastive._triplet_forward", NUMBER): 47.4,
+    "a distance whose p is not 1, 2 or infinity: a logarithm and an exponential a difference": {
+        ("contrastive._triplet_backward", NUMBER): 17,
+        ("contrastive._triplet_forward", NUMBER): 17.7,
     },
     "exponentials and logarithms to the last bit: a small dx is a difference of the two": {
         ("cross_entropy._forward", NUMBER): 13.8,

@@ -10,8 +10,10 @@ import torch
 import torch.nn.functional as F
 from helpers import DEVICE
 
-from custom_backprop import functional, nn
+from custom_backprop import functional, nn, use_backend
 from custom_backprop.backends import contrastive as primitives
+from custom_backprop.backends import interpreting, why_not
+from custom_backprop.backends.kernels import kernels
 from custom_backprop.testing.specs.contrastive import info_nce as stock_info_nce
 
 
@@ -88,6 +90,28 @@ def test_triplet_broadcasts_as_stock(swap, shapes, backend):
         triplets(F.triplet_margin_loss, **options),
     )
     compare(ours, stock, [normal(*shape) for shape in shapes])
+
+
+@pytest.mark.skipif(why_not("triton", DEVICE) is not None, reason="kernels do not run here")
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("p", [0.5, 3, 7.5])
+def test_triplet_of_any_p_is_as_near_as_stocks_in_half_precision(p, dtype, monkeypatch):
+    """The kernel takes logarithms and exponentials of half precision; so it shall in the
+    interpreter, which has copies of bfloat16 in float32."""
+    if interpreting():
+        monkeypatch.setattr(kernels("contrastive"), "half", lambda X: True)
+    given = [normal(40, 33).to(DEVICE, dtype) for _ in range(3)]
+
+    def found(module, of):
+        leaves = [t.to(of).requires_grad_() for t in given]
+        loss = module.triplet_margin_loss(*leaves, p=p, margin=9.0, swap=True, reduction="none")
+        return [t.double() for t in (loss, *torch.autograd.grad(loss.sum(), leaves))]
+
+    truth, theirs = found(F, torch.float64), found(F, dtype)
+    with use_backend("triton"):
+        ours = found(functional, dtype)
+    for our, their, true in zip(ours, theirs, truth, strict=True):
+        assert (our - true).norm() <= 1.05 * (their - true).norm()
 
 
 @pytest.mark.parametrize("p", [1, 2, 3, math.inf])
