@@ -42,11 +42,23 @@ def _in_chunks(x, residual, seed, p, scale, add, instead, dtype):
     return y if x.is_contiguous() else torch.empty_like(x, dtype=dtype).copy_(y)
 
 
+def _of_channels(x, seed, p, scale, add, instead):
+    """One m for each (i, j): one pass over x, in alpha dropout a second one in place. In chunks, to
+    wake another thread would take as long as the pass."""
+    m = formula.mask(seed, x.shape, p, True, False).to(wide(x.dtype))
+    y = x * (m * scale)
+    if add or instead:
+        y.add_(m * (add - instead) + instead)
+    return y.to(x.dtype)
+
+
 def _aten(x, residual, seed, p, alpha, features, philox):
-    if philox or features:
+    if philox or (features and residual is not None):
         return formula.dropout(x, residual, seed, p, alpha, features, philox)
-    dtype = formula.result_type(x, residual)
-    return _in_chunks(x, residual, seed, p, *formula.coefficients(p, alpha), dtype)
+    numbers = formula.coefficients(p, alpha)
+    if features:
+        return _of_channels(x, seed, p, *numbers)
+    return _in_chunks(x, residual, seed, p, *numbers, formula.result_type(x, residual))
 
 
 def _aten_backward(dy, seed, p, alpha, features, philox, dtype):

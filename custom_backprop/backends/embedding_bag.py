@@ -10,7 +10,7 @@ from . import embedding
 from .library import P, R, builtin, launcher, primitive
 
 _embedding_bag = builtin(torch.ops.aten._embedding_bag)
-_dense_backward = builtin(torch.ops.aten._embedding_bag_dense_backward)
+_bag_backward = builtin(torch.ops.aten._embedding_bag_backward)
 _MODES = {"sum": 0, "mean": 1, "max": 2}
 
 
@@ -39,13 +39,13 @@ def _weight_gradient(dy, per_sample, index, bounds, rows, mode, padding_idx, sca
         return dw.to(dy.dtype)
     bounds = bounds.contiguous()
     index, per_sample = _within(index, bounds, per_sample)
-    counted = bounds.diff()
-    bag = torch.repeat_interleave(counted, output_size=index.shape[0])
+    counted, absent = bounds.diff(), bounds[:0]
     if padding_idx >= 0:
+        bag = torch.repeat_interleave(counted, output_size=index.shape[0])
         counted = counted - torch.bincount(bag[index == padding_idx], minlength=dy.shape[0])
-    return _dense_backward(
-        dy.contiguous(), index, bag, counted, counted[:0], rows, False, _MODES[mode],
-        per_sample, padding_idx,
+    return _bag_backward(
+        dy.contiguous(), index, bounds[:-1], absent, counted, absent, rows, False, _MODES[mode],
+        False, per_sample, padding_idx,
     )  # fmt: skip
 
 

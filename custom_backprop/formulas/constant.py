@@ -5,6 +5,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from ..dtensor import is_dtensor
+
 
 def with_zero_slope(result: Tensor, t: Tensor) -> Tensor:
     """``result`` unchanged, but for autograd a function of ``t`` (of the same shape and dtype)
@@ -17,6 +19,7 @@ def with_zero_slope(result: Tensor, t: Tensor) -> Tensor:
 
 
 def indices(t: Tensor, n: int) -> Tensor:
-    """0, 1, ..., n - 1, made from ``t``, so that the result is a DTensor if ``t`` is one
-    (``torch.arange`` would not be)."""
+    """0, 1, ..., n - 1; a DTensor if ``t`` is one, which ``torch.arange`` does not make."""
+    if not is_dtensor(t):
+        return torch.arange(n, device=t.device)
     return t.new_ones(n, dtype=torch.int64).cumsum(0) - 1

@@ -12,6 +12,7 @@ from typing import Any
 
 import pytest
 import torch
+import torch.nn.functional as stock
 from helpers import python
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -28,6 +29,8 @@ CPU = torch.device("cpu")
 
 #: from so many elements on ATen divides a call among threads
 GRAIN = 2**15
+#: how the names of calls begin that compute nothing
+IDLE = "aten::empty", "aten::new_", "aten::_unsafe_view"
 
 
 @pytest.fixture(autouse=True)
@@ -139,10 +142,13 @@ def test_inference_mode_is_the_callers() -> None:
         assert F.kl_div(x, x, reduction="none").is_inference()
 
 
-def gradients(function: Callable[..., Tensor], *inputs: Tensor) -> list[Tensor]:
-    leaves = [t.detach().requires_grad_(t.is_floating_point()) for t in inputs]
+def gradients(function: Callable[..., Tensor], *inputs: Any) -> list[Tensor]:
+    leaves = [
+        t.detach().requires_grad_(t.is_floating_point()) if isinstance(t, Tensor) else t
+        for t in inputs
+    ]
     y = function(*leaves)
-    wanted = [t for t in leaves if t.requires_grad]
+    wanted = [t for t in leaves if isinstance(t, Tensor) and t.requires_grad]
     return [y.detach(), *torch.autograd.grad(y.sum(), wanted, allow_unused=True)]
 
 
@@ -192,12 +198,12 @@ class Regions(TorchDispatchMode):
         result = func(*args, **(kwargs or {}))
         tensors = [t for t in (*args, result) if isinstance(t, Tensor)]
         large = max((t.numel() for t in tensors), default=0) >= GRAIN
-        computes = not func.is_view and not func.name().startswith(("aten::empty", "aten::new_"))
+        computes = not func.is_view and not func.name().startswith(IDLE)
         self.count += large and computes and torch.get_num_threads() > 1
         return result
 
 
-def regions_of(function: Callable[..., Tensor], *inputs: Tensor) -> int:
+def regions_of(function: Callable[..., Tensor], *inputs: Any) -> int:
     """Forward and backward."""
     with Regions() as regions:
         gradients(function, *inputs)
@@ -215,8 +221,8 @@ def test_openmp_regions_are_few(name: str, monkeypatch: pytest.MonkeyPatch) -> N
 #: as PyTorch's own operators, on the gate and the value
 GATES: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
     "reglu": lambda a, b: torch.relu(a) * b,
-    "geglu": lambda a, b: torch.nn.functional.gelu(a) * b,
-    "swiglu": lambda a, b: torch.nn.functional.silu(a) * b,
+    "geglu": lambda a, b: stock.gelu(a) * b,
+    "swiglu": lambda a, b: stock.silu(a) * b,
 }
 
 
@@ -226,16 +232,32 @@ def test_gates_divide_no_more_calls_than_stock(name: str, packed: bool) -> None:
     halves = [many(2**9, 2**9), many(2**9, 2**9).flip(1)]
     given = [torch.cat(halves, 1)] if packed else halves
 
-    def stock(*given: Tensor) -> Tensor:
+    def of_stock(*given: Tensor) -> Tensor:
         return GATES[name](*(given[0].chunk(2, 1) if packed else given))
 
     # f(a) is computed again in backward, where stock has saved it; for two tensors, that is one
     # more, and for one no halves are put together
     ours = regions_of(partial(getattr(F, name), gate_first=True), *given)
-    assert ours <= regions_of(stock, *given) + (not packed)
+    assert ours <= regions_of(of_stock, *given) + (not packed)
 
 
-@pytest.mark.parametrize("name", ["tanhshrink", "softsign"])
-def test_activations_divide_no_more_calls_than_stock(name: str) -> None:
-    ours, stock = (getattr(module, name) for module in (F, torch.nn.functional))
-    assert regions_of(ours, PAIR[0]) <= regions_of(stock, PAIR[0])
+CHANNELS = many(2**5, 2**5, 2**5, 2**5)
+WEIGHTS = many(2**5), many(2**5).flip(0)
+#: name, as stock's -> inputs
+AS_STOCK: dict[str, tuple[Any, ...]] = {
+    "tanhshrink": PAIR[:1],
+    "softsign": PAIR[:1],
+    "embedding_bag": (torch.arange(2**16).view(-1, 8) % 64, many(64, 8)),
+    "dropout2d": (CHANNELS,),
+    "feature_alpha_dropout": (CHANNELS, 0.5, True),
+    "batch_norm": (CHANNELS, None, None, *WEIGHTS, True),
+    "instance_norm": (CHANNELS, None, None, *WEIGHTS),
+    "group_norm": (CHANNELS, 2**3, *WEIGHTS),
+}
+
+
+@pytest.mark.parametrize("name", AS_STOCK)
+def test_few_passes_divide_no_more_calls_than_stock(name: str) -> None:
+    """Too few to be worth chunks."""
+    ours, of_stock = (regions_of(getattr(f, name), *AS_STOCK[name]) for f in (F, stock))
+    assert 0 < ours <= of_stock
