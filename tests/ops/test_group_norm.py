@@ -57,7 +57,7 @@ def test_the_mean_is_taken_out_before_squares_are_added(length, backend):
     torch.testing.assert_close(functional.group_norm(x, 2), expected, rtol=0, atol=2e-3)
 
 
-BAD = [
+BAD_OF_GROUP_NORM = [
     ((torch.ones(4), 2), RuntimeError),
     ((torch.ones(4, 6), 4), RuntimeError),
     ((torch.ones(4, 6), -1), RuntimeError),
@@ -72,7 +72,7 @@ BAD = [
 ]
 
 
-@pytest.mark.parametrize(("arguments", "error"), BAD)
+@pytest.mark.parametrize(("arguments", "error"), BAD_OF_GROUP_NORM)
 def test_bad_calls_of_group_norm_raise_what_stock_raises(arguments, error):
     for module in (functional, F):
         with pytest.raises(error):
@@ -80,7 +80,7 @@ def test_bad_calls_of_group_norm_raise_what_stock_raises(arguments, error):
 
 
 ONE = torch.ones(3)
-BAD = [
+BAD_OF_INSTANCE_NORM = [
     ((torch.ones(4, 3),), ValueError),
     ((torch.ones(4, 3, 1),), ValueError),
     ((torch.ones(4, 3, 2), None, None, None, None, False), RuntimeError),
@@ -91,7 +91,7 @@ BAD = [
 ]
 
 
-@pytest.mark.parametrize(("arguments", "error"), BAD)
+@pytest.mark.parametrize(("arguments", "error"), BAD_OF_INSTANCE_NORM)
 def test_bad_calls_of_instance_norm_raise_what_stock_raises(arguments, error):
     for module in (functional, F):
         with pytest.raises(error):
