@@ -149,7 +149,10 @@ class Kernel:
                     launch(*tensors, **others)
                     return
                 binary = jit[(programs,)](*args, **constants, **options)
-            compiled[key] = device.index, binary.run, binary.function, binary.packed_metadata
+            # the last so that it lives: triton 3.9 unloads what nobody refers to
+            compiled[key] = (
+                device.index, binary.run, binary.function, binary.packed_metadata, binary,
+            )  # fmt: skip
 
         launch = self._generated(numbers, compiled, by_triton, programs, constants.values())
         launch.programs, launch.numbers = programs, numbers

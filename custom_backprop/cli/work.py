@@ -165,6 +165,8 @@ def _in_one_pool(
 def prepare_worker() -> None:
     """What each worker process does first."""
     torch.set_num_threads(1)
+    # each would start as many compilers of Inductor as there are cores
+    os.environ["TORCHINDUCTOR_COMPILE_THREADS"] = "1"
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # the parent gets it, too, and ends its workers
 
 

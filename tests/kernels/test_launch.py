@@ -4,6 +4,8 @@ compiled kernel."""
 from __future__ import annotations
 
 import copy
+import gc
+import weakref
 from contextlib import contextmanager
 
 import pytest
@@ -256,6 +258,18 @@ def test_a_compiled_kernel_gets_the_arguments_that_triton_gives_it(index, guards
         )
     ]
     assert gpus == guards
+
+
+def test_a_compiled_kernel_lives_as_long_as_it_can_be_launched(gpus):
+    """From triton 3.9 on its module is unloaded when it dies; the function that the driver is given
+    would be gone."""
+    of, jit = compiling()
+    jit.compiled.run = lambda *args: None  # it does not refer to the compiled kernel
+    launch(of, 7, on_gpu(0), on_gpu(0), 48, BLOCK=16)
+    lives = weakref.ref(jit.compiled)
+    del jit.compiled
+    gc.collect()
+    assert lives() is not None
 
 
 def test_blocks_that_share_a_program(gpus):
