@@ -149,7 +149,7 @@ class Kernel:
                     launch(*tensors, **others)
                     return
                 binary = jit[(programs,)](*args, **constants, **options)
-            # the last so that it lives: triton 3.9 unloads what nobody refers to
+            # the last so that it lives: newer versions of triton unload what nobody refers to
             compiled[key] = (
                 device.index, binary.run, binary.function, binary.packed_metadata, binary,
             )  # fmt: skip

@@ -261,7 +261,7 @@ def test_a_compiled_kernel_gets_the_arguments_that_triton_gives_it(index, guards
 
 
 def test_a_compiled_kernel_lives_as_long_as_it_can_be_launched(gpus):
-    """From triton 3.9 on its module is unloaded when it dies; the function that the driver is given
+    """From triton 3.8 on its module is unloaded when it dies; the function that the driver is given
     would be gone."""
     of, jit = compiling()
     jit.compiled.run = lambda *args: None  # it does not refer to the compiled kernel
