@@ -198,7 +198,7 @@ def plan(
         kernel = soft_cross_entropy.backward if backward else soft_cross_entropy.forward
     else:
         kernel = _backward if backward else _forward
-    heavy = not (soft or backward)
+    heavy = not soft and (inner > 1 or not backward)
     return over_rows(kernel, shape, [strides], dtype, live, count, clusters, heavy, **named)
 
 

@@ -48,7 +48,8 @@ def row_config(
     """The tile for rows of ``n``, ``inner`` of them side by side, in a kernel that needs ``live``
     numbers of ``dtype`` for each element at once, or so many in rows of up to :data:`SHARED` and so
     many in longer ones. With ``clusters`` several blocks of threads may share a row. A row of a
-    ``heavy`` kernel has work of its own, which its threads repeat: they are half as many."""
+    ``heavy`` kernel has work of its own, which its threads repeat: they are half as many, or one
+    where rows lie side by side."""
     if isinstance(live, tuple):
         live = live[n > SHARED]
     # at 16 warps, the most that 64-wide warps allow, 64 numbers a thread, half of its registers.
@@ -59,7 +60,9 @@ def row_config(
     if clusters and not (double or side_by_side) and SHARED < block <= min(16 * most, 32 * SHARED):
         share = max(SHARED // (2 if live > 2 else 1), block // 16)
         return RowConfig(1, block, min(share // (1024 if heavy else 512), 16), block // share)
-    heavy = heavy and 512 <= block <= most and not side_by_side
+    if heavy and side_by_side:  # a thread has some of them to itself, element after element
+        return RowConfig(128, 1, 1)
+    heavy = heavy and 512 <= block <= most
     # short rows: enough of them for two 128-bit accesses a thread at 4 warps, or for four at one.
     # Side by side: enough to fill a cache line of 128 bytes
     numbers = min(1024 if heavy else 2048, most)
@@ -104,7 +107,7 @@ def over_rows(
     columns = max((n - 1) * s[1] for s in strides)
     extent = max((outer - 1) * s[0] + (inner - 1) * s[2] for s in strides) + columns
     # an offset of 64 bits takes two registers
-    block = c.block // 2 if far(columns) and n > c.block else c.block
+    block = max(c.block // 2, 1) if far(columns) and n > c.block else c.block
     tiles = cdiv(outer * inner, c.rows)
     # no more rows at once than the cache holds until their second reading
     several = n > block and c.rows == 1

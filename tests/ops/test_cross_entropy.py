@@ -608,6 +608,21 @@ def test_which_rows_blocks_share(switched, monkeypatch):
 
 
 @on_triton
+@pytest.mark.parametrize("reduction", ["none", "mean"])
+@pytest.mark.parametrize("shape", [(1, 5, 127), (1, 3, 129), (3, 7, 100), (2, 1, 65)], ids=str)
+def test_rows_side_by_side(shape, reduction, monkeypatch):
+    """Around the 128 rows of a tile, in offsets of both widths."""
+    rows, plan = kernels("rows"), kernels("cross_entropy").plan
+    x, target = logits(*shape), classes(shape[0], shape[2], high=shape[1], ignored=0.2)
+    for far in (rows.far, lambda extent: True):
+        plan.cache_clear()
+        monkeypatch.setattr(rows, "far", far)
+        with custom_backprop.use_backend("triton"):
+            agree("cross_entropy", (x, target), weight=weights(shape[1]), reduction=reduction)
+    plan.cache_clear()
+
+
+@on_triton
 @pytest.mark.parametrize("rows", [64, 2**16])
 @pytest.mark.parametrize(("name", "options"), [*itertools.product(NAMES, ({}, {"weight": True}))])
 def test_launches_of_a_mean(name, options, rows):
