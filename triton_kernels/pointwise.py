@@ -49,10 +49,15 @@ def backward(
     write(DX + start, offsets, inside, dy * F(saved, A, B, half(SAVED)))
 
 
+def block_for(dtype: torch.dtype) -> int:
+    """Elements of two 128-bit accesses a thread at 4 warps."""
+    return 4 * BLOCK // dtype.itemsize
+
+
 def grid(n: int, dtype: torch.dtype) -> dict[str, Any]:
     """What a launch over ``n`` elements takes: two 128-bit accesses a thread, one of float64, whose
     elements take two registers. Half precision shares a program's cost among twice as many."""
-    block = 4 * BLOCK // dtype.itemsize
+    block = block_for(dtype)
     warps = 8 if dtype == torch.float64 else 4
     return {"programs": cdiv(n, block), "n": n, "BLOCK": block, "num_warps": warps}
 

@@ -12,7 +12,7 @@ import triton.language as tl
 from torch import Tensor
 
 from .launch import Launch, cdiv, kernel, multiprocessors, next_power_of_2, planned
-from .pointwise import BLOCK, like
+from .pointwise import BLOCK, block_for, like
 from .rows import column_sum, partial_sums, read, write
 
 
@@ -75,13 +75,16 @@ def _view(dense: Tensor, weight: Tensor) -> tuple[int, int, int]:
 
 @planned
 def plan(
-    backward: bool, outer: int, channels: int, inner: int, count: int, need_x: bool, need_w: bool
-) -> Launch:
+    backward: bool, outer: int, channels: int, inner: int, dtype: torch.dtype, count: int,
+    need_x: bool, need_w: bool,
+) -> Launch:  # fmt: skip
     """A pass over (outer, channels, inner), on ``count`` multiprocessors: 128 elements or more in a
-    line, as far as the shape has them, and BLOCK in all."""
-    i = min(next_power_of_2(inner), BLOCK)
+    line, as far as the shape has them, and a block in all: in backward, which reads two tensors, a
+    smaller one."""
+    block = BLOCK if backward else block_for(dtype)
+    i = min(next_power_of_2(inner), block)
     c = min(next_power_of_2(channels), max(1, 128 // i))
-    o = min(next_power_of_2(outer), BLOCK // (c * i))
+    o = min(next_power_of_2(outer), block // (c * i))
     tiles, all_steps = cdiv(channels, c), cdiv(outer, o) * cdiv(inner, i)
     numbers = {"outer": outer, "channels": channels, "inner": inner, "tiles": tiles}
     if not backward:
@@ -97,7 +100,7 @@ def forward(x: Tensor, weight: Tensor) -> Tensor:
     """y in the dtype of x, and in its strides if they have neither gaps nor overlaps."""
     y = torch.empty_like(x)
     if y.numel():
-        run = plan(False, *_view(y, weight), multiprocessors(x.device), False, False)
+        run = plan(False, *_view(y, weight), x.dtype, multiprocessors(x.device), False, False)
         run(like(x, y), weight.contiguous(), y)
     return y
 
@@ -109,7 +112,8 @@ def backward(
     dx = torch.empty_like(x)
     if x.numel() == 0:
         return dx, torch.zeros_like(weight)
-    run = plan(True, *_view(dx, weight), multiprocessors(x.device), need_x, need_weight)
+    count = multiprocessors(x.device)
+    run = plan(True, *_view(dx, weight), x.dtype, count, need_x, need_weight)
     partial = dw = None
     if need_weight:
         parts = run.programs // run.numbers["tiles"]

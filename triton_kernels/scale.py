@@ -9,7 +9,7 @@ from torch import Tensor
 
 from .elementary import upcast
 from .launch import Launch, cdiv, kernel, multiprocessors, planned
-from .pointwise import BLOCK, block_of
+from .pointwise import block_for, block_of
 from .rows import read, write
 
 #: programs a multiprocessor: where dy is 1 each of them only begins and ends, which takes as long
@@ -30,20 +30,21 @@ def _scale(G, DY, DX, n, blocks, IN_PLACE: tl.constexpr, BLOCK: tl.constexpr):
 
 
 @planned
-def plan(n: int, count: int, in_place: bool) -> Launch:
+def plan(n: int, dtype: torch.dtype, count: int, in_place: bool) -> Launch:
     """Of ``n`` elements on ``count`` multiprocessors."""
-    blocks = max(cdiv(cdiv(n, BLOCK), PROGRAMS * count), 1)
-    programs = cdiv(cdiv(n, BLOCK), blocks)
-    return _scale.launch(programs, n=n, blocks=blocks, IN_PLACE=in_place, BLOCK=BLOCK)
+    block = block_for(dtype)
+    blocks = max(cdiv(cdiv(n, block), PROGRAMS * count), 1)
+    programs = cdiv(cdiv(n, block), blocks)
+    return _scale.launch(programs, n=n, blocks=blocks, IN_PLACE=in_place, BLOCK=block)
 
 
 def scale(grad: Tensor, dy: Tensor) -> Tensor:
     """dy g in a new tensor, for a dense ``grad`` of any strides."""
     dx = torch.empty_like(grad)
-    plan(grad.numel(), multiprocessors(grad.device), False)(grad, dy, dx)
+    plan(grad.numel(), grad.dtype, multiprocessors(grad.device), False)(grad, dy, dx)
     return dx
 
 
 def scale_(grad: Tensor, dy: Tensor) -> None:
     """dy g over ``grad``, which is dense."""
-    plan(grad.numel(), multiprocessors(grad.device), True)(grad, dy, grad)
+    plan(grad.numel(), grad.dtype, multiprocessors(grad.device), True)(grad, dy, grad)

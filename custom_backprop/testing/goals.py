@@ -54,7 +54,7 @@ _MEASURED: dict[str, dict[tuple[str, str], float]] = {
         ("normalize._backward, narrow", KB_IN_FLIGHT): 40,
         ("normalize._forward, narrow", KB_IN_FLIGHT): 24,
         ("normalize._forward, narrow", NUMBER): 11.2,
-        ("scale._scale, narrow", KB_IN_FLIGHT): 32,
+        ("scale._scale, narrow", KB_IN_FLIGHT): 42,
         ("softmax._backward, narrow", KB_IN_FLIGHT): 16,
         ("softmax._backward, narrow", NUMBER): 16,
         ("softmax._forward, narrow", KB_IN_FLIGHT): 32,
@@ -72,7 +72,6 @@ _MEASURED: dict[str, dict[tuple[str, str], float]] = {
         ("group_norm._forward", KB_IN_FLIGHT): 32,
         ("nll._forward", KB_IN_FLIGHT): 40,
         ("prelu._forward", KB_IN_FLIGHT): 32,
-        ("scale._scale", KB_IN_FLIGHT): 32,
     },
     "to save registers, the assembler loads some of a thread's numbers after it has used others": {
         ("channel_norm._moments", KB_IN_FLIGHT): 28,
