@@ -23,7 +23,7 @@ from torch import Tensor
 
 from . import group_norm
 from .launch import Kernel, Launch, cdiv, kernel, multiprocessors, next_power_of_2, planned
-from .rows import centred, centred_rows, column_sum, far, partial_sums, read, write
+from .rows import centred, centred_rows, column_sum, far, partial_sums, read, stages_of, write
 
 #: programs a multiprocessor that spans are cut into, where there are fewer of them
 RESIDENT = 4
@@ -60,6 +60,13 @@ def _before(tile, inner, per, BLOCK: tl.constexpr):
 
 
 @triton.jit
+def _seen(first, tile, per):
+    """In how many tiles, from the ``first`` to the one before this, a lane was; and one that the
+    last of a sample is too short for."""
+    return tile - first, tile - first - (tile // per - first // per)
+
+
+@triton.jit
 def _of_channel(T, place, exists, other):
     """A number a row of the tile; ``other`` where there is no T."""
     t = tl.full(place.shape, other, tl.float32)
@@ -78,19 +85,27 @@ def _rstd(RSTD, place, exists, EPS: tl.constexpr):
 @kernel
 def _moments(
     X, PARTIAL, channels, inner, per, length, size, chunks, blocks, group, parts, s_n, s_c, s_s,
-    WIDE: tl.constexpr, CHANNELS: tl.constexpr, BLOCK: tl.constexpr,
+    STAGES: tl.constexpr, WIDE: tl.constexpr, CHANNELS: tl.constexpr, BLOCK: tl.constexpr,
+    AT_ONCE: tl.constexpr,
 ):  # fmt: skip
     """μ and Σ (x - μ)² of each cell."""
+    LANES: tl.constexpr = BLOCK // AT_ONCE
     dtype: tl.constexpr = PARTIAL.dtype.element_ty
     part, first, last, channel, _ = _cell(channels, length, size, chunks, blocks, group, CHANNELS)
-    means = tl.zeros((CHANNELS, BLOCK), dtype)
-    squares = tl.zeros((CHANNELS, BLOCK), dtype)
-    seen = tl.zeros((1, BLOCK), dtype)  # by each lane
-    for tile in range(first, last):
+    means = tl.zeros((CHANNELS, LANES), dtype)
+    squares = tl.zeros((CHANNELS, LANES), dtype)
+    lane = AT_ONCE * tl.arange(0, LANES)[None, :]
+    always = (per - 1) * BLOCK + lane < inner
+    for tile in tl.range(first, last, num_stages=STAGES):
         place, inside = _tile(tile, channel, channels, inner, per, s_n, s_c, s_s, WIDE, BLOCK)
-        seen += (tile % per * BLOCK + tl.arange(0, BLOCK) < inner)[None, :].to(dtype)
-        x = read(X, place, inside)
-        means, squares = centred(means, squares, x, inside, tl.maximum(seen, 1.0))
+        most, least = _seen(first, tile, per)
+        most, least = most.to(dtype), least.to(dtype)
+        means, squares = centred(
+            means, squares, read(X, place, inside), tile % per * BLOCK + lane < inner,
+            tl.where(always, most, least), tl.where(always, 1 / (most + 1), 1 / (least + 1)),
+        )  # fmt: skip
+    most, least = _seen(first, last, per)
+    seen = (tl.where(always, most, least) * AT_ONCE).to(dtype)
     n = _before(last, inner, per, BLOCK) - _before(first, inner, per, BLOCK)
     mean, squares = centred_rows(means, squares, seen, n)
     cell, exists = part.to(tl.int64) * channels + channel, channel < channels
@@ -151,7 +166,8 @@ def _statistics(
 def _normalise(
     X, WEIGHT, BIAS, MEAN, RSTD, Y, channels, inner, per, length, size, chunks, blocks, group,
     s_n, s_c, s_s,
-    EPS: tl.constexpr, WIDE: tl.constexpr, CHANNELS: tl.constexpr, BLOCK: tl.constexpr,
+    EPS: tl.constexpr, STAGES: tl.constexpr, WIDE: tl.constexpr, CHANNELS: tl.constexpr,
+    BLOCK: tl.constexpr,
 ):  # fmt: skip
     """y."""
     _, first, last, channel, row = _cell(channels, length, size, chunks, blocks, group, CHANNELS)
@@ -159,7 +175,7 @@ def _normalise(
     mean, rstd = read(MEAN, row, exists)[:, None], _rstd(RSTD, row, exists, EPS)
     weight = _of_channel(WEIGHT, channel, exists, 1.0)
     bias = _of_channel(BIAS, channel, exists, 0.0)
-    for tile in range(first, last):
+    for tile in tl.range(first, last, num_stages=STAGES):
         place, inside = _tile(tile, channel, channels, inner, per, s_n, s_c, s_s, WIDE, BLOCK)
         write(Y, place, inside, (read(X, place, inside) - mean) * rstd * weight + bias)
 
@@ -178,7 +194,7 @@ def _sums(
     scale = rstd * _of_channel(WEIGHT, channel, exists, 1.0)
     dw = tl.zeros((CHANNELS, BLOCK), dtype)
     db = tl.zeros((CHANNELS, BLOCK), dtype)
-    for tile in range(first, last):
+    for tile in range(first, last):  # no more registers are left on sm_100
         place, inside = _tile(tile, channel, channels, inner, per, s_n, s_c, s_s, WIDE, BLOCK)
         dy = read(DY, place, inside)
         if PARTIAL is not None:
@@ -219,7 +235,8 @@ def _sums_of_groups(
 @kernel
 def _input(
     DY, X, WEIGHT, MEAN, RSTD, ALONG, TOTAL, DX, channels, inner, per, length, size, chunks, blocks,
-    group, s_n, s_c, s_s, WIDE: tl.constexpr, CHANNELS: tl.constexpr, BLOCK: tl.constexpr,
+    group, s_n, s_c, s_s,
+    STAGES: tl.constexpr, WIDE: tl.constexpr, CHANNELS: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     """dx."""
     _, first, last, channel, row = _cell(channels, length, size, chunks, blocks, group, CHANNELS)
@@ -227,7 +244,7 @@ def _input(
     mean, rstd = read(MEAN, row, exists)[:, None], read(RSTD, row, exists)[:, None]
     along, total = read(ALONG, row, exists)[:, None], read(TOTAL, row, exists)[:, None]
     weight = _of_channel(WEIGHT, channel, exists, 1.0)
-    for tile in range(first, last):
+    for tile in tl.range(first, last, num_stages=STAGES):
         place, inside = _tile(tile, channel, channels, inner, per, s_n, s_c, s_s, WIDE, BLOCK)
         unit = (read(X, place, inside) - mean) * rstd
         g = read(DY, place, inside) * weight
@@ -256,7 +273,7 @@ def plan(
     sample, or 0: a channel is one, over the batch. If ``frozen``, variances are given."""
     (samples, channels, inner), (s_n, s_c, s_s) = shape, strides
     spans, group = (samples, channels // groups) if groups else (1, 1)
-    most = 1024 if dtype == torch.float64 else 2048
+    most, a_thread = (1024, 8) if dtype == torch.float64 else (2048, 16)
     # a tile runs along whichever is contiguous
     if s_c == 1 and channels > 1:
         wide = min(next_power_of_2(channels), 128 // dtype.itemsize)
@@ -264,6 +281,8 @@ def plan(
     else:
         block = min(next_power_of_2(inner), most)
     wide = min(next_power_of_2(channels), most // block)
+    # neighbours that a thread reads at once
+    at_once = 16 // dtype.itemsize if s_s == 1 and inner % 16 == 0 else 1
     per, blocks = cdiv(inner, block), cdiv(channels, wide)
     length = per if groups else samples * per
     size = cdiv(length, min(length, cdiv(RESIDENT * count, spans * blocks)))
@@ -271,12 +290,13 @@ def plan(
     parts, rows = spans * chunks, spans * (channels // group)
     cells = min(next_power_of_2(chunks * group), 128)
     tall = min(next_power_of_2(rows), 512 // cells, 64)
-    warps = max(wide * block // 512, 1)
+    warps = max(wide * block // (32 * a_thread), 1)
     named: dict[str, Any] = {
         "channels": channels, "inner": inner, "per": per, "length": length, "size": size,
         "chunks": chunks, "blocks": blocks, "group": group, "parts": parts, "rows": rows,
         "n": inner * group * (1 if groups else samples), "s_n": s_n, "s_c": s_c, "s_s": s_s,
-        "EPS": eps, "WIDE": far(samples * channels * inner), "CHANNELS": wide, "BLOCK": block,
+        "EPS": eps, "STAGES": stages_of(dtype), "WIDE": far(samples * channels * inner),
+        "CHANNELS": wide, "BLOCK": block, "AT_ONCE": at_once,
         "ROWS": tall, "CELLS": cells,
     }  # fmt: skip
 

@@ -19,9 +19,9 @@ import triton.language as tl
 from .launch import Launch, cdiv, kernel, next_power_of_2, planned
 from .rows import far, read, row_config, write
 
-#: programs a multiprocessor that backward is cut into where it adds up over samples, and the
-#: numbers that it needs for each element at once
-RESIDENT, LIVE = 2, 4
+#: programs that backward is cut into where it adds up over samples, as many as a multiprocessor has
+#: at once; and the numbers that it needs for each element at once
+RESIDENT, LIVE = 6, 4
 
 
 @triton.jit

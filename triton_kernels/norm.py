@@ -1,7 +1,7 @@
 """layer_norm and rms_norm, also of a sum: one kernel each way for all, on ``rows.py``.
 
 Statistics are float32 (of float64, float64). Forward takes the mean out before it adds squares: a
-row that fits a block is read once, a longer one is added up block by block (Welford, 1962).
+row that fits a block is read once, a longer one is added up block by block.
 Backward reads x and dy once: a few programs walk the rows, each with its sums of dw and db in
 registers, and one more kernel adds those up. While a row waits for its own two sums, the next ones
 are on their way to shared memory (``num_stages``). The sums of a row that is longer than a block
@@ -26,6 +26,7 @@ from .rows import (
     partial_sums,
     read,
     row_config,
+    stages_of,
     tile_of,
     write,
 )
@@ -33,12 +34,6 @@ from .rows import (
 #: programs a multiprocessor that backward is cut into where it adds up over rows (more would mean
 #: more sums to store), and the numbers that it needs for each element at once
 RESIDENT, LIVE = 2, 4
-
-
-def stages_of(dtype: torch.dtype) -> int:
-    """``num_stages`` of a loop that waits for sums: two blocks are loaded ahead, or one of numbers
-    of 32 bits: 32 KB and more to a multiprocessor while it computes."""
-    return 3 if dtype.itemsize == 2 else 2
 
 
 @triton.jit
@@ -74,10 +69,13 @@ def _input(X, RESIDUAL, place, inside):
 def _forward(
     X, RESIDUAL, WEIGHT, BIAS, Y, SUM, MEAN, RSTD, rows, n, tiles,
     KIND: tl.constexpr, EPS: tl.constexpr, STAGES: tl.constexpr, SEVERAL: tl.constexpr,
-    LOOP: tl.constexpr, WIDE: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr,
+    LOOP: tl.constexpr, WIDE: tl.constexpr, ALIGNED: tl.constexpr, ROWS: tl.constexpr,
+    BLOCK: tl.constexpr,
 ):  # fmt: skip
     """μ (where there is a MEAN) and r of each row, then y; of x, or of its SUM with a RESIDUAL."""
     dtype: tl.constexpr = tl.float64 if X.dtype.element_ty == tl.float64 else tl.float32
+    LANES: tl.constexpr = BLOCK * X.dtype.element_ty.primitive_bitwidth // 128 if ALIGNED else BLOCK
+    lane = (BLOCK // LANES) * tl.arange(0, LANES)[None, :]
     program = tl.program_id(0)
     last = tiles if SEVERAL else program + 1
     for tile in range(program, last, tl.num_programs(0) if SEVERAL else 1):
@@ -85,21 +83,22 @@ def _forward(
         first, alive = (row * n)[:, None], exists[:, None]
         mean = tl.zeros((ROWS,), dtype)
         if LOOP:
-            means = tl.zeros((ROWS, BLOCK), dtype)
-            squares = tl.zeros((ROWS, BLOCK), dtype)
+            means = tl.zeros((ROWS, LANES), dtype)
+            squares = tl.zeros((ROWS, BLOCK if MEAN is None else LANES), dtype)
             for start in tl.range(0, n, BLOCK, num_stages=STAGES):
                 inside = alive & (start + column < n)
                 x = _input(X, RESIDUAL, first + start + column, inside)
                 if MEAN is None:
                     squares += x * x
                 else:
-                    seen = tl.full((), start // BLOCK + 1, dtype)
-                    means, squares = centred(means, squares, x, inside, seen)
+                    before = tl.full((), start // BLOCK, dtype)
+                    there, share = lane < n - start, 1 / (before + 1)
+                    means, squares = centred(means, squares, x, there, before, share)
             if MEAN is None:
                 square = tl.sum(squares, 1)
             else:
-                of_lane = ((n - column + BLOCK - 1) // BLOCK).to(dtype)  # how many it has seen
-                mean, square = centred_rows(means, squares, of_lane, n)
+                seen = (tl.cdiv(n - lane, BLOCK) * (BLOCK // LANES)).to(dtype)  # by each lane
+                mean, square = centred_rows(means, squares, seen, n)
         else:
             inside = alive & (column < n)
             x = _input(X, RESIDUAL, first + column, inside)
@@ -215,9 +214,9 @@ def plan_forward(
 ) -> Launch:
     """Of ``rows`` rows of ``n``, on ``count`` multiprocessors, with or without clusters."""
     named = {"KIND": kind, "EPS": eps, "STAGES": stages_of(dtype)}
-    # in a loop each lane has its own mean and squares
-    looped = kind == "layer" and row_config(n, 1, dtype, LIVE, clusters).block < n
-    live = LIVE if looped else 2
+    # in a loop over a row of odd length each number has its own mean and squares
+    own = kind == "layer" and n % 16 and row_config(n, 1, dtype, LIVE).block < n
+    live = LIVE if own else 2
     return over_rows(_forward, (rows, n, 1), [(n, 1, 1)], dtype, live, count, clusters, **named)
 
 

@@ -9,7 +9,7 @@ import torch
 import triton.language as tl
 from torch import Tensor
 
-from .launch import Launch, kernel, multiprocessors, planned
+from .launch import Launch, has_clusters, kernel, multiprocessors, planned
 from .rows import over_rows, partial_sums, read, rows_of, tile_of, write
 
 
@@ -71,29 +71,37 @@ def _backward(
 @planned
 def plan(
     backward: bool, rows: int, n: int, strides: tuple[int, ...], dtype: torch.dtype, count: int,
-    eps: float,
+    clusters: bool, eps: float,
 ) -> Launch:  # fmt: skip
-    """Of rows of x, or of dy and x, with these strides."""
+    """Of rows of x, or of dy and x, with these strides, on ``count`` multiprocessors, with or
+    without clusters of blocks."""
     kernel, names = (_backward, ("dy_row", "x_row")) if backward else (_forward, ("x_row",))
     numbers = dict(zip(names, strides, strict=True))
     layouts = [(stride, 1, 1) for stride in (*strides, n)]
-    live = 8 if dtype == torch.float64 else 4
-    return over_rows(kernel, (rows, n, 1), layouts, dtype, live, count, EPS=eps, **numbers)
+    live = 8 if dtype == torch.float64 else 4 if backward else 2
+    return over_rows(
+        kernel, (rows, n, 1), layouts, dtype, live, count, clusters, EPS=eps, **numbers
+    )
+
+
+def _where(x: Tensor) -> tuple[int, bool]:
+    """The multiprocessors of x's GPU, and whether it has clusters of blocks."""
+    return multiprocessors(x.device), has_clusters(x.device)
 
 
 def forward(x: Tensor, eps: float) -> tuple[Tensor, Tensor]:
     """y, contiguous, and r."""
-    flat, count = rows_of(x), multiprocessors(x.device)
+    flat = rows_of(x)
     y = torch.empty_like(x, memory_format=torch.contiguous_format)
     r = partial_sums(x, *x.shape[:-1])
-    plan(False, *flat.shape, (flat.stride(0),), x.dtype, count, eps)(flat, y, r)
+    plan(False, *flat.shape, (flat.stride(0),), x.dtype, *_where(x), eps)(flat, y, r)
     return y, r
 
 
 def backward(dy: Tensor, x: Tensor, r: Tensor, eps: float) -> Tensor:
     """dx, contiguous."""
-    (dy, x), count = (rows_of(dy), rows_of(x)), multiprocessors(x.device)
+    dy, x = rows_of(dy), rows_of(x)
     dx = r.new_empty((*r.shape, x.shape[1]), dtype=x.dtype)
     strides = dy.stride(0), x.stride(0)
-    plan(True, *x.shape, strides, x.dtype, count, eps)(dy, x, r.contiguous(), dx)
+    plan(True, *x.shape, strides, x.dtype, *_where(x), eps)(dy, x, r.contiguous(), dx)
     return dx

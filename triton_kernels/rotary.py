@@ -1,8 +1,8 @@
 """rotary_embedding: one kernel, forward and backward.
 
 x is (batch, heads, seq, dim), with any strides. A program reads the cosines and sines of a tile of
-positions once, and turns the rows of several heads by them. Formula:
-``custom_backprop/formulas/rotary.py``.
+positions once, and turns the rows of several heads by them: while it does one, the next is on its
+way to shared memory (``num_stages``). Formula: ``custom_backprop/formulas/rotary.py``.
 """
 
 from __future__ import annotations
@@ -50,7 +50,7 @@ def _rotate(
         sin = read(SIN, position * half + pair, inside & known, float("nan"))
         if INVERSE:
             sin = -sin
-        for member in range(split, members, splits):
+        for member in tl.range(split, members, splits, num_stages=2):
             x = X + _start(group * members + member, heads, x_batch, x_head)
             y = Y + _start(group * members + member, heads, y_batch, y_head)
             if INTERLEAVED:
@@ -68,7 +68,7 @@ def _rotate(
     for start in range(2 * half, dim, BLOCK):
         column = start + tl.arange(0, BLOCK)[None, :]
         inside = alive & (column < dim)
-        for member in range(split, members, splits):
+        for member in tl.range(split, members, splits, num_stages=2):
             x = X + _start(group * members + member, heads, x_batch, x_head)
             y = Y + _start(group * members + member, heads, y_batch, y_head)
             write(
@@ -85,7 +85,9 @@ def plan(
 ) -> Launch:  # fmt: skip
     """Of x and y with these strides. Where ``p_batch`` is 0, all batches share the positions."""
     batch, heads, seq, dim = shape
-    a_thread = 16 // dtype.itemsize  # pairs: one 128-bit access to each half
+    # pairs: one 128-bit access to each half. Where each number has an address of its own, a thread
+    # has registers for a quarter as many
+    a_thread = max(16 // dtype.itemsize // (4 if table[1] % 16 else 1), 1)
     block = min(next_power_of_2(table[1]), 128 * a_thread)
     tile = min(next_power_of_2(seq), 128 * a_thread // block)
     groups = batch if p_batch else 1

@@ -27,7 +27,8 @@ from .launch import Kernel, Launch, accumulator, cdiv, kernel, next_power_of_2, 
 RESIDENT = 4
 
 #: numbers of a row for each block of a cluster, 16 a thread, so that two blocks or more fit a
-#: multiprocessor: the longest row without a cluster. Of rows too long for 16 blocks twice as many
+#: multiprocessor: the longest row without a cluster. Half as many where more than two numbers of
+#: each element are live; twice as many of rows too long for 16 blocks
 SHARED = 8192
 
 
@@ -57,8 +58,9 @@ def row_config(
     double, side_by_side = dtype == torch.float64, inner > 1
     most = 32768 // live // (4 if double else 1) // (4 if side_by_side else 1)
     block = next_power_of_2(max(n, 1))
-    if clusters and not (double or side_by_side) and SHARED < block <= min(16 * most, 32 * SHARED):
-        share = max(SHARED // (2 if live > 2 else 1), block // 16)
+    share = SHARED // (2 if live > 2 else 1)
+    if clusters and not (double or side_by_side) and share < block <= min(16 * most, 32 * SHARED):
+        share = max(share, block // 16)
         return RowConfig(1, block, min(share // (1024 if heavy else 512), 16), block // share)
     if heavy and side_by_side:  # a thread has some of them to itself, element after element
         return RowConfig(128, 1, 1)
@@ -79,6 +81,12 @@ def row_config(
         a_thread *= 2
     a_thread = max(a_thread, 16 // dtype.itemsize)
     return RowConfig(rows, block, min(max(rows * block // (32 * a_thread), 1), 16))
+
+
+def stages_of(dtype: torch.dtype) -> int:
+    """``num_stages`` of a loop that waits for sums: two blocks are loaded ahead, or one of numbers
+    of 32 bits: 32 KB and more to a multiprocessor while it computes."""
+    return 3 if dtype.itemsize == 2 else 2
 
 
 def far(extent: int) -> bool:
@@ -224,12 +232,21 @@ def online_rest_of_rows(m, rest, EXACT: tl.constexpr):
 
 
 @triton.jit
-def centred(mean, squares, x, inside, seen):
-    """(μ, Σ (x - μ)²) of each lane with one more number, of which it has then ``seen`` so many, in
-    the dtype of x (Welford, 1962)."""
-    d = tl.where(inside, x - mean, 0.0)
-    mean += d * (1 / seen)  # one division, not one a number
-    return mean, squares + d * tl.where(inside, x - mean, 0.0)
+def centred(mean, squares, x, there, before, share):
+    """(μ, Σ (x - μ)²) of each lane with one block more, if it is ``there``; it had seen so many
+    blocks ``before``, of which one is now this ``share``. A lane takes several neighbours at once:
+    their own mean first, then the squares of what they are above it, and both are merged with those
+    so far (Chan, Golub and LeVeque, 1979)."""
+    lanes: tl.constexpr = mean.shape[1]
+    at_once: tl.constexpr = x.shape[1] // lanes
+    own = x
+    if at_once > 1:
+        x = tl.reshape(x, (x.shape[0], lanes, at_once))
+        own = tl.sum(x, 2) * (1 / at_once)
+        d = x - tl.expand_dims(own, 2)
+        squares += tl.sum(d * d, 2)
+    above = tl.where(there, own - mean, 0.0)
+    return mean + above * share, squares + above * above * (at_once * before * share)
 
 
 @triton.jit

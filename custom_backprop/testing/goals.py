@@ -50,10 +50,8 @@ _MEASURED: dict[str, dict[tuple[str, str], float]] = {
         ("norm._backward, narrow", KB_IN_FLIGHT): 18,
         ("norm._backward, narrow", NUMBER_IN_A_LOOP): 10.3,
         ("norm._forward, narrow", KB_IN_FLIGHT): 16,
-        ("norm._forward, narrow", NUMBER_IN_A_LOOP): 15.2,
-        ("normalize._backward, narrow", KB_IN_FLIGHT): 40,
-        ("normalize._forward, narrow", KB_IN_FLIGHT): 24,
-        ("normalize._forward, narrow", NUMBER): 11.2,
+        ("norm._forward, narrow", NUMBER_IN_A_LOOP): 14.8,
+        ("normalize._forward, narrow", KB_IN_FLIGHT): 40,
         ("scale._scale, narrow", KB_IN_FLIGHT): 42,
         ("softmax._backward, narrow", KB_IN_FLIGHT): 16,
         ("softmax._backward, narrow", NUMBER): 16,
@@ -62,10 +60,10 @@ _MEASURED: dict[str, dict[tuple[str, str], float]] = {
     },
     "a row of 8192 numbers and more stays in the registers of 512 threads": {
         ("norm._backward", RESIDENT): 1,
+        ("norm._forward", RESIDENT): 1,
         ("softmax._backward", RESIDENT): 1,
     },
     "one access of 128 bits a thread, on a multiprocessor full of threads, or nearly full": {
-        ("channel_norm._normalise", KB_IN_FLIGHT): 32,
         ("channel_norm._sums", KB_IN_FLIGHT): 32,
         ("embedding._row_sums", KB_IN_FLIGHT): 32,
         ("embedding_bag._sums", KB_IN_FLIGHT): 40,
@@ -74,13 +72,11 @@ _MEASURED: dict[str, dict[tuple[str, str], float]] = {
         ("prelu._forward", KB_IN_FLIGHT): 32,
     },
     "to save registers, the assembler loads some of a thread's numbers after it has used others": {
-        ("channel_norm._moments", KB_IN_FLIGHT): 28,
         ("cross_entropy._forward", KB_IN_FLIGHT): 40,
         ("embedding._chunk_sums", KB_IN_FLIGHT): 24,
         ("norm._forward", KB_IN_FLIGHT): 24,
-        ("normalize._forward", KB_IN_FLIGHT): 24,
         ("pointwise.forward", KB_IN_FLIGHT): 24,
-        ("rotary._rotate", KB_IN_FLIGHT): 16,
+        ("rotary._rotate", KB_IN_FLIGHT): 28,
         ("softmax._backward", KB_IN_FLIGHT): 16,
     },
     "a distance whose p is not 1, 2 or infinity: a logarithm and an exponential a difference": {
@@ -97,10 +93,6 @@ _MEASURED: dict[str, dict[tuple[str, str], float]] = {
     "few numbers a thread: its addresses, and the sums over its row, count for much": {
         ("group_norm._forward", NUMBER): 11.1,
         ("prelu._backward", NUMBER): 11.9,
-    },
-    "mean and variance in one reading, by an update for each number (Welford)": {
-        ("channel_norm._moments", NUMBER_IN_A_LOOP): 13.6,
-        ("norm._forward", NUMBER_IN_A_LOOP): 13.4,
     },
 }
 

@@ -41,16 +41,17 @@ def test_shapes_and_layouts(shape, groups, last, backend):
 def test_gradients_of_parameters_are_sums_over_many_samples(backend):
     """More tiles than programs, whose sums stay with their channels: a tile of the kernels has two
     of the three groups of a sample."""
-    x, w, b = tensors((15, 9, 200), 9, 9)
+    x, w, b = tensors((40, 9, 200), 9, 9)
     found = [
         outcome(lambda x, w, b, m=m: m.group_norm(x, 3, w, b), x, w, b) for m in (functional, F)
     ]
     torch.testing.assert_close(*found, rtol=1e-9, atol=1e-11)
 
 
-@pytest.mark.parametrize("length", [50, 3000])
+@pytest.mark.parametrize("length", [50, 3000, 3200])
 def test_the_mean_is_taken_out_before_squares_are_added(length, backend):
-    """One pass over x and x² would leave nothing of this variance. In a block or longer."""
+    """One pass over x and x² would leave nothing of this variance. In a block or longer,
+    which a thread reads one by one or several at once."""
     (x,) = tensors((2, 6, length), dtype=torch.float32)
     x += 4096
     expected = F.group_norm(x.double(), 2).float()

@@ -58,9 +58,9 @@ def test_rows_that_blocks_share(name, n):
 
 @on_triton
 def test_which_rows_blocks_share(monkeypatch):
-    """Those longer than 8192, of a multiple of 16, on a GPU that has clusters; in float32 forward
-    alone, in float64 none. Each of the others is read in a loop, and backward needs its sums
-    first."""
+    """Those longer than 8192, in backward from 8192 on, of a multiple of 16, on a GPU that has
+    clusters; in float32 forward alone, in float64 none. Each of the others is read in a loop, and
+    backward needs its sums first."""
     launch, norm = kernels("launch"), kernels("norm")
     monkeypatch.setattr(launch, "_TRITON", (3, 9))
     monkeypatch.delenv("CUSTOM_BACKPROP_NO_CLUSTERS", raising=False)
@@ -73,7 +73,8 @@ def test_which_rows_blocks_share(monkeypatch):
         return [(kernel.__name__, options.get("num_ctas", 1)) for kernel, *_, options in seen]
 
     whole, sums = ("_row_sums", 1), ("_column_sum", 1)
-    assert launched(8192, torch.bfloat16) == [("_forward", 1), ("_backward", 1), sums]
+    assert launched(4096, torch.bfloat16) == [("_forward", 1), ("_backward", 1), sums]
+    assert launched(8192, torch.bfloat16) == [("_forward", 1), ("_backward", 2), sums]
     assert launched(8208, torch.bfloat16) == [("_forward", 2), ("_backward", 4), sums]
     assert launched(2**17, torch.bfloat16) == [("_forward", 16), ("_backward", 16), sums]
     assert launched(2**17 + 16, torch.bfloat16)[1:] == [whole, ("_backward", 1), sums]
@@ -82,11 +83,14 @@ def test_which_rows_blocks_share(monkeypatch):
     assert launched(8208, torch.float64)[:2] == [("_forward", 1), whole]
 
 
-def test_the_mean_is_taken_out_before_squares_are_added(backend):
-    """One pass over x and x² would leave nothing of this variance."""
-    x = torch.randn(4, 100, device=DEVICE) + 4096
-    ours = functional.layer_norm(x, (100,))
-    torch.testing.assert_close(ours, F.layer_norm(x.double(), (100,)).float(), rtol=0, atol=2e-3)
+@pytest.mark.parametrize("n", [100, 20000, 20001])
+def test_the_mean_is_taken_out_before_squares_are_added(n, backend):
+    """One pass over x and x² would leave nothing of this variance. In a block; in a loop, several
+    numbers at once and one by one, after a first number that is far from all others."""
+    x = torch.randn(4, n, device=DEVICE) + 4096
+    x[0, 0] = -4096
+    ours = functional.layer_norm(x, (n,))
+    torch.testing.assert_close(ours, F.layer_norm(x.double(), (n,)).float(), rtol=0, atol=2e-3)
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])

@@ -88,6 +88,12 @@ def _regimes(make: Make) -> Iterator[Sample]:
     )
     yield Sample((make.tensor(64, 8, 1, 128), *_tables(make, 512, 64)), name="one row")
     yield Sample((make.tensor(8, 4096), *_tables(make, 8, 2048)), name="pairs in a loop")
+    odd = make.tensor(4, 8, 512, 74), *_tables(make, 512, 37), True
+    yield Sample(odd, {"positions": make.index(4, 512, high=512)}, name="odd pairs")
+    tables = _tables(Make(make.device, torch.float32), 512, 32)
+    for dtype in (torch.bfloat16, torch.float16):
+        half = Make(make.device, dtype)
+        yield Sample((half.tensor(4, 8, 512, 64), *tables), name=f"tables in float32, {dtype}")
 
 
 SPECS = [
