@@ -291,13 +291,13 @@ def plan(
     cells = min(next_power_of_2(chunks * group), 128)
     tall = min(next_power_of_2(rows), 512 // cells, 64)
     warps = max(wide * block // (32 * a_thread), 1)
+    wide_offsets = far(samples * channels * inner)  # of two registers: none are left to load ahead
     named: dict[str, Any] = {
         "channels": channels, "inner": inner, "per": per, "length": length, "size": size,
         "chunks": chunks, "blocks": blocks, "group": group, "parts": parts, "rows": rows,
         "n": inner * group * (1 if groups else samples), "s_n": s_n, "s_c": s_c, "s_s": s_s,
-        "EPS": eps, "STAGES": stages_of(dtype), "WIDE": far(samples * channels * inner),
-        "CHANNELS": wide, "BLOCK": block, "AT_ONCE": at_once,
-        "ROWS": tall, "CELLS": cells,
+        "EPS": eps, "STAGES": 1 if wide_offsets else stages_of(dtype), "WIDE": wide_offsets,
+        "CHANNELS": wide, "BLOCK": block, "AT_ONCE": at_once, "ROWS": tall, "CELLS": cells,
     }  # fmt: skip
 
     def launch(kernel: Kernel, programs: int, warps: int, **own: Any) -> Launch:
