@@ -19,7 +19,7 @@ from ..formulas.nll import along_classes, reduced
 from ..formulas.precision import HALF, wide, widen
 from . import nll, tasks
 from .library import P, R, empty_if, launcher, primitive, slices
-from .tasks import CHUNK
+from .tasks import chunk_of
 
 aten = torch.ops.aten
 
@@ -85,7 +85,7 @@ def _check(index: Tensor, x: Tensor) -> None:
 
 
 def _chunks(x):
-    return slices(len(x), x.shape[1:].numel(), CHUNK)
+    return slices(len(x), x.shape[1:].numel(), chunk_of(x))
 
 
 def without_(p: Tensor, index: Tensor, dim: int = 1) -> Tensor:

@@ -21,12 +21,12 @@ from ..formulas.precision import HALF, wide, widen
 from . import tasks
 from .library import P, Primitive, R, builtin, empty_if, launcher, primitive
 from .selection import functorch_active, is_traced
-from .tasks import CHUNK
+from .tasks import CHUNK, chunk_of
 
 aten = torch.ops.aten
 _squares = builtin(aten.mse_loss, "out")
 
-#: elements up to which a loss of few passes is quicker in one chunk, whose calls all threads share
+#: elements of a chunk of a loss of few passes, whose calls all threads share
 ONE = 2**20
 
 
@@ -239,7 +239,7 @@ def _forward(loss, x, t, v, w, reduction, make_dx, *parameters):
             xs, ts, vs, gs = chunk
             return total_of(xs, ts, vs, scale, gs, *parameters)
 
-        totals = tasks.each(x.device, add, tasks.cut(size, x, t, v, dx))
+        totals = tasks.each(x.device, add, tasks.cut(max(size, chunk_of(x)), x, t, v, dx))
         return _reduced(x, sum(totals), reduction), dx
     dtype = wide(x.dtype)
     k = x.new_full((), scale, dtype=dtype)
@@ -253,7 +253,7 @@ def _forward(loss, x, t, v, w, reduction, make_dx, *parameters):
         fill(xs, ts, vs, ws, k, ys, gs, *parameters)
         return ys.sum().item() if y is None else None
 
-    totals = tasks.each(x.device, work, tasks.cut(CHUNK, x, t, v, w, y, dx))
+    totals = tasks.each(x.device, work, tasks.cut(chunk_of(x), x, t, v, w, y, dx))
     return _reduced(x, sum(totals), reduction) if y is None else y, dx
 
 
@@ -290,7 +290,7 @@ def _backward(loss, dy, x, t, v, w, reduction, needs, *parameters):
                 if out is not None:
                     out.copy_(grad)
 
-    tasks.each(x.device, work, tasks.cut(CHUNK, x, t, v, w, k, filled, *outs))
+    tasks.each(x.device, work, tasks.cut(chunk_of(x), x, t, v, w, k, filled, *outs))
     if negated:
         torch.neg(filled, out=dt)
     return grads

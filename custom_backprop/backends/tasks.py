@@ -24,6 +24,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ..formulas.precision import HALF
 from .selection import is_plain
 
 #: what a thread's work leaves there, it finds again at its next chunk; at first nothing
@@ -32,8 +33,18 @@ Memory = list[Tensor]
 #: elements of a chunk: 1 MiB of float32, beside which the cost of the calls is small
 CHUNK = 2**18
 
-#: fewer chunks than these are not worth another thread: to wake it takes as long as a few calls
-FEWEST = 4
+#: up to so many elements are one chunk, whose calls ATen divides. For some milliseconds after a
+#: call its threads look out for the next one, and would share the processors with ours
+WHOLE = 2**22
+
+#: fewer chunks than these are done within that time, too
+FEWEST = 16
+
+
+def chunk_of(x: Tensor) -> int:
+    """Elements of a chunk of x. What is computed in float32 for half precision is a copy, so that
+    never all of it is one."""
+    return x.numel() if x.numel() <= WHOLE and x.dtype not in HALF else CHUNK
 
 
 def each(

@@ -20,6 +20,6 @@ def with_zero_slope(result: Tensor, t: Tensor) -> Tensor:
 
 def indices(t: Tensor, n: int) -> Tensor:
     """0, 1, ..., n - 1; a DTensor if ``t`` is one, which ``torch.arange`` does not make."""
-    if not is_dtensor(t):
+    if type(t) is Tensor or not is_dtensor(t):
         return torch.arange(n, device=t.device)
     return t.new_ones(n, dtype=torch.int64).cumsum(0) - 1

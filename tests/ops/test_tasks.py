@@ -34,7 +34,10 @@ IDLE = "aten::empty", "aten::new_", "aten::_unsafe_view"
 
 
 @pytest.fixture(autouse=True)
-def three_threads() -> Iterator[None]:
+def three_threads(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """They share walks of a million elements, that are short enough for a test."""
+    monkeypatch.setattr(tasks, "WHOLE", 0)
+    monkeypatch.setattr(tasks, "FEWEST", 4)
     before = torch.get_num_threads()
     torch.set_num_threads(3)
     yield
@@ -82,6 +85,15 @@ def test_who_walks_alone() -> None:
     assert walkers() == me
 
 
+def test_what_is_one_chunk(monkeypatch: pytest.MonkeyPatch) -> None:
+    """In half precision nothing is, as its copies in float32 would be as large."""
+    monkeypatch.setattr(tasks, "WHOLE", 2**19)
+    x = torch.empty(2**19)
+    assert tasks.chunk_of(x) == len(x)
+    assert tasks.chunk_of(x.new_empty(2**19 + 1)) == tasks.CHUNK
+    assert tasks.chunk_of(x.half()) == tasks.CHUNK
+
+
 def test_an_exception_reaches_the_caller_and_ends_the_walk() -> None:
     begun: list[int] = []
     raised = threading.Event()
@@ -113,7 +125,7 @@ def test_after_a_fork_there_are_new_threads() -> None:
                 another.wait(10) if chunk == 0 else another.set()
                 return threading.get_ident()
 
-            return len(set(tasks.each(torch.device("cpu"), work, range(10))))
+            return len(set(tasks.each(torch.device("cpu"), work, range(20))))
 
         torch.set_num_threads(2)
         count = walkers()
