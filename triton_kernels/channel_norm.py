@@ -136,7 +136,8 @@ def _statistics(
     PARTIAL, MEAN, RSTD, VARIANCE, rows, n, channels, inner, per, length, size, chunks, group,
     parts, EPS: tl.constexpr, BLOCK: tl.constexpr, ROWS: tl.constexpr, CELLS: tl.constexpr,
 ):  # fmt: skip
-    """μ and r of each group from its cells; and where there is a VARIANCE, the unbiased one."""
+    """μ and r of each group from its cells; and where there is a VARIANCE, the unbiased one. A sum
+    of far means rounds by more than their mean may: what it has lost is a second sum."""
     dtype: tl.constexpr = PARTIAL.dtype.element_ty
     row = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
     sums = tl.zeros((ROWS, CELLS), dtype)
@@ -147,16 +148,21 @@ def _statistics(
         sums += tl.load(PARTIAL + place, inside, other=0.0) * count.to(dtype)
     mean = tl.sum(sums, 1)[:, None] / n
     squares = tl.zeros((ROWS, CELLS), dtype)
+    rest = tl.zeros((ROWS, CELLS), dtype)
     for start in range(0, chunks * group, CELLS):
         part, channel, inside = _cells_of(row, start, rows, channels, chunks, group, CELLS)
         count = _count(part, inner, per, length, size, chunks, BLOCK)
         place = part.to(tl.int64) * channels + channel
         d = tl.load(PARTIAL + place, inside, other=0.0) - mean
-        squares += tl.where(inside, d * d * count.to(dtype), 0.0)
+        of_cell = tl.where(inside, d * count.to(dtype), 0.0)
+        rest += of_cell
+        squares += d * of_cell
         place += parts.to(tl.int64) * channels
         squares += tl.load(PARTIAL + place, inside, other=0.0)
-    square = tl.sum(squares, 1)
-    tl.store(MEAN + row, tl.sum(sums, 1) / n, row < rows)
+    lost = tl.sum(rest, 1) / n
+    square, of_lost = tl.sum(squares, 1), lost * lost * n
+    square = tl.where(square < of_lost, 0.0, square - of_lost)
+    tl.store(MEAN + row, tl.sum(mean, 1) + lost, row < rows)
     tl.store(RSTD + row, 1 / tl.sqrt(square / n + EPS), row < rows)
     if VARIANCE is not None:
         tl.store(VARIANCE + row, square / tl.maximum(n - 1, 1), row < rows)

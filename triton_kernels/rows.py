@@ -251,10 +251,13 @@ def centred(mean, squares, x, there, before, share):
 
 @triton.jit
 def centred_rows(mean, squares, seen, n):
-    """(μ, Σ (x - μ)²) of each row of ``n`` from those of its lanes, which have ``seen`` so many."""
+    """(μ, Σ (x - μ)²) of each row of ``n`` from those of its lanes, which have ``seen`` so many. A
+    sum of far means rounds by more than their mean may: what it has lost is a second sum."""
     of_row = tl.sum(mean * seen, 1) / n
     d = mean - of_row[:, None]
-    return of_row, tl.sum(squares + seen * d * d, 1)
+    lost = tl.sum(d * seen, 1) / n
+    d -= lost[:, None]
+    return of_row + lost, tl.sum(squares + seen * d * d, 1)
 
 
 @kernel

@@ -11,6 +11,7 @@ from helpers import DEVICE
 
 import custom_backprop
 from custom_backprop import functional, nn
+from custom_backprop.backends import why_not
 
 
 def tensors(*shapes, dtype=torch.float64):
@@ -144,3 +145,15 @@ def test_stock_has_no_gradient_of_a_bias_alone(backend):
     torch.testing.assert_close(b.grad, torch.full_like(b, 6.0))
     with pytest.raises(RuntimeError, match="tensor does not have a device"):
         F.group_norm(x, 2, None, b).sum().backward()
+
+
+@pytest.mark.skipif(why_not("triton", DEVICE) is not None, reason="it is the kernels' mean")
+@pytest.mark.parametrize("shape", [(2, 24, 3200), (2, 24, 20480), (3, 8, 7001)], ids=str)
+def test_a_far_mean_is_rounded_twice(shape):
+    """In each part and for all. Numbers from 4096 on are multiples of 2^-11: a rounding is off by
+    half of one, and those of the parts even out."""
+    x = 4096 + 0.25 * torch.randn(shape, generator=torch.Generator().manual_seed(1)).to(DEVICE)
+    with custom_backprop.use_backend("triton"):
+        y = functional.batch_norm(x, None, None, training=True, eps=1e-12)
+    off = (y - F.batch_norm(x.double(), None, None, training=True, eps=1e-12)).mean((0, 2))
+    assert off.abs().max() <= 1.4 * 2**-12 / 0.25

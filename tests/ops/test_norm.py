@@ -252,3 +252,15 @@ def test_bad_residuals(name):
         call(x, None, (8,))
     with pytest.raises(RuntimeError, match="normalized_shape"):
         call(x, x, (4,))
+
+
+@on_triton
+@pytest.mark.parametrize("n", [12345, 20001])
+def test_a_far_mean_is_rounded_once(n):
+    """In a loop over the row. Numbers from 4096 on are multiples of 2^-11: their mean is off by
+    half of one."""
+    x = 4096 + 0.25 * torch.randn(6, n, generator=torch.Generator().manual_seed(n)).to(DEVICE)
+    with custom_backprop.use_backend("triton"):
+        y = functional.layer_norm(x, (n,), eps=0.0)
+    off = (y - F.layer_norm(x.double(), (n,), eps=0.0)).mean(1)
+    assert off.abs().max() <= 1.1 * 2**-12 / 0.25
