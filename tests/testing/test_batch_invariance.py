@@ -73,5 +73,5 @@ def test_what_claims_nothing_or_has_no_rows():
     assert validate(torch.sum, x, checks=CHECK, rows=(0,)).status("batch_invariance") == "n/a"
     assert validate(F.softmax, [x, -1], checks=CHECK, rows=(0,)).ok
     for rows in ((1,), (2,)):
-        with pytest.raises(ValueError, match="no tensor with rows"):
+        with pytest.raises(ValueError, match="not a tensor with rows"):
             validate(F.softmax, [x, -1], checks=CHECK, rows=rows)

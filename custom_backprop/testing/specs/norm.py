@@ -77,6 +77,7 @@ def _samples(make: Make, parameters: int) -> Iterator[Sample]:
 def _regimes(make: Make, parameters: int) -> Iterator[Sample]:
     yield _call(make, 0, make.tensor(64, 2**17), name="rows in a loop, no parameters")
     yield _call(make, parameters, make.tensor(64, 2**17), name="rows in a loop")
+    yield _call(make, parameters, make.tensor(64, 50257), name="rows of an odd length in a loop")
     yield _call(make, 0, make.tensor(2**16, 2**15), name="offsets in int64")
     frozen = make.tensor(256, 256, requires_grad=False)
     yield _call(make, parameters, frozen, name="a frozen input")
