@@ -78,7 +78,8 @@ def plan(
     kernel, names = (_backward, ("dy_row", "x_row")) if backward else (_forward, ("x_row",))
     numbers = dict(zip(names, strides, strict=True))
     layouts = [(stride, 1, 1) for stride in (*strides, n)]
-    live = 8 if dtype == torch.float64 else 4 if backward else 2
+    # forward of half precision has room for more loads under way
+    live = 8 if dtype == torch.float64 else 4 if backward or dtype == torch.float32 else 2
     return over_rows(
         kernel, (rows, n, 1), layouts, dtype, live, count, clusters, EPS=eps, **numbers
     )
