@@ -17,7 +17,7 @@ from ..formulas.precision import HALF, wide, widen
 from . import tasks
 from .cross_entropy import minus_log, without_
 from .library import P, R, launcher, primitive, slices
-from .tasks import chunk_of
+from .tasks import CHUNK
 
 #: elements of a chunk of similarities: the product that makes them wants more rows
 SIMILARITIES = 2**19
@@ -32,7 +32,7 @@ def _triplet_forward(a, p, n, margin, order, eps, swap, reduction):
         for (x, y), out in zip(formula.pairs(a_, p_, n_, swap), d, strict=True):
             out[part] = torch.linalg.vector_norm(torch.sub(x, y).add_(eps), order, dim=-1)
 
-    tasks.each(a.device, work, slices(len(flat[0]), flat[0].shape[1], chunk_of(flat[0])))
+    tasks.each(a.device, work, slices(len(flat[0]), flat[0].shape[1], CHUNK))
     d = d.view(len(d), *a.shape[:-1])
     return reduced(formula.hinge(d, margin).clamp_min_(0), reduction).to(a.dtype), d
 
@@ -56,7 +56,7 @@ def _triplet_backward(dy, a, p, n, d, margin, order, eps, swap, reduction, needs
             if grad is not None:
                 grad.view(flat[0].shape)[part] = result
 
-    tasks.each(a.device, work, slices(len(flat[0]), flat[0].shape[1], chunk_of(flat[0])))
+    tasks.each(a.device, work, slices(len(flat[0]), flat[0].shape[1], CHUNK))
     return tuple(grads)
 
 

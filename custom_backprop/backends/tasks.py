@@ -38,7 +38,7 @@ CHUNK = 2**18
 WHOLE = 2**22
 
 #: fewer chunks than these are done within that time, too
-FEWEST = 16
+FEWEST = 32
 
 
 def chunk_of(x: Tensor) -> int:

@@ -12,7 +12,7 @@ from helpers import DEVICE
 
 from custom_backprop import functional, nn, use_backend
 from custom_backprop.backends import contrastive as primitives
-from custom_backprop.backends import interpreting, tasks, why_not
+from custom_backprop.backends import interpreting, why_not
 from custom_backprop.backends.kernels import kernels
 from custom_backprop.testing.specs.contrastive import info_nce as stock_info_nce
 
@@ -54,8 +54,7 @@ def test_triplet_sizes_and_orders(shape, swap, p, backend):
 
 def test_triplet_in_chunks(monkeypatch, backend):
     """Of a CPU: forward and backward walk in parts, whatever the reduction."""
-    monkeypatch.setattr(tasks, "WHOLE", 0)
-    monkeypatch.setattr(tasks, "CHUNK", 16)
+    monkeypatch.setattr(primitives, "CHUNK", 16)
     for reduction in ("none", "mean", "sum"):
         for swap in (False, True):
             options = {"swap": swap, "margin": 2.0, "reduction": reduction}

@@ -125,7 +125,7 @@ def test_after_a_fork_there_are_new_threads() -> None:
                 another.wait(10) if chunk == 0 else another.set()
                 return threading.get_ident()
 
-            return len(set(tasks.each(torch.device("cpu"), work, range(20))))
+            return len(set(tasks.each(torch.device("cpu"), work, range(40))))
 
         torch.set_num_threads(2)
         count = walkers()
