@@ -25,6 +25,7 @@ from helpers import DEVICE
 
 import custom_backprop
 from custom_backprop.backends import BACKENDS, interpreting, why_not
+from custom_backprop.backends.kernels import kernels
 from custom_backprop.testing.interpreter.faster import remember_builtins
 
 if interpreting() and why_not("triton", DEVICE) is None:
@@ -49,6 +50,19 @@ def backend(request: pytest.FixtureRequest) -> Iterator[str]:
 @pytest.fixture
 def device() -> str:
     return DEVICE
+
+
+@pytest.fixture
+def switched(monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[[str], None]]:
+    """Sets CUSTOM_BACKPROP_NO_CLUSTERS, which is read once."""
+    launch = kernels("launch")
+
+    def switch(value: str) -> None:
+        monkeypatch.setenv("CUSTOM_BACKPROP_NO_CLUSTERS", value)
+        launch.has_clusters.cache_clear()
+
+    yield switch
+    launch.has_clusters.cache_clear()
 
 
 @pytest.fixture(autouse=True)

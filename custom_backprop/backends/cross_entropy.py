@@ -1,8 +1,7 @@
 """Primitives of cross_entropy, on x (N, C) or (N, C, D).
 
-On a CPU it walks in chunks of rows that stay in cache: one softmax, written where the gradient will
-stand, gives the loss and the gradient both. Memory sees one reading of x and one writing of dx, and
-no log-probabilities.
+On a CPU it walks in chunks of rows, up to 4M elements in one: one softmax, written where the
+gradient will stand, gives the loss and the gradient both. Memory sees no log-probabilities.
 """
 
 from __future__ import annotations

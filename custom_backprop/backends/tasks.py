@@ -7,7 +7,8 @@ chunks, not the calls, and wait once, at the end. ATen's calls release the inter
 the threads do run at once.
 
 Whoever is free takes the next chunk. Chunks must follow from shapes alone: then the bits depend
-neither on the number of threads nor on who was free.
+neither on the number of threads nor on who was free. Short walks are not shared: there ATen divides
+the calls, and a sum over a chunk may depend on the number of threads, as stock's does.
 """
 
 from __future__ import annotations
@@ -37,7 +38,7 @@ CHUNK = 2**18
 #: call its threads look out for the next one, and would share the processors with ours
 WHOLE = 2**22
 
-#: fewer chunks than these are done within that time, too
+#: fewer chunks than these are done within that time, too: the caller walks them
 FEWEST = 32
 
 

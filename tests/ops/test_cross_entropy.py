@@ -539,19 +539,6 @@ def test_a_row_may_be_masked_with_the_lowest_number(n, dtype, backend):
     torch.testing.assert_close(dx[:, 0].float().cpu(), (-expected).exp(), rtol=4e-3, atol=0)
 
 
-@pytest.fixture
-def switched(monkeypatch):
-    """Sets CUSTOM_BACKPROP_NO_CLUSTERS, which is read once."""
-    launch = kernels("launch")
-
-    def switch(value):
-        monkeypatch.setenv("CUSTOM_BACKPROP_NO_CLUSTERS", value)
-        launch.has_clusters.cache_clear()
-
-    yield switch
-    launch.has_clusters.cache_clear()
-
-
 LONG = [2**k + d for k in range(15, 19) for d in (-1, 0, 1)]
 
 

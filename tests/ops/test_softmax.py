@@ -78,19 +78,6 @@ def test_widths_of_several_rows_a_program(name, n):
         same(results(getattr(functional, name), x), expected)
 
 
-@pytest.fixture
-def switched(monkeypatch):
-    """Sets CUSTOM_BACKPROP_NO_CLUSTERS, which is read once."""
-    launch = kernels("launch")
-
-    def switch(value):
-        monkeypatch.setenv("CUSTOM_BACKPROP_NO_CLUSTERS", value)
-        launch.has_clusters.cache_clear()
-
-    yield switch
-    launch.has_clusters.cache_clear()
-
-
 @on_triton
 @pytest.mark.parametrize("n", [*WIDTHS[torch.float64], *WIDTHS[torch.float32], *LONG])
 @pytest.mark.parametrize("switch", ["", "1"])
